@@ -1,0 +1,1 @@
+"""Stage one: run the teacher once and keep what it said, as a cache of Arrow shards."""

@@ -1,0 +1,48 @@
+"""The cache on disk: numpy, pyarrow and zstandard only. SPEC.md describes the bytes."""
+
+from teacher_cache.format.codec import (
+    LOGIT_GRID,
+    TAIL_FLOOR,
+    KeepPolicy,
+    KeptEntries,
+    keep_entries,
+    stored_logprobs,
+)
+from teacher_cache.format.commit import ShardCommit, TraceInfo
+from teacher_cache.format.errors import CacheError, CacheFormatError, CacheMismatchError
+from teacher_cache.format.header import CacheHeader, content_hash, tokenizer_fingerprint
+from teacher_cache.format.journal import FinishedTrace
+from teacher_cache.format.manifest import Manifest, Seal
+from teacher_cache.format.reader import Cache, open_cache
+from teacher_cache.format.span import lead_span_length, num_bands_needed
+from teacher_cache.format.trace import MAX_K, Trace
+from teacher_cache.format.writer import CacheWriter, read_manifest, seal_cache
+
+__all__ = [
+    "LOGIT_GRID",
+    "MAX_K",
+    "TAIL_FLOOR",
+    "Cache",
+    "CacheError",
+    "CacheFormatError",
+    "CacheHeader",
+    "CacheMismatchError",
+    "CacheWriter",
+    "FinishedTrace",
+    "KeepPolicy",
+    "KeptEntries",
+    "Manifest",
+    "Seal",
+    "ShardCommit",
+    "Trace",
+    "TraceInfo",
+    "content_hash",
+    "keep_entries",
+    "lead_span_length",
+    "num_bands_needed",
+    "open_cache",
+    "read_manifest",
+    "seal_cache",
+    "stored_logprobs",
+    "tokenizer_fingerprint",
+]

@@ -1,0 +1,127 @@
+"""From an engine's rows of logprobs to what is stored, and back.
+
+Letters: R rows (tokens with a distribution), K candidates per row, E kept entries of all rows.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Logprobs arrive as float32, which resolve the mass outside the kept entries to about 1e-7.
+TAIL_FLOOR = 1e-7
+
+FINE_STEP = 1 / 32  # nats; a bfloat16 head's own rounding is of this size
+NUM_FINE = 161  # grid points from 0 to 5 nats
+MAX_GAP = 60.0  # nats below the largest logit
+
+
+def _logit_grid() -> NDArray[np.float32]:
+    """256 values from 0 down to -60 nats: steps of 1/32 to -5, then growing by a constant ratio."""
+    fine = np.arange(NUM_FINE) * FINE_STEP
+    num_coarse = 256 - NUM_FINE
+    low, high = 1.0, 2.0
+    for _ in range(60):  # bisection for the ratio whose steps add up to the rest
+        ratio = (low + high) / 2
+        reach = (FINE_STEP * ratio ** np.arange(1, num_coarse + 1)).sum()
+        low, high = (ratio, high) if reach < MAX_GAP - fine[-1] else (low, ratio)
+    coarse = fine[-1] + np.cumsum(FINE_STEP * low ** np.arange(1, num_coarse + 1))
+    grid: NDArray[np.float32] = -np.concatenate([fine, coarse]).astype(np.float32)
+    return grid
+
+
+# The grid is each shard's own dictionary: readers take it from the file, only writers from here.
+LOGIT_GRID = _logit_grid()
+_GAP_MIDPOINTS = -(LOGIT_GRID[1:] + LOGIT_GRID[:-1]) / 2
+
+
+@dataclass(frozen=True)
+class KeepPolicy:
+    """How many of a row's candidates are kept: the fewest whose mass reaches `mass`, in 1..top_k.
+
+    The realised token is kept beside them where it is not among them.
+    """
+
+    top_k: int
+    mass: float
+
+
+@dataclass(frozen=True)
+class KeptEntries:
+    """The kept entries of R rows; see `Trace` for what the arrays mean."""
+
+    k: NDArray[np.uint8]  # [R]
+    top_ids: NDArray[np.int32]  # [E]
+    top_logits: NDArray[np.float32]  # [E], on the grid
+    tail_logit: NDArray[np.float32]  # [R], bfloat16 values
+    num_clamped_tails: int  # tails below TAIL_FLOOR, raised to it
+    num_clamped_logits: int  # entries further than MAX_GAP below the largest
+
+
+def keep_entries(
+    row_ids: NDArray[np.int32], row_logprobs: NDArray[np.float32], policy: KeepPolicy
+) -> KeptEntries:
+    """Choose and encode the entries to keep of every row.
+
+    Args:
+        row_ids: [R, 1 + K], the realised token, then the candidates by falling probability.
+        row_logprobs: [R, 1 + K] nats, normalised over the whole vocabulary. -inf candidates are
+            dropped; a realised token at -inf is kept at the grid's far end.
+        policy: The adaptive rule.
+    """
+    # The realised token goes last, where the order by probability puts it if it is kept apart.
+    ids = np.roll(row_ids, -1, axis=1)
+    logprobs = np.roll(row_logprobs, -1, axis=1)
+    probs = np.exp(logprobs, dtype=np.float64)
+
+    num_top = (np.cumsum(probs[:, :-1], axis=1) < policy.mass).sum(axis=1) + 1
+    num_finite = np.isfinite(logprobs[:, :-1]).sum(axis=1)
+    num_top = np.minimum(num_top, np.minimum(policy.top_k, num_finite))
+    kept = np.arange(ids.shape[1]) < num_top[:, None]
+    kept[:, -1] = ~((ids[:, :-1] == ids[:, -1:]) & kept[:, :-1]).any(axis=1)
+
+    kept_mass = np.where(kept, probs, 0.0).sum(axis=1)
+    gaps = (logprobs - logprobs[:, :1])[kept]
+    return KeptEntries(
+        k=kept.sum(axis=1).astype(np.uint8),
+        top_ids=ids[kept].astype(np.int32),
+        top_logits=LOGIT_GRID[logit_codes(gaps)],
+        tail_logit=_tail_logit(kept_mass),
+        num_clamped_tails=int((kept_mass > 1 - TAIL_FLOOR).sum()),
+        num_clamped_logits=int((gaps < -MAX_GAP).sum()),
+    )
+
+
+def logit_codes(top_logits: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """[E] nearest points of LOGIT_GRID; exact for values that are on it."""
+    return np.searchsorted(_GAP_MIDPOINTS, -top_logits).astype(np.uint8)
+
+
+def _tail_logit(kept_mass: NDArray[np.float64]) -> NDArray[np.float32]:
+    """[R] log(tail / (1 - tail)), tail = 1 - kept_mass but at least TAIL_FLOOR, in bfloat16."""
+    inside = np.clip(kept_mass, np.finfo(np.float32).tiny, 1 - TAIL_FLOOR)
+    return round_to_bfloat16((np.log1p(-inside) - np.log(inside)).astype(np.float32))
+
+
+def round_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Finite float32 values rounded to the nearest bfloat16 (ties to even): zeros compress."""
+    bits = values.view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def stored_logprobs(
+    k: NDArray[np.uint8], top_logits: NDArray[np.float32], tail_logit: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """[E] logprobs of the kept entries: top_logits - logsumexp(top_logits) + log(1 - tail).
+
+    With the tail they sum to one in every row.
+    """
+    row_of_entry = np.repeat(np.arange(len(k)), k)
+    logits = top_logits.astype(np.float64)
+    sums = np.bincount(row_of_entry, weights=np.exp(logits), minlength=len(k))
+    log_inside = -np.logaddexp(0.0, tail_logit.astype(np.float64))
+    with np.errstate(divide="ignore"):  # rows without entries, which nothing below refers to
+        offset = log_inside - np.log(sums)
+    logprobs: NDArray[np.float64] = logits + offset[row_of_entry]
+    return logprobs

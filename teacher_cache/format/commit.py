@@ -1,0 +1,138 @@
+"""Commit records: what a shard holds and its checksums; a shard without one does not exist."""
+
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
+from typing import Any, TypeVar
+
+from teacher_cache.format.errors import CacheFormatError
+from teacher_cache.format.header import FORMAT_VERSION, content_hash
+
+_T = TypeVar("_T")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z")
+
+
+@dataclass(frozen=True)
+class TraceInfo:
+    """What is known of a trace without reading its shard."""
+
+    trace_id: str
+    n_total: int
+    cot_start: int
+    answer_start: int
+    finish_reason: str
+    source_hash: str  # of the input it was made from: a changed input is noticed on resume
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A contiguous run of a shard's bytes that is checked as one: band `b` is block `b`.
+
+    Block 0 begins at byte 0 and so holds the schema and the dictionaries too.
+    """
+
+    offset: int
+    length: int
+    crc32: int
+    num_rows: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class ShardCommit:
+    """The commit record of one shard, `<name>.json` beside `<name>.arrow`."""
+
+    name: str
+    header_fingerprint: str
+    size_bytes: int
+    sha256: str
+    num_entries: int  # kept entries of all tokens
+    num_clamped_tails: int
+    num_clamped_logits: int
+    blocks: tuple[Block, ...]
+    traces: tuple[TraceInfo, ...]
+    checksum: str = ""  # of the record, set when it is read; the seal lists it
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all traces."""
+        return sum(trace.n_total for trace in self.traces)
+
+    def prefix_bytes(self, num_bands: int) -> int:
+        """Bytes from the start of the file to the end of its first `num_bands` bands."""
+        if num_bands == 0:
+            return 0
+        last = self.blocks[num_bands - 1]
+        return last.offset + last.length
+
+    def to_bytes(self) -> bytes:
+        """The file's content: the record and its checksum."""
+        record = {"format_version": FORMAT_VERSION, **asdict(self)}
+        del record["checksum"]
+        return json.dumps({**record, "checksum": content_hash(record)}).encode() + b"\n"
+
+
+def parse_commit(text: bytes, name: str) -> ShardCommit:
+    """Read a commit record.
+
+    Args:
+        text: The file's bytes.
+        name: The shard's name, that is the file's name without `.json`.
+
+    Raises:
+        CacheFormatError: If the record is damaged, or stands under another shard's name.
+    """
+    where = f"{name}.json"
+    try:
+        record = json.loads(text)
+        checksum = record.pop("checksum")
+        if content_hash(record) != checksum:
+            raise CacheFormatError(f"{where}: the commit record's checksum does not match")
+        version = record.pop("format_version")
+        if version != FORMAT_VERSION:
+            raise CacheFormatError(
+                f"{where}: format version {version}; this leadspan reads {FORMAT_VERSION}"
+            )
+        record["blocks"] = tuple(_known(Block, block) for block in record["blocks"])
+        record["traces"] = tuple(_known(TraceInfo, trace) for trace in record["traces"])
+        commit = _known(ShardCommit, {**record, "checksum": checksum})
+        _check(commit, name, where)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CacheFormatError(f"{where}: not a commit record: {error!r}") from error
+    return commit
+
+
+def _known(kind: type[_T], values: Mapping[str, Any]) -> _T:
+    """Build a dataclass from a JSON object; keys that this version does not know are ignored."""
+    names = {item.name for item in dataclass_fields(kind)}  # type: ignore[arg-type]  # a dataclass
+    return kind(**{name: value for name, value in values.items() if name in names})
+
+
+def _check(commit: ShardCommit, name: str, where: str) -> None:
+    if commit.name != name or not _PLAIN_NAME.match(name):
+        raise CacheFormatError(f"{where}: expected the record of {name!r}, got {commit.name!r}")
+    position = 0
+    for block in commit.blocks:
+        if block.offset != position or block.length <= 0:
+            raise CacheFormatError(
+                f"{where}: expected a block at byte {position}, got {block.length} bytes "
+                f"at {block.offset}"
+            )
+        if block.num_rows != len(commit.traces):
+            raise CacheFormatError(
+                f"{where}: expected {len(commit.traces)} rows per band, got {block.num_rows}"
+            )
+        position += block.length
+    if not commit.blocks or position > commit.size_bytes:
+        raise CacheFormatError(f"{where}: blocks end at {position} of {commit.size_bytes} bytes")
+    if sum(block.num_tokens for block in commit.blocks) != commit.num_tokens:
+        raise CacheFormatError(f"{where}: the bands' tokens do not add up to the traces'")
+
+
+def block_of(data: bytes | memoryview, offset: int, num_rows: int, num_tokens: int) -> Block:
+    """The Block that describes `data` standing at `offset`."""
+    return Block(offset, len(data), zlib.crc32(data), num_rows, num_tokens)

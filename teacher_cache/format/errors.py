@@ -1,0 +1,18 @@
+"""What can be wrong with a cache.
+
+CacheError
+├── CacheFormatError     the bytes are wrong: damaged, cut off, or not of this format
+└── CacheMismatchError   the bytes are right, but belong to something else
+"""
+
+
+class CacheError(Exception):
+    """Anything about a cache that a user must mend; the message says where, what and how."""
+
+
+class CacheFormatError(CacheError):
+    """The bytes are wrong: damaged, cut off, or not of this format."""
+
+
+class CacheMismatchError(CacheError):
+    """The bytes are right, but belong to another capture, teacher, tokenizer or student."""

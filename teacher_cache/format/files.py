@@ -1,0 +1,35 @@
+"""Files that are either whole or absent: written beside, verified, renamed."""
+
+import os
+import uuid
+from pathlib import Path
+
+
+def publish(path: Path, data: bytes | memoryview) -> None:
+    """Put a file under its final name only when all of it is on the disk and reads back equal.
+
+    Raises:
+        OSError: If it cannot be written, or reads back different; nothing stands at `path` then
+            that did not stand there before.
+    """
+    temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if temporary.read_bytes() != data:
+            raise OSError(f"{path}: what was written does not read back the same; check the disk")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,88 @@
+"""CacheHeader: what `cache.json` says of a cache, and the fingerprints it is compared by."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from teacher_cache.format.errors import CacheFormatError
+
+FORMAT_NAME = "leadspan-cache"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheHeader:
+    """Provenance and policy of a cache; the same facts stand in every shard's schema metadata.
+
+    Two captures with equal headers may write into one cache.
+    """
+
+    mode: str  # "generate" or "score"
+    teacher: str  # path or hub id, as the user gave it
+    teacher_revision: str | None
+    teacher_fingerprint: str  # of the weights
+    engine: str
+    engine_version: str
+    dtype: str
+    head_dtype: str
+    vocab_size: int  # width of the teacher's softmax, padding included
+    tokenizer_size: int
+    tokenizer_fingerprint: str
+    chat_template_hash: str
+    think_open_ids: tuple[int, ...]  # the mark that begins a chain of thought
+    think_close_ids: tuple[int, ...]
+    terminal_token_ids: tuple[int, ...]  # any of them ends a generated trace
+    sampling: Mapping[str, float | int | None] | None  # None where traces were given
+    top_k: int
+    mass: float
+    capture_prompt: bool
+    num_bands: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything above: captures that differ in any of it must not share a folder."""
+        return content_hash(asdict(self))
+
+    def to_json(self) -> dict[str, Any]:
+        """The header's own part of `cache.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], where: str) -> "CacheHeader":
+        """Read what `to_json` wrote; keys this version does not know are ignored.
+
+        Raises:
+            CacheFormatError: If a key is missing.
+        """
+        known: dict[str, Any] = {}
+        for item in fields(cls):
+            if item.name not in values:
+                raise CacheFormatError(f"{where}: expected a header with {item.name!r}, not found")
+            value = values[item.name]
+            known[item.name] = tuple(value) if isinstance(value, list) else value
+        return cls(**known)
+
+    def differences(self, other: "CacheHeader") -> list[str]:
+        """`name: this, other` for every fact in which two headers differ."""
+        return [
+            f"{item.name}: {getattr(self, item.name)!r}, not {getattr(other, item.name)!r}"
+            for item in fields(self)
+            if getattr(self, item.name) != getattr(other, item.name)
+        ]
+
+
+def canonical_json(value: object) -> bytes:
+    """The one way in which JSON is written where it is hashed."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def content_hash(value: object) -> str:
+    """First 16 bytes of the sha256 of a JSON value, in hexadecimal."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()[:32]
+
+
+def tokenizer_fingerprint(vocabulary: Mapping[str, int]) -> str:
+    """Hash of a tokenizer's map from token to id; equal for tokenizers whose ids mean the same."""
+    return content_hash(sorted((token_id, token) for token, token_id in vocabulary.items()))

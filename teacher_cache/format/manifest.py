@@ -1,0 +1,108 @@
+"""`cache.json`: the header of a cache and, when it is complete, the seal."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from teacher_cache.format.commit import ShardCommit, TraceInfo
+from teacher_cache.format.errors import CacheFormatError
+from teacher_cache.format.header import FORMAT_NAME, FORMAT_VERSION, CacheHeader, content_hash
+
+MANIFEST_NAME = "cache.json"
+SHARD_FOLDER = "shards"
+JOURNAL_FOLDER = "journal"
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What a complete cache consists of."""
+
+    shards: tuple[tuple[str, str], ...]  # name and commit checksum, by name
+    num_traces: int  # every trace once
+    num_tokens: int
+    num_duplicates: int  # traces that a second worker captured too; the first shard's counts
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the cache's content, part of every cursor."""
+        return shards_fingerprint(self.shards)
+
+
+def shards_fingerprint(shards: Sequence[tuple[str, str]]) -> str:
+    """Hash of a list of (shard name, commit checksum)."""
+    return content_hash([list(pair) for pair in shards])
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`cache.json`, read."""
+
+    header: CacheHeader
+    config: Mapping[str, Any]  # the resolved configuration of the capture that made the folder
+    seal: Seal | None = None
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        record: dict[str, Any] = {
+            "format": FORMAT_NAME,
+            "format_version": FORMAT_VERSION,
+            "min_reader_version": FORMAT_VERSION,
+            "header": self.header.to_json(),
+            "config": self.config,
+            "complete": self.seal is not None,
+        }
+        if self.seal is not None:
+            record["seal"] = {**asdict(self.seal), "fingerprint": self.seal.fingerprint}
+        return (json.dumps(record, indent=1) + "\n").encode()
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """Read a `cache.json`.
+
+    Raises:
+        CacheFormatError: If it is not one, or of a version that this reader does not know.
+    """
+    try:
+        record = json.loads(text)
+        if record["format"] != FORMAT_NAME:
+            raise CacheFormatError(f"{where}: expected format {FORMAT_NAME!r}")
+        if record["min_reader_version"] > FORMAT_VERSION:
+            raise CacheFormatError(
+                f"{where}: needs a reader of format version {record['min_reader_version']}, this "
+                f"leadspan reads up to {FORMAT_VERSION}. Install a newer leadspan."
+            )
+        header = CacheHeader.from_json(record["header"], where)
+        seal = None
+        if record["complete"]:
+            seal = _parse_seal(record["seal"], where)
+        return Manifest(header, record["config"], seal)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CacheFormatError(f"{where}: not a cache header: {error!r}") from error
+
+
+def _parse_seal(record: Mapping[str, Any], where: str) -> Seal:
+    seal = Seal(
+        shards=tuple((str(name), str(checksum)) for name, checksum in record["shards"]),
+        num_traces=int(record["num_traces"]),
+        num_tokens=int(record["num_tokens"]),
+        num_duplicates=int(record["num_duplicates"]),
+    )
+    if record["fingerprint"] != seal.fingerprint:
+        raise CacheFormatError(f"{where}: the seal's fingerprint does not match its shards")
+    return seal
+
+
+def make_seal(commits: Sequence[ShardCommit]) -> Seal:
+    """The seal of a cache with these shards, in the order of their names."""
+    ordered = sorted(commits, key=lambda commit: commit.name)
+    first: dict[str, TraceInfo] = {}
+    for commit in ordered:
+        for trace in commit.traces:
+            first.setdefault(trace.trace_id, trace)
+    return Seal(
+        shards=tuple((commit.name, commit.checksum) for commit in ordered),
+        num_traces=len(first),
+        num_tokens=sum(trace.n_total for trace in first.values()),
+        num_duplicates=sum(len(commit.traces) for commit in ordered) - len(first),
+    )

@@ -1,0 +1,42 @@
+"""Lead spans and bands, in integers. Imports nothing of ours.
+
+A trace of n tokens is cut into S bands; band b holds tokens floor(n*b/S) to floor(n*(b+1)/S).
+A lead span x keeps the first max(1, floor(n*x)) tokens, prompt included (arXiv 2512.21002).
+"""
+
+from collections.abc import Iterable
+from fractions import Fraction
+
+
+def lead_span_length(n_total: int, lead_span: float) -> int:
+    """Tokens kept of a trace of `n_total` tokens: max(1, floor(n_total * lead_span)).
+
+    `lead_span` counts as the decimal that was written: 0.29 of 100 tokens is 29, although
+    100 * 0.29 is 28.999... in binary.
+
+    Raises:
+        ValueError: If `lead_span` is not in (0, 1].
+    """
+    if not 0.0 < lead_span <= 1.0:
+        raise ValueError(f"lead span: expected a proportion in (0, 1], got {lead_span}")
+    exact = Fraction(str(float(lead_span)))
+    return max(1, n_total * exact.numerator // exact.denominator)
+
+
+def band_start(n_total: int, band: int, num_bands: int) -> int:
+    """First token of a band (of the trace's end for `band` == `num_bands`)."""
+    return n_total * band // num_bands
+
+
+def num_bands_needed(spans: Iterable[tuple[int, int]], num_bands: int) -> int:
+    """How many leading bands hold the first `keep` tokens of every trace.
+
+    Args:
+        spans: (n_total, keep) per trace, 0 <= keep <= n_total.
+        num_bands: S, bands per trace.
+
+    Returns:
+        The smallest b with floor(n_total*b/S) >= keep for all traces: 0 where nothing is kept.
+    """
+    # floor(n*b/S) >= keep  <=>  n*b >= keep*S  <=>  b >= ceil(keep*S/n)
+    return max((-(-keep * num_bands // n_total) for n_total, keep in spans), default=0)
