@@ -1,0 +1,210 @@
+"""The capture loop: requests -> teacher -> journal and shards, whatever the engine or the mode."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from teacher_cache.engines import EngineError, Teacher, TeacherFacts, TeacherRequest, TeacherRows
+from teacher_cache.format import (
+    CacheHeader,
+    CacheMismatchError,
+    CacheWriter,
+    FinishedTrace,
+    KeepPolicy,
+    Trace,
+    keep_entries,
+    read_manifest,
+    seal_cache,
+)
+from teacher_cache.progress import Progress
+from teacher_cache.signals import Stopped, stop_signals
+from teacher_cache.sources import Source, SourceError, SourceTrace, find_sections
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A capture, whichever way its traces come."""
+
+    out: Path
+    worker: str
+    limit: int | None  # traces; the rest of the input is only counted
+    config: Mapping[str, Any]  # resolved, JSON; kept in the cache for the reader
+    source: Source
+    requests: Callable[[SourceTrace], list[TeacherRequest]]
+    header: Callable[[TeacherFacts], CacheHeader]
+    start_teacher: Callable[[int], Teacher]  # given the longest trace, in tokens
+
+    def wanted(self) -> Iterator[tuple[SourceTrace, TeacherRequest]]:
+        """Every request of the input, in its order."""
+        for item in self.source:
+            for request in self.requests(item):
+                yield item, request
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the input holds, and what is left to do of it."""
+
+    num_wanted: int  # traces, whatever the limit
+    num_taken: int  # under the limit
+    num_missing: int  # of these, not in the cache yet
+    longest: int  # tokens that the engine must have room for
+    num_bad_lines: int
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """What a capture did."""
+
+    survey: Survey
+    num_traces: int = 0  # captured now
+    num_tokens: int = 0  # of these
+    num_unfinished: int = 0  # of these, cut by length
+    seconds: float = 0.0  # without the start of the engine
+    sealed: bool = False
+    stopped_by: int | None = None  # a signal's number
+
+
+def capture(job: Job) -> CaptureReport:
+    """Bring every trace of the input into the cache that is not there yet, and seal it.
+
+    With a limit below the input the cache stays unsealed, to be gone on with.
+
+    Raises:
+        EngineError: If the teacher cannot be run.
+        SourceError: If a row of the input cannot be used.
+        CacheError: If the folder holds something else.
+        OSError: If the cache cannot be written; what was finished before is kept.
+    """
+    manifest = read_manifest(job.out)
+    if manifest is None:
+        survey = _survey(job, {})
+        with closing(job.start_teacher(survey.longest)) as teacher:
+            header = job.header(teacher.facts)
+            with CacheWriter(job.out, header, config=job.config, worker=job.worker) as writer:
+                return _run(job, survey, teacher, writer)
+    # Refuse another capture's folder before the engine starts, and do without it where possible.
+    header = job.header(_facts_of(manifest.header))
+    with CacheWriter(job.out, header, config=job.config, worker=job.worker) as writer:
+        survey = _survey(job, writer.finished())
+        if survey.num_missing == 0:
+            return _finish(job, writer, CaptureReport(survey))
+        if writer.sealed:
+            raise CacheMismatchError(
+                f"{job.out} is sealed, and {survey.num_missing} of {survey.num_wanted} traces are "
+                "not in it. Write them to another folder."
+            )
+        with closing(job.start_teacher(survey.longest)) as teacher:
+            writer.require_header(job.header(teacher.facts))
+            return _run(job, survey, teacher, writer)
+
+
+def _facts_of(header: CacheHeader) -> TeacherFacts:
+    return TeacherFacts(
+        engine=header.engine,
+        engine_version=header.engine_version,
+        dtype=header.dtype,
+        head_dtype=header.head_dtype,
+        vocab_size=header.vocab_size,
+        max_model_len=0,  # not a fact of the cache
+    )
+
+
+def _survey(job: Job, finished: Mapping[str, str]) -> Survey:
+    """Render every row once: a bad line found after two days of capture is found too late."""
+    num_wanted = num_taken = num_missing = longest = 0
+    for item, request in job.wanted():
+        num_wanted += 1
+        longest = max(longest, len(request.token_ids) + request.max_new_tokens)
+        known = finished.get(request.request_id)
+        if known is not None and known != item.source_hash:
+            raise SourceError(
+                f"{job.source.path}: trace {request.request_id!r} is in {job.out} already, made "
+                "from other content. Give the changed row a new id, or write to another folder."
+            )
+        if job.limit is None or num_taken < job.limit:
+            num_taken += 1
+            num_missing += known is None
+    if num_wanted == 0:
+        raise SourceError(f"{job.source.path}: expected at least one usable line, found none")
+    for message in job.source.bad:
+        logger.warning("left out: %s", message)
+    return Survey(num_wanted, num_taken, num_missing, longest, len(job.source.bad))
+
+
+def _run(job: Job, survey: Survey, teacher: Teacher, writer: CacheWriter) -> CaptureReport:
+    in_flight: dict[str, SourceTrace] = {}
+
+    def missing() -> Iterator[TeacherRequest]:
+        for item, request in islice(job.wanted(), survey.num_taken):
+            if request.request_id not in writer.finished():
+                in_flight[request.request_id] = item
+                yield request
+
+    num_unfinished = 0
+    with Progress(survey.num_missing) as progress, stop_signals() as switch:
+        try:
+            for rows in teacher.run(missing()):
+                with switch.held():
+                    source = in_flight.pop(rows.request_id)
+                    writer.append(finished_trace(rows, source, writer.header))
+                    progress.add(len(rows.token_ids))
+                    num_unfinished += rows.finish_reason == "length"
+        except Stopped as stopped:
+            logger.info("%s: stopping; what is finished is kept", stopped)
+        except EngineError:
+            if switch.signum is None:
+                raise
+            # Ctrl-C reaches the engine's own process too, and may end it before us.
+    report = CaptureReport(
+        survey,
+        num_traces=progress.num_traces,
+        num_tokens=progress.num_tokens,
+        num_unfinished=num_unfinished,
+        seconds=progress.seconds,
+        stopped_by=switch.signum,
+    )
+    return report if report.stopped_by else _finish(job, writer, report)
+
+
+def _finish(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureReport:
+    writer.finish()
+    complete = report.survey.num_taken == report.survey.num_wanted
+    if complete:
+        seal_cache(job.out)
+    return replace(report, sealed=complete)
+
+
+def finished_trace(rows: TeacherRows, source: SourceTrace, header: CacheHeader) -> FinishedTrace:
+    """A teacher's rows as a trace: sections found, entries chosen, both counted."""
+    ids = rows.token_ids
+    bounds = source.bounds or find_sections(
+        ids.tolist(), source.num_prompt, header.think_open_ids, header.think_close_ids
+    )
+    # Rows of prompt tokens that were not asked for may come all the same when scoring.
+    first = rows.first_row if header.capture_prompt else max(rows.first_row, source.num_prompt)
+    skip = first - rows.first_row
+    policy = KeepPolicy(header.top_k, header.mass)
+    kept = keep_entries(rows.row_ids[skip:], rows.row_logprobs[skip:], policy)
+    trace = Trace(
+        trace_id=rows.request_id,
+        token_ids=ids,
+        n_total=len(ids),
+        cot_start=bounds[0],
+        answer_start=bounds[1],
+        k=np.concatenate([np.zeros(first, np.uint8), kept.k]),
+        top_ids=kept.top_ids,
+        top_logits=kept.top_logits,
+        tail_logit=np.concatenate([np.zeros(first, np.float32), kept.tail_logit]),
+        finish_reason=rows.finish_reason,
+        fields=source.fields,
+    )
+    return FinishedTrace(trace, source.source_hash, kept.num_clamped_tails, kept.num_clamped_logits)

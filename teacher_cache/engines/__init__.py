@@ -1,0 +1,90 @@
+"""What a teacher is to the rest of the project: requests in, rows of logprobs out.
+
+Letters: R rows (tokens with a distribution), K kept candidates per row.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class EngineError(Exception):
+    """The teacher cannot do what it was asked; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a teacher draws tokens. Captured logprobs never depend on it: they stay at temperature 1.
+
+    `top_k` here is the sampler's cut-off (0 for none), not the number of kept entries.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+@dataclass(frozen=True)
+class TeacherRequest:
+    """One trace to be generated or scored.
+
+    With `max_new_tokens` = 0 `token_ids` is a whole trace and is only scored; otherwise it is the
+    prompt, and at most that many tokens are generated after it.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    max_new_tokens: int
+    seed: int
+    capture_prompt: bool  # rows for the given tokens too (always true when scoring)
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """A finished trace and the teacher's distributions over its tokens.
+
+    Row r belongs to token `first_row + r` and is the distribution over *that* token given the
+    tokens before it. Column 0 is the token itself; columns 1..K are the K most probable tokens,
+    most probable first (the token itself may be among them again).
+    """
+
+    request_id: str
+    token_ids: NDArray[np.int32]  # [n] prompt and generated tokens
+    num_given: int  # how many of them were given in the request
+    first_row: int  # 1 where the given tokens have rows, else num_given
+    row_ids: NDArray[np.int32]  # [R, 1 + K]
+    row_logprobs: NDArray[np.float32]  # [R, 1 + K] nats, temperature 1, over the whole vocabulary
+    finish_reason: str  # "stop" or "length" when generated, "scored" otherwise
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """Where a teacher's numbers come from; written into the header of every cache."""
+
+    engine: str  # "vllm" or "transformers"
+    engine_version: str
+    dtype: str  # of weights and activations
+    head_dtype: str  # of the logits
+    vocab_size: int  # width of the softmax, padding included
+    max_model_len: int  # tokens in a trace, prompt included
+
+
+class Teacher(Protocol):
+    """An engine that runs one model.
+
+    `run` draws from `requests` only as far as its window of requests in flight allows, and yields
+    traces as they finish, in any order. It raises `EngineError` for a request it cannot run.
+    """
+
+    facts: TeacherFacts
+
+    def run(self, requests: Iterable[TeacherRequest]) -> Iterator[TeacherRows]:
+        """Generate or score every request."""
+        ...
+
+    def close(self) -> None:
+        """Free the model and its processes."""
+        ...

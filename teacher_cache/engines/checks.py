@@ -1,0 +1,83 @@
+"""What every engine refuses, and in which words."""
+
+from pathlib import Path
+
+import numpy as np
+
+from teacher_cache.engines import EngineError, Sampling, TeacherRequest, TeacherRows
+
+
+def one_line(error: BaseException) -> str:
+    """The message of a library's exception without line breaks or pydantic's appendix."""
+    return " ".join(str(error).split()).split(" [type=")[0]
+
+
+def check_model(model: str) -> None:
+    """Refuse a model that is clearly meant as a folder and is none.
+
+    A name with at most one slash that exists nowhere here may be one of the Hugging Face hub.
+
+    Raises:
+        EngineError: The folder does not exist or holds no `config.json`.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise EngineError(f"model {model!r}: the folder holds no config.json")
+    elif folder.exists() or folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
+        raise EngineError(
+            f"model {model!r}: no such folder, and not a name of the Hugging Face hub"
+        )
+
+
+def check_request(
+    request: TeacherRequest, *, vocab_size: int, max_model_len: int, sampling: Sampling | None
+) -> None:
+    """Refuse a request that the engine could not finish, before any work is done for it.
+
+    Args:
+        request: What is asked.
+        vocab_size: Width of the teacher's softmax; token ids lie below it.
+        max_model_len: Tokens that fit, given and generated.
+        sampling: The engine's way to draw tokens, None if it can only score.
+
+    Raises:
+        EngineError: Always names the request.
+    """
+    where, num_given = f"request {request.request_id!r}", len(request.token_ids)
+    if num_given == 0:
+        raise EngineError(f"{where}: no tokens")
+    if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size:
+        raise EngineError(f"{where}: token ids lie outside the teacher's 0 to {vocab_size - 1}")
+    if not 0 <= request.seed < 2**63:  # vLLM takes -1 as "no seed", and 64 signed bits
+        raise EngineError(f"{where}: expected a seed from 0 to 2**63 - 1, got {request.seed}")
+    if request.max_new_tokens > 0 and sampling is None:
+        raise EngineError(f"{where}: asks for new tokens of an engine made without `sampling`")
+    if num_given + (request.max_new_tokens > 0) > max_model_len:
+        what = "trace" if request.max_new_tokens == 0 else "prompt and one new token"
+        raise EngineError(
+            f"{where}: {what} of {num_given + (request.max_new_tokens > 0)} tokens, "
+            f"the teacher's context holds {max_model_len}"
+        )
+
+
+def check_rows(rows: TeacherRows) -> None:
+    """Refuse rows that are not those of their tokens, or that hold NaN.
+
+    Raises:
+        EngineError: The rows of several requests were mixed up, or the model's numbers overflowed.
+    """
+    where, tokens = f"request {rows.request_id!r}", rows.token_ids[rows.first_row :]
+    if rows.row_ids.shape != rows.row_logprobs.shape or len(rows.row_ids) != len(tokens):
+        raise EngineError(
+            f"{where}: expected rows for {len(tokens)} tokens, got ids {rows.row_ids.shape} "
+            f"and logprobs {rows.row_logprobs.shape}"
+        )
+    if not np.array_equal(rows.row_ids[:, 0], tokens):
+        wrong = rows.first_row + int(np.flatnonzero(rows.row_ids[:, 0] != tokens)[0])
+        raise EngineError(f"{where}: the row of token {wrong} belongs to another token")
+    if np.isnan(rows.row_logprobs).any():
+        wrong = rows.first_row + int(np.flatnonzero(np.isnan(rows.row_logprobs).any(axis=1))[0])
+        raise EngineError(
+            f"{where}: the teacher's logprobs of token {wrong} are NaN; try another dtype"
+        )

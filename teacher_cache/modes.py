@@ -1,0 +1,210 @@
+"""The two ways to capture: `generate` from prompts, `score` existing traces."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from teacher_cache.capture import CaptureReport, Job, capture
+from teacher_cache.engines import Sampling, Teacher, TeacherFacts, TeacherRequest
+from teacher_cache.format import MAX_K, CacheHeader
+from teacher_cache.sources import PromptRenderer, Render, Source, SourceTrace, TraceRenderer
+from teacher_cache.tokenizer import ModelFiles, TeacherTokenizer, ThinkMarks
+
+ENGINES = ("vllm", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureConfig:
+    """What both ways of capturing need to know."""
+
+    model: str
+    out: Path
+    engine: str = "vllm"
+    top_k: int = 64
+    mass: float = 0.999
+    revision: str | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    engine_arg: Mapping[str, object] = field(default_factory=dict)
+    template_arg: Mapping[str, object] = field(default_factory=dict)
+    think_open: str = "<think>"
+    think_close: str = "</think>"
+    num_bands: int = 20
+    limit: int | None = None
+    skip_bad_lines: bool = False
+    worker: str = "w0"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= MAX_K:
+            raise ValueError(f"top-k: expected 1 to {MAX_K} entries per token, got {self.top_k}")
+        if not 0.0 < self.mass <= 1.0:
+            raise ValueError(f"mass: expected a probability in (0, 1], got {self.mass}")
+        if self.engine_arg and self.engine != "vllm":
+            raise ValueError("engine arguments are vLLM's; the transformers engine takes none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(CaptureConfig):
+    """`cache-teacher generate`. None stands for the model's own default."""
+
+    prompts: Path
+    temperature: float | None = None
+    top_p: float | None = None
+    sample_top_k: int | None = None
+    max_tokens: int | None = None
+    seed: int = 0
+    samples_per_prompt: int = 1
+    capture_prompt: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(CaptureConfig):
+    """`cache-teacher score`."""
+
+    traces: Path
+    capture_prompt: bool = True
+
+
+def generate(config: GenerateConfig) -> CaptureReport:
+    """Let the teacher answer every prompt, and keep its distributions; raises as `capture`."""
+    files = ModelFiles(config.model, config.revision)
+    tokenizer = _tokenizer(config, files)
+    own = files.generation_config()
+    sampling = Sampling(
+        temperature=own.temperature if config.temperature is None else config.temperature,
+        top_p=own.top_p if config.top_p is None else config.top_p,
+        top_k=own.top_k if config.sample_top_k is None else config.sample_top_k,
+    )
+    context = files.context_length(config.max_model_len)
+
+    def requests(item: SourceTrace) -> list[TeacherRequest]:
+        room = context - len(item.token_ids)
+        names = [item.trace_id]
+        if config.samples_per_prompt > 1:
+            names = [f"{item.trace_id}#{sample}" for sample in range(config.samples_per_prompt)]
+        return [
+            TeacherRequest(
+                request_id=name,
+                token_ids=item.token_ids,
+                max_new_tokens=min(room, config.max_tokens or room),
+                seed=_seed(config.seed, name),
+                capture_prompt=config.capture_prompt,
+            )
+            for name in names
+        ]
+
+    recorded = {**asdict(sampling), "max_tokens": config.max_tokens, "seed": config.seed}
+    render = PromptRenderer(tokenizer, context)
+    return capture(
+        _job(config, files, tokenizer, config.prompts, render, requests, sampling, recorded)
+    )
+
+
+def score(config: ScoreConfig) -> CaptureReport:
+    """Keep the teacher's distributions over existing traces; raises as `capture`."""
+    files = ModelFiles(config.model, config.revision)
+    tokenizer = _tokenizer(config, files)
+    context = files.context_length(config.max_model_len)
+
+    def requests(item: SourceTrace) -> list[TeacherRequest]:
+        return [
+            TeacherRequest(
+                request_id=item.trace_id,
+                token_ids=item.token_ids,
+                max_new_tokens=0,
+                seed=0,
+                capture_prompt=True,
+            )
+        ]
+
+    render = TraceRenderer(tokenizer, context)
+    return capture(_job(config, files, tokenizer, config.traces, render, requests, None, None))
+
+
+def _tokenizer(config: CaptureConfig, files: ModelFiles) -> TeacherTokenizer:
+    marks = ThinkMarks(config.think_open, config.think_close)
+    return TeacherTokenizer(files, marks, config.template_arg)
+
+
+def _job(
+    config: GenerateConfig | ScoreConfig,
+    files: ModelFiles,
+    tokenizer: TeacherTokenizer,
+    path: Path,
+    render: Render,
+    requests: Callable[[SourceTrace], list[TeacherRequest]],
+    sampling: Sampling | None,
+    recorded: Mapping[str, float | int | None] | None,
+) -> Job:
+    terminal_ids = tokenizer.terminal_ids(files.generation_config().end_ids)
+
+    def header(facts: TeacherFacts) -> CacheHeader:
+        return CacheHeader(
+            mode="score" if sampling is None else "generate",
+            teacher=config.model,
+            teacher_revision=config.revision,
+            teacher_fingerprint=files.weights_fingerprint(),
+            engine=facts.engine,
+            engine_version=facts.engine_version,
+            dtype=facts.dtype,
+            head_dtype=facts.head_dtype,
+            vocab_size=facts.vocab_size,
+            tokenizer_size=tokenizer.size,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            chat_template_hash=tokenizer.template_hash,
+            think_open_ids=tokenizer.open_ids,
+            think_close_ids=tokenizer.close_ids,
+            terminal_token_ids=terminal_ids,
+            sampling=recorded,
+            top_k=config.top_k,
+            mass=config.mass,
+            capture_prompt=config.capture_prompt,
+            num_bands=config.num_bands,
+        )
+
+    return Job(
+        out=config.out,
+        worker=config.worker,
+        limit=config.limit,
+        config={k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
+        source=Source(path, render, skip_bad=config.skip_bad_lines),
+        requests=requests,
+        header=header,
+        start_teacher=lambda longest: _start(config, files, sampling, longest),
+    )
+
+
+def _start(
+    config: CaptureConfig, files: ModelFiles, sampling: Sampling | None, longest: int
+) -> Teacher:
+    # A vocabulary smaller than top-k has no more candidates to give.
+    top_k = min(config.top_k, files.vocab_size())
+    if config.engine == "transformers":
+        from teacher_cache.engines.transformers import TransformersTeacher
+
+        return TransformersTeacher(
+            model=config.model,
+            revision=config.revision,
+            dtype=config.dtype,
+            top_k=top_k,
+            max_model_len=longest,
+            sampling=sampling,
+        )
+    from teacher_cache.engines.vllm import VllmTeacher
+
+    return VllmTeacher(
+        model=config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        top_k=top_k,
+        max_model_len=longest,
+        sampling=sampling,
+        engine_args=config.engine_arg,
+    )
+
+
+def _seed(seed: int, trace_id: str) -> int:
+    """A sample's own seed: independent of the order in which samples are drawn."""
+    digest = hashlib.sha256(f"{seed}:{trace_id}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")

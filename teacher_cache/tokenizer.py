@@ -1,0 +1,222 @@
+"""What the teacher's folder says: tokenizer, chat template, generation config, fingerprints.
+
+transformers is imported when something is loaded, not before.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teacher_cache.engines import EngineError
+from teacher_cache.engines.checks import check_model, one_line
+from teacher_cache.format import (
+    CacheHeader,
+    CacheMismatchError,
+    content_hash,
+    tokenizer_fingerprint,
+)
+
+_SAMPLE_BYTES = 1 << 20  # of each end of a weight file: enough to tell two trainings apart
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf"}
+
+
+@dataclass(frozen=True)
+class OwnGenerationConfig:
+    """The sampling settings and end tokens that a model's generation config names."""
+
+    temperature: float
+    top_p: float
+    top_k: int  # 0 for none
+    end_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model folder or hub id, without its weights in memory."""
+
+    model: str
+    revision: str | None
+
+    def config(self) -> Any:  # noqa: ANN401 (transformers is untyped here)
+        """The model's text config."""
+        check_model(self.model)
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.model, revision=self.revision)
+        except (OSError, ValueError) as error:
+            raise EngineError(f"model {self.model!r}: {one_line(error)}") from error
+        return config.get_text_config()
+
+    def vocab_size(self) -> int:
+        """Width of the model's softmax."""
+        return int(self.config().vocab_size)
+
+    def context_length(self, wanted: int | None) -> int:
+        """Tokens that a trace may have: the model's own limit, or fewer where fewer are wanted.
+
+        Raises:
+            EngineError: If neither says.
+        """
+        limit = getattr(self.config(), "max_position_embeddings", None)
+        if limit is None and wanted is None:
+            raise EngineError(f"model {self.model!r} states no context length: set --max-model-len")
+        return min(length for length in (limit, wanted) if length is not None)
+
+    def generation_config(self) -> OwnGenerationConfig:
+        """The model's defaults for generating; temperature 1 and no cut-off where it names none."""
+        from transformers import GenerationConfig
+
+        try:
+            own: Any = GenerationConfig.from_pretrained(
+                self.model, revision=self.revision or "main"
+            )
+        except OSError:  # a model need not have one
+            return OwnGenerationConfig(1.0, 1.0, 0, ())
+        named = own.to_diff_dict()  # what the file says, not the library's own defaults
+        ends = named.get("eos_token_id") or ()
+        return OwnGenerationConfig(
+            temperature=float(named.get("temperature", 1.0)),
+            top_p=float(named.get("top_p", 1.0)),
+            top_k=int(named.get("top_k", 0)),
+            end_ids=(ends,) if isinstance(ends, int) else tuple(ends),
+        )
+
+    def tokenizer(self) -> Any:  # noqa: ANN401 (transformers is untyped here)
+        """The model's tokenizer."""
+        check_model(self.model)
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.model, revision=self.revision)
+        except (OSError, ValueError) as error:
+            raise EngineError(f"model {self.model!r}: {one_line(error)}") from error
+
+    def weights_fingerprint(self) -> str:
+        """Identity of the weights.
+
+        For a folder: a hash of its config and of the name, size and both ends of every weight
+        file (reading all of a large model would take minutes). For a hub id: the commit that it
+        resolves to.
+        """
+        folder = Path(self.model)
+        if not folder.is_dir():
+            commit = getattr(self.config(), "_commit_hash", None)
+            return f"{self.model}@{commit or self.revision or 'main'}"
+        digest = hashlib.sha256((folder / "config.json").read_bytes())
+        for file in sorted(f for f in folder.iterdir() if f.suffix in _WEIGHT_SUFFIXES):
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}:".encode())
+            with file.open("rb") as opened:
+                digest.update(opened.read(_SAMPLE_BYTES))
+                opened.seek(max(0, size - _SAMPLE_BYTES))
+                digest.update(opened.read(_SAMPLE_BYTES))
+        return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class ThinkMarks:
+    """The texts around a chain of thought."""
+
+    open: str
+    close: str
+
+
+class TeacherTokenizer:
+    """The teacher's tokenizer with its chat template, and the ids of the thinking marks."""
+
+    def __init__(
+        self, files: ModelFiles, marks: ThinkMarks, template_args: Mapping[str, object]
+    ) -> None:
+        """Load it; `template_args` are passed to the chat template (`enable_thinking`, ...)."""
+        self._tokenizer = files.tokenizer()
+        self._template_args = dict(template_args)
+        self.marks = marks
+        self.open_ids = tuple(self.encode(marks.open))
+        self.close_ids = tuple(self.encode(marks.close))
+
+    @property
+    def size(self) -> int:
+        """Ids that mean something; the teacher's softmax may be wider."""
+        return len(self._tokenizer)
+
+    @property
+    def end_id(self) -> int | None:
+        """The end-of-sequence token."""
+        end_id: int | None = self._tokenizer.eos_token_id
+        return end_id
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers whose ids mean the same."""
+        return tokenizer_fingerprint(self._tokenizer.get_vocab())
+
+    @property
+    def template_hash(self) -> str:
+        """Of the chat template and its arguments."""
+        return content_hash([self._tokenizer.chat_template, self._template_args])
+
+    def terminal_ids(self, end_ids: Sequence[int]) -> tuple[int, ...]:
+        """Every token that ends a trace: the generation config's and the tokenizer's own."""
+        own = () if self.end_id is None else (self.end_id,)
+        return tuple(sorted({*end_ids, *own}))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a piece of text, nothing added."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def encode_document(self, text: str) -> list[int]:
+        """Ids of a text that begins a sequence, with what the tokenizer puts before one."""
+        ids: list[int] = self._tokenizer.encode(text)
+        if ids and ids[-1] == self.end_id:
+            ids.pop()  # some tokenizers close what is only a beginning
+        return ids
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The chat template's text of a conversation that the assistant is about to answer.
+
+        Raises:
+            ValueError: If the teacher has no chat template, or it refuses the messages.
+        """
+        from jinja2 import TemplateError
+
+        if not self._tokenizer.chat_template:
+            raise ValueError("the teacher has no chat template; give `prompt` instead of messages")
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, **self._template_args
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the chat template refuses the messages: {one_line(error)}"
+            ) from error
+        return text
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some ids, special tokens included."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+
+def load_tokenizer(header: CacheHeader, model: str | None) -> TeacherTokenizer:
+    """The tokenizer of a cache's teacher, for showing text.
+
+    Args:
+        header: Of the cache.
+        model: Where the teacher is now, if not where it was at capture.
+
+    Raises:
+        EngineError: If it is not there.
+        CacheMismatchError: If `model` has another tokenizer.
+    """
+    files = ModelFiles(model or header.teacher, header.teacher_revision if model is None else None)
+    tokenizer = TeacherTokenizer(files, ThinkMarks("<think>", "</think>"), {})
+    if tokenizer.fingerprint != header.tokenizer_fingerprint:
+        raise CacheMismatchError(
+            f"model {files.model!r} has another tokenizer than the cache's teacher had "
+            f"({header.teacher!r})"
+        )
+    return tokenizer

@@ -1,0 +1,301 @@
+"""The capture loop with a table as teacher: nothing lost or repeated, every row in its place."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_format import read_all
+from test_sources import CHAT, make_teacher
+
+from teacher_cache import modes
+from teacher_cache.engines import EngineError, TeacherFacts, TeacherRows
+from teacher_cache.format import CacheMismatchError, open_cache, stored_logprobs
+from teacher_cache.modes import GenerateConfig, ScoreConfig, generate, score
+from teacher_cache.sources import SourceError
+
+VOCAB_SIZE = 50
+OPEN_ID, CLOSE_ID, END_ID = 2, 3, 0
+
+
+def row_over(token_id):
+    """Logprobs of every token after `token_id`; the same on every machine."""
+    logits = np.random.default_rng(token_id).normal(0, 2, VOCAB_SIZE)
+    return logits - np.logaddexp.reduce(logits)
+
+
+class TableTeacher:
+    """Every next token depends on the last one only; a trace thinks, answers and ends."""
+
+    facts = TeacherFacts("table", "1", "float64", "float64", VOCAB_SIZE, 64)
+
+    def __init__(self, asked, fail_after=None, signal_after=None):
+        self.asked = asked
+        self.fail_after = fail_after
+        self.signal_after = signal_after
+
+    def run(self, requests):
+        for number, request in enumerate(requests):
+            if number == self.fail_after:
+                raise EngineError("the table fell down")
+            if number == self.signal_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.asked.append(request)
+            yield self.rows(request)
+
+    def rows(self, request):
+        tokens = list(request.token_ids)
+        if request.max_new_tokens:
+            rng = np.random.default_rng(request.seed)
+            tokens += [OPEN_ID, *rng.integers(5, 40, 6).tolist(), CLOSE_ID, 7, END_ID]
+            tokens = tokens[: len(request.token_ids) + request.max_new_tokens]
+        first = 1 if request.capture_prompt else len(request.token_ids)
+        ids, logprobs = [], []
+        for last, token in zip(tokens[first - 1 : -1], tokens[first:], strict=True):
+            row = row_over(last)
+            ids.append([token, *np.argsort(-row)[:8]])
+            logprobs.append(row[ids[-1]])
+        ended = tokens[-1] == END_ID
+        reason = "scored" if not request.max_new_tokens else "stop" if ended else "length"
+        return TeacherRows(
+            request.request_id,
+            np.array(tokens, np.int32),
+            len(request.token_ids),
+            first,
+            np.array(ids, np.int32),
+            np.array(logprobs, np.float32),
+            reason,
+        )
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_teacher(folder, CHAT)
+    config = {"model_type": "qwen3", "vocab_size": VOCAB_SIZE, "max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Requests that teachers got; `asked.teacher` changes how the next one behaves."""
+
+    class Asked(list):
+        teacher = TableTeacher
+
+    requests = Asked()
+    monkeypatch.setattr(modes, "_start", lambda *_: requests.teacher(requests))
+    return requests
+
+
+def write_prompts(path, num_prompts, first=0):
+    rows = [{"id": f"p{n}", "prompt": f"a {n}", "answer": n} for n in range(first, num_prompts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def config(model, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 6)
+    return GenerateConfig(
+        model=model, prompts=prompts, out=tmp_path / "cache", top_k=8, max_tokens=20
+    )
+
+
+def names(asked):
+    return [request.request_id for request in asked]
+
+
+def test_every_prompt_becomes_a_trace_with_its_sections_and_fields(config, asked):
+    report = generate(config)
+    assert (report.num_traces, report.sealed, report.num_unfinished) == (6, True, 0)
+    traces = read_all(open_cache(str(config.out)))
+    assert sorted(traces) == [f"p{n}" for n in range(6)]
+    for n in range(6):
+        trace = traces[f"p{n}"]
+        assert trace.fields == {"answer": n}
+        assert trace.finish_reason == "stop"
+        assert trace.token_ids[trace.cot_start] == OPEN_ID
+        assert trace.token_ids[trace.answer_start - 1] == CLOSE_ID
+        assert trace.token_ids[-1] == END_ID
+        assert trace.k[: trace.cot_start].tolist() == [0] * trace.cot_start  # no prompt rows
+        assert (trace.k[trace.cot_start :] > 0).all()
+
+
+def test_entry_t_is_the_distribution_over_token_t(config, asked):
+    generate(replace(config, capture_prompt=True, mass=1.0))
+    for trace in read_all(open_cache(str(config.out))).values():
+        logprobs = stored_logprobs(trace.k, trace.top_logits, trace.tail_logit)
+        ends = np.cumsum(trace.k, dtype=int)
+        for t in range(1, trace.n_total):
+            part = slice(ends[t] - trace.k[t], ends[t])
+            expected = row_over(int(trace.token_ids[t - 1]))[trace.top_ids[part]]
+            shifted = row_over(int(trace.token_ids[t]))[trace.top_ids[part]]
+            near = expected > expected.max() - 5
+            assert np.abs(logprobs[part] - expected)[near].max() < 0.05
+            assert np.abs(logprobs[part] - shifted)[near].max() > 0.05
+
+
+def test_what_is_finished_is_not_asked_again(config, asked):
+    asked.teacher = lambda requests: TableTeacher(requests, fail_after=4)
+    with pytest.raises(EngineError, match="fell down"):
+        generate(config)
+    assert names(asked) == ["p0", "p1", "p2", "p3"]
+    asked.clear()
+    asked.teacher = TableTeacher
+    report = generate(config)
+    assert names(asked) == ["p4", "p5"]
+    assert (report.num_traces, report.survey.num_taken, report.sealed) == (2, 6, True)
+    assert len(read_all(open_cache(str(config.out)))) == 6
+
+
+def test_a_stop_signal_keeps_what_is_finished_and_says_which_it_was(config, asked):
+    asked.teacher = lambda requests: TableTeacher(requests, signal_after=3)
+    report = generate(config)
+    assert report.stopped_by == signal.SIGTERM
+    assert not report.sealed
+    asked.clear()
+    asked.teacher = TableTeacher
+    assert generate(config).num_traces == 3
+    assert len(read_all(open_cache(str(config.out)))) == 6
+
+
+def test_a_trial_run_leaves_the_cache_open_for_the_rest(config, asked):
+    trial = generate(replace(config, limit=2))
+    assert (trial.num_traces, trial.sealed, trial.survey.num_wanted) == (2, False, 6)
+    asked.clear()
+    report = generate(config)
+    assert names(asked) == ["p2", "p3", "p4", "p5"]
+    assert report.sealed
+
+
+def test_a_complete_capture_run_again_starts_no_teacher(config, asked):
+    generate(config)
+    asked.teacher = None  # would fail when called
+    report = generate(config)
+    assert (report.num_traces, report.sealed) == (0, True)
+
+
+def test_new_prompts_for_a_sealed_cache_are_refused(config, asked):
+    generate(config)
+    asked.teacher = None
+    write_prompts(config.prompts, 8)
+    with pytest.raises(CacheMismatchError, match="is sealed, and 2 of 8 traces are not in it"):
+        generate(config)
+
+
+@pytest.mark.parametrize("change", [{"top_k": 4}, {"seed": 1}, {"temperature": 0.5}, {"mass": 0.5}])
+def test_another_captures_folder_is_refused_before_the_teacher_starts(config, asked, change):
+    generate(replace(config, limit=1))
+    asked.teacher = None
+    (name,) = change
+    with pytest.raises(CacheMismatchError, match=name):
+        generate(replace(config, **change))
+
+
+def test_a_changed_prompt_under_an_old_id_is_refused(config, asked):
+    generate(replace(config, limit=3))
+    config.prompts.write_text('{"id": "p0", "prompt": "b b b"}\n')
+    with pytest.raises(SourceError, match=r"'p0' is in .* already, made from other content"):
+        generate(config)
+
+
+def test_samples_of_a_prompt_have_their_own_names_and_seeds(config, asked):
+    generate(replace(config, samples_per_prompt=3))
+    assert len(names(asked)) == 18
+    assert names(asked)[:3] == ["p0#0", "p0#1", "p0#2"]
+    assert len({request.seed for request in asked}) == 18
+    assert (
+        len({trace.token_ids.tobytes() for trace in read_all(open_cache(str(config.out))).values()})
+        == 18
+    )
+
+
+def test_seeds_do_not_depend_on_what_else_is_captured(config, asked):
+    generate(replace(config, limit=1))
+    alone = asked[0]
+    asked.clear()
+    write_prompts(config.prompts, 6)
+    generate(replace(config, out=config.out.parent / "other"))
+    assert next(r for r in asked if r.request_id == alone.request_id).seed == alone.seed
+
+
+def test_a_cut_chain_of_thought_is_kept_and_counted(config, asked):
+    report = generate(replace(config, max_tokens=4))
+    assert report.num_unfinished == 6
+    for trace in read_all(open_cache(str(config.out))).values():
+        assert trace.finish_reason == "length"
+        assert trace.answer_start == trace.n_total
+
+
+def test_a_bad_line_stops_before_the_teacher_starts(config, asked):
+    asked.teacher = None
+    with config.prompts.open("a") as file:
+        file.write('{"prompt": ""}\n')
+    with pytest.raises(SourceError, match=r"prompts\.jsonl:7: the prompt is empty"):
+        generate(config)
+    assert not config.out.exists()
+
+
+def test_bad_lines_that_are_left_out_are_counted(config, asked):
+    with config.prompts.open("a") as file:
+        file.write('{"prompt": ""}\nnonsense\n')
+    report = generate(replace(config, skip_bad_lines=True))
+    assert (report.num_traces, report.survey.num_bad_lines) == (6, 2)
+
+
+def test_an_empty_input_is_refused(config, asked):
+    config.prompts.write_text("\n")
+    with pytest.raises(SourceError, match="at least one usable line"):
+        generate(config)
+
+
+@pytest.mark.parametrize("capture_prompt", [True, False])
+def test_scoring_keeps_the_tokens_that_were_given(config, asked, capture_prompt, tmp_path):
+    traces = tmp_path / "traces.jsonl"
+    row = {"id": "x", "prompt": "a b c", "response": "<think> d </think> 5"}
+    traces.write_text(json.dumps(row))
+    score(
+        ScoreConfig(
+            model=config.model,
+            traces=traces,
+            out=tmp_path / "scored",
+            top_k=8,
+            capture_prompt=capture_prompt,
+        )
+    )
+    trace = read_all(open_cache(str(tmp_path / "scored")))["x"]
+    assert (trace.finish_reason, trace.cot_start, trace.answer_start) == ("scored", 3, 6)
+    assert (trace.k > 0).tolist() == [False, *[capture_prompt] * 2, *[True] * 5]
+
+
+def test_both_modes_store_the_same_entries_for_the_same_tokens(config, asked, tmp_path):
+    generate(replace(config, capture_prompt=True))
+    generated = read_all(open_cache(str(config.out)))
+    traces = tmp_path / "traces.jsonl"
+    with traces.open("w") as file:
+        for trace in generated.values():
+            row = {
+                "id": trace.trace_id,
+                "token_ids": trace.token_ids.tolist(),
+                "cot_start": trace.cot_start,
+                "answer_start": trace.answer_start,
+            }
+            file.write(json.dumps(row) + "\n")
+    score(ScoreConfig(model=config.model, traces=traces, out=tmp_path / "scored", top_k=8))
+    scored = read_all(open_cache(str(tmp_path / "scored")))
+    for name, trace in generated.items():
+        for column in ("token_ids", "k", "top_ids", "top_logits", "tail_logit"):
+            np.testing.assert_array_equal(getattr(trace, column), getattr(scored[name], column))
+
+
+@pytest.mark.parametrize("bad", [{"top_k": 0}, {"top_k": 255}, {"mass": 0.0}, {"mass": 1.5}])
+def test_settings_outside_their_range_are_refused(config, bad):
+    with pytest.raises(ValueError, match="expected"):
+        replace(config, **bad)

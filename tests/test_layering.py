@@ -1,0 +1,128 @@
+"""The one-way rule: who may import whom, read from the sources."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"torch", "vllm", "transformers", "accelerate", "ray", "triton", "click"}
+
+# First match counts. "ours" may be prefixes; "heavy" are the only large packages allowed.
+RULES = [
+    ("teacher_cache.format.span", set(), set()),
+    ("teacher_cache.format", {"teacher_cache.format"}, set()),
+    ("teacher_cache.engines.vllm", {"teacher_cache.engines", "teacher_cache.format"}, {"vllm"}),
+    (
+        "teacher_cache.engines.transformers",
+        {"teacher_cache.engines", "teacher_cache.format"},
+        {"torch", "transformers"},
+    ),
+    ("teacher_cache.engines", {"teacher_cache.engines", "teacher_cache.format"}, set()),
+    (
+        "teacher_cache.tokenizer",
+        {"teacher_cache.engines", "teacher_cache.format"},
+        {"transformers"},
+    ),
+    (
+        "teacher_cache.sources",
+        {"teacher_cache.tokenizer", "teacher_cache.format"},
+        set(),
+    ),
+    ("teacher_cache.cli", {"teacher_cache"}, {"click"}),
+    ("teacher_cache", {"teacher_cache"}, set()),
+    ("student_train.losses.triton_rows", {"student_train.losses"}, {"torch", "triton"}),
+    ("student_train.losses", {"student_train.losses"}, {"torch"}),
+    ("student_train.cli", {"student_train", "teacher_cache.format"}, {"click"}),
+    (
+        "student_train",
+        {"student_train", "teacher_cache.format"},
+        {"torch", "transformers", "accelerate"},
+    ),
+]
+LOW_TO_HIGH = {  # within a stage: a module must not import one that stands after it
+    "teacher_cache": ["tokenizer", "sources", "capture", "modes", "inspection", "export", "cli"],
+}
+
+
+def modules():
+    for package in ("teacher_cache", "student_train"):
+        for file in sorted((ROOT / package).rglob("*.py")):
+            parts = file.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), file
+
+
+def imports_of(file):
+    """Absolute names imported anywhere in a file, but for those only used by type checkers."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module
+            if node.module in {"teacher_cache", "student_train"}:
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name, prefixes):
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def broken_rules(module, imported):
+    _, ours, heavy = next(rule for rule in RULES if within(module, {rule[0]}))
+    for name in imported:
+        top = name.partition(".")[0]
+        if (
+            top in {"teacher_cache", "student_train"} and name != top and not within(name, ours)
+        ) or (top in HEAVY and top not in heavy):
+            yield name
+
+
+@pytest.mark.parametrize(("module", "file"), list(modules()), ids=lambda value: str(value))
+def test_a_module_imports_only_what_stands_below_it(module, file):
+    assert list(broken_rules(module, imports_of(file))) == []
+
+
+def test_the_rule_notices_a_wrong_import():
+    assert list(broken_rules("teacher_cache.format.trace", ["torch.nn"])) == ["torch.nn"]
+    assert list(broken_rules("student_train.stream", ["teacher_cache.capture"])) == [
+        "teacher_cache.capture"
+    ]
+    assert list(broken_rules("student_train.losses.rows", ["student_train.batch"])) == [
+        "student_train.batch"
+    ]
+
+
+@pytest.mark.parametrize("package", LOW_TO_HIGH)
+def test_modules_of_a_stage_import_downwards(package):
+    order = LOW_TO_HIGH[package]
+    for position, name in enumerate(order):
+        above = {f"{package}.{other}" for other in order[position:]}
+        found = [i for i in imports_of(ROOT / package / f"{name}.py") if within(i, above)]
+        assert found == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import teacher_cache.format",
+        "import teacher_cache.cli as c; c.cli.main(['--help'], standalone_mode=False)",
+        "import teacher_cache.cli as c; c.cli.main(['generate', '--help'], standalone_mode=False)",
+        "import student_train.cli as c; c.cli.main(['run', '--help'], standalone_mode=False)",
+    ],
+)
+def test_format_and_help_load_nothing_heavy(code):
+    check = (
+        f"{code}\nimport sys\n"
+        "print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stderr.strip().splitlines()[-1] == "[]"

@@ -1,0 +1,239 @@
+"""Rows of the user become exactly the tokens that the teacher would have produced."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from teacher_cache.sources import (
+    PromptRenderer,
+    Source,
+    SourceError,
+    TraceRenderer,
+    find_first,
+    find_last,
+    find_sections,
+)
+from teacher_cache.tokenizer import ModelFiles, TeacherTokenizer, ThinkMarks
+
+MARKS = ThinkMarks("<think>", "</think>")
+CHAT = (
+    "{% for m in messages %}<start> {{ m.role }} {% if m.role == 'assistant' %}"
+    "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<start> assistant {% endif %}"
+)
+OPENING_CHAT = CHAT.replace(
+    "<start> assistant {% endif %}", "<start> assistant <think> {% endif %}"
+)
+
+
+def make_teacher(folder, template):
+    special = ["<end>", "<start>", "<think>", "</think>", "<unk>"]
+    words = [*special, "user", "assistant", "system", *"abcdefghij", *map(str, range(30))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    fast.add_special_tokens({"additional_special_tokens": special[1:4]})
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    (folder / "config.json").write_text("{}")
+    return TeacherTokenizer(ModelFiles(str(folder), None), MARKS, {})
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return make_teacher(tmp_path_factory.mktemp("teacher"), CHAT)
+
+
+@pytest.fixture(scope="module")
+def opening_teacher(tmp_path_factory):
+    """A teacher whose template writes the opening mark into the prompt."""
+    return make_teacher(tmp_path_factory.mktemp("opening"), OPENING_CHAT)
+
+
+def text(teacher, ids):
+    return teacher.decode(ids)
+
+
+def render(teacher, row, max_tokens=100):
+    return TraceRenderer(teacher, max_tokens)(row)
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def sections(teacher, trace):
+    start, end = trace.bounds or find_sections(
+        trace.token_ids, trace.num_prompt, teacher.open_ids, teacher.close_ids
+    )
+    ids = trace.token_ids
+    return [text(teacher, ids[:start]), text(teacher, ids[start:end]), text(teacher, ids[end:])]
+
+
+def test_a_prompt_as_text_is_taken_as_it_is(teacher):
+    trace = PromptRenderer(teacher, 100)({"id": 7, "prompt": "a b c", "answer": "12"})
+    assert text(teacher, trace.token_ids) == "a b c"
+    assert (trace.trace_id, trace.num_prompt, dict(trace.fields)) == ("7", 3, {"answer": "12"})
+
+
+def test_messages_go_through_the_chat_template(teacher):
+    trace = PromptRenderer(teacher, 100)({"messages": [user("a b")]})
+    assert text(teacher, trace.token_ids) == "<start> user a b <end> <start> assistant"
+
+
+def test_a_row_without_id_is_named_by_its_tokens(teacher):
+    one, same, other = (PromptRenderer(teacher, 100)({"prompt": p}) for p in ("a", "a", "b"))
+    assert one.trace_id == same.trace_id != other.trace_id
+
+
+def test_thinking_inside_the_assistants_turn_is_kept_although_the_template_strips_it(teacher):
+    turn = {"role": "assistant", "content": "<think> c d </think> 5"}
+    trace = render(teacher, {"messages": [user("a b"), turn]})
+    assert text(teacher, trace.token_ids) == (
+        "<start> user a b <end> <start> assistant <think> c d </think> 5 <end>"
+    )
+    assert sections(teacher, trace) == [
+        "<start> user a b <end> <start> assistant",
+        "<think> c d </think>",
+        "5 <end>",
+    ]
+
+
+def test_reasoning_given_apart_is_put_between_the_marks(teacher):
+    turn = {"role": "assistant", "reasoning_content": "c d", "content": "5"}
+    trace = render(teacher, {"messages": [user("a b"), turn]})
+    assert sections(teacher, trace)[1:] == ["<think> c d </think>", "5 <end>"]
+
+
+def test_an_opening_mark_that_the_template_wrote_is_not_written_twice(opening_teacher):
+    marked = {"role": "assistant", "content": "<think> c </think> 5"}
+    apart = {"role": "assistant", "reasoning_content": "c", "content": "5"}
+    for turn in (marked, apart):
+        trace = render(opening_teacher, {"messages": [user("a"), turn]})
+        assert sections(opening_teacher, trace) == [
+            "<start> user a <end> <start> assistant",
+            "<think> c </think>",
+            "5 <end>",
+        ]
+
+
+def test_prompt_and_response_are_joined_as_text(teacher):
+    trace = render(teacher, {"prompt": "a b", "response": "<think> c </think> 5", "source": "x"})
+    assert sections(teacher, trace) == ["a b", "<think> c </think>", "5 <end>"]
+    assert dict(trace.fields) == {"source": "x"}
+
+
+def test_earlier_turns_belong_to_the_prompt(teacher):
+    earlier = {"role": "assistant", "content": "<think> i </think> 1"}
+    last = {"role": "assistant", "content": "<think> c </think> 5"}
+    trace = render(teacher, {"messages": [user("a"), earlier, user("b"), last]})
+    assert sections(teacher, trace)[1:] == ["<think> c </think>", "5 <end>"]
+
+
+def test_ready_token_ids_are_taken_as_they_are(teacher):
+    row = {"id": "x", "token_ids": [8, 9, 2, 3, 10], "cot_start": 2, "answer_start": 4}
+    trace = render(teacher, row)
+    assert (trace.token_ids, trace.bounds) == ((8, 9, 2, 3, 10), (2, 4))
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([5, 5, 2, 7, 7, 3, 9], (2, 6)),  # opened and closed in the response
+        ([5, 2, 7, 7, 3, 9], (1, 5)),  # opened in the prompt
+        ([5, 5, 2, 7, 7], (2, 5)),  # cut before the closing mark
+        ([5, 5, 7, 3, 9], (2, 4)),  # closed, never opened
+        ([5, 5, 9, 9], (2, 2)),  # no thinking at all
+        ([2, 3, 9, 9], (2, 2)),  # the prompt holds an empty thinking part
+        ([2, 3, 2, 7, 3, 9, 3, 9], (2, 5)),  # the first closing mark ends it
+    ],
+)
+def test_sections_are_found(ids, expected):
+    assert find_sections(ids, 2, (2,), (3,)) == expected
+
+
+def test_marks_of_several_tokens_are_found():
+    ids = [1, 2, 3, 1, 2, 4, 1, 2]
+    assert (find_first(ids, (1, 2)), find_last(ids, (1, 2)), find_first(ids, (2, 4))) == (0, 6, 4)
+    assert (find_first(ids, (1, 2), 1), find_last(ids, (9,)), find_first([], (1,))) == (3, -1, -1)
+    assert find_sections([9, 1, 2, 7, 1, 4, 8], 1, (1, 2), (1, 4)) == (1, 6)
+
+
+def source(path, teacher, lines, **options):
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    )
+    return Source(path, PromptRenderer(teacher, 10), **{"skip_bad": False} | options)
+
+
+BAD = {
+    "not json": ("{'prompt'", "not JSON"),
+    "a list": ([1, 2], "expected a JSON object, got list"),
+    "no prompt": ({"text": "a"}, "expected `prompt` or `messages`, found text"),
+    "empty": ({"prompt": "  "}, "the prompt is empty"),
+    "not text": ({"prompt": 5}, "`prompt` must be text, got int"),
+    "no messages": ({"messages": []}, "at least one message"),
+    "no role": ({"messages": [{"content": "a"}]}, "object with a `role`"),
+    "too long": ({"prompt": "a " * 10}, "prompt of 10 tokens; the teacher's context of 10"),
+    "same id": ({"id": "1", "prompt": "b"}, "id '1' stands in line 1 already"),
+    "odd id": ({"id": [], "prompt": "b"}, "`id` must be text or an integer"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, teacher, case):
+    line, message = BAD[case]
+    rows = source(tmp_path / "p.jsonl", teacher, [{"id": "1", "prompt": "a"}, "", line])
+    with pytest.raises(SourceError, match=r"p\.jsonl:3: .*--skip-bad-lines") as caught:
+        list(rows)
+    assert message in str(caught.value)
+
+
+def test_bad_lines_are_left_out_and_counted_where_the_user_says_so(tmp_path, teacher):
+    lines = [{"id": "1", "prompt": "a"}, *(line for line, _ in BAD.values()), {"prompt": "c"}]
+    rows = source(tmp_path / "p.jsonl", teacher, lines, skip_bad=True)
+    assert [text(teacher, row.token_ids) for row in rows] == ["a", "c"]
+    assert len(rows.bad) == len(BAD)
+    assert all("p.jsonl:" in reason for reason in rows.bad)
+    assert len(list(rows)) == 2  # a second reading counts anew
+    assert len(rows.bad) == len(BAD)
+
+
+BAD_TRACES = {
+    "no response": ({"prompt": "a"}, "found prompt"),
+    "no assistant": ({"messages": [user("a")]}, "must be the assistant's, got role 'user'"),
+    "empty response": ({"prompt": "a", "response": ""}, "the response is empty"),
+    "response of another kind": ({"prompt": "a", "response": 5}, "must be text"),
+    "no bounds": ({"token_ids": [1]}, "needs `cot_start` and `answer_start`"),
+    "no ids": ({"token_ids": []}, "at least one integer"),
+    "bounds out of order": (
+        {"token_ids": [8, 9], "cot_start": 2, "answer_start": 1},
+        "got cot_start=2, answer_start=1",
+    ),
+    "foreign ids": (
+        {"token_ids": [8, 999], "cot_start": 1, "answer_start": 2},
+        "id 999 is outside",
+    ),
+    "too long": ({"prompt": "a", "response": "b " * 10}, "trace of 12 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TRACES)
+def test_a_bad_trace_is_refused_with_the_reason(teacher, case):
+    row, message = BAD_TRACES[case]
+    with pytest.raises(ValueError) as caught:
+        render(teacher, row, max_tokens=10)
+    assert message in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path, teacher):
+    with pytest.raises(SourceError, match=r"nowhere\.jsonl: cannot be read: No such file"):
+        list(Source(tmp_path / "nowhere.jsonl", PromptRenderer(teacher, 10), skip_bad=True))
+
+
+def test_a_teacher_without_chat_template_refuses_messages(tmp_path):
+    plain = make_teacher(tmp_path, None)
+    with pytest.raises(ValueError, match="no chat template"):
+        PromptRenderer(plain, 10)({"messages": [user("a")]})

@@ -1,0 +1,265 @@
+"""What a dying writer leaves behind, and who may write where."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from fakes import make_header, make_trace, make_traces
+from test_format import assert_same, read_all
+
+from teacher_cache.format import (
+    CacheFormatError,
+    CacheMismatchError,
+    CacheWriter,
+    FinishedTrace,
+    open_cache,
+    seal_cache,
+)
+from teacher_cache.format import writer as writer_module
+from teacher_cache.format.journal import Journal, read_journal
+
+
+def append_all(writer, traces):
+    for trace in traces:
+        writer.append(FinishedTrace(trace, f"hash of {trace.trace_id}"))
+
+
+def journal_files(folder):
+    return sorted((folder / "journal").glob("*.journal"))
+
+
+def assert_holds(folder, traces):
+    found = read_all(open_cache(str(folder), allow_unsealed=True))
+    assert sorted(found) == sorted(trace.trace_id for trace in traces)
+    for trace in traces:
+        assert_same(trace, found[trace.trace_id])
+
+
+def test_a_writer_goes_on_where_the_last_one_was_closed(tmp_path):
+    traces = make_traces(9)
+    with CacheWriter(tmp_path, make_header()) as writer:
+        append_all(writer, traces[:4])
+    with CacheWriter(tmp_path, make_header()) as writer:
+        assert dict(writer.finished()) == {t.trace_id: f"hash of {t.trace_id}" for t in traces[:4]}
+        append_all(writer, traces[4:])
+        writer.finish()
+    assert_holds(tmp_path, traces)
+    assert journal_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("kept", ["all but one byte", "half", "one byte"])
+def test_a_torn_tail_is_cut_off_and_what_came_before_is_kept(tmp_path, kept, caplog):
+    traces = make_traces(5)
+    with CacheWriter(tmp_path, make_header()) as writer:
+        append_all(writer, traces[:4])
+        (journal,) = journal_files(tmp_path)
+        whole = journal.stat().st_size
+        append_all(writer, traces[4:])
+    frame = journal.stat().st_size - whole
+    torn = whole + {"all but one byte": frame - 1, "half": frame // 2, "one byte": 1}[kept]
+    os.truncate(journal, torn)
+    with CacheWriter(tmp_path, make_header()) as writer:
+        assert sorted(writer.finished()) == [trace.trace_id for trace in traces[:4]]
+        assert f"torn tail of {torn - whole} bytes" in caplog.text
+        append_all(writer, traces[4:])
+        writer.finish()
+    assert_holds(tmp_path, traces)
+
+
+def test_a_journal_that_died_in_its_first_frame_begins_anew(tmp_path):
+    with CacheWriter(tmp_path, make_header()) as writer:
+        append_all(writer, make_traces(1))
+    (journal,) = journal_files(tmp_path)
+    os.truncate(journal, 3)
+    with CacheWriter(tmp_path, make_header()) as writer:
+        assert dict(writer.finished()) == {}
+        append_all(writer, make_traces(2))
+        writer.finish()
+    assert_holds(tmp_path, make_traces(2))
+
+
+@pytest.mark.parametrize("moment", ["after the shard", "after the commit record"])
+def test_a_death_while_publishing_neither_loses_nor_repeats(tmp_path, monkeypatch, moment):
+    traces = make_traces(6)
+    publish = writer_module.publish
+
+    def dying_publish(path, data):
+        publish(path, data)
+        if path.suffix == (".arrow" if moment == "after the shard" else ".json"):
+            raise KeyboardInterrupt  # stands for a kill: nothing after it runs
+
+    with CacheWriter(tmp_path, make_header()) as writer:
+        append_all(writer, traces)
+    monkeypatch.setattr(writer_module, "publish", dying_publish)
+    with pytest.raises(KeyboardInterrupt), CacheWriter(tmp_path, make_header()) as writer:
+        writer.finish()
+    monkeypatch.undo()
+    with CacheWriter(tmp_path, make_header()) as writer:
+        assert len(writer.finished()) == 6
+        writer.finish()
+    assert_holds(tmp_path, traces)
+
+
+KILLED_WRITER = """
+    import sys
+    from pathlib import Path
+    from fakes import make_header, make_traces
+    from teacher_cache.format import CacheWriter, FinishedTrace
+
+    with CacheWriter(Path(sys.argv[1]), make_header(), shard_bytes=4000) as writer:
+        for trace in make_traces(60):
+            if trace.trace_id not in writer.finished():
+                writer.append(FinishedTrace(trace, "source"))
+                print("appended", flush=True)
+        writer.finish()
+"""
+
+
+@pytest.mark.slow
+def test_a_writer_killed_again_and_again_ends_with_every_trace_once(tmp_path):
+    code = textwrap.dedent(KILLED_WRITER)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    num_killed = 0
+    for attempt in range(40):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for _ in range(3 + attempt % 5):
+            if not process.stdout.readline():
+                break
+        time.sleep(0.003 * (attempt % 7))
+        process.send_signal(signal.SIGKILL)
+        process.stdout.close()
+        if process.wait() == -signal.SIGKILL:
+            num_killed += 1
+        else:
+            break
+    assert num_killed >= 5
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
+    assert_holds(tmp_path, make_traces(60))
+    seal = seal_cache(tmp_path).seal
+    assert (seal.num_traces, seal.num_duplicates) == (60, 0)
+
+
+def test_another_captures_folder_is_refused_and_the_difference_named(tmp_path):
+    CacheWriter(tmp_path, make_header()).close()
+    with pytest.raises(CacheMismatchError, match=r"top_k: 9, not 8.*another folder"):
+        CacheWriter(tmp_path, make_header(top_k=9))
+
+
+def test_two_processes_cannot_write_as_the_same_worker(tmp_path):
+    with (
+        CacheWriter(tmp_path, make_header()),
+        pytest.raises(CacheMismatchError, match="another process writes here as worker 'w0'"),
+    ):
+        CacheWriter(tmp_path, make_header())
+
+
+def test_several_workers_write_one_cache_and_a_trace_captured_twice_counts_once(tmp_path):
+    traces = make_traces(6)
+    with (
+        CacheWriter(tmp_path, make_header(), worker="a") as first,
+        CacheWriter(tmp_path, make_header(), worker="b") as second,
+    ):
+        append_all(first, traces[:4])
+        append_all(second, traces[3:])
+        first.finish()
+        second.finish()
+    seal = seal_cache(tmp_path).seal
+    assert (seal.num_traces, seal.num_duplicates) == (6, 1)
+    cache = open_cache(str(tmp_path))
+    ids = [cache.shards[shard].traces[row].trace_id for shard, row in cache.traces]
+    assert sorted(ids) == [trace.trace_id for trace in traces]
+    assert cache.shards[0].name.startswith("a-")
+    assert ids.index("t3") == 3  # of the shard whose name sorts first
+
+
+def test_sealing_takes_in_what_stopped_workers_left(tmp_path):
+    traces = make_traces(4)
+    with CacheWriter(tmp_path, make_header(), worker="a") as writer:
+        append_all(writer, traces[:2])
+    with CacheWriter(tmp_path, make_header(), worker="b") as writer:
+        append_all(writer, traces[2:])
+    seal_cache(tmp_path)
+    assert len(open_cache(str(tmp_path)).traces) == 4
+    with (
+        CacheWriter(tmp_path, make_header()) as writer,
+        pytest.raises(ValueError, match="sealed"),
+    ):
+        append_all(writer, [make_trace("new", 30)])
+
+
+def test_a_full_disk_stops_the_writer_and_everything_before_is_kept(tmp_path, monkeypatch):
+    traces = make_traces(4)
+    with CacheWriter(tmp_path, make_header()) as writer:
+        append_all(writer, traces[:2])
+        real = writer._journal._file
+
+        class FullDisk:
+            def __getattr__(self, name):
+                return getattr(real, name)
+
+            def write(self, data):
+                return real.write(data[: len(data) // 2])
+
+        writer._journal._file = FullDisk()
+        with pytest.raises(OSError, match="No space left") as caught:
+            append_all(writer, traces[2:])
+        assert caught.value.errno == errno.ENOSPC
+    with CacheWriter(tmp_path, make_header()) as writer:
+        assert sorted(writer.finished()) == ["t0", "t1"]
+        append_all(writer, traces[2:])
+        writer.finish()
+    assert_holds(tmp_path, traces)
+
+
+def test_an_error_of_the_compacting_thread_is_an_error_of_the_writer(tmp_path, monkeypatch):
+    def failing_publish(path, data):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    traces = make_traces(8)
+    with (
+        pytest.raises(PermissionError, match="Permission denied"),
+        CacheWriter(tmp_path, make_header(), shard_bytes=2000) as writer,
+    ):
+        monkeypatch.setattr(writer_module, "publish", failing_publish)
+        append_all(writer, traces)
+    monkeypatch.undo()
+    with CacheWriter(tmp_path, make_header()) as writer:
+        done = set(writer.finished())
+        assert done
+        append_all(writer, [trace for trace in traces if trace.trace_id not in done])
+        writer.finish()
+    assert_holds(tmp_path, traces)
+
+
+def test_a_journal_of_another_capture_is_refused(tmp_path):
+    journal = Journal(tmp_path / "x.journal", "one capture")
+    journal.close()
+    with pytest.raises(CacheFormatError, match="belongs to another capture"):
+        Journal(tmp_path / "x.journal", "another")
+    with pytest.raises(CacheFormatError, match="belongs to another capture"):
+        list(read_journal(tmp_path / "x.journal", "another"))
+
+
+def test_the_manifest_says_what_made_the_cache(tmp_path):
+    with CacheWriter(tmp_path, make_header(), config={"limit": 3}) as writer:
+        append_all(writer, make_traces(2))
+        writer.finish()
+    record = json.loads((tmp_path / "cache.json").read_text())
+    assert record["complete"] is False
+    assert record["config"] == {"limit": 3}
+    seal_cache(tmp_path)
+    record = json.loads((tmp_path / "cache.json").read_text())
+    assert record["complete"] is True
+    assert record["seal"]["num_traces"] == 2
