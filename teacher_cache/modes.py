@@ -106,6 +106,8 @@ def score(config: ScoreConfig) -> CaptureReport:
     files = ModelFiles(config.model, config.revision)
     tokenizer = _tokenizer(config, files)
     context = files.context_length(config.max_model_len)
+    if config.engine == "vllm":  # scores a trace as the prompt of one more token
+        context = min(context, files.context_length(None) - 1)
 
     def requests(item: SourceTrace) -> list[TeacherRequest]:
         return [
@@ -118,7 +120,7 @@ def score(config: ScoreConfig) -> CaptureReport:
             )
         ]
 
-    render = TraceRenderer(tokenizer, context)
+    render = TraceRenderer(tokenizer, context, files.vocab_size())
     return capture(_job(config, files, tokenizer, config.traces, render, requests, None, None))
 
 

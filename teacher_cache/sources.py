@@ -122,6 +122,7 @@ class TraceRenderer:
 
     tokenizer: TeacherTokenizer
     max_tokens: int
+    vocab_size: int  # of the teacher's softmax: padded ids are sampled now and then
 
     def __call__(self, row: dict[str, Any]) -> SourceTrace:
         """Render one row."""
@@ -151,10 +152,10 @@ class TraceRenderer:
                 f"expected 0 <= cot_start <= answer_start <= {len(ids)}, "
                 f"got cot_start={bounds[0]}, answer_start={bounds[1]}"
             )
-        outside = [i for i in ids if not 0 <= i < self.tokenizer.size]
+        outside = [i for i in ids if not 0 <= i < self.vocab_size]
         if outside:
             raise ValueError(
-                f"token id {outside[0]} is outside the tokenizer's {self.tokenizer.size}"
+                f"token id {outside[0]} is outside the teacher's vocabulary of {self.vocab_size}"
             )
         own = _own_fields(row, "token_ids", "cot_start", "answer_start")
         return SourceTrace(_trace_id(row, ids), tuple(ids), bounds[0], bounds, own)

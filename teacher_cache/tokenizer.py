@@ -41,7 +41,7 @@ class ModelFiles:
 
     def config(self) -> Any:  # noqa: ANN401 (transformers is untyped here)
         """The model's text config."""
-        check_model(self.model)
+        check_model(self.model, self.revision)
         from transformers import AutoConfig
 
         try:
@@ -86,7 +86,7 @@ class ModelFiles:
 
     def tokenizer(self) -> Any:  # noqa: ANN401 (transformers is untyped here)
         """The model's tokenizer."""
-        check_model(self.model)
+        check_model(self.model, self.revision)
         from transformers import AutoTokenizer
 
         try:

@@ -57,7 +57,7 @@ def text(teacher, ids):
 
 
 def render(teacher, row, max_tokens=100):
-    return TraceRenderer(teacher, max_tokens)(row)
+    return TraceRenderer(teacher, max_tokens, vocab_size=60)(row)
 
 
 def user(content):

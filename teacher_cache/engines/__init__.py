@@ -38,7 +38,7 @@ class TeacherRequest:
     request_id: str
     token_ids: tuple[int, ...]
     max_new_tokens: int
-    seed: int
+    seed: int  # 0 <= seed < 2**63
     capture_prompt: bool  # rows for the given tokens too (always true when scoring)
 
 
@@ -76,7 +76,8 @@ class Teacher(Protocol):
     """An engine that runs one model.
 
     `run` draws from `requests` only as far as its window of requests in flight allows, and yields
-    traces as they finish, in any order. It raises `EngineError` for a request it cannot run.
+    traces as they finish, in any order. It raises `EngineError` for a request it cannot run, which
+    gives up the others in flight. One run at a time.
     """
 
     facts: TeacherFacts

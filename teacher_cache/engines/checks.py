@@ -12,22 +12,28 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()).split(" [type=")[0]
 
 
-def check_model(model: str) -> None:
-    """Refuse a model that is clearly meant as a folder and is none.
-
-    A name with at most one slash that exists nowhere here may be one of the Hugging Face hub.
+def check_model(model: str, revision: str | None) -> None:
+    """Refuse a model that is neither a folder nor on the Hugging Face hub.
 
     Raises:
-        EngineError: The folder does not exist or holds no `config.json`.
+        EngineError: There is none, it holds no `config.json`, or the hub cannot be reached and
+            has left no copy here.
     """
-    folder = Path(model)
+    folder, where = Path(model), f"model {model!r}"
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise EngineError(f"model {model!r}: the folder holds no config.json")
-    elif folder.exists() or folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
+            raise EngineError(f"{where}: the folder holds no config.json")
+        return
+    if folder.exists() or folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
+        raise EngineError(f"{where}: no such folder, nor can this be a name on the hub")
+    import huggingface_hub
+
+    try:
+        huggingface_hub.hf_hub_download(model, "config.json", revision=revision)
+    except (OSError, ValueError) as error:
         raise EngineError(
-            f"model {model!r}: no such folder, and not a name of the Hugging Face hub"
-        )
+            f"{where}: no such folder, and the Hugging Face hub does not give it: {one_line(error)}"
+        ) from error
 
 
 def check_request(

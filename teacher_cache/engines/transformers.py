@@ -54,7 +54,7 @@ class TransformersTeacher:
         sampling: Sampling | None = None,
         device: str | None = None,
     ) -> None:
-        check_model(model)
+        check_model(model, revision)
         import torch
         import transformers
 

