@@ -1,0 +1,95 @@
+"""Checkpoints: everything that the next step depends on, whole or absent."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from student_train.run_folder import RunFolder, fsync, publish_folder
+from student_train.stream import Cursor
+
+_PROGRESS = "progress.json"
+_STATE = "state.pt"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    metrics_bytes: int = 0  # length of metrics.jsonl
+    bytes_read: int = 0  # from shards, by all ranks, in all processes of the run so far
+    num_empty_steps: int = 0  # steps without a valid token
+
+
+def write_checkpoint(
+    run: RunFolder, progress: Progress, state: Mapping[str, Any], accelerator: Accelerator
+) -> None:
+    """Publish a checkpoint and take the one before away; all ranks call it together.
+
+    Args:
+        run: Its folder.
+        progress: `metrics_bytes` is filled in here.
+        state: Name -> state dict; the same on all ranks.
+        accelerator: Of the run.
+    """
+    folder = run.checkpoints / f"step-{progress.step:09d}"
+    temporary = folder.with_name(f".tmp-ranks-{folder.name}")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    accelerator.wait_for_everyone()
+    torch.save(_random_state(), temporary / _random_file(accelerator.process_index))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        fsync(run.metrics_file)
+        size = run.metrics_file.stat().st_size
+        values = {**asdict(progress), "metrics_bytes": size, "cursor": progress.cursor.to_json()}
+        before = list(run.checkpoints.glob("step-*"))
+        with publish_folder(folder) as final:
+            for file in temporary.iterdir():
+                file.rename(final / file.name)
+            torch.save(dict(state), final / _STATE)
+            (final / _PROGRESS).write_text(json.dumps(values), encoding="utf-8")
+        temporary.rmdir()
+        for old in before:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far the run was at a checkpoint."""
+    values = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+    return Progress(**{**values, "cursor": Cursor.from_json(values["cursor"])})
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state dicts of a checkpoint, on the CPU."""
+    state: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    return state
+
+
+def restore_random_state(folder: Path, rank: int) -> None:
+    """Set the random generators as they were; a rank that the run did not have keeps its own."""
+    file = folder / _random_file(rank)
+    if not file.exists():
+        return
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _random_state() -> dict[str, Any]:
+    # Dropout is the only user of random numbers here; the order of traces has its own.
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def _random_file(rank: int) -> str:
+    return f"random-{rank:05d}.pt"

@@ -1,0 +1,114 @@
+"""What can be set for a run and for an evaluation, checked without loading torch."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from student_train.selection import ALL_SECTIONS, TokenSelection
+
+NORMALISATIONS = ("tokens", "traces")
+SCHEDULES = ("cosine", "linear", "constant")
+DTYPES = ("float32", "bf16")
+
+# They say where things lie and how often something is written, or trade time for memory: a run
+# may go on with other values. Cache and student are compared by fingerprint instead of by name.
+CHANGEABLE = frozenset(
+    {
+        "cache",
+        "student",
+        "student_revision",
+        "out",
+        "allow_unsealed",
+        "batch_tokens",
+        "gradient_checkpointing",
+        "save_every",
+        "log_every",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Command-line options mirror these fields."""
+
+    cache: str
+    student: str
+    out: Path
+    student_revision: str | None = None
+    allow_unsealed: bool = False
+    lead_span: float | None = None  # with max_tokens also None: whole traces
+    max_tokens: int | None = None
+    sections: tuple[str, ...] = ALL_SECTIONS
+    ce_weight: float = 0.5  # as in arXiv 2512.21002
+    normalise: str = "tokens"
+    lr: float = 1e-5
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    epochs: int = 1
+    max_steps: int | None = None
+    batch_traces: int = 16
+    batch_tokens: int = 16_384
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
+    lanes: int = 8
+    seed: int = 0
+    save_every: int = 500
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        _ = self.selection  # refuses lead spans and sections that cannot be
+        for name, choices in (
+            ("normalise", NORMALISATIONS),
+            ("schedule", SCHEDULES),
+            ("dtype", DTYPES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        for name in (
+            "epochs", "max_steps", "batch_traces", "batch_tokens", "lanes", "save_every",
+            "log_every",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        for name in ("ce_weight", "warmup"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
+        for name in ("lr", "weight_decay", "clip_norm", "seed"):
+            if not getattr(self, name) >= 0:  # NaN too
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+
+    @property
+    def selection(self) -> TokenSelection:
+        """Which tokens of a trace are trained on."""
+        return TokenSelection(self.lead_span, self.max_tokens, self.sections)
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field as a JSON value."""
+        return {**asdict(self), "out": str(self.out), "sections": list(self.sections)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """One evaluation by generation. Command-line options mirror these fields."""
+
+    model: str
+    prompts: Path
+    max_tokens: int = 512
+    batch_size: int = 32
+    limit: int | None = None
+    temperature: float = 0.0
+    seed: int = 0
+    think_close: str = "</think>"
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "batch_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if not self.temperature >= 0.0:
+            raise ValueError(f"temperature: expected at least 0, got {self.temperature}")

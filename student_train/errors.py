@@ -1,0 +1,17 @@
+"""How a run can end before its end."""
+
+
+class NonFiniteLossError(Exception):
+    """The loss or its gradient is no number any more; the message names the step's traces."""
+
+
+class InterruptedRunError(Exception):
+    """The run was asked to stop and has written a checkpoint.
+
+    Attributes:
+        signal_number: What asked.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number

@@ -1,0 +1,345 @@
+"""One training run, from an open cache to a finished student, to be read from top to bottom."""
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_scheduler
+
+from student_train.batch import MicroBatch, empty_micro_batch, micro_batches, normaliser
+from student_train.checkpoint import (
+    Progress,
+    read_progress,
+    read_state,
+    restore_random_state,
+    write_checkpoint,
+)
+from student_train.config import TrainConfig
+from student_train.errors import InterruptedRunError, NonFiniteLossError
+from student_train.progress import TrainingProgress
+from student_train.run_folder import RunFolder, RunIdentity
+from student_train.selection import TokenSelection
+from student_train.stream import StreamStep, TraceStream
+from student_train.student import (
+    SUMS,
+    StudentWithLoss,
+    check_student,
+    head_of,
+    load_model,
+    model_card,
+    save_student,
+    student_fingerprint,
+)
+from teacher_cache.format import Cache, open_cache
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to."""
+
+    model: Path  # Hugging Face folder
+    num_steps: int
+    metrics: dict[str, Any]  # of the last step
+    was_finished: bool  # before this call
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train a student on a cache; go on where the run's folder holds a checkpoint.
+
+    Args:
+        config: The run.
+
+    Returns:
+        Where the student is, and the last step's metrics.
+
+    Raises:
+        CacheError: If the cache cannot be read, or does not fit the student.
+        ValueError: If the settings do not fit the cache, the student, or the run's folder.
+        NonFiniteLossError: If the loss diverges; the last checkpoint stays.
+        InterruptedRunError: After SIGINT or SIGTERM, when a checkpoint has been written.
+    """
+    # --- what is trained on what -------------------------------------------------------------
+    run = RunFolder(config.out)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.dtype == "bf16" else "no",
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=config.out, logging_dir=config.out),
+    )
+    cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
+    model, tokenizer = load_model(
+        config.student, revision=config.student_revision, dtype=torch.float32
+    )
+    check_student(config.student, model, tokenizer, cache.header)
+    check_selection(cache, config.selection, model)
+    identity = RunIdentity(config, cache.fingerprint, student_fingerprint(model))
+    run.check_identity(identity)
+    if run.finished:
+        metrics = run.last_metrics()
+        return TrainResult(run.model, metrics["step"], metrics, was_finished=True)
+
+    # --- student, optimiser, schedule --------------------------------------------------------
+    set_seed(config.seed, device_specific=True)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    steps_per_epoch = -(-len(cache.traces) // config.batch_traces)
+    num_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
+    num_steps = int(num_steps)
+    student = StudentWithLoss(model, head_of(model), config.ce_weight)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr)
+    # Not prepared by accelerate, which would advance it once per rank: a step is a step.
+    scheduler = get_scheduler(
+        "constant_with_warmup" if config.schedule == "constant" else config.schedule,
+        optimizer,
+        num_warmup_steps=round(config.warmup * num_steps),
+        num_training_steps=num_steps,
+    )
+    student, prepared_optimizer = accelerator.prepare(student, optimizer)
+    student.train()
+
+    # --- go on from a checkpoint, if there is one --------------------------------------------
+    progress = Progress()
+    checkpoint = run.latest_checkpoint
+    if checkpoint is not None:
+        progress = read_progress(checkpoint)
+        state = read_state(checkpoint)
+        model.load_state_dict(state["student"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        restore_random_state(checkpoint, accelerator.process_index)
+        if accelerator.is_main_process:
+            logger.info("going on after step %s of %s", f"{progress.step:,}", f"{num_steps:,}")
+    accelerator.wait_for_everyone()  # nobody may look for a checkpoint any more
+    if accelerator.is_main_process:
+        run.begin(identity, progress.metrics_bytes)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers(
+        "tensorboard", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}}
+    )
+
+    def save() -> None:
+        state = {
+            "student": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+        }
+        write_checkpoint(run, progress, state, accelerator)
+
+    # --- the loop ----------------------------------------------------------------------------
+    stream = TraceStream(
+        cache,
+        config.selection,
+        batch_traces=config.batch_traces,
+        num_epochs=config.epochs if progress.step < num_steps else 0,
+        seed=config.seed,
+        num_lanes=config.lanes,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+        cursor=progress.cursor,
+    )
+    bytes_before = progress.bytes_read
+    shown = TrainingProgress(num_steps, progress.step, enabled=accelerator.is_main_process)
+    with _stop_signals() as stop, shown, stream:
+        logged_s, logged_wait_s, logged_tokens = time.perf_counter(), 0.0, 0
+        for item in stream:
+            progress = replace(progress, step=progress.step + 1, cursor=item.cursor)
+
+            # Every rank must know the step's normaliser before its first backward, and must run
+            # as many forwards as the others.
+            batches = micro_batches(
+                item.traces,
+                config.selection,
+                batch_tokens=config.batch_tokens,
+                normalise=config.normalise,
+            )
+            num_valid, num_traces, num_batches = _global_counts(accelerator, batches)
+            if num_valid == 0:
+                progress = replace(progress, num_empty_steps=progress.num_empty_steps + 1)
+            divisor = max(1, normaliser(num_valid, num_traces, config.normalise))
+
+            sums = torch.zeros(1 + len(SUMS), dtype=torch.float64, device=accelerator.device)
+            for index in range(num_batches if num_valid else 0):
+                batch = batches[index] if index < len(batches) else empty_micro_batch()
+                is_last = index == num_batches - 1
+                with nullcontext() if is_last else accelerator.no_sync(student):
+                    loss, parts = student(batch.to(accelerator.device))
+                    # Ranks average their gradients; the loss is one sum over all of them.
+                    accelerator.backward(loss * (accelerator.num_processes / divisor))
+                sums += torch.cat([loss.detach().double()[None] / divisor, parts.double()])
+            grad_norm = accelerator.clip_grad_norm_(
+                student.parameters(), config.clip_norm or math.inf
+            )
+
+            totals = accelerator.reduce(
+                torch.cat([sums, sums.new_tensor([item.bytes_read, stop.received or 0])]), "sum"
+            ).tolist()
+            metrics = dict(zip(("loss", *SUMS), totals, strict=False))
+            if num_valid and not math.isfinite(metrics["loss"] + float(grad_norm)):
+                raise NonFiniteLossError(_non_finite(progress.step, metrics, grad_norm, item))
+            progress = replace(progress, bytes_read=bytes_before + int(totals[-2]))
+
+            lr = scheduler.get_last_lr()[0]
+            prepared_optimizer.step()  # moves nothing where no token gave a gradient
+            scheduler.step()
+            prepared_optimizer.zero_grad()
+
+            logged_tokens += num_valid
+            is_end = progress.step == num_steps
+            if progress.step % config.log_every == 0 or is_end:
+                now_s = time.perf_counter()
+                elapsed_s, waited_s = now_s - logged_s, stream.wait_s - logged_wait_s
+                metrics = {
+                    "step": progress.step,
+                    "epoch": progress.step / steps_per_epoch,
+                    "loss": metrics["loss"],
+                    **{name: metrics[name] / max(1, num_valid) for name in SUMS},
+                    "grad_norm": float(grad_norm),
+                    "lr": lr,
+                    "tokens": num_valid,
+                    "num_empty_steps": progress.num_empty_steps,
+                    "bytes_read": progress.bytes_read,
+                    "tokens_per_s": logged_tokens / elapsed_s,
+                    "data_wait_share": waited_s / elapsed_s,
+                }
+                logged_s, logged_wait_s, logged_tokens = now_s, stream.wait_s, 0
+                if accelerator.is_main_process:
+                    run.append_metrics(metrics)
+                accelerator.log(
+                    {k: v for k, v in metrics.items() if k != "step"}, step=progress.step
+                )
+                shown.update(metrics)
+
+            is_asked_to_stop = totals[-1] > 0
+            if is_end or is_asked_to_stop or progress.step % config.save_every == 0:
+                save()
+            if is_asked_to_stop and not is_end:
+                raise InterruptedRunError(
+                    f"stopped after step {progress.step:,} of {num_steps:,}; a checkpoint is in "
+                    f"{run.checkpoints}. Run the same command again to go on.",
+                    stop.received or signal.SIGTERM,
+                )
+            if is_end:
+                break
+
+    # --- the student -------------------------------------------------------------------------
+    metrics = run.last_metrics()
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        if progress.num_empty_steps:
+            logger.warning(
+                "%d of %d steps had no valid token and changed nothing",
+                progress.num_empty_steps,
+                num_steps,
+            )
+        save_student(
+            model,
+            tokenizer,
+            run.model,
+            terminal_token_ids=cache.header.terminal_token_ids,
+            card=model_card(config, cache.header, cache.fingerprint, metrics),
+        )
+    accelerator.wait_for_everyone()
+    return TrainResult(run.model, num_steps, metrics, was_finished=False)
+
+
+def check_selection(cache: Cache, selection: TokenSelection, model: PreTrainedModel) -> None:
+    """Refuse a selection that leaves nothing of a cache, or traces that the student cannot hold.
+
+    Raises:
+        ValueError: Saying what to change.
+    """
+    if not cache.traces:
+        raise ValueError(f"{cache.path}: the cache holds no trace")
+    infos = [cache.shards[shard].traces[row] for shard, row in cache.traces]
+    captured = tuple(
+        name for name in selection.sections if name != "prompt" or cache.header.capture_prompt
+    )
+    if not captured or not replace(selection, sections=captured).selects_any(infos):
+        without = "" if cache.header.capture_prompt else " (it has no prompt distributions)"
+        raise ValueError(
+            f"{cache.path}: nothing to train on: {selection} selects no token that has a "
+            f"distribution in any of {len(infos):,} traces{without}"
+        )
+    longest = max(infos, key=selection.num_read)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and selection.num_read(longest) - 1 > limit:
+        raise ValueError(
+            f"{cache.path}: {selection.num_read(longest):,} tokens of trace {longest.trace_id!r} "
+            f"are selected, the student has {limit:,} positions; use --max-tokens {limit + 1} or a "
+            "smaller lead span"
+        )
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms and biases do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+def _global_counts(accelerator: Accelerator, batches: list[MicroBatch]) -> tuple[int, int, int]:
+    """Valid tokens and traces of all ranks, and the most micro-batches that one of them has."""
+    local = torch.tensor(
+        [[sum(b.num_valid for b in batches), sum(b.num_traces for b in batches), len(batches)]],
+        device=accelerator.device,
+    )
+    counts_R3 = accelerator.gather(local)
+    num_valid, num_traces, _ = counts_R3.sum(dim=0).tolist()
+    return num_valid, num_traces, int(counts_R3[:, 2].max())
+
+
+def _non_finite(
+    step: int, metrics: dict[str, float], grad_norm: Tensor | float, item: StreamStep
+) -> str:
+    return (
+        f"step {step}: the loss is {metrics['loss']} and its gradient's norm {float(grad_norm)}; "
+        f"expected numbers. Its traces: {', '.join(item.trace_ids)}. Lower --lr, or look at these "
+        "traces with cache-teacher inspect."
+    )
+
+
+@dataclass
+class _Stop:
+    received: int | None = None
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Note the first SIGINT or SIGTERM; a second one does what it always does."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals are the main thread's; whoever runs us elsewhere handles them
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        stop.received = number
+        restore()
+        logger.info("stopping after this step (once more to stop at once)")
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    for number in handlers:
+        signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        restore()

@@ -1,0 +1,75 @@
+"""Teachers and students for the tests of the loss."""
+
+from dataclasses import replace
+
+import torch
+
+from student_train.losses import TeacherTargets
+
+# Every objective that is allowed, with a mix away from the default where there is one.
+DIVERGENCES = [
+    ("forward_kl", None),
+    ("reverse_kl", None),
+    ("combined_kl", 0.3),
+    ("jsd", 0.3),
+    ("skew_kl", 0.2),
+    ("skew_reverse_kl", 0.2),
+    ("tvd", None),
+]
+INFINITE_WITHOUT_TAIL = ("reverse_kl", "combined_kl")
+
+
+def allowed_objectives():
+    for ce_weight in (0.0, 0.3):
+        for name, mix in DIVERGENCES:
+            common = {"divergence": name, "mix": mix, "ce_weight": ce_weight}
+            yield {**common, "tail": "bucket"}
+            if name not in INFINITE_WITHOUT_TAIL:
+                yield {**common, "tail": "renormalise"}
+                yield {**common, "tail": "renormalise", "temperature": 2.0}
+        yield {"divergence": "forward_kl", "mix": None, "ce_weight": ce_weight, "tail": "zero"}
+    yield {"divergence": "forward_kl", "mix": None, "ce_weight": 1.0, "tail": "bucket"}
+
+
+def objective_id(objective):
+    values = (v for v in objective.values() if v is not None)
+    return "-".join(str(v) for v in values)
+
+
+def targets_of(teacher_logits, k, realised_ids=None, dtype=torch.float32):
+    """What a cache keeps of dense teacher logits [N, V]; padding holds what must not matter."""
+    num_rows = len(teacher_logits)
+    k = torch.as_tensor(k).expand(num_rows)
+    logits, ids = teacher_logits.double().sort(dim=1, descending=True)
+    widest = int(k.max()) if num_rows else 1
+    kept = torch.arange(widest) < k[:, None]
+    inside = torch.arange(logits.shape[1]) < k[:, None]
+    tail_lse = logits.masked_fill(inside, -torch.inf).logsumexp(dim=1)
+    kept_lse = logits.masked_fill(~inside, -torch.inf).logsumexp(dim=1)
+    return TeacherTargets(
+        top_ids=ids[:, :widest].masked_fill(~kept, -1),
+        top_logits=(logits - logits[:, :1])[:, :widest].masked_fill(~kept, torch.nan).to(dtype),
+        k=k,
+        tail_logit=(tail_lse - kept_lse).masked_fill(k == logits.shape[1], -3.0).to(dtype),
+        realised_ids=ids[:, 0] if realised_ids is None else torch.as_tensor(realised_ids),
+    )
+
+
+def ragged_case(dtype=torch.float64, num_vocab=7, hidden_size=3, seed=0):
+    """Rows with k = 1, ragged, V - 1 and V, the realised id inside and outside, one weight 0."""
+    generator = torch.Generator().manual_seed(seed)
+    k = [1, 1, 3, 3, num_vocab - 1, num_vocab - 1, num_vocab, 2]
+    teacher = torch.randn(len(k), num_vocab, generator=generator, dtype=torch.float64) * 1.5
+    order = teacher.argsort(dim=1, descending=True)
+    realised = [order[n, place] for n, place in enumerate([0, 4, 2, 5, 1, num_vocab - 1, 3, 0])]
+    targets = targets_of(teacher, k, torch.stack(realised), dtype=torch.float64)
+    hidden = torch.randn(len(k), hidden_size, generator=generator, dtype=torch.float64)
+    weight = torch.randn(num_vocab, hidden_size, generator=generator, dtype=torch.float64)
+    token_weight = torch.tensor([0.5, 1, 0.25, 0, 1.5, 1, 0.75, 0.125], dtype=torch.float64)
+    return hidden.to(dtype), weight.to(dtype), targets, token_weight
+
+
+def as_dtype(targets, dtype):
+    return replace(
+        targets, top_logits=targets.top_logits.to(dtype), tail_logit=targets.tail_logit.to(dtype)
+    )

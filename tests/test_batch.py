@@ -1,0 +1,162 @@
+import numpy as np
+import pytest
+import torch
+from fakes import make_trace, make_traces
+
+from student_train.batch import empty_micro_batch, micro_batches, valid_positions
+from student_train.selection import TokenSelection
+from teacher_cache.format import TraceInfo
+
+WHOLE = TokenSelection()
+
+
+def batches_of(traces, selection=WHOLE, *, batch_tokens=10_000, normalise="tokens"):
+    return micro_batches(traces, selection, batch_tokens=batch_tokens, normalise=normalise)
+
+
+@pytest.mark.parametrize(
+    ("sections", "first", "end"),
+    [
+        (("prompt",), 1, 10),  # token 0 has no distribution
+        (("cot",), 10, 30),
+        (("answer",), 30, 40),
+        (("prompt", "cot"), 1, 30),
+        (("cot", "answer"), 10, 40),
+    ],
+)
+def test_sections_select_what_they_say(sections, first, end):
+    trace = make_trace("t", 40)
+
+    valid = valid_positions(trace, TokenSelection(sections=sections))
+    assert valid.tolist() == list(range(first, end))
+
+
+def test_prompt_and_answer_leave_the_chain_of_thought_out():
+    valid = valid_positions(make_trace("t", 40), TokenSelection(sections=("prompt", "answer")))
+
+    assert valid.tolist() == [*range(1, 10), *range(30, 40)]
+
+
+def test_lead_span_and_sections_meet():
+    selection = TokenSelection(lead_span=0.5, sections=("cot", "answer"))
+
+    assert valid_positions(make_trace("t", 40), selection).tolist() == list(range(10, 20))
+
+
+def test_tokens_without_a_distribution_are_not_valid():
+    trace = make_trace("t", 40, without_entries=(5, 39))
+
+    assert set(range(40)) - set(valid_positions(trace, WHOLE).tolist()) == {0, 5, 39}
+
+
+@pytest.mark.parametrize(
+    ("selection", "num_read"),
+    [
+        (WHOLE, 40),
+        (TokenSelection(lead_span=0.5), 20),
+        (TokenSelection(max_tokens=7), 7),
+        (TokenSelection(max_tokens=700), 40),
+        (TokenSelection(sections=("prompt", "cot")), 30),
+        (TokenSelection(lead_span=0.5, sections=("answer",)), 1),
+    ],
+)
+def test_no_more_is_read_than_is_trained_on(selection, num_read):
+    info = TraceInfo("t", 40, 10, 30, "stop", "")
+
+    assert selection.num_read(info) == num_read
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lead_span": 0.0}, "expected a proportion in"),
+        ({"lead_span": 1.5}, "expected a proportion in"),
+        ({"lead_span": float("nan")}, "expected a proportion in"),
+        ({"max_tokens": 0}, "max_tokens: expected at least 1, got 0"),
+        ({"lead_span": 0.5, "max_tokens": 5}, "not both"),
+        ({"sections": ("cot", "middle")}, "prompt, cot, answer, got 'middle'"),
+        ({"sections": ()}, "got none"),
+    ],
+)
+def test_a_selection_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TokenSelection(**settings)
+
+
+def test_hidden_states_point_one_position_before_the_token_and_targets_are_its_own():
+    traces = make_traces(5)
+    (batch,) = batches_of(traces)
+    by_length = sorted(traces, key=lambda trace: -trace.n_total)
+
+    expected = [(row, t) for row, trace in enumerate(by_length) for t in range(1, trace.n_total)]
+    rows, columns = np.divmod(batch.hidden_index.numpy(), batch.input_ids.shape[1])
+    assert list(zip(rows, columns, strict=True)) == [(row, t - 1) for row, t in expected]
+    for n, (row, t) in enumerate(expected):
+        trace = by_length[row]
+        ends = np.cumsum(trace.k)
+        own = slice(int(ends[t]) - int(trace.k[t]), int(ends[t]))
+        k = int(batch.targets.k[n])
+        assert k == trace.k[t]
+        assert batch.targets.top_ids[n, :k].tolist() == trace.top_ids[own].tolist()
+        assert batch.targets.top_logits[n, :k].tolist() == trace.top_logits[own].tolist()
+        assert batch.targets.tail_logit[n] == trace.tail_logit[t]
+        assert batch.targets.realised_ids[n] == trace.token_ids[t]
+        assert batch.input_ids[row, t - 1] == trace.token_ids[t - 1]
+
+
+def test_padding_is_masked_and_the_last_token_is_not_fed():
+    traces = [make_trace("long", 30), make_trace("short", 10)]
+    (batch,) = batches_of(traces)
+
+    assert batch.input_ids.shape == (2, 29)
+    assert batch.attention_mask.sum(dim=1).tolist() == [29, 9]
+    assert batch.attention_mask[1, :9].all()
+    assert not batch.input_ids[1, 9:].any()
+
+
+def test_micro_batches_stay_under_the_cap_and_hold_every_valid_token():
+    traces = make_traces(30)
+    batches = batches_of(traces, batch_tokens=200)
+
+    assert len(batches) > 3
+    assert all(batch.input_ids.numel() <= 200 for batch in batches)
+    assert sum(batch.num_valid for batch in batches) == sum(t.n_total - 1 for t in traces)
+    assert sum(batch.num_traces for batch in batches) == 30
+
+
+def test_sorting_by_length_keeps_padding_small():
+    batches = batches_of(make_traces(64), batch_tokens=400)
+
+    padded = sum(batch.input_ids.numel() for batch in batches)
+    assert sum(int(batch.attention_mask.sum()) for batch in batches) > 0.94 * padded
+
+
+def test_a_trace_longer_than_the_cap_goes_alone():
+    batches = batches_of([make_trace("long", 90), *make_traces(3)], batch_tokens=60)
+
+    assert batches[0].input_ids.shape == (1, 89)
+
+
+def test_every_trace_weighs_the_same_when_asked():
+    traces = [make_trace("long", 60), make_trace("short", 20)]
+    (batch,) = batches_of(traces, normalise="traces")
+
+    assert batch.token_weight[:59].tolist() == [pytest.approx(1 / 59)] * 59
+    assert batch.token_weight[59:].tolist() == [pytest.approx(1 / 19)] * 19
+    assert (batches_of(traces)[0].token_weight == 1).all()
+
+
+def test_traces_without_a_valid_token_are_left_out():
+    traces = [make_trace("a", 40), make_trace("b", 8, without_entries=range(8))]
+    (batch,) = batches_of(traces)
+
+    assert batch.num_traces == 1
+    assert batches_of(traces[1:]) == []
+
+
+def test_an_empty_micro_batch_has_one_position_and_nothing_to_learn():
+    batch = empty_micro_batch().to(torch.device("cpu"))
+
+    assert batch.input_ids.shape == (1, 1)
+    assert batch.num_valid == 0
+    assert len(batch.targets) == 0

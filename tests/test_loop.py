@@ -1,0 +1,489 @@
+import json
+import math
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+from fakes import TOKENS, make_cache, make_model, make_student, make_trace, make_traces
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import student_train.loop as loop
+from student_train.config import TrainConfig
+from student_train.errors import InterruptedRunError, NonFiniteLossError
+from student_train.loop import train
+from student_train.order import cache_order
+from teacher_cache.format import CacheFormatError, CacheMismatchError, open_cache
+
+TIMING = ("tokens_per_s", "data_wait_share", "bytes_read")  # a resumed run reads a shard again
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return make_student(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("train") / "cache", make_traces(40))
+
+
+@pytest.fixture
+def config(tmp_path, cache, student):
+    """Builds a configuration of ten steps of an epoch, with changes."""
+
+    def build(**changes):
+        settings = {
+            "cache": cache, "student": student, "out": tmp_path / "run", "lr": 3e-3,
+            "batch_traces": 4, "batch_tokens": 150, "save_every": 1000,
+        }  # fmt: skip
+        return TrainConfig(**(settings | changes))
+
+    return build
+
+
+def metrics_of(config):
+    lines = (config.out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def weights_of(config):
+    return AutoModelForCausalLM.from_pretrained(config.out / "model").state_dict()
+
+
+def last_state(config):
+    (checkpoint,) = (config.out / "checkpoints").iterdir()
+    return torch.load(checkpoint / "state.pt", weights_only=True)
+
+
+def assert_bitwise_equal(one, other):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_bitwise_equal(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        for left, right in zip(one, other, strict=True):
+            assert_bitwise_equal(left, right)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+def stop_after(monkeypatch, step, number=signal.SIGINT):
+    """Let the process be asked to stop while it works on a step."""
+    original = loop.micro_batches
+    calls = []
+
+    def micro_batches(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == step:
+            signal.raise_signal(number)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "micro_batches", micro_batches)
+
+
+def test_the_student_learns_the_table(config):
+    settings = config(epochs=8)
+    result = train(settings)
+    metrics = metrics_of(settings)
+
+    assert result.num_steps == len(metrics) == 80
+    assert [m["step"] for m in metrics] == list(range(1, 81))
+    first, last = metrics[0], metrics[-1]
+    assert first["kl"] > 0.8
+    assert last["kl"] < 0.5 * first["kl"]
+    assert last["student_mass"] > first["student_mass"]
+    assert last["top1_agreement"] > 0.5 > first["top1_agreement"]
+    assert 0.8 < last["teacher_mass"] < 1.0
+    assert first["loss"] == pytest.approx(0.5 * first["kl"] + 0.5 * first["ce"], rel=1e-5)
+
+
+def test_the_finished_student_loads_and_ends_where_the_traces_end(config):
+    settings = config(max_steps=2)
+    result = train(settings)
+
+    model = AutoModelForCausalLM.from_pretrained(result.model)
+    assert model.generation_config.eos_token_id == [0]
+    assert AutoTokenizer.from_pretrained(result.model).get_vocab()["<think>"] == 1
+    card = (result.model / "README.md").read_text()
+    for fact in ("`table`", "whole traces", "0.5 KL", f"| kl | {result.metrics['kl']:.4f} |"):
+        assert fact in card
+
+
+def test_ten_steps_equal_five_a_stop_and_five_more(config, tmp_path, monkeypatch):
+    whole = config(out=tmp_path / "whole")
+    train(whole)
+    parts = config(out=tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(InterruptedRunError, match="after step 5 of 10") as stopped:
+            train(parts)
+    assert stopped.value.signal_number == signal.SIGINT
+    assert len(metrics_of(parts)) == 5
+    train(parts)
+
+    assert_bitwise_equal(weights_of(whole), weights_of(parts))
+    assert_bitwise_equal(last_state(whole), last_state(parts))
+    for one, other in zip(metrics_of(whole), metrics_of(parts), strict=True):
+        assert {k: v for k, v in one.items() if k not in TIMING} == {
+            k: v for k, v in other.items() if k not in TIMING
+        }
+
+
+def test_dropout_goes_on_where_it_was(config, tmp_path, monkeypatch):
+    student = make_student(tmp_path / "student", attention_dropout=0.3)
+    whole = config(out=tmp_path / "whole", student=student, max_steps=4)
+    train(whole)
+    parts = config(out=tmp_path / "parts", student=student, max_steps=4)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(InterruptedRunError):
+            train(parts)
+    train(parts)
+
+    assert_bitwise_equal(weights_of(whole), weights_of(parts))
+
+
+def test_metrics_written_after_the_checkpoint_are_not_repeated(config, monkeypatch):
+    settings = config(save_every=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "micro_batches", failing_at(6, loop.micro_batches))
+        with pytest.raises(OSError, match="disk"):
+            train(settings)
+    assert [m["step"] for m in metrics_of(settings)] == [1, 2, 3, 4, 5]
+    train(settings)
+
+    assert [m["step"] for m in metrics_of(settings)] == list(range(1, 11))
+
+
+def failing_at(call, function):
+    calls = []
+
+    def wrapper(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call:
+            raise OSError("disk")
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("victim", ["torch.save", "publish"])
+def test_a_death_while_writing_a_checkpoint_keeps_the_one_before(config, monkeypatch, victim):
+    settings = config(save_every=3)
+    with monkeypatch.context() as patch:
+        if victim == "torch.save":  # two per checkpoint: random state, then weights
+            patch.setattr("torch.save", failing_at(4, torch.save))
+        else:
+            fsync = failing_at(8, lambda path: None)
+            patch.setattr("student_train.run_folder.fsync", fsync)
+        with pytest.raises(OSError, match="disk"):
+            train(settings)
+    assert [path.name for path in (settings.out / "checkpoints").glob("step-*")] == [
+        "step-000000003"
+    ]
+    result = train(settings)
+
+    assert result.num_steps == 10
+    assert not list((settings.out / "checkpoints").glob(".tmp-*"))
+
+
+def test_a_finished_run_says_so_and_does_nothing(config):
+    settings = config(max_steps=2)
+    train(settings)
+    before = (settings.out / "metrics.jsonl").read_bytes()
+    again = train(settings)
+
+    assert again.was_finished
+    assert again.num_steps == 2
+    assert (settings.out / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 1e-4}, "lr: 0.003 before, 0.0001 now"),
+        ({"lead_span": 0.5}, "lead_span: None before, 0.5 now"),
+        ({"sections": ("cot",)}, "sections: "),
+        ({"seed": 3}, "seed: 0 before, 3 now"),
+    ],
+)
+def test_going_on_with_other_settings_is_refused(config, change, message, monkeypatch):
+    stop_after(monkeypatch, 1)
+    with pytest.raises(InterruptedRunError):
+        train(config())
+    with pytest.raises(ValueError, match=message):
+        train(config(**change))
+
+
+def test_going_on_with_another_cache_or_student_is_refused(config, tmp_path):
+    train(config(max_steps=1))
+    other_cache = make_cache(tmp_path / "cache", make_traces(3))
+    other_student = make_student(tmp_path / "student", seed=1)
+
+    with pytest.raises(ValueError, match="cache_fingerprint: "):
+        train(config(max_steps=1, cache=other_cache))
+    with pytest.raises(ValueError, match="student_fingerprint: "):
+        train(config(max_steps=1, student=other_student))
+
+
+def test_a_moved_run_goes_on(config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(InterruptedRunError):
+            train(config())
+    moved = config(out=tmp_path / "elsewhere", batch_tokens=90, save_every=7)
+    config().out.rename(moved.out)
+
+    assert train(moved).num_steps == 10
+    assert len(metrics_of(moved)) == 10
+
+
+def test_a_folder_of_something_else_is_refused(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").write_text("years of work")
+
+    with pytest.raises(ValueError, match="expected a new or empty folder"):
+        train(config())
+
+
+def test_accumulation_does_not_change_the_result(config, tmp_path):
+    whole = config(out=tmp_path / "whole", batch_traces=8, batch_tokens=10_000, max_steps=3)
+    parts = config(out=tmp_path / "parts", batch_traces=8, batch_tokens=1, max_steps=3)
+    train(whole)
+    train(parts)
+
+    for one, other in zip(metrics_of(whole), metrics_of(parts), strict=True):
+        for name in ("loss", "kl", "ce", "grad_norm", "student_mass", "tokens"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4)
+    for name, value in weights_of(whole).items():
+        torch.testing.assert_close(value, weights_of(parts)[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalise", ["tokens", "traces"])
+def test_normalisation_is_what_it_says(config, tmp_path, normalise):
+    # Against the cross entropy by hand; per trace where every trace weighs the same.
+    traces = [make_trace("long", 60), make_trace("short", 20)]
+    cache = make_cache(tmp_path / "cache", traces)
+    settings = config(cache=cache, normalise=normalise, ce_weight=1.0, max_steps=1)
+    train(settings)
+
+    model = make_model()
+    per_trace = []
+    for trace in traces:
+        ids = torch.from_numpy(trace.token_ids.astype(np.int64))
+        logits = model(ids[None]).logits[0, :-1]
+        per_trace.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none"))
+    by_token = torch.cat(per_trace).mean()
+    by_trace = torch.stack([losses.mean() for losses in per_trace]).mean()
+    expected = by_token if normalise == "tokens" else by_trace
+    assert metrics_of(settings)[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert abs(by_token - by_trace) > 1e-3
+
+
+def test_half_a_lead_span_reads_fewer_bytes_and_trains_on_fewer_tokens(config, tmp_path):
+    cache = make_cache(tmp_path / "cache", make_traces(8, lengths=(200, 300)))
+    whole = config(cache=cache, out=tmp_path / "whole", batch_tokens=4096)
+    half = config(cache=cache, out=tmp_path / "half", batch_tokens=4096, lead_span=0.5)
+    results = [train(settings).metrics for settings in (whole, half)]
+
+    assert results[1]["bytes_read"] < 0.6 * results[0]["bytes_read"]
+    assert results[1]["tokens"] == pytest.approx(0.5 * results[0]["tokens"], rel=0.02)
+
+
+def test_bf16_and_gradient_checkpointing_train_too(config, tmp_path):
+    plain = config(out=tmp_path / "plain", max_steps=3)
+    again = config(out=tmp_path / "again", max_steps=3, gradient_checkpointing=True)
+    train(plain)
+    train(again)
+    for one, other in zip(metrics_of(plain), metrics_of(again), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+    loop.Accelerator().state._reset_state(reset_partial_state=True)
+    half = config(out=tmp_path / "half", max_steps=3, dtype="bf16")
+    train(half)
+    loop.Accelerator().state._reset_state(reset_partial_state=True)
+    for one, other in zip(metrics_of(plain), metrics_of(half), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-2)
+        assert one["loss"] != other["loss"]
+    assert all(value.dtype == torch.float32 for value in weights_of(half).values())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.0, 5e-4, 1e-3, 1e-3, 1e-3]),
+        ("linear", [0.0, 5e-4, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3]),
+        ("cosine", [0.0, 5e-4, 1e-3, 7.5e-4, 2.5e-4]),
+    ],
+)
+def test_the_learning_rate_follows_the_schedule(config, schedule, expected):
+    settings = config(lr=1e-3, schedule=schedule, warmup=0.4, max_steps=5)
+    train(settings)
+
+    assert [m["lr"] for m in metrics_of(settings)] == pytest.approx(expected)
+
+
+def test_weight_decay_and_clipping_change_the_weights(config, tmp_path):
+    results = []
+    for number, change in enumerate([{}, {"weight_decay": 0.9}, {"clip_norm": 0.01}]):
+        settings = config(out=tmp_path / str(number), max_steps=4, lr=1e-2, warmup=0.0, **change)
+        train(settings)
+        results.append(weights_of(settings)["model.embed_tokens.weight"])
+
+    assert not torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_clipping_by_zero_does_not_clip(config, tmp_path):
+    results = []
+    for number, clip_norm in enumerate([0.0, 1e9, 1e-3]):
+        settings = config(out=tmp_path / str(number), max_steps=2, warmup=0.0, clip_norm=clip_norm)
+        train(settings)
+        results.append(weights_of(settings)["model.embed_tokens.weight"])
+
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_fewer_lines_are_logged_when_asked_and_always_the_last(config):
+    settings = config(log_every=4)
+    train(settings)
+
+    assert [m["step"] for m in metrics_of(settings)] == [4, 8, 10]
+
+
+def test_tensorboard_shows_the_metrics(config):
+    settings = config(max_steps=3)
+    train(settings)
+
+    events = EventAccumulator(str(settings.out / "tensorboard")).Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("loss")]
+    expected = [(m["step"], pytest.approx(m["loss"], rel=1e-5)) for m in metrics_of(settings)]
+    assert shown == expected
+
+
+def test_steps_without_a_valid_token_are_counted_and_change_nothing(config, tmp_path, caplog):
+    bare = [make_trace(f"bare{n}", 30, without_entries=range(30)) for n in range(3)]
+    cache = make_cache(tmp_path / "cache", [*bare, make_trace("full", 30)])
+    settings = config(cache=cache, batch_traces=1, weight_decay=0.5)
+    train(settings)
+
+    metrics = metrics_of(settings)
+    assert sorted(m["tokens"] for m in metrics) == [0, 0, 0, 29]
+    assert metrics[-1]["num_empty_steps"] == 3
+    assert "3 of 4 steps had no valid token" in caplog.text
+
+
+def test_a_loss_that_is_no_number_stops_the_run_naming_its_traces(config, cache):
+    settings = config(lr=1e30, warmup=0.0, save_every=1)
+    with pytest.raises(NonFiniteLossError) as error:
+        train(settings)
+
+    num_done = len(metrics_of(settings))
+    order = cache_order(open_cache(cache), seed=0, epoch=0, num_lanes=8)
+    first = num_done * 4
+    places = zip(order.shard[first : first + 4], order.row[first : first + 4], strict=True)
+    names = [open_cache(cache).shards[shard].traces[row].trace_id for shard, row in places]
+    assert f"step {num_done + 1}: the loss is" in str(error.value)
+    assert ", ".join(names) in str(error.value)
+    assert last_state(settings)["optimizer"]["state"][0]["step"] == num_done
+
+
+def test_a_student_with_another_tokenizer_is_refused(config, tmp_path):
+    student = make_student(tmp_path / "student", [*TOKENS[:-1], "other"])
+
+    with pytest.raises(CacheMismatchError, match=r"'table'.*must share a tokenizer"):
+        train(config(student=student))
+
+
+def test_a_student_with_a_smaller_vocabulary_is_refused(config, tmp_path):
+    cache = make_cache(tmp_path / "cache", make_traces(2), vocab_size=64)
+
+    with pytest.raises(CacheMismatchError, match=r"vocab_size of 41, the cache's teacher.*64"):
+        train(config(cache=cache))
+
+
+def test_a_student_with_a_padded_vocabulary_trains(config, tmp_path):
+    student = make_student(tmp_path / "student", vocab_size=64)
+
+    assert math.isfinite(train(config(student=student, max_steps=1)).metrics["loss"])
+
+
+def test_a_missing_shard_is_refused_by_name(config, tmp_path):
+    cache = make_cache(tmp_path / "cache", make_traces(8))
+    (tmp_path / "cache/shards/w001-00000.arrow").unlink()
+
+    with pytest.raises(CacheFormatError, match=r"w001-00000\.arrow"):
+        train(config(cache=cache))
+
+
+def test_a_student_that_does_not_exist_is_refused_in_one_line(config, tmp_path):
+    with pytest.raises(ValueError, match=r"model '.*nowhere' cannot be loaded: ") as error:
+        train(config(student=str(tmp_path / "nowhere")))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("selection", "capture_prompt"),
+    [
+        ({"sections": ("answer",), "lead_span": 0.5}, True),
+        ({"max_tokens": 1}, True),
+        ({"sections": ("prompt",)}, False),
+        ({"lead_span": 0.2}, False),
+    ],
+)
+def test_a_selection_that_leaves_nothing_is_refused(config, tmp_path, selection, capture_prompt):
+    cache = make_cache(tmp_path / "cache", make_traces(4), capture_prompt=capture_prompt)
+
+    with pytest.raises(ValueError, match="nothing to train on"):
+        train(config(cache=cache, **selection))
+
+
+def test_an_empty_cache_is_refused(config, tmp_path):
+    with pytest.raises(ValueError, match="the cache holds no trace"):
+        train(config(cache=make_cache(tmp_path / "cache", [])))
+
+
+def test_traces_longer_than_the_student_are_refused_with_a_remedy(config, tmp_path):
+    student = make_student(tmp_path / "student", max_position_embeddings=32)
+
+    with pytest.raises(ValueError, match="the student has 32 positions; use --max-tokens 33"):
+        train(config(student=student))
+    assert train(config(student=student, max_tokens=33, max_steps=1)).num_steps == 1
+
+
+def test_training_outside_the_main_thread_works(config):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train(config(max_steps=1))))
+    thread.start()
+    thread.join()
+
+    assert results[0].num_steps == 1
+
+
+def test_handlers_of_signals_are_put_back(config):
+    before = signal.getsignal(signal.SIGINT)
+    train(config(max_steps=1))
+
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"lr": -1.0}, "lr: expected at least 0"),
+        ({"ce_weight": 1.2}, "ce_weight: expected 0 to 1"),
+        ({"schedule": "zigzag"}, "schedule: expected one of cosine, linear, constant"),
+        ({"dtype": "int8"}, "dtype: expected one of float32, bf16"),
+        ({"normalise": "words"}, "normalise: expected one of tokens, traces"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        config(**change)

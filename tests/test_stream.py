@@ -1,0 +1,167 @@
+import threading
+from itertools import chain
+
+import pytest
+from fakes import make_cache, make_traces
+
+from student_train.selection import TokenSelection
+from student_train.stream import Cursor, TraceStream
+from teacher_cache.format import CacheFormatError, open_cache
+
+WHOLE = TokenSelection()
+
+
+@pytest.fixture(scope="module")
+def cache_path(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("stream") / "cache", make_traces(23))
+
+
+def stream_of(path, selection=WHOLE, **settings):
+    settings = {"batch_traces": 4, "num_epochs": 2, "seed": 1} | settings
+    return TraceStream(open_cache(path), selection, **settings)
+
+
+def steps_of(path, selection=WHOLE, **settings):
+    with stream_of(path, selection, **settings) as stream:
+        return list(stream)
+
+
+def ids(steps):
+    return [[trace.trace_id for trace in step.traces] for step in steps]
+
+
+def test_an_epoch_holds_every_trace_once_and_ends_with_a_smaller_batch(cache_path):
+    steps = steps_of(cache_path)
+
+    assert [len(step.traces) for step in steps] == [4, 4, 4, 4, 4, 3] * 2
+    for epoch in (steps[:6], steps[6:]):
+        assert sorted(chain.from_iterable(ids(epoch))) == sorted(
+            f"t{number}" for number in range(23)
+        )
+    assert ids(steps[:6]) != ids(steps[6:])
+
+
+@pytest.mark.parametrize("step", range(13))
+def test_resuming_from_any_cursor_equals_no_interruption(cache_path, step):
+    whole = steps_of(cache_path)
+    cursor = whole[step - 1].cursor if step else Cursor()
+    rest = steps_of(cache_path, cursor=Cursor.from_json(cursor.to_json()))
+
+    assert ids(rest) == ids(whole[step:])
+    assert [item.cursor for item in rest] == [item.cursor for item in whole[step:]]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_ranks_together_hold_the_batches_of_one(cache_path, num_ranks):
+    whole = steps_of(cache_path)
+    ranks = [steps_of(cache_path, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+
+    for step, *parts in zip(whole, *ranks, strict=True):
+        together = [trace.trace_id for part in parts for trace in part.traces]
+        assert sorted(together) == sorted(trace.trace_id for trace in step.traces)
+        assert all(part.trace_ids == step.trace_ids for part in parts)
+
+
+def test_resuming_with_another_number_of_ranks_goes_on_in_the_same_order(cache_path):
+    whole = steps_of(cache_path)
+    rest = [steps_of(cache_path, rank=r, num_ranks=2, cursor=whole[2].cursor) for r in range(2)]
+
+    assert [step.trace_ids for step in rest[0]] == [step.trace_ids for step in whole[3:]]
+
+
+def test_ranks_together_read_the_bytes_of_one(cache_path):
+    one = steps_of(cache_path, num_epochs=1)[-1].bytes_read
+    ranks = [steps_of(cache_path, num_epochs=1, rank=rank, num_ranks=4) for rank in range(4)]
+
+    assert sum(rank[-1].bytes_read for rank in ranks) == one
+
+
+def test_truncation_changes_neither_order_nor_what_a_step_holds(cache_path):
+    whole = steps_of(cache_path)
+    half = steps_of(cache_path, TokenSelection(lead_span=0.5))
+
+    assert ids(half) == ids(whole)
+    for trace, full in zip(half[0].traces, whole[0].traces, strict=True):
+        assert len(trace.token_ids) == full.n_total // 2
+        assert trace.token_ids.tolist() == full.token_ids[: full.n_total // 2].tolist()
+
+
+def test_half_a_lead_span_reads_fewer_bytes(tmp_path):
+    path = make_cache(tmp_path / "cache", make_traces(8, lengths=(200, 300)))
+    whole, half = (
+        steps_of(path, TokenSelection(lead_span=span), num_epochs=1)[-1].bytes_read
+        for span in (1.0, 0.5)
+    )
+
+    assert half < 0.6 * whole
+
+
+def test_sections_before_the_answer_do_not_read_it(cache_path):
+    steps = steps_of(cache_path, TokenSelection(sections=("prompt", "cot")))
+
+    assert all(len(t.token_ids) == t.answer_start for step in steps for t in step.traces)
+
+
+@pytest.mark.parametrize("num_traces", [1, 3])
+def test_a_cache_smaller_than_a_batch_ends(tmp_path, num_traces):
+    steps = steps_of(make_cache(tmp_path / "cache", make_traces(num_traces)), batch_traces=16)
+
+    assert [len(step.traces) for step in steps] == [num_traces, num_traces]
+    assert steps[-1].cursor == Cursor(2, 0)
+
+
+def test_a_cache_with_fewer_traces_than_ranks_ends_on_every_rank(tmp_path):
+    path = make_cache(tmp_path / "cache", make_traces(1))
+    ranks = [steps_of(path, rank=rank, num_ranks=4) for rank in range(4)]
+
+    assert sorted(len(rank[0].traces) for rank in ranks) == [0, 0, 0, 1]
+    assert all(len(rank) == 2 for rank in ranks)
+
+
+def test_a_damaged_shard_stops_the_consumer_by_its_name(tmp_path):
+    path = make_cache(tmp_path / "cache", make_traces(8))
+    shard = tmp_path / "cache/shards/w001-00000.arrow"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+
+    with pytest.raises(CacheFormatError, match="w001-00000"):
+        steps_of(path)
+    assert not stream_threads()
+
+
+def stream_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "trace-stream"]
+
+
+def test_leaving_a_stream_early_ends_its_thread(cache_path):
+    with stream_of(cache_path, num_epochs=1000) as stream:
+        next(iter(stream))
+        assert stream_threads()
+    assert not stream_threads()
+
+
+def test_an_error_of_the_consumer_ends_the_thread(cache_path):
+    with pytest.raises(KeyboardInterrupt), stream_of(cache_path, num_epochs=1000) as stream:
+        for _ in stream:
+            raise KeyboardInterrupt
+    assert not stream_threads()
+
+
+def test_no_more_steps_than_agreed_are_read_ahead(tmp_path):
+    path = make_cache(tmp_path / "cache", make_traces(40), traces_per_shard=1)
+    cache = open_cache(path)
+    read = []
+    original = cache.read
+    cache.read = lambda shard, keep: read.append(shard) or original(shard, keep)
+    with TraceStream(cache, WHOLE, batch_traces=1, num_epochs=1) as stream:
+        steps = iter(stream)
+        next(steps)
+        threading.Event().wait(0.5)  # time enough for a thread that is not held back
+        assert len(read) <= 8
+        assert len(list(steps)) == 39
+
+
+def test_a_stream_must_be_entered(cache_path):
+    with pytest.raises(RuntimeError, match="with"):
+        iter(stream_of(cache_path))

@@ -1,0 +1,257 @@
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, fields
+from unittest import mock
+
+import pytest
+from fakes import make_cache, make_student, make_traces
+
+from student_train.cli import cli, main
+from student_train.config import EvaluateConfig, TrainConfig
+
+PROGRAM = [sys.executable, "-m", "student_train.cli"]
+ENVIRONMENT = {
+    **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1",
+}  # fmt: skip
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """A cache and a student."""
+    cache = make_cache(tmp_path / "cache", make_traces(40))
+    return {"cache": cache, "student": make_student(tmp_path / "student"), "out": tmp_path / "run"}
+
+
+def command(parts, *options):
+    named = [item for name, value in parts.items() for item in (f"--{name}", str(value))]
+    return ["run", *named, "--batch-traces", "4", *map(str, options)]
+
+
+@dataclass
+class Done:
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+def invoke(*args):
+    """The console command, in this process."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    exit_code = 0
+    with (
+        mock.patch.object(sys, "argv", ["train-student", *map(str, args)]),
+        redirect_stdout(stdout),
+        redirect_stderr(stderr),
+    ):
+        try:
+            main()
+        except SystemExit as stopped:
+            exit_code = stopped.code
+    return Done(exit_code, stdout.getvalue(), stderr.getvalue())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("run", TrainConfig), ("evaluate", EvaluateConfig)])
+def test_options_mirror_the_configuration(name, kind):
+    options = [option for option in cli.commands[name].params if option.expose_value]
+    options = [option for option in options if option.name != "as_json"]
+
+    assert [option.name for option in options] == [item.name for item in fields(kind)]
+    for option, item in zip(options, fields(kind), strict=True):
+        if not option.required:
+            default = ",".join(item.default) if item.name == "sections" else item.default
+            assert option.default == default
+            assert option.help
+
+
+@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["evaluate", "--help"]])
+def test_help_is_quick_to_load(args):
+    code = (
+        "import sys; from student_train.cli import cli; cli.main(standalone_mode=False); "
+        "print(sorted({'torch', 'transformers', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", ["run", "evaluate"])
+def test_help_has_a_summary_and_an_example_on_its_own_line(name):
+    output = invoke(name, "--help").stdout
+
+    assert re.search(rf"^    train-student {name} --", output, re.MULTILINE)
+    assert cli.commands[name].get_short_help_str(200).endswith(".")
+
+
+def test_run_says_where_the_student_is_and_evaluate_what_it_can(parts, tmp_path):
+    done = invoke(*command(parts, "--max-steps", "2"))
+
+    assert done.exit_code == 0, done.stderr
+    assert re.fullmatch(
+        rf"{parts['out']}/model: 2 steps, loss \d+\.\d{{4}}, [\d,]+ bytes read\n", done.stdout
+    )
+    again = invoke(*command(parts, "--max-steps", "2"))
+    assert again.exit_code == 0
+    assert again.stdout == done.stdout
+    assert f"{parts['out']} is finished already; nothing was done" in again.stderr
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "3 4", "answer": "5"}\n' * 3)
+    options = ["--model", parts["out"] / "model", "--prompts", prompts, "--max-tokens", 5]
+    assert re.match(r"accuracy \d+\.\d% \(95 %: ", invoke("evaluate", *options).stdout)
+    figures = json.loads(invoke("evaluate", *options, "--json").stdout)
+    assert figures["num_prompts"] == 3
+
+
+def test_a_toml_file_gives_defaults_that_options_override(parts, tmp_path):
+    file = tmp_path / "paper.toml"
+    file.write_text(
+        'max-steps = 3\nbatch_traces = 2\nsections = ["cot", "answer"]\nlead-span = 0.9\n'
+        f'cache = "{parts["cache"]}"\nstudent = "{parts["student"]}"\n'
+    )
+    done = invoke("run", "--config", file, "--out", parts["out"], "--max-steps", 1)
+
+    assert done.exit_code == 0, done.stderr
+    config = json.loads((parts["out"] / "config.json").read_text())["config"]
+    assert config["max_steps"] == 1
+    assert config["batch_traces"] == 2
+    assert config["sections"] == ["cot", "answer"]
+    assert config["lead_span"] == 0.9
+    assert config["ce_weight"] == TrainConfig.ce_weight
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("learning-rate = 1\n", "no option 'learning_rate'"), ("lr = \n", "not TOML")],
+)
+def test_a_wrong_toml_file_is_named(tmp_path, text, message):
+    file = tmp_path / "wrong.toml"
+    file.write_text(text)
+    done = invoke("run", "--config", file)
+
+    assert done.exit_code == 2
+    assert str(file) in done.stderr
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lead-span", "1.5"], "lead span: expected a proportion in (0, 1], got 1.5"),
+        (["--sections", "cot,thoughts"], "expected some of prompt, cot, answer, got 'thoughts'"),
+        (["--student", "/nowhere"], "model '/nowhere' cannot be loaded"),
+        (["--cache", "/nowhere"], "/nowhere: no cache here"),
+        (["--lead-span", "0.5", "--max-tokens", "4"], "not both"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_one(parts, options, message):
+    done = invoke(*command(parts, *options))
+
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("train-student: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_wrong_usage_is_exit_code_two(parts):
+    assert invoke("run").exit_code == 2
+    assert invoke(*command(parts, "--schedule", "zigzag")).exit_code == 2
+
+
+def test_a_diverged_run_is_one_line(parts):
+    done = invoke(*command(parts, "--lr", "1e30", "--warmup", "0"))
+
+    assert done.exit_code == 1
+    assert "the loss is" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+LONG_RUN = ("--epochs", 12, "--save-every", 7, "--lr", "1e-3")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The parts of a run, and its folder after a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    cache = make_cache(folder / "cache", make_traces(40))
+    parts = {"cache": cache, "student": make_student(folder / "student"), "out": folder / "run"}
+    subprocess.run([*PROGRAM, *command(parts, *LONG_RUN)], env=ENVIRONMENT, check=True)
+    return parts
+
+
+def wait_for_lines(file, num_lines, process):
+    deadline_s = time.monotonic() + 120
+    while not (file.exists() and file.read_text().count("\n") >= num_lines):
+        assert process.poll() is None
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_a_killed_run_goes_on_to_the_same_student(uninterrupted, tmp_path, number, exit_code):
+    parts = {**uninterrupted, "out": tmp_path / "run"}
+    with subprocess.Popen(
+        [*PROGRAM, *command(parts, *LONG_RUN)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    ) as killed:
+        try:
+            wait_for_lines(parts["out"] / "metrics.jsonl", 20, killed)
+            killed.send_signal(number)
+            _, errors = killed.communicate()
+        finally:
+            killed.kill()
+    assert killed.returncode == exit_code, errors
+    if number != signal.SIGKILL:
+        assert "Run the same command again to go on." in errors
+    assert not (parts["out"] / "model").exists()
+    subprocess.run([*PROGRAM, *command(parts, *LONG_RUN)], env=ENVIRONMENT, check=True)
+
+    folders = (parts["out"], uninterrupted["out"])
+    weights = [folder / "model/model.safetensors" for folder in folders]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    losses = [[values["loss"] for values in metrics_of(folder)] for folder in folders]
+    assert len(losses[0]) == 120
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_student_as_one(parts, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ("--epochs", 2, "--lr", "1e-3", "--normalise", "traces", "--batch-tokens", 100)
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", str(port), "-m",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [*launch, "student_train.cli", *command(parts, *options)],
+        env=ENVIRONMENT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one = {**parts, "out": tmp_path / "one"}
+    alone = invoke(*command(one, *options))
+    assert alone.exit_code == 0, alone.stderr
+
+    two, one = metrics_of(parts["out"]), metrics_of(one["out"])
+    assert len(two) == len(one) == 20
+    for left, right in zip(two, one, strict=True):
+        for name in ("loss", "kl", "tokens", "grad_norm", "lr"):
+            assert left[name] == pytest.approx(right[name], rel=1e-4)
+    assert two[-1]["bytes_read"] == one[-1]["bytes_read"]
