@@ -105,9 +105,8 @@ def score(config: ScoreConfig) -> CaptureReport:
     """Keep the teacher's distributions over existing traces; raises as `capture`."""
     files = ModelFiles(config.model, config.revision)
     tokenizer = _tokenizer(config, files)
-    context = files.context_length(config.max_model_len)
-    if config.engine == "vllm":  # scores a trace as the prompt of one more token
-        context = min(context, files.context_length(None) - 1)
+    # vLLM scores a trace as the prompt of one more token.
+    context = files.context_length(config.max_model_len, num_reserved=config.engine == "vllm")
 
     def requests(item: SourceTrace) -> list[TeacherRequest]:
         return [

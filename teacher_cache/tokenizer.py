@@ -54,16 +54,21 @@ class ModelFiles:
         """Width of the model's softmax."""
         return int(self.config().vocab_size)
 
-    def context_length(self, wanted: int | None) -> int:
-        """Tokens that a trace may have: the model's own limit, or fewer where fewer are wanted.
+    def context_length(self, wanted: int | None, *, num_reserved: int = 0) -> int:
+        """Tokens that a trace may have.
+
+        Args:
+            wanted: At most so many.
+            num_reserved: Tokens of the model's own limit that a trace must leave free.
 
         Raises:
-            EngineError: If neither says.
+            EngineError: If nothing is wanted and the model states no limit.
         """
         limit = getattr(self.config(), "max_position_embeddings", None)
         if limit is None and wanted is None:
             raise EngineError(f"model {self.model!r} states no context length: set --max-model-len")
-        return min(length for length in (limit, wanted) if length is not None)
+        lengths = (None if limit is None else limit - num_reserved, wanted)
+        return min(length for length in lengths if length is not None)
 
     def generation_config(self) -> OwnGenerationConfig:
         """The model's defaults for generating; temperature 1 and no cut-off where it names none."""

@@ -59,7 +59,7 @@ class TransformersTeacher:
         import transformers
 
         if not sys.stderr.isatty():
-            transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # partly typed
+            transformers.utils.logging.disable_progress_bar()
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype == "auto" and self._device.type == "cpu":
             dtype = "float32"  # vLLM's choice here too: CPUs are slow in half precision

