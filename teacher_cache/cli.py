@@ -252,20 +252,51 @@ def inspect_command(cache: str, trace_id: str | None, model: str | None, as_json
 @cli.command("export")
 @click.argument("cache")
 @click.argument("out", type=FILE)
-@click.option("--text", is_flag=True, help="Add each trace's text.")
+@click.option("--text", is_flag=True, help="Add each trace's text (JSONL only).")
 @click.option("--model", help="Where the teacher's tokenizer is now, for --text.")
-def export_command(cache: str, out: Path, text: bool, model: str | None) -> None:
-    """Write the traces as JSONL with their token ids, as `score` reads them.
+@click.option("--parquet", is_flag=True, help="One row per token with its logprobs, as Parquet.")
+def export_command(cache: str, out: Path, text: bool, model: str | None, parquet: bool) -> None:
+    """Write the traces as JSONL with their token ids, as `score` reads them, or as Parquet.
 
     \b
     cache-teacher export cache traces.jsonl
+    cache-teacher export cache tokens.parquet --parquet
     """
-    from teacher_cache.export import export_traces
+    from teacher_cache.export import export_parquet, export_traces
     from teacher_cache.tokenizer import load_tokenizer
 
+    if parquet and text:
+        raise click.UsageError("--text adds text to JSONL; leave it out with --parquet")
     opened = open_cache(cache, allow_unsealed=True)
+    if parquet:
+        click.echo(f"{out}: {export_parquet(opened, out):,} traces")
+        return
     tokenizer = load_tokenizer(opened.header, model) if text else None
     click.echo(f"{out}: {export_traces(opened, out, tokenizer):,} traces")
+
+
+@cli.command("truncate")
+@click.argument("source")
+@click.argument("out", type=FOLDER)
+@click.option(
+    "--lead-span",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Keep this first part of every trace.",
+)
+@click.option("--top-k", type=click.IntRange(1), help="Keep at most so many entries per token.")
+def truncate_command(source: str, out: Path, lead_span: float, top_k: int | None) -> None:
+    """Write a smaller cache: the first part of every trace, or fewer entries per token.
+
+    \b
+    cache-teacher truncate cache half --lead-span 0.5 --top-k 16
+    """
+    from teacher_cache.truncate import truncate_cache
+
+    seal = truncate_cache(open_cache(source), out, lead_span=lead_span, top_k=top_k).seal
+    if seal is not None:
+        click.echo(f"{out}: sealed, {seal.num_traces:,} traces, {seal.num_tokens:,} tokens")
 
 
 def _show_figures(figures: "Inspection", header: Mapping[str, Any], cache: str) -> None:
@@ -367,6 +398,13 @@ def main() -> None:
             err=True,
         )
         sys.exit(1)
-    except (CacheError, EngineError, ValueError, OSError) as error:
+    except (CacheError, EngineError, ValueError) as error:
         click.echo(f"cache-teacher: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:  # the disk is full, or may not be written
+        click.echo(
+            f"cache-teacher: {error}; what was finished before is kept, mend this and run the "
+            "same command again",
+            err=True,
+        )
         sys.exit(1)

@@ -43,10 +43,13 @@ def inspect_cache(cache: Cache, traces: Mapping[int, Trace]) -> Inspection:
         traces: Any of its traces, whole; `read_first_shard` gives those of one shard.
     """
     infos = [cache.shards[shard].traces[row] for shard, row in cache.traces]
+    held = [cache.num_held(info) for info in infos]
+    before_cot = sum(min(info.cot_start, n) for info, n in zip(infos, held, strict=True))
+    before_answer = sum(min(info.answer_start, n) for info, n in zip(infos, held, strict=True))
     sections = {
-        "prompt": sum(info.cot_start for info in infos),
-        "cot": sum(info.answer_start - info.cot_start for info in infos),
-        "answer": sum(info.n_total - info.answer_start for info in infos),
+        "prompt": before_cot,
+        "cot": before_answer - before_cot,
+        "answer": sum(held) - before_answer,
     }
     num_tokens = sum(sections.values())
     shard_bytes = sum(shard.size_bytes for shard in cache.shards)
@@ -74,10 +77,11 @@ def inspect_cache(cache: Cache, traces: Mapping[int, Trace]) -> Inspection:
 
 
 def read_first_shard(cache: Cache) -> dict[int, Trace]:
-    """Every trace of the first shard, by row; none where the cache is empty."""
+    """Every trace of the first shard, as far as it is held; none where the cache is empty."""
     if not cache.shards:
         return {}
-    return cache.read(0, {row: info.n_total for row, info in enumerate(cache.shards[0].traces)})
+    infos = cache.shards[0].traces
+    return cache.read(0, {row: cache.num_held(info) for row, info in enumerate(infos)})
 
 
 def find_trace(cache: Cache, trace_id: str) -> Trace:
@@ -89,7 +93,7 @@ def find_trace(cache: Cache, trace_id: str) -> Trace:
     for shard, row in cache.traces:
         info = cache.shards[shard].traces[row]
         if info.trace_id == trace_id:
-            return cache.read(shard, {row: info.n_total})[row]
+            return cache.read(shard, {row: cache.num_held(info)})[row]
     raise CacheError(f"{cache.path}: no trace {trace_id!r} among {len(cache.traces)}")
 
 

@@ -1,11 +1,8 @@
-"""A teacher that is a table, its traces and caches, and small students with its tokenizer."""
+"""A teacher that is a table, its traces and caches. Light: processes that are killed import it."""
 
 from dataclasses import replace
 
 import numpy as np
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from teacher_cache.format import (
     CacheHeader,
@@ -21,40 +18,8 @@ from teacher_cache.format import (
 VOCAB_SIZE = 41
 POLICY = KeepPolicy(top_k=8, mass=0.95)
 TOKENS = ["<end>", "<think>", "</think>", *(str(number) for number in range(VOCAB_SIZE - 3))]
+VOCABULARY = {token: token_id for token_id, token in enumerate(TOKENS)}
 END_ID, OPEN_ID, CLOSE_ID = 0, 1, 2
-
-
-def make_tokenizer(tokens=TOKENS):
-    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=tokens[-1]))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-
-
-def make_model(vocab_size=VOCAB_SIZE, *, tied=True, seed=0, **settings):
-    torch.manual_seed(seed)
-    settings = {
-        "vocab_size": vocab_size,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": tied,
-        "bos_token_id": None,
-        "eos_token_id": VOCAB_SIZE - 1,  # not the one that ends the traces
-        "pad_token_id": None,
-    } | settings
-    return Qwen3ForCausalLM(Qwen3Config(**settings))
-
-
-def make_student(folder, tokens=TOKENS, **settings):
-    """A two-layer Qwen3 and its tokenizer as a Hugging Face folder."""
-    make_model(**settings).save_pretrained(folder)
-    make_tokenizer(tokens).save_pretrained(folder)
-    return str(folder)
 
 
 def make_header(**changes):
@@ -62,7 +27,7 @@ def make_header(**changes):
         mode="score", teacher="table", teacher_revision=None, teacher_fingerprint="f" * 32,
         engine="fake", engine_version="1", dtype="float32", head_dtype="float32",
         vocab_size=VOCAB_SIZE, tokenizer_size=VOCAB_SIZE,
-        tokenizer_fingerprint=tokenizer_fingerprint(make_tokenizer().get_vocab()),
+        tokenizer_fingerprint=tokenizer_fingerprint(VOCABULARY),
         chat_template_hash="", think_open_ids=(OPEN_ID,), think_close_ids=(CLOSE_ID,),
         terminal_token_ids=(END_ID,), sampling=None, top_k=POLICY.top_k, mass=POLICY.mass,
         capture_prompt=True, num_bands=20,

@@ -210,14 +210,23 @@ def wait_for_traces(out, num_bytes):
     raise AssertionError("the capture wrote nothing within a minute")
 
 
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """A capture that nobody stopped: its prompts and its traces."""
+    folder = tmp_path_factory.mktemp("whole")
+    rows = [{"id": f"p{n}", "prompt": f"a {n % 30} b"} for n in range(60)]
+    prompts = write_rows(folder / "prompts.jsonl", rows)
+    run(*arguments(model, prompts, folder / "cache", "--max-tokens", "60"))
+    return prompts, read_all(open_cache(str(folder / "cache")))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_capture_goes_on_and_ends_like_one_that_was_not(model, tmp_path, signum):
-    rows = [{"id": f"p{n}", "prompt": f"a {n % 30} b"} for n in range(150)]
-    prompts = write_rows(tmp_path / "prompts.jsonl", rows)
-    call = arguments(model, prompts, tmp_path / "cache", "--max-tokens", "100")
+def test_a_stopped_capture_goes_on_and_ends_like_one_that_was_not(model, whole, tmp_path, signum):
+    prompts, expected = whole
+    call = arguments(model, prompts, tmp_path / "cache", "--max-tokens", "60")
     process = start(*call)
-    wait_for_traces(tmp_path / "cache", 4000)
+    wait_for_traces(tmp_path / "cache", 2000)
     process.send_signal(signum)
     _, said = process.communicate(timeout=60)
     if signum == signal.SIGKILL:
@@ -227,10 +236,9 @@ def test_a_stopped_capture_goes_on_and_ends_like_one_that_was_not(model, tmp_pat
         assert "run the same command again to go on" in said
     done = run(*call)
     assert " 0 were there" not in done.stdout
-    run(*arguments(model, prompts, tmp_path / "whole", "--max-tokens", "100"))
-    stopped, whole = (read_all(open_cache(str(tmp_path / n))) for n in ("cache", "whole"))
-    assert sorted(stopped) == sorted(whole)
-    for name, trace in whole.items():
+    stopped = read_all(open_cache(str(tmp_path / "cache")))
+    assert sorted(stopped) == sorted(expected)
+    for name, trace in expected.items():
         for column in ("token_ids", "k", "top_ids", "top_logits", "tail_logit"):
             np.testing.assert_array_equal(getattr(trace, column), getattr(stopped[name], column))
 

@@ -2,7 +2,8 @@ import json
 
 import pytest
 import torch
-from fakes import VOCAB_SIZE, make_model, make_student, make_tokenizer
+from fakes import VOCAB_SIZE
+from students import make_model, make_student, make_tokenizer
 
 from student_train.config import EvaluateConfig
 from student_train.evaluate import (

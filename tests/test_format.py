@@ -49,7 +49,7 @@ def any_trace(draw, trace_id="t"):
         if kept:
             others[rng.integers(kept)] = token_id
         top_ids.append(others)
-        codes = np.sort(rng.integers(0, 256, kept))
+        codes = np.sort(rng.integers(0, len(LOGIT_GRID), kept))
         codes[:1] = 0
         top_logits.append(LOGIT_GRID[codes])
     cot_start = draw(st.integers(0, n_total))
@@ -201,8 +201,9 @@ def test_stored_logprobs_are_the_teachers_within_the_grid_and_sum_to_one_with_th
     for row, (found, top_ids) in enumerate(zip(stored, split(kept, kept.top_ids), strict=True)):
         assert np.exp(found).sum() + tails[row] == pytest.approx(1.0, abs=1e-12)
         true = logprobs[row][top_ids]
-        near = true > true[0] - 5.0  # on the fine part of the grid: half a step, and the tail's
+        near = true > true[0] - 2.0  # half a step of the grid there, and the tail's rounding
         assert np.abs(found - true)[near].max() < 1 / 32
+        assert np.abs(found - true)[true > true[0] - 8.0].max() < 0.15
         true_tail = 1 - np.exp(true).sum()
         assert tails[row] == pytest.approx(true_tail, rel=0.05)
 
@@ -224,6 +225,7 @@ def test_impossible_candidates_are_dropped_and_an_impossible_realised_token_is_k
     assert kept.num_clamped_logits == 1
 
 
+@settings(deadline=None)
 @given(npst.arrays(np.float32, 20, elements=st.floats(-(2.0**100), 2.0**100, width=32)))
 def test_bfloat16_rounding_is_torchs(values):
     import torch
@@ -235,7 +237,9 @@ def test_bfloat16_rounding_is_torchs(values):
 def test_the_grid_is_fine_near_the_largest_and_reaches_sixty_nats():
     assert LOGIT_GRID[0] == 0
     assert (np.diff(LOGIT_GRID) < 0).all()
-    assert np.allclose(np.diff(LOGIT_GRID)[:160], -1 / 32)
+    assert len(LOGIT_GRID) <= 256
+    assert -np.diff(LOGIT_GRID)[0] == pytest.approx(1 / 32)
+    assert -np.diff(LOGIT_GRID)[-20:].min() < 1.8
     assert LOGIT_GRID[-1] == pytest.approx(-60, abs=0.01)
 
 
@@ -267,7 +271,7 @@ def make_simple(trace_id, n_total, num_kept=3):
         answer_start=n_total - 1,
         k=k,
         top_ids=np.concatenate([t + np.arange(num_kept) for t in token_ids[1:]]).astype(np.int32),
-        top_logits=np.tile(LOGIT_GRID[:num_kept], n_total - 1),
+        top_logits=np.tile(LOGIT_GRID[np.minimum(np.arange(num_kept), 99)], n_total - 1),
         tail_logit=np.where(k > 0, -4.0, 0).astype(np.float32),
     )
 
@@ -297,28 +301,6 @@ def test_a_trace_with_more_distinct_ids_than_narrow_indices_hold_is_read_back(tm
     assert_same(wide, read_all(cache)["wide"])
 
 
-def test_a_shard_closes_before_its_ids_outgrow_narrow_indices(tmp_path):
-    def trace(number):
-        simple = make_simple(f"t{number}", 201, num_kept=200)
-        ids = (
-            simple.top_ids * 0 + np.tile(np.arange(200), 200) + 200 * np.repeat(np.arange(200), 200)
-        )
-        ids = (ids + number * 40_000).astype(np.int32)
-        token_ids = np.concatenate([[0], ids[::200]]).astype(np.int32)
-        return Trace(**{**vars(simple), "top_ids": ids, "token_ids": token_ids})
-
-    folder = tmp_path / "cache"
-    traces = [trace(0), trace(1)]  # 40,000 ids each
-    with CacheWriter(folder, make_header(vocab_size=151_936)) as writer:
-        for each in traces:
-            writer.append(FinishedTrace(each, "source"))
-        writer.finish()
-    cache = open_cache(str(folder), allow_unsealed=True)
-    assert [len(shard.traces) for shard in cache.shards] == [1, 1]
-    for each in traces:
-        assert_same(each, read_all(cache)[each.trace_id])
-
-
 def test_invariants_of_a_trace_are_checked_when_it_is_written(tmp_path):
     good = make_simple("a", 10)
     broken = {
@@ -339,3 +321,69 @@ def test_invariants_of_a_trace_are_checked_when_it_is_written(tmp_path):
         with pytest.raises(ValueError, match="outside the teacher's vocabulary"):
             big = make_simple("b", VOCAB_SIZE + 1)
             writer.append(FinishedTrace(big, "source"))
+
+
+def random_trace(trace_id, num_tokens, num_kept, vocab_size, seed=0):
+    """Any ids of a vocabulary, the widest among them; the realised token last of each token's."""
+    rng = np.random.default_rng(seed)
+    stride = vocab_size // num_kept
+    others = rng.integers(0, stride, (num_tokens - 1, num_kept)) + np.arange(num_kept) * stride
+    others[-1:, -1] = vocab_size - 1
+    codes = np.sort(rng.integers(0, len(LOGIT_GRID), others.shape), axis=1)
+    codes[:, 0] = 0
+    k = np.full(num_tokens, num_kept, np.uint8)
+    k[0] = 0
+    return Trace(
+        trace_id=trace_id,
+        token_ids=np.concatenate([[0], others[:, -1]]).astype(np.int32),
+        n_total=num_tokens,
+        cot_start=0,
+        answer_start=num_tokens,
+        k=k,
+        top_ids=others.ravel().astype(np.int32),
+        top_logits=LOGIT_GRID[codes].ravel(),
+        tail_logit=np.where(k > 0, -4.0, 0).astype(np.float32),
+    )
+
+
+@pytest.mark.parametrize("vocab_size", [32_000, 151_936, 201_088, 262_144])
+@pytest.mark.parametrize("num_kept", [1, 64, 254, 255])
+def test_any_width_of_vocabulary_and_rows_comes_back(tmp_path, vocab_size, num_kept):
+    traces = [random_trace(f"t{n}", n, num_kept, vocab_size, n) for n in (1, 2, 400)]
+    folder = tmp_path / "cache"
+    with CacheWriter(folder, make_header(vocab_size=vocab_size, top_k=254)) as writer:
+        for trace in traces:
+            writer.append(FinishedTrace(trace, "source"))
+        writer.finish()
+    found = read_all(open_cache(str(folder), allow_unsealed=True))
+    for trace in traces:
+        assert_same(trace, found[trace.trace_id])
+
+
+def test_a_trace_of_131072_tokens_comes_back(tmp_path):
+    trace = random_trace("long", 131_072, 4, 151_936)
+    with CacheWriter(tmp_path, make_header(vocab_size=151_936)) as writer:
+        writer.append(FinishedTrace(trace, "source"))
+        writer.finish()
+    cache = open_cache(str(tmp_path), allow_unsealed=True)
+    assert_same(trace, read_all(cache)["long"])
+    before = cache.bytes_read
+    read_all(cache, lead_span=0.05)
+    assert cache.bytes_read - before == cache.shards[0].prefix_bytes(1)
+
+
+def test_readers_see_whole_shards_while_a_writer_publishes(tmp_path):
+    traces = [make_simple(f"t{number:02d}", 30 + number) for number in range(40)]
+    seen = []
+    with CacheWriter(tmp_path, make_header(vocab_size=VOCAB_SIZE), shard_bytes=700) as writer:
+        for trace in traces:
+            writer.append(FinishedTrace(trace, "source"))
+            cache = open_cache(str(tmp_path), allow_unsealed=True)
+            found = read_all(cache)
+            seen.append(len(found))
+            for each in found.values():
+                assert_same(traces[int(each.trace_id[1:])], each)
+        writer.finish()
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 3
+    assert len(read_all(open_cache(str(tmp_path), allow_unsealed=True))) == 40

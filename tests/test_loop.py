@@ -6,7 +6,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from fakes import TOKENS, make_cache, make_model, make_student, make_trace, make_traces
+from fakes import TOKENS, make_cache, make_trace, make_traces
+from students import make_model, make_student
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

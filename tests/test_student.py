@@ -1,6 +1,7 @@
 import pytest
 import torch
-from fakes import VOCAB_SIZE, make_model, make_tokenizer, make_traces
+from fakes import VOCAB_SIZE, make_traces
+from students import make_model, make_tokenizer
 from transformers import (
     CohereConfig,
     CohereForCausalLM,

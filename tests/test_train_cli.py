@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 from unittest import mock
 
 import pytest
-from fakes import make_cache, make_student, make_traces
+from fakes import make_cache, make_traces
+from students import make_student
 
 from student_train.cli import cli, main
 from student_train.config import EvaluateConfig, TrainConfig

@@ -16,6 +16,7 @@ from teacher_cache.format.manifest import Manifest, Seal
 from teacher_cache.format.reader import Cache, open_cache
 from teacher_cache.format.span import lead_span_length, num_bands_needed
 from teacher_cache.format.trace import MAX_K, Trace
+from teacher_cache.format.view import narrowed
 from teacher_cache.format.writer import CacheWriter, read_manifest, seal_cache
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "content_hash",
     "keep_entries",
     "lead_span_length",
+    "narrowed",
     "num_bands_needed",
     "open_cache",
     "read_manifest",

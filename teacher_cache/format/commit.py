@@ -2,17 +2,21 @@
 
 import json
 import re
+import reprlib
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
 from typing import Any, TypeVar
 
-from teacher_cache.format.errors import CacheFormatError
-from teacher_cache.format.header import FORMAT_VERSION, content_hash
+import numpy as np
+
+from teacher_cache.format.errors import CacheFormatError, CacheMismatchError
+from teacher_cache.format.header import FORMAT_VERSION, UNUSABLE_JSON, CacheHeader, content_hash
+from teacher_cache.format.span import band_start
 
 _T = TypeVar("_T")
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z")
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z")
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ class ShardCommit:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all traces."""
-        return sum(trace.n_total for trace in self.traces)
+        """Tokens of all traces, as far as the cache holds them."""
+        return sum(block.num_tokens for block in self.blocks)
 
     def prefix_bytes(self, num_bands: int) -> int:
         """Bytes from the start of the file to the end of its first `num_bands` bands."""
@@ -100,8 +104,9 @@ def parse_commit(text: bytes, name: str) -> ShardCommit:
         record["blocks"] = tuple(_known(Block, block) for block in record["blocks"])
         record["traces"] = tuple(_known(TraceInfo, trace) for trace in record["traces"])
         commit = _known(ShardCommit, {**record, "checksum": checksum})
+        _check_types(commit, where)
         _check(commit, name, where)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except UNUSABLE_JSON as error:
         raise CacheFormatError(f"{where}: not a commit record: {error!r}") from error
     return commit
 
@@ -112,8 +117,62 @@ def _known(kind: type[_T], values: Mapping[str, Any]) -> _T:
     return kind(**{name: value for name, value in values.items() if name in names})
 
 
+def _check_types(commit: ShardCommit, where: str) -> None:
+    """A record that anyone may have written holds any JSON; nothing may trip over it later."""
+    counts = [commit.size_bytes, commit.num_entries]
+    counts += [commit.num_clamped_tails, commit.num_clamped_logits]
+    for block in commit.blocks:
+        counts += [block.offset, block.length, block.crc32, block.num_rows, block.num_tokens]
+    texts = [commit.name, commit.header_fingerprint, commit.sha256]
+    for trace in commit.traces:
+        counts += [trace.n_total, trace.cot_start, trace.answer_start]
+        texts += [trace.trace_id, trace.finish_reason, trace.source_hash]
+        if not isinstance(trace.fields, dict):
+            raise CacheFormatError(f"{where}: the fields of a trace must be a JSON object")
+    for count in counts:
+        if type(count) is not int or not 0 <= count < 1 << 62:
+            raise CacheFormatError(f"{where}: expected a count, got {reprlib.repr(count)}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise CacheFormatError(f"{where}: expected a string, got {reprlib.repr(text)}")
+    for trace in commit.traces:
+        if not 0 <= trace.cot_start <= trace.answer_start <= trace.n_total:
+            raise CacheFormatError(
+                f"{where}: the bounds of trace {trace.trace_id!r} are out of order"
+            )
+        if not 1 <= trace.n_total < 1 << 31:
+            raise CacheFormatError(f"{where}: trace {trace.trace_id!r} has {trace.n_total} tokens")
+
+
+def check_commit(commit: ShardCommit, header: CacheHeader) -> None:
+    """Check a record against the header of the cache in whose folder it stands.
+
+    Raises:
+        CacheMismatchError: If the shard belongs to another capture.
+        CacheFormatError: If its bands are not those of its traces.
+    """
+    where = f"shard {commit.name}"
+    if commit.header_fingerprint != header.fingerprint:
+        raise CacheMismatchError(
+            f"{where}: expected a shard of capture {header.fingerprint}, got one of "
+            f"{commit.header_fingerprint}; take it out of the folder"
+        )
+    if len(commit.blocks) != header.num_bands:
+        raise CacheFormatError(
+            f"{where}: expected {header.num_bands} bands, got {len(commit.blocks)}"
+        )
+    num_held = np.array([header.num_held(trace.n_total) for trace in commit.traces], np.int64)
+    for band, block in enumerate(commit.blocks):
+        first, end = (band_start(num_held, b, header.num_bands) for b in (band, band + 1))
+        if block.num_tokens != (end - first).sum():
+            raise CacheFormatError(
+                f"{where}: band {band} has {block.num_tokens} tokens, its traces "
+                f"{(end - first).sum()}"
+            )
+
+
 def _check(commit: ShardCommit, name: str, where: str) -> None:
-    if commit.name != name or not _PLAIN_NAME.match(name):
+    if commit.name != name or not PLAIN_NAME.match(name):
         raise CacheFormatError(f"{where}: expected the record of {name!r}, got {commit.name!r}")
     position = 0
     for block in commit.blocks:
@@ -129,8 +188,8 @@ def _check(commit: ShardCommit, name: str, where: str) -> None:
         position += block.length
     if not commit.blocks or position > commit.size_bytes:
         raise CacheFormatError(f"{where}: blocks end at {position} of {commit.size_bytes} bytes")
-    if sum(block.num_tokens for block in commit.blocks) != commit.num_tokens:
-        raise CacheFormatError(f"{where}: the bands' tokens do not add up to the traces'")
+    if len({trace.trace_id for trace in commit.traces}) != len(commit.traces):
+        raise CacheFormatError(f"{where}: a trace stands twice in the shard")
 
 
 def block_of(data: bytes | memoryview, offset: int, num_rows: int, num_tokens: int) -> Block:

@@ -2,14 +2,22 @@
 
 import hashlib
 import json
+import math
+import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from teacher_cache.format.errors import CacheFormatError
+from teacher_cache.format.span import lead_span_length
 
 FORMAT_NAME = "leadspan-cache"
 FORMAT_VERSION = 1
+
+# What reading JSON of any shape as one's own can raise.
+UNUSABLE_JSON = (
+    ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,29 +47,41 @@ class CacheHeader:
     mass: float
     capture_prompt: bool
     num_bands: int
+    max_lead_span: float = 1.0  # what `truncate` left of every trace
+
+    def num_held(self, n_total: int) -> int:
+        """How many of the first tokens of a trace the cache holds: all, unless it was truncated."""
+        if self.max_lead_span == 1.0:
+            return n_total
+        return lead_span_length(n_total, self.max_lead_span)
 
     @property
     def fingerprint(self) -> str:
         """Hash of everything above: captures that differ in any of it must not share a folder."""
-        return content_hash(asdict(self))
+        return content_hash(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """The header's own part of `cache.json`."""
-        return asdict(self)
+        """The header's own part of `cache.json`; what stands at its default is left out."""
+        defaults = {item.name: item.default for item in fields(self)}
+        return {name: value for name, value in asdict(self).items() if value != defaults[name]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: str) -> "CacheHeader":
         """Read what `to_json` wrote; keys this version does not know are ignored.
 
         Raises:
-            CacheFormatError: If a key is missing.
+            CacheFormatError: If a key is missing or its value is none that it can have.
         """
         known: dict[str, Any] = {}
         for item in fields(cls):
-            if item.name not in values:
+            if item.name not in values and item.default is MISSING:
                 raise CacheFormatError(f"{where}: expected a header with {item.name!r}, not found")
-            value = values[item.name]
+            value = values.get(item.name, item.default)
             known[item.name] = tuple(value) if isinstance(value, list) else value
+            if not _is_possible(item.name, known[item.name]):
+                raise CacheFormatError(
+                    f"{where}: {item.name} = {reprlib.repr(value)} is nothing that a header holds"
+                )
         return cls(**known)
 
     def differences(self, other: "CacheHeader") -> list[str]:
@@ -71,6 +91,25 @@ class CacheHeader:
             for item in fields(self)
             if getattr(self, item.name) != getattr(other, item.name)
         ]
+
+
+def _is_possible(name: str, value: object) -> bool:
+    """Whether a header that anyone may have written can have this value."""
+    if name in ("vocab_size", "tokenizer_size"):
+        return type(value) is int and 0 <= value < 1 << 31
+    if name in ("num_bands", "top_k"):
+        return type(value) is int and 1 <= value <= 255
+    if name in ("mass", "max_lead_span"):
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        return name == "mass" or 0 < value <= 1
+    if name.endswith("_ids"):
+        return isinstance(value, tuple) and all(type(token) is int for token in value)
+    if name == "sampling":
+        return value is None or isinstance(value, dict)
+    if name == "capture_prompt":
+        return isinstance(value, bool)
+    return isinstance(value, str) or (name == "teacher_revision" and value is None)
 
 
 def canonical_json(value: object) -> bytes:

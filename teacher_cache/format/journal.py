@@ -19,11 +19,14 @@ import zstandard
 
 from teacher_cache.format.codec import LOGIT_GRID, logit_codes
 from teacher_cache.format.errors import CacheFormatError
+from teacher_cache.format.header import UNUSABLE_JSON
 from teacher_cache.format.trace import Trace
 
 logger = logging.getLogger(__name__)
 
 _READ_BYTES = 1 << 16
+_FRAME_HEADER_BYTES = 18  # at most
+MAX_FRAME_BYTES = 2 << 30  # of one trace
 _HEAD_LENGTH = struct.Struct("<I")
 
 
@@ -93,7 +96,7 @@ def read_journal(path: Path, header_fingerprint: str) -> Iterator[FinishedTrace]
     for number, (_, payload) in enumerate(frames, start=1):
         try:
             yield _decode(payload)
-        except (ValueError, KeyError, TypeError, struct.error) as error:
+        except (*UNUSABLE_JSON, struct.error) as error:
             raise CacheFormatError(f"{path}: frame {number} is not a trace: {error!r}") from error
 
 
@@ -112,7 +115,7 @@ def _check_first(frame: tuple[int, bytes] | None, header_fingerprint: str, path:
         return  # died before the first frame was whole: an empty journal
     try:
         found = json.loads(frame[1])["header_fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
+    except UNUSABLE_JSON as error:
         raise CacheFormatError(f"{path}: not a journal: {error!r}") from error
     if found != header_fingerprint:
         raise CacheFormatError(
@@ -127,6 +130,13 @@ def _frames(path: Path) -> Iterator[tuple[int, bytes]]:
         position = 0  # in the file, of the first byte not yet given to a decompressor
         chunk = b""
         while True:
+            chunk += file.read(_FRAME_HEADER_BYTES)  # so that the frame's header is in it
+            try:
+                declared = zstandard.frame_content_size(chunk)
+            except zstandard.ZstdError:
+                return
+            if not 0 <= declared <= MAX_FRAME_BYTES:
+                return  # not written here: what it decompresses to would not be bounded
             decompressor = zstandard.ZstdDecompressor().decompressobj()
             parts = []
             while not decompressor.eof:
@@ -148,7 +158,8 @@ def _encode(finished: FinishedTrace) -> bytes:
     trace = finished.trace
     head = {
         "trace_id": trace.trace_id,
-        "num_tokens": trace.n_total,
+        "n_total": trace.n_total,
+        "num_tokens": len(trace.token_ids),
         "num_entries": trace.num_entries,
         "cot_start": trace.cot_start,
         "answer_start": trace.answer_start,
@@ -174,6 +185,8 @@ def _decode(payload: bytes) -> FinishedTrace:
     position = _HEAD_LENGTH.size + length
     head: dict[str, Any] = json.loads(payload[_HEAD_LENGTH.size : position])
     num_tokens, num_entries = head.pop("num_tokens"), head.pop("num_entries")
+    if len(payload) - position != 9 * num_tokens + 5 * num_entries or num_tokens < 1:
+        raise ValueError(f"{len(payload) - position} bytes for {num_tokens} tokens")
     columns = []
     for kind, count in (
         ("<i4", num_tokens), ("u1", num_tokens), ("<i4", num_entries), ("u1", num_entries),
@@ -186,7 +199,6 @@ def _decode(payload: bytes) -> FinishedTrace:
     source_hash = head.pop("source_hash")
     trace = Trace(
         token_ids=token_ids,
-        n_total=num_tokens,
         k=k,
         top_ids=top_ids,
         top_logits=LOGIT_GRID[codes],

@@ -5,9 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from teacher_cache.format.commit import ShardCommit, TraceInfo
+from teacher_cache.format.commit import PLAIN_NAME, ShardCommit, TraceInfo
 from teacher_cache.format.errors import CacheFormatError
-from teacher_cache.format.header import FORMAT_NAME, FORMAT_VERSION, CacheHeader, content_hash
+from teacher_cache.format.header import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    UNUSABLE_JSON,
+    CacheHeader,
+    content_hash,
+)
 
 MANIFEST_NAME = "cache.json"
 SHARD_FOLDER = "shards"
@@ -67,6 +73,10 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         record = json.loads(text)
         if record["format"] != FORMAT_NAME:
             raise CacheFormatError(f"{where}: expected format {FORMAT_NAME!r}")
+        if type(record["min_reader_version"]) is not int:
+            raise CacheFormatError(f"{where}: min_reader_version must be a whole number")
+        if not isinstance(record["config"], dict):
+            raise CacheFormatError(f"{where}: expected a JSON object as `config`")
         if record["min_reader_version"] > FORMAT_VERSION:
             raise CacheFormatError(
                 f"{where}: needs a reader of format version {record['min_reader_version']}, this "
@@ -77,7 +87,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         if record["complete"]:
             seal = _parse_seal(record["seal"], where)
         return Manifest(header, record["config"], seal)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except UNUSABLE_JSON as error:
         raise CacheFormatError(f"{where}: not a cache header: {error!r}") from error
 
 
@@ -88,12 +98,18 @@ def _parse_seal(record: Mapping[str, Any], where: str) -> Seal:
         num_tokens=int(record["num_tokens"]),
         num_duplicates=int(record["num_duplicates"]),
     )
+    names = [name for name, _ in seal.shards]
+    for name in names:
+        if not PLAIN_NAME.match(name):
+            raise CacheFormatError(f"{where}: {name!r} is no name of a shard")
+    if names != sorted(set(names)):
+        raise CacheFormatError(f"{where}: the seal must list every shard once, by name")
     if record["fingerprint"] != seal.fingerprint:
         raise CacheFormatError(f"{where}: the seal's fingerprint does not match its shards")
     return seal
 
 
-def make_seal(commits: Sequence[ShardCommit]) -> Seal:
+def make_seal(commits: Sequence[ShardCommit], header: CacheHeader) -> Seal:
     """The seal of a cache with these shards, in the order of their names."""
     ordered = sorted(commits, key=lambda commit: commit.name)
     first: dict[str, TraceInfo] = {}
@@ -103,6 +119,6 @@ def make_seal(commits: Sequence[ShardCommit]) -> Seal:
     return Seal(
         shards=tuple((commit.name, commit.checksum) for commit in ordered),
         num_traces=len(first),
-        num_tokens=sum(trace.n_total for trace in first.values()),
+        num_tokens=sum(header.num_held(trace.n_total) for trace in first.values()),
         num_duplicates=sum(len(commit.traces) for commit in ordered) - len(first),
     )

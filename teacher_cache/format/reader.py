@@ -11,7 +11,13 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from teacher_cache.format.commit import ShardCommit, parse_commit
+from teacher_cache.format.commit import (
+    PLAIN_NAME,
+    ShardCommit,
+    TraceInfo,
+    check_commit,
+    parse_commit,
+)
 from teacher_cache.format.decode import assemble, decode_bands
 from teacher_cache.format.errors import CacheError, CacheFormatError, CacheMismatchError
 from teacher_cache.format.header import CacheHeader
@@ -49,6 +55,10 @@ class Cache:
         """Whether the capture is complete."""
         return self.manifest.seal is not None
 
+    def num_held(self, trace: TraceInfo) -> int:
+        """How many of its first tokens can be read: all, unless the cache was truncated."""
+        return self.header.num_held(trace.n_total)
+
     def read(self, shard_index: int, keep: Mapping[int, int]) -> dict[int, Trace]:
         """Read the first tokens of some traces of one shard.
 
@@ -63,6 +73,7 @@ class Cache:
 
         Raises:
             CacheFormatError: If the shard is missing, damaged, or not what its record says.
+            CacheMismatchError: If `keep` asks for tokens that a truncated cache does not hold.
             ValueError: If `keep` asks for tokens that a trace does not have.
         """
         commit = self.shards[shard_index]
@@ -73,7 +84,16 @@ class Cache:
                     f"{where}: trace {commit.traces[row].trace_id!r} has "
                     f"{commit.traces[row].n_total} tokens, {num_tokens} were asked for"
                 )
-        spans = ((commit.traces[row].n_total, count) for row, count in keep.items())
+        held = {row: self.num_held(commit.traces[row]) for row in keep}
+        for row, num_tokens in keep.items():
+            if num_tokens > held[row]:
+                raise CacheMismatchError(
+                    f"{where}: the cache was truncated to a lead span of "
+                    f"{self.header.max_lead_span:g} and holds {held[row]} tokens of trace "
+                    f"{commit.traces[row].trace_id!r}, {num_tokens} were asked for. Train on at "
+                    "most this lead span, or on the cache that it was made from."
+                )
+        spans = ((held[row], count) for row, count in keep.items())
         num_bands = num_bands_needed(spans, len(commit.blocks))
         data = self._read_prefix(commit, num_bands, where)
         bands = decode_bands(data, commit, num_bands, self.header, where)
@@ -171,16 +191,12 @@ def _read_commit(
     filesystem: pafs.FileSystem, root: str, name: str, manifest: Manifest, path: str
 ) -> ShardCommit:
     file = f"{root}/{SHARD_FOLDER}/{name}.json"
-    if "/" in name or filesystem.get_file_info(file).type != pafs.FileType.File:
+    if not PLAIN_NAME.match(name):
+        raise CacheFormatError(f"{path}: {name!r} is no name of a shard")
+    if filesystem.get_file_info(file).type != pafs.FileType.File:
         raise CacheFormatError(f"{path}: the commit record of shard {name!r} is missing")
     commit = parse_commit(_read_file(filesystem, file), name)
-    if commit.header_fingerprint != manifest.header.fingerprint:
-        raise CacheMismatchError(f"{path}: shard {name} belongs to another capture")
-    if len(commit.blocks) != manifest.header.num_bands:
-        raise CacheFormatError(
-            f"{path}: shard {name} has {len(commit.blocks)} bands, "
-            f"the cache {manifest.header.num_bands}"
-        )
+    check_commit(commit, manifest.header)
     return commit
 
 

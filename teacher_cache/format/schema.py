@@ -9,7 +9,7 @@ from teacher_cache.format.header import FORMAT_NAME, FORMAT_VERSION, CacheHeader
 
 METADATA_KEY = b"leadspan"
 
-# Most shards have at most 65,536 distinct kept ids; a single trace with more needs wider indices.
+# Most shards have at most 65,536 distinct kept ids; others need wider indices.
 MAX_NARROW_IDS = 1 << 16
 
 

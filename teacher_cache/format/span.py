@@ -6,6 +6,10 @@ A lead span x keeps the first max(1, floor(n*x)) tokens, prompt included (arXiv 
 
 from collections.abc import Iterable
 from fractions import Fraction
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 def lead_span_length(n_total: int, lead_span: float) -> int:
@@ -23,7 +27,10 @@ def lead_span_length(n_total: int, lead_span: float) -> int:
     return max(1, n_total * exact.numerator // exact.denominator)
 
 
-def band_start(n_total: int, band: int, num_bands: int) -> int:
+_Tokens = TypeVar("_Tokens", int, NDArray[np.int64])
+
+
+def band_start(n_total: _Tokens, band: int, num_bands: int) -> _Tokens:
     """First token of a band (of the trace's end for `band` == `num_bands`)."""
     return n_total * band // num_bands
 

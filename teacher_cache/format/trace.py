@@ -79,6 +79,11 @@ class Trace:
         if not np.isfinite(self.tail_logit).all():
             raise ValueError(f"{where}: tail_logit must be finite")
         token_of_entry = np.repeat(np.arange(len(self.k)), self.k)
+        # Sorting token by token: equal neighbours are an id that stands twice.
+        keys = np.sort((token_of_entry << 32) | self.top_ids)
+        twice = np.flatnonzero(keys[1:] == keys[:-1])
+        if len(twice):
+            raise ValueError(f"{where}: token {keys[twice[0]] >> 32} has an id twice")
         is_realised = self.top_ids == self.token_ids[token_of_entry]
         found = np.bincount(token_of_entry[is_realised], minlength=len(self.k))
         missing = np.flatnonzero((self.k > 0) & (found != 1))

@@ -15,9 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
-from teacher_cache.format.commit import ShardCommit, TraceInfo, parse_commit
+from teacher_cache.format.commit import ShardCommit, TraceInfo, check_commit, parse_commit
 from teacher_cache.format.errors import CacheFormatError, CacheMismatchError
 from teacher_cache.format.files import fsync_folder, publish
 from teacher_cache.format.header import CacheHeader
@@ -30,13 +28,12 @@ from teacher_cache.format.manifest import (
     make_seal,
     parse_manifest,
 )
-from teacher_cache.format.schema import MAX_NARROW_IDS
 from teacher_cache.format.shard import encode_shard
 from teacher_cache.format.trace import MAX_K
 
 logger = logging.getLogger(__name__)
 
-SHARD_BYTES = 16 << 20
+SHARD_BYTES = 24 << 20  # a dictionary of 100,000 ids is then below 1.5 % of it
 SYNC_INTERVAL_S = 2.0  # what a dying machine (not process) may cost
 
 
@@ -144,7 +141,6 @@ class CacheWriter:
         file = self.path / JOURNAL_FOLDER / f"{name}.journal"
         self._journal = Journal(file, self.header.fingerprint)
         self._name = name
-        self._kept_ids = np.zeros(self.header.vocab_size, bool)
         self._num_journalled = 0
         self._synced_at_s = time.monotonic()
         for finished in read_journal(file, self.header.fingerprint):
@@ -153,7 +149,6 @@ class CacheWriter:
 
     def _note(self, finished: FinishedTrace) -> None:
         self._finished[finished.trace.trace_id] = finished.source_hash
-        self._kept_ids[finished.trace.top_ids] = True
         self._num_journalled += 1
 
     @property
@@ -174,8 +169,12 @@ class CacheWriter:
         """
         trace = finished.trace
         trace.validate()
-        if len(trace.token_ids) != trace.n_total:
-            raise ValueError(f"trace {trace.trace_id!r}: only whole traces can be written")
+        num_held = self.header.num_held(trace.n_total)
+        if len(trace.token_ids) != num_held:
+            raise ValueError(
+                f"trace {trace.trace_id!r}: expected all {num_held} tokens that the cache holds of "
+                f"it, got {len(trace.token_ids)}"
+            )
         if int(trace.k.max()) > MAX_K + 1:
             raise ValueError(f"trace {trace.trace_id!r}: more than {MAX_K + 1} entries for a token")
         highest = max(int(trace.token_ids.max()), int(trace.top_ids.max(initial=0)))
@@ -188,8 +187,6 @@ class CacheWriter:
             raise ValueError(f"trace {trace.trace_id!r} is in the cache already")
         if self.sealed:
             raise ValueError(f"{self.path} is sealed; nothing can be added")
-        if self._journal is not None and self._would_need_wide_ids(trace.top_ids):
-            self._roll(self._journal)
         journal = self._journal or self._open_journal(self._next_name())
         journal.append(finished)
         self._note(finished)
@@ -198,12 +195,6 @@ class CacheWriter:
         elif time.monotonic() - self._synced_at_s >= SYNC_INTERVAL_S:
             journal.sync()
             self._synced_at_s = time.monotonic()
-
-    def _would_need_wide_ids(self, top_ids: np.ndarray[Any, np.dtype[np.int32]]) -> bool:
-        if self.header.vocab_size <= MAX_NARROW_IDS:
-            return False
-        num_new = len(np.unique(top_ids[~self._kept_ids[top_ids]]))
-        return self._num_journalled > 0 and int(self._kept_ids.sum()) + num_new > MAX_NARROW_IDS
 
     def _roll(self, journal: Journal) -> None:
         """Hand the full journal to the compacting thread; the next trace begins another."""
@@ -305,18 +296,9 @@ def read_commits(path: Path, header: CacheHeader) -> list[ShardCommit]:
     commits = []
     for file in sorted((path / SHARD_FOLDER).glob("*.json")):
         commit = parse_commit(file.read_bytes(), file.stem)
-        check_same_capture(commit, header)
+        check_commit(commit, header)
         commits.append(commit)
     return commits
-
-
-def check_same_capture(commit: ShardCommit, header: CacheHeader) -> None:
-    """Refuse a shard that was put into another cache's folder."""
-    if commit.header_fingerprint != header.fingerprint:
-        raise CacheMismatchError(
-            f"shard {commit.name}: expected a shard of capture {header.fingerprint}, "
-            f"got one of {commit.header_fingerprint}; take it out of the folder"
-        )
 
 
 def seal_cache(path: Path) -> Manifest:
@@ -335,7 +317,7 @@ def seal_cache(path: Path) -> Manifest:
         return manifest
     for worker in _workers_with_journals(path):
         CacheWriter(path, manifest.header, worker=worker).finish()
-    seal = make_seal(read_commits(path, manifest.header))
+    seal = make_seal(read_commits(path, manifest.header), manifest.header)
     sealed = Manifest(manifest.header, manifest.config, seal)
     publish(path / MANIFEST_NAME, sealed.to_bytes())
     return sealed

@@ -1,0 +1,80 @@
+"""`cache-teacher truncate`: a smaller cache with the first part of every trace of another.
+
+Nothing is chosen again: tokens and entries are those of the full cache, cut into new bands. Logits
+of a cache with another grid are rounded to this version's.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from teacher_cache.format import (
+    LOGIT_GRID,
+    Cache,
+    CacheMismatchError,
+    CacheWriter,
+    FinishedTrace,
+    KeepPolicy,
+    Manifest,
+    narrowed,
+    seal_cache,
+)
+from teacher_cache.format.codec import is_clamped_tail
+
+
+def truncate_cache(
+    cache: Cache, out: Path, *, lead_span: float = 1.0, top_k: int | None = None
+) -> Manifest:
+    """Write the first `lead_span` of every trace as a cache of its own, and seal it.
+
+    Running it again after it was stopped goes on where it stood. Memory: one shard's traces.
+
+    Args:
+        cache: What is made smaller; each trace that counts is taken once.
+        out: The new cache's folder.
+        lead_span: The largest proportion of a trace that the new cache can be read to.
+        top_k: Keep at most so many entries per token (and the token itself).
+
+    Raises:
+        CacheMismatchError: If the cache does not hold so much, or `out` holds something else.
+    """
+    held = cache.header.max_lead_span
+    if not 0 < lead_span <= held:
+        raise CacheMismatchError(
+            f"{cache.path}: expected a lead span in (0, {held:g}], the part of every trace that "
+            f"the cache holds, got {lead_span:g}"
+        )
+    top_k = min(top_k or cache.header.top_k, cache.header.top_k)
+    header = replace(cache.header, max_lead_span=lead_span, top_k=top_k)
+    origin = {"truncated_from": cache.fingerprint}
+    with CacheWriter(out, header, config={**cache.manifest.config, **origin}) as writer:
+        if writer.manifest.config.get("truncated_from") != cache.fingerprint:
+            raise CacheMismatchError(f"{out}: holds a part of another cache; use another folder")
+        if not writer.sealed:
+            for shard, rows in _rows_of_shards(cache).items():
+                _copy_shard(cache, shard, rows, writer)
+            writer.finish()
+    return seal_cache(out)
+
+
+def _rows_of_shards(cache: Cache) -> dict[int, list[int]]:
+    rows: dict[int, list[int]] = {}
+    for shard, row in cache.traces:
+        rows.setdefault(shard, []).append(row)
+    return rows
+
+
+def _copy_shard(cache: Cache, shard: int, rows: list[int], writer: CacheWriter) -> None:
+    infos = cache.shards[shard].traces
+    missing = [row for row in rows if infos[row].trace_id not in writer.finished()]
+    keep = {row: writer.header.num_held(infos[row].n_total) for row in missing}
+    policy = KeepPolicy(writer.header.top_k, 1.0)  # no mass: what the cache kept stays
+    for row, trace in cache.read(shard, keep).items():
+        cut = narrowed(trace, policy) if policy.top_k < cache.header.top_k else trace
+        writer.append(
+            FinishedTrace(
+                cut,
+                infos[row].source_hash,
+                num_clamped_tails=int(is_clamped_tail(cut.tail_logit)[cut.k > 0].sum()),
+                num_clamped_logits=int((cut.top_logits == LOGIT_GRID[-1]).sum()),
+            )
+        )

@@ -1,0 +1,33 @@
+"""Caches that were written once are read for ever, with the same values."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_format import ARRAYS, read_all
+
+from teacher_cache.format import open_cache
+
+GOLDEN = sorted((Path(__file__).parent / "data").glob("golden-*"))
+
+
+def test_every_format_version_has_a_golden_cache():
+    assert [folder.name for folder in GOLDEN] == ["golden-v1"]
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("lead_span", [0.1, 0.5, 1.0])
+def test_a_golden_cache_is_read_as_on_its_first_day(folder, lead_span):
+    expected = json.loads((folder / "expected.json").read_text())
+    cache = open_cache(str(folder))
+    assert cache.fingerprint == expected["fingerprint"]
+    found = read_all(cache, lead_span)
+    assert sorted(found) == sorted(expected["traces"])
+    for trace_id, values in expected["traces"].items():
+        trace = found[trace_id]
+        for name in ARRAYS:
+            part = getattr(trace, name)
+            np.testing.assert_array_equal(part, np.array(values.pop(name))[: len(part)])
+        for name, value in values.items():
+            assert getattr(trace, name) == value

@@ -1,0 +1,129 @@
+"""What other tools see when they open a shard, and what is exported for them."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import pytest
+from click.testing import CliRunner
+from fakes import make_cache, make_traces
+
+from teacher_cache.cli import cli
+from teacher_cache.format import open_cache, stored_logprobs
+
+SPEC = Path(__file__).parent.parent / "teacher_cache" / "format" / "SPEC.md"
+COLUMNS = ("token_ids", "k", "top_ids", "top_logits", "tail_logit")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain") / "cache"
+    return open_cache(make_cache(folder, make_traces(4)))
+
+
+@pytest.fixture(scope="module")
+def shard(cache):
+    return Path(cache.path) / "shards" / f"{cache.shards[0].name}.arrow"
+
+
+def whole_traces(cache):
+    keep = {row: info.n_total for row, info in enumerate(cache.shards[0].traces)}
+    return cache.read(0, keep).values()
+
+
+def assert_rows_are_the_traces(rows, cache):
+    """Rows (dicts, in any order) of all bands, put together, are the traces."""
+    rows = sorted(rows, key=lambda row: (row["trace_id"], row["start"]))
+    for trace in whole_traces(cache):
+        mine = [row for row in rows if row["trace_id"] == trace.trace_id]
+        assert len(mine) == cache.header.num_bands
+        for name in COLUMNS:
+            found = np.concatenate([np.asarray(row[name], float) for row in mine])
+            np.testing.assert_array_equal(found, getattr(trace, name))
+
+
+def test_pyarrow_reads_the_file_a_prefix_and_a_dataset(cache, shard):
+    assert_rows_are_the_traces(pa.ipc.open_file(str(shard)).read_all().to_pylist(), cache)
+    dataset = pyarrow.dataset.dataset(str(shard), format="ipc")
+    assert_rows_are_the_traces(dataset.to_table().to_pylist(), cache)
+    prefix = shard.read_bytes()[8 : cache.shards[0].prefix_bytes(5)]
+    with pa.ipc.open_stream(prefix) as stream:
+        bands = {row["band"] for _ in range(5) for row in stream.read_next_batch().to_pylist()}
+    assert bands == set(range(5))
+
+
+def test_pandas_reads_it(cache, shard):
+    frame = pa.ipc.open_file(str(shard)).read_pandas()
+    assert_rows_are_the_traces(frame.to_dict("records"), cache)
+
+
+def test_polars_reads_and_scans_it(cache, shard):
+    import polars
+
+    assert_rows_are_the_traces(polars.read_ipc(shard).to_dicts(), cache)
+    assert_rows_are_the_traces(polars.scan_ipc(shard).collect().to_dicts(), cache)
+
+
+def test_duckdb_reads_it_through_a_table(cache, shard):
+    import duckdb
+
+    table = pa.ipc.open_file(str(shard)).read_all()
+    found = duckdb.from_arrow(table).to_arrow_table()
+    assert_rows_are_the_traces(found.to_pylist(), cache)
+
+
+def test_datasets_reads_it(cache, shard, tmp_path):
+    import datasets
+
+    found = datasets.load_dataset(
+        "arrow", data_files=str(shard), split="train", cache_dir=str(tmp_path)
+    )
+    assert_rows_are_the_traces(list(found), cache)
+
+
+def test_the_documented_snippet_rebuilds_the_logprobs(cache, shard):
+    text = SPEC.read_text()
+    marked = text.partition("<!-- snippet: pyarrow -->")[2].partition("<!-- end of snippet -->")[0]
+    code = re.search(r"```python\n(.*?)```", marked, re.DOTALL).group(1)
+    code = code.replace("shards/w0-00000.arrow", str(shard))
+    printed = {}
+
+    def note(trace_id, position, token_id, top_ids, logprobs):
+        printed[trace_id, position] = (token_id, top_ids, logprobs)
+
+    exec(code, {"print": note})
+    for trace in whole_traces(cache):
+        logprobs = stored_logprobs(trace.k, trace.top_logits, trace.tail_logit)
+        parts = np.split(logprobs, np.cumsum(trace.k)[:-1])
+        for position, (token_id, part) in enumerate(zip(trace.token_ids, parts, strict=True)):
+            found = printed.pop((trace.trace_id, position))
+            assert (found[0], len(found[1])) == (token_id, trace.k[position])
+            np.testing.assert_allclose(found[2], part, atol=1e-9)
+    assert not printed
+
+
+def test_parquet_export_has_a_row_per_token_with_its_logprobs(cache, tmp_path):
+    import pyarrow.parquet as pq
+
+    out = tmp_path / "tokens.parquet"
+    run = CliRunner().invoke(cli, ["export", cache.path, str(out), "--parquet"])
+    assert run.exit_code == 0, run.output
+    assert "4 traces" in run.output
+    rows = pq.read_table(out).to_pylist()
+    for trace in whole_traces(cache):
+        mine = [row for row in rows if row["trace_id"] == trace.trace_id]
+        assert [row["position"] for row in mine] == list(range(trace.n_total))
+        assert [row["token_id"] for row in mine] == trace.token_ids.tolist()
+        assert mine[0]["top_ids"] is None
+        assert mine[0]["tail_mass"] is None
+        assert [i for row in mine[1:] for i in row["top_ids"]] == trace.top_ids.tolist()
+        sections = [row["section"] for row in mine]
+        assert sections.count("prompt") == trace.cot_start
+        assert sections.count("answer") == trace.n_total - trace.answer_start
+        for row in mine[1:]:
+            assert np.exp(row["top_logprobs"]).sum() + row["tail_mass"] == pytest.approx(
+                1, abs=1e-6
+            )
+    assert not list(tmp_path.glob(".tmp*"))

@@ -1,0 +1,162 @@
+"""Narrower views and truncated caches: what the full cache holds, and no more."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from fakes import make_cache, make_traces
+from test_format import assert_same, logits_rows, read_all
+
+from teacher_cache.cli import cli
+from teacher_cache.format import (
+    CacheMismatchError,
+    KeepPolicy,
+    Trace,
+    keep_entries,
+    lead_span_length,
+    narrowed,
+    open_cache,
+)
+from teacher_cache.truncate import truncate_cache
+
+
+def captured(ids, logprobs, policy):
+    """A trace of all rows, token 0 before them, as a capture with this policy makes it."""
+    kept = keep_entries(ids, logprobs, policy)
+    return Trace(
+        trace_id="t",
+        token_ids=np.concatenate([[0], ids[:, 0]]).astype(np.int32),
+        n_total=len(ids) + 1,
+        cot_start=1,
+        answer_start=2,
+        k=np.concatenate([[0], kept.k]).astype(np.uint8),
+        top_ids=kept.top_ids,
+        top_logits=kept.top_logits,
+        tail_logit=np.concatenate([[0.0], kept.tail_logit]).astype(np.float32),
+    )
+
+
+def tail_mass(trace):
+    return 1 / (1 + np.exp(-trace.tail_logit[1:].astype(float)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("scale", [1.0, 3.0, 8.0])
+@pytest.mark.parametrize("top_k", [1, 5, 16, 64])
+def test_a_view_with_fewer_entries_equals_a_capture_with_fewer(seed, scale, top_k):
+    _, ids, logprobs = logits_rows(seed, scale=scale)
+    full = captured(ids, logprobs, KeepPolicy(64, 0.999))
+    view = narrowed(full, KeepPolicy(top_k, 1.0))
+    right = captured(ids, logprobs, KeepPolicy(top_k, 0.999))
+    view.validate()
+    for name in ("token_ids", "k", "top_ids", "top_logits"):
+        np.testing.assert_array_equal(getattr(view, name), getattr(right, name))
+    np.testing.assert_allclose(tail_mass(view), tail_mass(right), rtol=0.05, atol=0.01)
+
+
+def test_a_view_with_less_mass_keeps_the_fewest_entries_that_reach_it():
+    _, ids, logprobs = logits_rows(3)
+    full = captured(ids, logprobs, KeepPolicy(64, 0.999))
+    view, right = (
+        narrowed(full, KeepPolicy(64, 0.9)),
+        captured(ids, logprobs, KeepPolicy(64, 0.9)),
+    )
+    # The rounding of the stored logits may move the border by an entry, in few rows.
+    assert (view.k != right.k).mean() < 0.1
+    assert np.abs(view.k.astype(int) - right.k).max() <= 2
+    np.testing.assert_allclose(tail_mass(view), tail_mass(right), atol=0.02)
+
+
+def test_a_view_that_drops_nothing_is_the_trace():
+    _, ids, logprobs = logits_rows(5)
+    full = captured(ids, logprobs, KeepPolicy(64, 0.999))
+    assert_same(narrowed(full, KeepPolicy(64, 1.0)), full)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return open_cache(make_cache(tmp_path_factory.mktemp("full") / "cache", make_traces(9)))
+
+
+def test_a_truncated_cache_holds_the_lead_span_of_every_trace(source, tmp_path):
+    truncate_cache(source, tmp_path / "half", lead_span=0.5)
+    half = open_cache(str(tmp_path / "half"))
+    assert half.header.max_lead_span == 0.5
+    expected = read_all(source, lead_span=0.5)
+    found = read_all(half, lead_span=0.5)
+    assert sorted(found) == sorted(expected)
+    for trace_id, trace in expected.items():
+        assert_same(found[trace_id], trace)
+    for trace_id, trace in read_all(source, lead_span=0.2).items():
+        assert_same(read_all(half, lead_span=0.2)[trace_id], trace)
+    sizes = [sum(s.size_bytes for s in cache.shards) for cache in (half, source)]
+    assert sizes[0] < sizes[1]
+    assert half.manifest.seal.num_tokens == sum(len(t.token_ids) for t in expected.values())
+
+
+def test_reading_more_than_a_truncated_cache_holds_is_refused(source, tmp_path):
+    truncate_cache(source, tmp_path / "half", lead_span=0.5)
+    half = open_cache(str(tmp_path / "half"))
+    with pytest.raises(CacheMismatchError, match=r"truncated to a lead span of 0\.5 and holds"):
+        read_all(half, lead_span=0.6)
+    with pytest.raises(CacheMismatchError, match=r"expected a lead span in \(0, 0\.5\]"):
+        truncate_cache(half, tmp_path / "again", lead_span=0.6)
+
+
+def test_truncating_twice_is_truncating_once(source, tmp_path):
+    truncate_cache(source, tmp_path / "most", lead_span=0.7, top_k=6)
+    truncate_cache(open_cache(str(tmp_path / "most")), tmp_path / "less", lead_span=0.3, top_k=4)
+    truncate_cache(source, tmp_path / "once", lead_span=0.3, top_k=4)
+    twice, once = (open_cache(str(tmp_path / name)) for name in ("less", "once"))
+    assert twice.header == once.header
+    left, right = read_all(twice, lead_span=0.3), read_all(once, lead_span=0.3)
+    for trace_id, trace in right.items():
+        np.testing.assert_array_equal(left[trace_id].top_ids, trace.top_ids)
+        np.testing.assert_array_equal(left[trace_id].top_logits, trace.top_logits)
+        np.testing.assert_allclose(left[trace_id].tail_logit, trace.tail_logit, atol=0.1)
+
+
+def test_fewer_entries_are_those_of_the_view(source, tmp_path):
+    truncate_cache(source, tmp_path / "narrow", top_k=2)
+    narrow = open_cache(str(tmp_path / "narrow"))
+    assert (narrow.header.top_k, narrow.header.max_lead_span) == (2, 1.0)
+    for trace_id, trace in read_all(source).items():
+        assert_same(read_all(narrow)[trace_id], narrowed(trace, KeepPolicy(2, 1.0)))
+
+
+def test_truncating_again_goes_on_and_another_source_is_refused(source, tmp_path):
+    first = truncate_cache(source, tmp_path / "half", lead_span=0.5)
+    assert truncate_cache(source, tmp_path / "half", lead_span=0.5) == first
+    other = open_cache(make_cache(tmp_path / "other", make_traces(3, seed=4)))
+    with pytest.raises(CacheMismatchError, match="part of another cache"):
+        truncate_cache(other, tmp_path / "half", lead_span=0.5)
+    with pytest.raises(CacheMismatchError, match=r"max_lead_span: 0\.4, not 0\.5"):
+        truncate_cache(source, tmp_path / "half", lead_span=0.4)
+
+
+def test_the_command_says_what_it_made(source, tmp_path):
+    out = tmp_path / "half"
+    run = CliRunner().invoke(cli, ["truncate", source.path, str(out), "--lead-span", "0.5"])
+    assert run.exit_code == 0, run.output
+    assert "sealed, 9 traces" in run.output
+    record = json.loads((out / "cache.json").read_text())
+    assert record["header"]["max_lead_span"] == 0.5
+    assert record["config"]["truncated_from"] == source.fingerprint
+
+
+def test_inspect_shows_what_a_truncated_cache_holds(tmp_path):
+    from teacher_cache.inspection import inspect_cache, read_first_shard
+
+    traces = make_traces(4)
+    make_cache(tmp_path / "whole", traces)
+    truncate_cache(open_cache(str(tmp_path / "whole")), tmp_path / "half", lead_span=0.5)
+    half = open_cache(str(tmp_path / "half"))
+    figures = inspect_cache(half, read_first_shard(half))
+    held = [lead_span_length(trace.n_total, 0.5) for trace in traces]
+    assert figures.num_tokens == sum(held)
+    assert figures.num_tokens_of == {
+        "prompt": sum(trace.cot_start for trace in traces),
+        "cot": sum(held) - sum(trace.cot_start for trace in traces),
+        "answer": 0,
+    }
