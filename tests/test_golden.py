@@ -1,6 +1,8 @@
 """Caches that were written once are read for ever, with the same values."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,3 +33,16 @@ def test_a_golden_cache_is_read_as_on_its_first_day(folder, lead_span):
             np.testing.assert_array_equal(part, np.array(values.pop(name))[: len(part)])
         for name, value in values.items():
             assert getattr(trace, name) == value
+
+
+def test_reading_needs_no_zstandard():
+    """The module is for journals; a machine that only trains need not have it."""
+    code = (
+        "import sys; sys.modules['zstandard'] = None\n"
+        "from teacher_cache.format import open_cache\n"
+        f"cache = open_cache({str(GOLDEN[0])!r})\n"
+        "rows = {row: t.n_total for row, t in enumerate(cache.shards[0].traces)}\n"
+        "print(len(cache.read(0, rows)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 2

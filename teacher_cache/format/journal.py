@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zstandard
 
 from teacher_cache.format.codec import LOGIT_GRID, logit_codes
 from teacher_cache.format.errors import CacheFormatError
@@ -50,6 +49,8 @@ class Journal:
             CacheFormatError: If it belongs to another capture.
         """
         self.path = path
+        import zstandard  # here, because reading a cache must not need it
+
         self._compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
         self.num_bytes = _end_of_whole_frames(path, header_fingerprint)
         self._file = path.open("ab", buffering=0)
@@ -126,6 +127,8 @@ def _check_first(frame: tuple[int, bytes] | None, header_fingerprint: str, path:
 
 def _frames(path: Path) -> Iterator[tuple[int, bytes]]:
     """(end offset, content) of every whole frame, up to the first that is not."""
+    import zstandard
+
     with path.open("rb") as file:
         position = 0  # in the file, of the first byte not yet given to a decompressor
         chunk = b""
