@@ -2,11 +2,12 @@
 
 import json
 import logging
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -373,14 +374,39 @@ def _say_estimate(report: CaptureReport, out: Path) -> None:
     whole_s = report.seconds / report.num_traces * report.survey.num_wanted
     click.echo(
         f"estimate for all {report.survey.num_wanted:,} traces, from {report.num_traces:,}: "
-        f"{whole_s / 3600:.2f} h on this machine, {whole_bytes / 1e6:,.1f} MB "
+        f"{_duration(whole_s)} on this machine, {whole_bytes / 1e6:,.1f} MB "
         f"({stored_bytes / sum(s.num_tokens for s in cache.shards):.1f} bytes/token). "
         "Run again without --limit for the rest."
     )
 
 
+def _duration(seconds: float) -> str:
+    for unit, length_s in (("h", 3600), ("min", 60)):
+        if seconds >= length_s:
+            return f"{seconds / length_s:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def program() -> NoReturn:
+    """What the installed command runs: `main`, then an end that nothing can spoil.
+
+    Threads that vLLM leaves behind now and then abort the interpreter while it is torn down
+    ("terminate called without an active exception"), after all is written and said.
+    """
+    code: int | str | None = 0
+    try:
+        main()
+    except SystemExit as exited:
+        code = exited.code
+    if "vllm" in sys.modules and isinstance(code, int):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit code 1."""
+    """Run a command: a user's mistake is one line on stderr and exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("transformers", "httpx", "torch"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

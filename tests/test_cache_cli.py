@@ -19,7 +19,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from teacher_cache import cli, modes
 from teacher_cache.format import open_cache
 
-COMMAND = [sys.executable, "-c", "from teacher_cache.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from teacher_cache.cli import program; program()"]
 CONTEXT = 128
 
 
