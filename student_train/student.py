@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -74,7 +75,7 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(
                 name, revision=revision, dtype=dtype or "auto"
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
     return model, tokenizer

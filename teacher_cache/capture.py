@@ -25,8 +25,11 @@ from teacher_cache.format import (
 from teacher_cache.progress import Progress
 from teacher_cache.signals import Stopped, stop_signals
 from teacher_cache.sources import Source, SourceError, SourceTrace, find_sections
+from teacher_cache.tokenizer import TeacherTokenizer
 
 logger = logging.getLogger(__name__)
+
+ONLY_WORKER = "w0"  # its name where there is one; others leave sealing to `cache-teacher seal`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,7 @@ class Job:
     limit: int | None  # traces; the rest of the input is only counted
     config: Mapping[str, Any]  # resolved, JSON; kept in the cache for the reader
     source: Source
+    tokenizer: TeacherTokenizer
     requests: Callable[[SourceTrace], list[TeacherRequest]]
     header: Callable[[TeacherFacts], CacheHeader]
     start_teacher: Callable[[int], Teacher]  # given the longest trace, in tokens
@@ -155,7 +159,7 @@ def _run(job: Job, survey: Survey, teacher: Teacher, writer: CacheWriter) -> Cap
             for rows in teacher.run(missing()):
                 with switch.held():
                     source = in_flight.pop(rows.request_id)
-                    writer.append(finished_trace(rows, source, writer.header))
+                    writer.append(finished_trace(rows, source, writer.header, job.tokenizer))
                     progress.add(len(rows.token_ids))
                     num_unfinished += rows.finish_reason == "length"
         except Stopped as stopped:
@@ -177,18 +181,19 @@ def _run(job: Job, survey: Survey, teacher: Teacher, writer: CacheWriter) -> Cap
 
 def _finish(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureReport:
     writer.finish()
-    complete = report.survey.num_taken == report.survey.num_wanted
+    # With other workers beside it, no worker can know that the cache is complete.
+    complete = report.survey.num_taken == report.survey.num_wanted and job.worker == ONLY_WORKER
     if complete:
         seal_cache(job.out)
     return replace(report, sealed=complete)
 
 
-def finished_trace(rows: TeacherRows, source: SourceTrace, header: CacheHeader) -> FinishedTrace:
+def finished_trace(
+    rows: TeacherRows, source: SourceTrace, header: CacheHeader, tokenizer: TeacherTokenizer
+) -> FinishedTrace:
     """A teacher's rows as a trace: sections found, entries chosen, both counted."""
     ids = rows.token_ids
-    bounds = source.bounds or find_sections(
-        ids.tolist(), source.num_prompt, header.think_open_ids, header.think_close_ids
-    )
+    bounds = source.bounds or find_sections(ids.tolist(), source.num_prompt, tokenizer)
     # Rows of prompt tokens that were not asked for may come all the same when scoring.
     first = rows.first_row if header.capture_prompt else max(rows.first_row, source.num_prompt)
     skip = first - rows.first_row

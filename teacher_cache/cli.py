@@ -255,8 +255,11 @@ def inspect_command(cache: str, trace_id: str | None, model: str | None, as_json
 @click.argument("out", type=FILE)
 @click.option("--text", is_flag=True, help="Add each trace's text (JSONL only).")
 @click.option("--model", help="Where the teacher's tokenizer is now, for --text.")
+@click.option("--allow-unsealed", is_flag=True, help="Export what is committed so far.")
 @click.option("--parquet", is_flag=True, help="One row per token with its logprobs, as Parquet.")
-def export_command(cache: str, out: Path, text: bool, model: str | None, parquet: bool) -> None:
+def export_command(
+    cache: str, out: Path, text: bool, model: str | None, allow_unsealed: bool, parquet: bool
+) -> None:
     """Write the traces as JSONL with their token ids, as `score` reads them, or as Parquet.
 
     \b
@@ -268,7 +271,7 @@ def export_command(cache: str, out: Path, text: bool, model: str | None, parquet
 
     if parquet and text:
         raise click.UsageError("--text adds text to JSONL; leave it out with --parquet")
-    opened = open_cache(cache, allow_unsealed=True)
+    opened = open_cache(cache, allow_unsealed=allow_unsealed)
     if parquet:
         click.echo(f"{out}: {export_parquet(opened, out):,} traces")
         return
@@ -330,7 +333,7 @@ def _tokenizer_to_show(header: CacheHeader, model: str | None) -> "TeacherTokeni
 
     try:
         return load_tokenizer(header, model)
-    except (EngineError, CacheError) as error:
+    except (EngineError, CacheError, ModuleNotFoundError) as error:
         if model is not None:
             raise
         click.echo(f"token ids instead of text ({error}); --model says where the teacher is")
@@ -360,10 +363,18 @@ def _say_report(report: CaptureReport, out: Path) -> None:
         f"{out}: {report.num_traces:,} traces captured now ({report.num_tokens:,} tokens, "
         f"{report.num_unfinished:,} cut by length), {present:,} were there, "
         f"{survey.num_bad_lines:,} lines left out; "
-        f"{'complete and sealed' if report.sealed else 'not complete yet'}"
+        f"{_state(report)}"
     )
-    if not report.sealed and report.num_traces:
+    if report.survey.num_taken < report.survey.num_wanted and report.num_traces:
         _say_estimate(report, out)
+
+
+def _state(report: CaptureReport) -> str:
+    if report.sealed:
+        return "complete and sealed"
+    if report.survey.num_taken < report.survey.num_wanted:
+        return "not complete yet"
+    return "this worker's part is complete; `cache-teacher seal` closes the cache when all are"
 
 
 def _say_estimate(report: CaptureReport, out: Path) -> None:
@@ -420,7 +431,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         click.echo(
             f"cache-teacher: {error.name} is not installed; with a GPU: pip install "
-            "'leadspan[teacher]', without: pip install 'leadspan[cpu]'",
+            "'.[teacher]' in a checkout, without one: pip install '.[cpu]'",
             err=True,
         )
         sys.exit(1)

@@ -98,7 +98,7 @@ def _row(trace: Trace, tokenizer: TeacherTokenizer | None) -> dict[str, Any]:
         **trace.fields,
         "id": trace.trace_id,
         "token_ids": ids,
-        "cot_start": trace.cot_start,
-        "answer_start": trace.answer_start,
+        "cot_start": min(trace.cot_start, len(ids)),
+        "answer_start": min(trace.answer_start, len(ids)),
         **text,
     }

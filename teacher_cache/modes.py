@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from teacher_cache.capture import CaptureReport, Job, capture
+from teacher_cache.capture import ONLY_WORKER, CaptureReport, Job, capture
 from teacher_cache.engines import Sampling, Teacher, TeacherFacts, TeacherRequest
 from teacher_cache.format import MAX_K, CacheHeader
 from teacher_cache.sources import PromptRenderer, Render, Source, SourceTrace, TraceRenderer
@@ -33,13 +33,15 @@ class CaptureConfig:
     num_bands: int = 20
     limit: int | None = None
     skip_bad_lines: bool = False
-    worker: str = "w0"
+    worker: str = ONLY_WORKER
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= MAX_K:
             raise ValueError(f"top-k: expected 1 to {MAX_K} entries per token, got {self.top_k}")
         if not 0.0 < self.mass <= 1.0:
             raise ValueError(f"mass: expected a probability in (0, 1], got {self.mass}")
+        if not (self.think_open and self.think_close):
+            raise ValueError("thinking marks: expected text, got none")
         if self.engine_arg and self.engine != "vllm":
             raise ValueError("engine arguments are vLLM's; the transformers engine takes none")
 
@@ -143,7 +145,7 @@ def _job(
     def header(facts: TeacherFacts) -> CacheHeader:
         return CacheHeader(
             mode="score" if sampling is None else "generate",
-            teacher=config.model,
+            teacher=files.name,
             teacher_revision=config.revision,
             teacher_fingerprint=files.weights_fingerprint(),
             engine=facts.engine,
@@ -170,6 +172,7 @@ def _job(
         limit=config.limit,
         config={k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
         source=Source(path, render, skip_bad=config.skip_bad_lines),
+        tokenizer=tokenizer,
         requests=requests,
         header=header,
         start_teacher=lambda longest: _start(config, files, sampling, longest),

@@ -1,6 +1,7 @@
 """The user's prompts and traces: JSONL rows -> token ids and section bounds."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,10 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("half a surrogate pair, which is no character") from error
     return row
 
 
@@ -190,9 +195,8 @@ class TraceRenderer:
         if not answer and not reasoning:
             raise ValueError("the response is empty")
         marks, encode = self.tokenizer.marks, self.tokenizer.encode
-        opened = find_last(prompt, self.tokenizer.open_ids) > find_last(
-            prompt, self.tokenizer.close_ids
-        )
+        opened_at = left_open(prompt, self.tokenizer)
+        opened = opened_at >= 0
         end = [] if self.tokenizer.end_id is None else [self.tokenizer.end_id]
         if reasoning is None:
             if opened:  # the template has written the opening mark already
@@ -201,8 +205,7 @@ class TraceRenderer:
         head = "" if opened else f"{marks.open}\n"
         chain = encode(f"{head}{reasoning}\n{marks.close}")
         ids = [*prompt, *chain, *encode(f"\n\n{answer}"), *end]
-        cot_start = find_last(prompt, self.tokenizer.open_ids) if opened else len(prompt)
-        return ids, len(prompt), (cot_start, len(prompt) + len(chain))
+        return ids, len(prompt), (opened_at if opened else len(prompt), len(prompt) + len(chain))
 
     def _with_identity(
         self,
@@ -273,7 +276,7 @@ def find_last(ids: Sequence[int], mark: Sequence[int]) -> int:
 
 
 def find_sections(
-    ids: Sequence[int], num_prompt: int, open_ids: Sequence[int], close_ids: Sequence[int]
+    ids: Sequence[int], num_prompt: int, tokenizer: TeacherTokenizer
 ) -> tuple[int, int]:
     """(cot_start, answer_start) of a trace whose response begins at `num_prompt`.
 
@@ -281,13 +284,46 @@ def find_sections(
     the prompt, and ends with the first closing mark of the response; without a closing mark it
     reaches to the end. A response without any mark has no chain of thought.
     """
-    prompt = ids[:num_prompt]
-    closed = find_first(ids, close_ids, num_prompt)
-    opened_in_prompt = find_last(prompt, open_ids)
-    if opened_in_prompt > find_last(prompt, close_ids):
-        cot_start = opened_in_prompt
-    elif closed >= 0 or find_first(ids, open_ids, num_prompt) >= 0:
+    prompt, response = ids[:num_prompt], ids[num_prompt:]
+    cot_start = left_open(prompt, tokenizer)
+    closed = _end_of_first(response, tokenizer.close_ids, tokenizer.marks.close, tokenizer)
+    if cot_start < 0:
+        opened = _end_of_first(response, tokenizer.open_ids, tokenizer.marks.open, tokenizer)
+        if opened < 0 and closed < 0:
+            return num_prompt, num_prompt
         cot_start = num_prompt
-    else:
-        return num_prompt, num_prompt
-    return cot_start, len(ids) if closed < 0 else closed + len(close_ids)
+    return cot_start, len(ids) if closed < 0 else num_prompt + closed
+
+
+def left_open(prompt: Sequence[int], tokenizer: TeacherTokenizer) -> int:
+    """Where the opening mark stands that the prompt does not close; -1 where there is none."""
+    if len(tokenizer.open_ids) == len(tokenizer.close_ids) == 1:
+        opened = find_last(prompt, tokenizer.open_ids)
+        return opened if opened > find_last(prompt, tokenizer.close_ids) else -1
+    text = tokenizer.decode(prompt)
+    if text.rfind(tokenizer.marks.open) <= text.rfind(tokenizer.marks.close):
+        return -1
+    # The last token from which on the mark is still whole.
+    return bisect_left(
+        range(len(prompt)),
+        True,
+        key=lambda start: tokenizer.marks.open not in tokenizer.decode(prompt[start + 1 :]),
+    )
+
+
+def _end_of_first(
+    ids: Sequence[int], mark_ids: Sequence[int], mark: str, tokenizer: TeacherTokenizer
+) -> int:
+    """The end of the first mark, in tokens; -1 where there is none.
+
+    A mark of several tokens is looked for in the text: its last token may be merged with what
+    follows, and then belongs to the mark.
+    """
+    if len(mark_ids) == 1:
+        position = find_first(ids, mark_ids)
+        return position + 1 if position >= 0 else -1
+    if mark not in tokenizer.decode(ids):
+        return -1
+    return 1 + bisect_left(
+        range(len(ids)), True, key=lambda last: mark in tokenizer.decode(ids[: last + 1])
+    )

@@ -39,6 +39,11 @@ class ModelFiles:
     model: str
     revision: str | None
 
+    @property
+    def name(self) -> str:
+        """The folder, however it was spelt, or the hub id."""
+        return str(Path(self.model)) if Path(self.model).is_dir() else self.model
+
     def config(self) -> Any:  # noqa: ANN401 (transformers is untyped here)
         """The model's text config."""
         check_model(self.model, self.revision)

@@ -12,7 +12,7 @@ from test_sources import CHAT, make_teacher
 
 from teacher_cache import modes
 from teacher_cache.engines import EngineError, TeacherFacts, TeacherRows
-from teacher_cache.format import CacheMismatchError, open_cache, stored_logprobs
+from teacher_cache.format import CacheMismatchError, open_cache, seal_cache, stored_logprobs
 from teacher_cache.modes import GenerateConfig, ScoreConfig, generate, score
 from teacher_cache.sources import SourceError
 
@@ -295,7 +295,20 @@ def test_both_modes_store_the_same_entries_for_the_same_tokens(config, asked, tm
             np.testing.assert_array_equal(getattr(trace, column), getattr(scored[name], column))
 
 
-@pytest.mark.parametrize("bad", [{"top_k": 0}, {"top_k": 255}, {"mass": 0.0}, {"mass": 1.5}])
+def test_one_worker_of_several_leaves_the_seal_to_the_end(config, asked):
+    assert not generate(replace(config, worker="a")).sealed
+    seal_cache(config.out)
+    assert len(open_cache(str(config.out)).traces) == 6
+
+
+def test_a_model_folder_may_be_spelt_in_another_way(config, asked):
+    generate(replace(config, limit=2))
+    assert generate(replace(config, model=config.model + "/.")).num_traces == 4
+
+
+@pytest.mark.parametrize(
+    "bad", [{"top_k": 0}, {"top_k": 255}, {"mass": 0.0}, {"mass": 1.5}, {"think_open": ""}]
+)
 def test_settings_outside_their_range_are_refused(config, bad):
     with pytest.raises(ValueError, match="expected"):
         replace(config, **bad)

@@ -65,9 +65,7 @@ def user(content):
 
 
 def sections(teacher, trace):
-    start, end = trace.bounds or find_sections(
-        trace.token_ids, trace.num_prompt, teacher.open_ids, teacher.close_ids
-    )
+    start, end = trace.bounds or find_sections(trace.token_ids, trace.num_prompt, teacher)
     ids = trace.token_ids
     return [text(teacher, ids[:start]), text(teacher, ids[start:end]), text(teacher, ids[end:])]
 
@@ -150,15 +148,40 @@ def test_ready_token_ids_are_taken_as_they_are(teacher):
         ([2, 3, 2, 7, 3, 9, 3, 9], (2, 5)),  # the first closing mark ends it
     ],
 )
-def test_sections_are_found(ids, expected):
-    assert find_sections(ids, 2, (2,), (3,)) == expected
+def test_sections_are_found(teacher, ids, expected):
+    assert (teacher.open_ids, teacher.close_ids) == ((2,), (3,))
+    assert find_sections(ids, 2, teacher) == expected
 
 
 def test_marks_of_several_tokens_are_found():
     ids = [1, 2, 3, 1, 2, 4, 1, 2]
     assert (find_first(ids, (1, 2)), find_last(ids, (1, 2)), find_first(ids, (2, 4))) == (0, 6, 4)
     assert (find_first(ids, (1, 2), 1), find_last(ids, (9,)), find_first([], (1,))) == (3, -1, -1)
-    assert find_sections([9, 1, 2, 7, 1, 4, 8], 1, (1, 2), (1, 4)) == (1, 6)
+
+
+class MergingTokenizer:
+    """Marks of several tokens, the last of which takes in what follows, as `>\\n\\n` does."""
+
+    marks = ThinkMarks("<|open|>", "<|shut|>")
+    pieces = ("<|", "open", "shut", "|>", "|>\n", "a", "b")
+    open_ids, close_ids = (0, 1, 3), (0, 2, 3)
+
+    def decode(self, ids):
+        return "".join(self.pieces[i] for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([5, 0, 1, 4, 5, 5, 0, 2, 4, 6], (1, 9)),  # both marks merged with a line break
+        ([0, 1, 4, 5, 5, 0, 2, 3, 6], (0, 8)),  # the prompt of 3 tokens opens
+        ([5, 0, 1, 3, 5, 5], (1, 6)),  # cut
+        ([5, 5, 6, 6], (1, 1)),  # no marks
+    ],
+)
+def test_marks_that_are_plain_text_are_found_in_the_text(ids, expected):
+    num_prompt = 3 if ids[0] == 0 else 1
+    assert find_sections(ids, num_prompt, MergingTokenizer()) == expected
 
 
 def source(path, teacher, lines, **options):
@@ -178,6 +201,7 @@ BAD = {
     "no role": ({"messages": [{"content": "a"}]}, "object with a `role`"),
     "too long": ({"prompt": "a " * 10}, "prompt of 10 tokens; the teacher's context of 10"),
     "same id": ({"id": "1", "prompt": "b"}, "id '1' stands in line 1 already"),
+    "half a character": ('{"prompt": "a \\ud83d"}', "no character"),
     "odd id": ({"id": [], "prompt": "b"}, "`id` must be text or an integer"),
 }
 

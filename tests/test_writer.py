@@ -184,6 +184,31 @@ def test_several_workers_write_one_cache_and_a_trace_captured_twice_counts_once(
     assert ids.index("t3") == 3  # of the shard whose name sorts first
 
 
+def test_a_seal_waits_for_every_worker_and_what_comes_later_is_not_hidden(tmp_path):
+    with CacheWriter(tmp_path, make_header(), worker="a") as first:
+        append_all(first, make_traces(2))
+        first.finish()
+    late = CacheWriter(tmp_path, make_header(), worker="b")
+    with pytest.raises(CacheMismatchError, match="another process writes here as worker 'b'"):
+        seal_cache(tmp_path)
+    late.close()
+    seal_cache(tmp_path)
+    with CacheWriter(tmp_path / "other", make_header(), worker="c") as other:
+        append_all(other, [make_trace("new", 30)])
+        other.finish()
+    for file in (tmp_path / "other" / "shards").iterdir():
+        file.rename(tmp_path / "shards" / file.name)
+    with pytest.raises(CacheMismatchError, match="shard c-00000 came after the seal"):
+        seal_cache(tmp_path)
+
+
+@pytest.mark.parametrize("worker", ["", "a-1", "n1.cluster", "a/b", "-"])
+def test_a_workers_name_that_no_shard_could_have_is_refused(tmp_path, worker):
+    with pytest.raises(ValueError, match="letters, digits and _ alone"):
+        CacheWriter(tmp_path / "cache", make_header(), worker=worker)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_sealing_takes_in_what_stopped_workers_left(tmp_path):
     traces = make_traces(4)
     with CacheWriter(tmp_path, make_header(), worker="a") as writer:

@@ -16,18 +16,24 @@ make_environment() {
   command -v "$python" >/dev/null || fail "no $python found; install Python 3.11 or newer"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "$("$python" --version) is too old; install Python 3.11 or newer, or set PYTHON=..."
-  # An activated .venv is about to be made again: take the interpreter that it was made from.
+  # Where a .venv is activated, take the interpreter that it was made from.
   python=$("$python" -c 'import sys; print(getattr(sys, "_base_executable", sys.executable))')
   has_gpu && extra=teacher
-  # Made again when what it must hold changes.
-  local wanted
-  wanted=$(cat pyproject.toml tools/environment.sh <(echo "$extra $("$python" --version)") | sha256sum)
-  if [[ -f .venv/leadspan-environment && $(<.venv/leadspan-environment) == "$wanted" ]]; then
+  # Installed into again when what it must hold changes.
+  local wanted mark=.venv/leadspan-environment
+  wanted=$({ sed '/^\[tool/,$d' pyproject.toml; cat tools/environment.sh; echo "$extra"; } | sha256sum)
+  if [[ -f $mark && $(<"$mark") == "$wanted" ]]; then
     return
   fi
-  echo "making .venv (a few minutes the first time) ..." >&2
-  rm -rf .venv
-  "$python" -m venv .venv || fail "cannot make a virtual environment; is python3-venv installed?"
+  if [[ ! -f $mark ]]; then
+    [[ ! -e .venv ]] || fail ".venv is there, but was not made by this; move it away first"
+    echo "making .venv (a few minutes the first time) ..." >&2
+    mkdir .venv
+    echo "not finished" >"$mark"
+    "$python" -m venv .venv || fail "cannot make a virtual environment; is python3-venv installed?"
+  else
+    echo "bringing .venv up to date ..." >&2
+  fi
   local log=.venv/install.log
   if [[ $extra == cpu ]]; then
     # The CPU build of vLLM wants the CPU build of torch, which must be there before.
@@ -44,7 +50,7 @@ make_environment() {
   if [[ $extra == cpu ]]; then
     .venv/bin/pip uninstall -qy torchvision torchaudio torchcodec >>"$log" 2>&1
   fi
-  echo "$wanted" >.venv/leadspan-environment
+  echo "$wanted" >"$mark"
 }
 
 install() {

@@ -57,6 +57,7 @@ class TransformersTeacher:
         check_model(model, revision)
         import torch
         import transformers
+        from safetensors import SafetensorError
 
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
@@ -73,7 +74,7 @@ class TransformersTeacher:
                 self._stop_ids = _stop_ids(
                     tokenizer.eos_token_id, network.generation_config.eos_token_id
                 )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise EngineError(f"model {model!r}: {one_line(error)}") from error
         head_dtype = _use_float32_head(network)
         self._network = network.to(self._device).eval()

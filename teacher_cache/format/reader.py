@@ -115,7 +115,8 @@ class Cache:
             if found != block.crc32:
                 raise CacheFormatError(
                     f"{where}: band {band} is damaged (crc32 {found:08x}, expected "
-                    f"{block.crc32:08x}). Capture it again, or restore the file from a copy."
+                    f"{block.crc32:08x}). Restore the file from a copy, or capture again "
+                    "into another folder."
                 )
         return data
 
@@ -207,8 +208,8 @@ def _check_shard_files(
     for commit, info in zip(commits, filesystem.get_file_info(files), strict=True):
         if info.type != pafs.FileType.File:
             raise CacheFormatError(
-                f"{path}: shard {commit.name}.arrow is missing. Restore it from a copy, or take "
-                "away its commit record and run cache-teacher again to capture its traces again."
+                f"{path}: shard {commit.name}.arrow is missing. Restore it from a copy, or "
+                "capture its traces again into another folder."
             )
         if info.size != commit.size_bytes:
             raise CacheFormatError(

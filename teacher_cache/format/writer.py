@@ -9,6 +9,7 @@ DIR/shards/w0-00001.json
 import fcntl
 import hashlib
 import logging
+import re
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +35,7 @@ from teacher_cache.format.trace import MAX_K
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 24 << 20  # a dictionary of 100,000 ids is then below 1.5 % of it
+_WORKER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*\Z")  # `-` ends it in a shard's name
 SYNC_INTERVAL_S = 2.0  # what a dying machine (not process) may cost
 
 
@@ -55,7 +57,7 @@ class CacheWriter:
             path: The cache's folder.
             header: What every writer of this cache must agree on.
             config: The capture's resolved configuration, kept in `cache.json` for the reader.
-            worker: Name that no other process uses at the same time.
+            worker: Name that no other process uses at the same time: letters, digits and `_`.
             shard_bytes: A shard is closed when its journal has about this size.
 
         Raises:
@@ -63,6 +65,8 @@ class CacheWriter:
                 writes as this worker.
             CacheFormatError: If the folder's own files are damaged.
         """
+        if not _WORKER_NAME.match(worker):
+            raise ValueError(f"worker: expected letters, digits and _ alone, got {worker!r}")
         self.path = path
         self.header = header
         self._worker = worker
@@ -307,15 +311,23 @@ def seal_cache(path: Path) -> Manifest:
     No writer may be at work. Sealing a sealed cache changes nothing.
 
     Raises:
-        CacheMismatchError: If a worker is still writing.
+        CacheMismatchError: If a worker is still writing, or shards came after the seal.
         CacheError: If a commit record is damaged or of another capture.
     """
     manifest = read_manifest(path)
     if manifest is None:
         raise CacheFormatError(f"{path}: no cache here (expected a file {MANIFEST_NAME})")
     if manifest.seal is not None:
+        later = {c.name for c in read_commits(path, manifest.header)} - dict(
+            manifest.seal.shards
+        ).keys()
+        if later:
+            raise CacheMismatchError(
+                f"{path}: shard {min(later)} came after the seal and does not count; "
+                "move the shards that came later into a cache of their own"
+            )
         return manifest
-    for worker in _workers_with_journals(path):
+    for worker in _workers(path):
         CacheWriter(path, manifest.header, worker=worker).finish()
     seal = make_seal(read_commits(path, manifest.header), manifest.header)
     sealed = Manifest(manifest.header, manifest.config, seal)
@@ -323,6 +335,6 @@ def seal_cache(path: Path) -> Manifest:
     return sealed
 
 
-def _workers_with_journals(path: Path) -> Iterable[str]:
-    names = (file.stem for file in (path / JOURNAL_FOLDER).glob("*.journal"))
-    return sorted({name.rpartition("-")[0] for name in names})
+def _workers(path: Path) -> Iterable[str]:
+    """Everybody who ever wrote here."""
+    return sorted(file.stem for file in (path / JOURNAL_FOLDER).glob("*.lock"))
