@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from teacher_cache import inspection, messages
 from teacher_cache.capture import CaptureReport
 from teacher_cache.engines import EngineError
 from teacher_cache.format import CacheError, CacheHeader, open_cache, seal_cache
 from teacher_cache.modes import ENGINES, GenerateConfig, ScoreConfig, generate, score
 
 if TYPE_CHECKING:
-    from teacher_cache.inspection import Inspection, ShownToken
     from teacher_cache.tokenizer import TeacherTokenizer
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -232,22 +232,21 @@ def inspect_command(cache: str, trace_id: str | None, model: str | None, as_json
     \b
     cache-teacher inspect cache --trace gsm8k-17
     """
-    from teacher_cache import inspection
-
     opened = open_cache(cache, allow_unsealed=True)
     traces = inspection.read_first_shard(opened)
     figures = inspection.inspect_cache(opened, traces)
     if as_json:
         click.echo(json.dumps(inspection.to_json(figures, opened.header)))
         return
-    _show_figures(figures, opened.header.to_json(), cache)
+    for line in messages.figures_lines(figures, opened.header.to_json(), cache):
+        click.echo(line)
     if not traces:
         return
     trace = traces[0] if trace_id is None else inspection.find_trace(opened, trace_id)
     tokenizer = _tokenizer_to_show(opened.header, model)
     click.echo(f"\ntrace {trace.trace_id} ({trace.finish_reason}) {json.dumps(dict(trace.fields))}")
     for token in inspection.show_tokens(trace, tokenizer):
-        click.echo(_token_line(token))
+        click.echo(messages.token_line(token))
 
 
 @cli.command("export")
@@ -303,30 +302,6 @@ def truncate_command(source: str, out: Path, lead_span: float, top_k: int | None
         click.echo(f"{out}: sealed, {seal.num_traces:,} traces, {seal.num_tokens:,} tokens")
 
 
-def _show_figures(figures: "Inspection", header: Mapping[str, Any], cache: str) -> None:
-    state = "sealed" if figures.sealed else "not complete"
-    click.echo(f"{cache}: {state}, fingerprint {figures.fingerprint}")
-    for name, value in header.items():
-        click.echo(f"  {name:22} {value}")
-    click.echo(
-        f"\n{figures.num_shards} shards | {figures.num_traces:,} traces "
-        f"({figures.num_unfinished:,} cut by length) | {figures.num_tokens:,} tokens | "
-        f"{figures.shard_bytes:,} bytes | {figures.bytes_per_token:.1f} bytes/token"
-    )
-    parts = (f"{name} {count:,}" for name, count in figures.num_tokens_of.items())
-    click.echo(f"tokens by section: {', '.join(parts)}")
-    click.echo(
-        f"tail mass: mean {figures.tail_mass_mean:.2e}, 99th percentile "
-        f"{figures.tail_mass_p99:.2e}; {figures.num_clamped_tails:,} tails and "
-        f"{figures.num_clamped_logits:,} logits clamped"
-    )
-    click.echo(f"kept entries per token: mean {figures.mean_k:.1f}")
-    most = max(figures.k_histogram.values(), default=0)
-    for label, count in figures.k_histogram.items():
-        if count:
-            click.echo(f"  {label:>8} {count:>10,} {'#' * max(1, round(40 * count / most))}")
-
-
 def _tokenizer_to_show(header: CacheHeader, model: str | None) -> "TeacherTokenizer | None":
     """The teacher's tokenizer; without one, ids are shown instead of text."""
     from teacher_cache.tokenizer import load_tokenizer
@@ -340,62 +315,14 @@ def _tokenizer_to_show(header: CacheHeader, model: str | None) -> "TeacherTokeni
         return None
 
 
-def _token_line(token: "ShownToken") -> str:
-    line = f"{token.position:>5} {token.section:6} {token.text!r:16}"
-    if token.probability is None:
-        return line
-    others = "  ".join(f"{text!r} {p:.4f}" for text, p in token.alternatives)
-    return f"{line} {token.probability:.4f}  tail {token.tail:.1e}  {others}"
-
-
 def _say_report(report: CaptureReport, out: Path) -> None:
-    survey = report.survey
-    present = survey.num_taken - survey.num_missing
     if report.stopped_by:
-        done = present + report.num_traces
-        click.echo(
-            f"stopped: {done:,} of {survey.num_taken:,} traces are kept in {out}; "
-            "run the same command again to go on",
-            err=True,
-        )
+        click.echo(messages.stopped_line(report, out), err=True)
         sys.exit(128 + report.stopped_by)
-    click.echo(
-        f"{out}: {report.num_traces:,} traces captured now ({report.num_tokens:,} tokens, "
-        f"{report.num_unfinished:,} cut by length), {present:,} were there, "
-        f"{survey.num_bad_lines:,} lines left out; "
-        f"{_state(report)}"
-    )
+    click.echo(messages.report_line(report, out))
     if report.survey.num_taken < report.survey.num_wanted and report.num_traces:
-        _say_estimate(report, out)
-
-
-def _state(report: CaptureReport) -> str:
-    if report.sealed:
-        return "complete and sealed"
-    if report.survey.num_taken < report.survey.num_wanted:
-        return "not complete yet"
-    return "this worker's part is complete; `cache-teacher seal` closes the cache when all are"
-
-
-def _say_estimate(report: CaptureReport, out: Path) -> None:
-    """Time and disk of the whole input, from the traces of a trial run."""
-    cache = open_cache(str(out), allow_unsealed=True)
-    stored_bytes = sum(shard.size_bytes for shard in cache.shards)
-    whole_bytes = stored_bytes / len(cache.traces) * report.survey.num_wanted
-    whole_s = report.seconds / report.num_traces * report.survey.num_wanted
-    click.echo(
-        f"estimate for all {report.survey.num_wanted:,} traces, from {report.num_traces:,}: "
-        f"{_duration(whole_s)} on this machine, {whole_bytes / 1e6:,.1f} MB "
-        f"({stored_bytes / sum(s.num_tokens for s in cache.shards):.1f} bytes/token). "
-        "Run again without --limit for the rest."
-    )
-
-
-def _duration(seconds: float) -> str:
-    for unit, length_s in (("h", 3600), ("min", 60)):
-        if seconds >= length_s:
-            return f"{seconds / length_s:.1f} {unit}"
-    return f"{seconds:.0f} s"
+        cache = open_cache(str(out), allow_unsealed=True)
+        click.echo(messages.estimate_line(report, cache))
 
 
 def program() -> NoReturn:
