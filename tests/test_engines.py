@@ -527,5 +527,3 @@ def test_an_engine_scores_in_pieces_and_its_death_is_reported_not_waited_for(mod
         teacher.close()
     del teacher, stream
     gc.collect()  # here, where that warning is expected
-    del teacher, stream
-    gc.collect()  # here, where the warning about that socket is expected
