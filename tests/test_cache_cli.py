@@ -81,8 +81,8 @@ def invoke(*args):
 
 def test_options_are_the_fields_of_the_configurations():
     for command, config, source in (
-        (cli.generate_command, modes.GenerateConfig, "prompts"),
-        (cli.score_command, modes.ScoreConfig, "traces"),
+        (cli.capturing.generate_command, modes.GenerateConfig, "prompts"),
+        (cli.capturing.score_command, modes.ScoreConfig, "traces"),
     ):
         required = {"model": "m", "out": "o", source: "s"}
         line = [word for name, value in required.items() for word in (f"--{name}", value)]
