@@ -34,6 +34,7 @@ class NamedValue(click.ParamType):  # type: ignore[type-arg]  # generic in newer
 def named(
     ctx: click.Context, param: click.Parameter, pairs: tuple[tuple[str, object], ...]
 ) -> dict[str, object]:
+    """Values of a repeatable NamedValue option, as a dictionary."""
     del ctx, param
     return dict(pairs)
 
