@@ -97,7 +97,7 @@ class Cache:
         num_bands = num_bands_needed(spans, len(commit.blocks))
         data = self._read_prefix(commit, num_bands, where)
         bands = decode_bands(data, commit, num_bands, self.header, where)
-        return {row: assemble(commit, row, count, bands) for row, count in keep.items()}
+        return {row: assemble(commit, row, count, bands, where) for row, count in keep.items()}
 
     def _read_prefix(self, commit: ShardCommit, num_bands: int, where: str) -> pa.Buffer:
         size = commit.prefix_bytes(num_bands)
