@@ -6,6 +6,8 @@ from typing import Any
 
 from teacher_cache.capture import CaptureReport
 from teacher_cache.format import Cache
+from teacher_cache.format.findings import Finding, Verification
+from teacher_cache.format.repair import Repair
 from teacher_cache.inspection import Inspection, ShownToken
 
 
@@ -81,6 +83,48 @@ def estimate_line(report: CaptureReport, cache: Cache) -> str:
         f"{_duration(whole_s)} on this machine, {whole_bytes / 1e6:,.1f} MB "
         f"({stored_bytes / sum(shard.num_tokens for shard in cache.shards):.1f} bytes/token). "
         "Run again without --limit for the rest."
+    )
+
+
+def finding_line(finding: Finding) -> str:
+    """One thing that is wrong with a cache, and where."""
+    return f"{finding.file}: {finding.text}"
+
+
+def verified_line(found: Verification) -> str:
+    """What was checked, and whether it is as it should be."""
+    state = "sealed" if found.sealed else "not sealed"
+    copies = f" (and {found.num_duplicates:,} copies)" if found.num_duplicates else ""
+    waiting = f", {found.num_journalled:,} traces in journals" if found.num_journalled else ""
+    num_errors = len(found.errors)
+    verdict = f"{num_errors:,} errors" if num_errors else "all as it should be"
+    return (
+        f"{found.path}: {state}, {found.num_shards:,} shards, {found.num_traces:,} traces{copies}, "
+        f"{found.num_tokens:,} tokens, {found.num_entries:,} entries, {found.num_bytes:,} bytes "
+        f"checked{waiting}; {verdict}"
+    )
+
+
+def verify_hint(found: Verification) -> str:
+    """What to do with a damaged cache."""
+    return (
+        "restore these files from a copy, or take them out with "
+        f"`cache-teacher verify {found.path} --repair` and capture their traces again"
+    )
+
+
+def repair_lines(repair: Repair, path: str) -> Iterator[str]:
+    """What a repair did, and what to do now."""
+    for file in repair.removed:
+        yield f"{file}: moved to {repair.to}"
+    if repair.has_manifest:
+        yield f"{path}: not sealed any more; the old cache.json is in {repair.to}"
+    else:
+        yield f"{path}: cache.json is damaged and no shard tells its header: moved to {repair.to}"
+    yield (
+        "now run the command again that made this cache, with the same --out: it captures what is "
+        "missing and seals the cache. Where that is not possible, `cache-teacher seal` declares "
+        "it complete without these traces"
     )
 
 

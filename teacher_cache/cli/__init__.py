@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import click
 
-from teacher_cache.cli import capturing, reading
+from teacher_cache.cli import capturing, checking, reading
 from teacher_cache.engines import EngineError
 from teacher_cache.format import CacheError
 
@@ -22,6 +22,7 @@ for _command in (
     capturing.generate_command,
     capturing.score_command,
     capturing.seal_command,
+    checking.verify_command,
     reading.inspect_command,
     reading.export_command,
     reading.truncate_command,

@@ -17,7 +17,7 @@ from teacher_cache.format.schema import check_schema
 from teacher_cache.format.span import band_start
 from teacher_cache.format.trace import Trace
 
-_MAGIC_BYTES = 8  # of an IPC file; what follows is an IPC stream
+MAGIC_BYTES = 8  # of an IPC file; what follows is an IPC stream
 MAX_DECLARED_BYTES = (
     2 << 30
 )  # of all buffers of a shard: what a stranger can make a reader allocate
@@ -70,7 +70,7 @@ def decode_bands(
     bands: list[Band] = []
     try:
         expected = _Expected.of(commit, header)
-        stream_bytes = data.slice(_MAGIC_BYTES)
+        stream_bytes = data.slice(MAGIC_BYTES)
         declared = declared_bytes(memoryview(stream_bytes), num_bands)
         if declared > MAX_DECLARED_BYTES:
             raise CacheFormatError(

@@ -52,7 +52,7 @@ class Journal:
         import zstandard  # here, because reading a cache must not need it
 
         self._compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
-        self.num_bytes = _end_of_whole_frames(path, header_fingerprint)
+        self.num_bytes = whole_frames_bytes(path, header_fingerprint)
         self._file = path.open("ab", buffering=0)
         size = os.fstat(self._file.fileno()).st_size
         if size > self.num_bytes:
@@ -101,7 +101,12 @@ def read_journal(path: Path, header_fingerprint: str) -> Iterator[FinishedTrace]
             raise CacheFormatError(f"{path}: frame {number} is not a trace: {error!r}") from error
 
 
-def _end_of_whole_frames(path: Path, header_fingerprint: str) -> int:
+def whole_frames_bytes(path: Path, header_fingerprint: str) -> int:
+    """Bytes of a journal up to its torn tail; 0 where there is no file.
+
+    Raises:
+        CacheFormatError: If it belongs to another capture.
+    """
     if not path.exists():
         return 0
     end = 0

@@ -60,6 +60,7 @@ class Manifest:
         }
         if self.seal is not None:
             record["seal"] = {**asdict(self.seal), "fingerprint": self.seal.fingerprint}
+        record["checksum"] = content_hash(json.loads(json.dumps(record)))  # as it will be read
         return (json.dumps(record, indent=1) + "\n").encode()
 
 

@@ -133,7 +133,7 @@ def open_cache(path: str, *, allow_unsealed: bool = False) -> Cache:
         CacheFormatError: If there is no cache, or a commit record or shard is missing or damaged.
         CacheMismatchError: If the cache is not sealed and that was not allowed.
     """
-    filesystem, root = _filesystem(path)
+    filesystem, root = open_filesystem(path)
     file = f"{root}/{MANIFEST_NAME}"
     if filesystem.get_file_info(file).type != pafs.FileType.File:
         raise CacheFormatError(f"{path}: no cache here (expected a file {MANIFEST_NAME})")
@@ -165,7 +165,12 @@ def open_cache(path: str, *, allow_unsealed: bool = False) -> Cache:
     )
 
 
-def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a folder or URI, and the folder's path there.
+
+    Raises:
+        CacheError: If there is none.
+    """
     if "://" not in path:
         return pafs.LocalFileSystem(), path.rstrip("/") or "/"
     try:

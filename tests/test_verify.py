@@ -1,0 +1,390 @@
+"""verify finds whatever is wrong, all of it; repair takes it out, and a capture makes it again."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from click.testing import CliRunner
+from fakes import make_cache, make_header, make_trace, make_traces
+from test_capture import asked, config, model  # noqa: F401 (fixtures)
+from test_format import ARRAYS, read_all
+
+from teacher_cache.cli import cli
+from teacher_cache.format import (
+    CacheMismatchError,
+    CacheWriter,
+    FinishedTrace,
+    ShardCommit,
+    TraceInfo,
+    open_cache,
+    seal_cache,
+)
+from teacher_cache.format.repair import repair_cache
+from teacher_cache.format.shard import encode_shard
+from teacher_cache.format.verify import verify_cache
+from teacher_cache.modes import generate
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import soak_flips
+
+GOLDEN = Path(__file__).parent / "data" / "golden-v1"
+FIELDS = {"réponse": "½ é", "score": 1e-05}  # escapes and exponents: JSON ignores their case
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pristine") / "cache"
+    make_cache(folder, [replace(trace, fields=FIELDS) for trace in make_traces(8)], num_bands=4)
+    return folder
+
+
+@pytest.fixture
+def folder(pristine, tmp_path):
+    return shutil.copytree(pristine, tmp_path / "cache")
+
+
+def errors(folder):
+    return [f"{finding.file}: {finding.text}" for finding in verify_cache(str(folder)).errors]
+
+
+def notes(folder):
+    found = verify_cache(str(folder))
+    assert found.errors == []
+    return [f"{finding.file}: {finding.text}" for finding in found.notes]
+
+
+def run(*args):
+    return CliRunner().invoke(cli, [str(arg) for arg in args], catch_exceptions=False)
+
+
+def write_unchecked(folder, traces, *, header=None, shard_header=None, **changes):
+    """A sealed cache whose checksums are right and whose content nobody looked at."""
+    header = header or make_header()
+    CacheWriter(folder, header).finish()
+    shard = encode_shard(traces, shard_header or header)
+    names = [field.name for field in dataclasses.fields(TraceInfo)]
+    infos = [TraceInfo(**{n: getattr(t, n, "source") for n in names}) for t in traces]
+    commit = ShardCommit(
+        name="w0-00000",
+        header_fingerprint=header.fingerprint,
+        size_bytes=len(shard.data),
+        sha256=hashlib.sha256(shard.data).hexdigest(),
+        num_entries=sum(trace.num_entries for trace in traces),
+        num_clamped_tails=0,
+        num_clamped_logits=0,
+        blocks=shard.blocks,
+        traces=tuple(infos),
+    )
+    (folder / "shards" / "w0-00000.arrow").write_bytes(shard.data)
+    (folder / "shards" / "w0-00000.json").write_bytes(replace(commit, **changes).to_bytes())
+    seal_cache(folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", [str(GOLDEN), GOLDEN.resolve().as_uri()])
+def test_a_whole_cache_is_verified_wherever_it_is(path):
+    found = verify_cache(path)
+    assert found.errors == []
+    assert (found.sealed, found.num_shards, found.num_traces) == (True, 2, 4)
+    assert (found.num_tokens, found.num_entries) == (129, 966)
+
+
+def test_an_unsealed_cache_is_verified_with_its_journal(tmp_path):
+    with CacheWriter(tmp_path, make_header(), shard_bytes=6000) as writer:
+        for trace in make_traces(8):
+            writer.append(FinishedTrace(trace, "source"))
+    found = verify_cache(str(tmp_path))
+    assert (found.errors, found.notes, found.sealed) == ([], [], False)
+    assert found.num_shards > 0
+    assert found.num_journalled > 0
+    assert found.num_traces + found.num_journalled == 8
+
+
+def test_each_of_200_flipped_bits_is_found_in_its_file(folder):
+    flips = soak_flips.flip_bits(folder, num_flips=200, seed=0)
+    assert len(flips.by_file) > 4
+    assert flips.missed == []
+    assert flips.elsewhere == []
+
+
+@pytest.mark.parametrize("name", ["cache.json", "shards/w000-00000.json"])
+def test_a_changed_case_that_no_value_shows_is_found(tmp_path, name):
+    traces = [replace(trace, fields=FIELDS) for trace in make_traces(2)]
+    with CacheWriter(tmp_path, make_header(), config=FIELDS, worker="w000") as writer:
+        for trace in traces:
+            writer.append(FinishedTrace(trace, "source"))
+        writer.finish()
+    for old, new in ((b"\\u00e9", b"\\u00E9"), (b"1e-05", b"1E-05")):
+        file = tmp_path / name
+        original = file.read_bytes()
+        changed = original.replace(old, new, 1)
+        assert changed != original
+        file.write_bytes(changed)
+        assert errors(tmp_path) == [
+            f"{name}: a letter of an escape or a number has changed its case"
+        ]
+        file.write_bytes(original)
+
+
+def test_damage_to_the_name_of_the_checksum_is_found(folder):
+    file = folder / "cache.json"
+    file.write_text(file.read_text().replace('"checksum"', '"chezksum"'))
+    assert errors(folder) == [
+        "cache.json: expected the key `checksum`, found 'chezksum' in its place"
+    ]
+
+
+def test_everything_that_is_wrong_is_listed(folder):
+    first, second = sorted((folder / "shards").glob("*.arrow"))
+    data = bytearray(first.read_bytes())
+    for block in open_cache(str(folder)).shards[0].blocks[1:3]:
+        data[block.offset + 9] ^= 1
+    first.write_bytes(data)
+    second.unlink()
+    (folder / "cache.json").write_text("{}")
+    said = "\n".join(errors(folder))
+    assert "cache.json: not a cache header" in said
+    assert "shards/w000-00000.arrow: band 1 (bytes" in said
+    assert "shards/w000-00000.arrow: band 2 (bytes" in said
+    assert "shards/w000-00000.arrow: sha256" in said
+    assert "shards/w001-00000.arrow: is missing" in said
+    assert len(errors(folder)) == 5
+
+
+def test_a_missing_or_exchanged_commit_record_is_found(folder):
+    first, second = sorted((folder / "shards").glob("*.json"))
+    first.unlink()
+    assert errors(folder) == [
+        "shards/w000-00000.json: the seal lists this commit record, and it is missing"
+    ]
+    first.write_bytes(second.read_bytes())
+    assert "expected the record of 'w000-00000', got 'w001-00000'" in errors(folder)[0]
+
+
+@pytest.mark.parametrize("total", ["num_traces", "num_tokens", "num_duplicates"])
+def test_a_wrong_total_of_the_seal_is_found(folder, total):
+    file = folder / "cache.json"
+    record = json.loads(file.read_text())
+    del record["checksum"]
+    record["seal"][total] += 1
+    file.write_text(json.dumps(record))
+    (error,) = errors(folder)
+    assert error.startswith(f"cache.json: the seal says {total} ")
+
+
+def test_a_header_without_checksum_that_no_shard_shares_is_the_damage(folder):
+    file = folder / "cache.json"
+    record = json.loads(file.read_text())
+    del record["checksum"]
+    record["header"]["teacher"] = "tabla"
+    file.write_text(json.dumps(record))
+    (error,) = errors(folder)
+    assert error.startswith("cache.json: its header ")
+
+
+def test_a_shard_of_another_capture_is_found(folder, tmp_path):
+    make_cache(tmp_path / "other", make_traces(4), teacher="somebody else", num_bands=4)
+    for kind in ("arrow", "json"):
+        shutil.copy(tmp_path / "other" / "shards" / f"w000-00000.{kind}", folder / "shards")
+    said = errors(folder)
+    assert all(error.startswith("shards/w000-00000.json: ") for error in said)
+    assert any("expected a shard of capture" in error for error in said)
+
+
+def with_values(trace, **columns):
+    return replace(trace, **{name: np.array(value) for name, value in columns.items()})
+
+
+def twice_the_same_id(trace):
+    at = int(np.flatnonzero(trace.k[1:] > 3)[0]) + 1
+    begin, end = int(trace.k[:at].sum()), int(trace.k[: at + 1].sum())
+    ids = trace.top_ids.copy()
+    others = [place for place in range(begin, end) if ids[place] != trace.token_ids[at]]
+    ids[others[1]] = ids[others[0]]
+    return with_values(trace, top_ids=ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (twice_the_same_id, "has an id twice"),
+        (lambda t: with_values(t, tail_logit=np.where(t.k > 0, -20, 0).astype("f4")), "the floor"),
+        (lambda t: with_values(t, tail_logit=t.tail_logit - 2), "has a tail, but no entries"),
+    ],
+)
+def test_values_that_break_a_promise_are_found_under_right_checksums(tmp_path, change, text):
+    whole, other = make_trace("t0", 40), make_trace("t1", 50)
+    write_unchecked(tmp_path, [whole, change(other)])
+    (error,) = errors(tmp_path)
+    assert error.startswith("shards/w0-00000.arrow: trace 't1'")
+    assert text in error
+
+
+@pytest.mark.parametrize(
+    ("policy", "text"),
+    [({"top_k": 3}, "more entries than top_k"), ({"top_k": 20}, "fewer entries than its mass")],
+)
+def test_entries_that_do_not_keep_to_the_policy_are_found(tmp_path, policy, text):
+    write_unchecked(tmp_path, [make_trace("t0", 40)], header=make_header(**policy))
+    assert text in errors(tmp_path)[0]
+
+
+@pytest.mark.parametrize("count", ["num_entries", "num_clamped_tails", "num_clamped_logits"])
+def test_a_count_that_is_not_that_of_the_shard_is_found(tmp_path, count):
+    write_unchecked(tmp_path, [make_trace("t0", 40)], **{count: 100_000})
+    (error,) = errors(tmp_path)
+    assert "100,000" in error
+
+
+def test_a_shard_with_another_header_inside_is_found(tmp_path):
+    other = make_header(teacher="somebody else")
+    write_unchecked(tmp_path, [make_trace("t0", 40)], shard_header=other)
+    (error,) = errors(tmp_path)
+    assert "the header in its schema" in error
+
+
+def test_copies_of_a_trace_are_counted_and_must_come_from_one_source(tmp_path):
+    for worker, source in (("a", "x"), ("b", "x"), ("c", "y")):
+        with CacheWriter(tmp_path / worker, make_header(), worker=worker) as writer:
+            writer.append(FinishedTrace(make_trace("t", 30), source))
+            writer.finish()
+        shutil.copytree(tmp_path / worker / "shards", tmp_path / "a/shards", dirs_exist_ok=True)
+    found = verify_cache(str(tmp_path / "a"))
+    assert (found.num_traces, found.num_duplicates) == (1, 2)
+    assert [error.file for error in found.errors] == ["shards/c-00000.json"]
+    assert "made from other content than in a-00000" in found.errors[0].text
+
+
+def test_what_a_crash_leaves_is_told_and_is_no_error(folder):
+    shards = folder / "shards"
+    shutil.copy(shards / "w000-00000.arrow", shards / "w007-00000.arrow")
+    (shards / ".tmp-1234").write_text("half")
+    (shards / "notes.txt").write_text("mine")
+    assert [note.split(": ")[0] for note in notes(folder)] == [
+        "shards/.tmp-1234", "shards/notes.txt", "shards/w007-00000.arrow",
+    ]  # fmt: skip
+
+
+def test_a_shard_that_came_after_the_seal_is_told(folder, tmp_path):
+    make_cache(tmp_path / "other", make_traces(12, seed=1), num_bands=4)
+    for kind in ("arrow", "json"):
+        shutil.copy(tmp_path / "other" / "shards" / f"w002-00000.{kind}", folder / "shards")
+    assert [note.split(": ")[1] for note in notes(folder)] == [
+        "came after the seal and does not count"
+    ] * 2
+
+
+@pytest.fixture
+def journalled(tmp_path):
+    with CacheWriter(tmp_path / "open", make_header()) as writer:
+        for trace in make_traces(3):
+            writer.append(FinishedTrace(trace, "source"))
+    return next((tmp_path / "open" / "journal").glob("*.journal"))
+
+
+def test_a_torn_tail_of_a_journal_is_told(journalled):
+    journalled.write_bytes(journalled.read_bytes()[:-5])
+    (note,) = notes(journalled.parent.parent)
+    assert note.startswith("journal/w0-00000.journal: 2 whole traces, then ")
+
+
+def test_a_journal_that_holds_nonsense_is_found(journalled):
+    with journalled.open("ab") as file:
+        file.write(zstandard.ZstdCompressor(write_checksum=True).compress(b"nonsense"))
+    (error,) = errors(journalled.parent.parent)
+    assert error.startswith("journal/w0-00000.journal: frame 4 is not a trace")
+
+
+def test_nothing_to_verify_is_said_in_one_line(tmp_path):
+    result = CliRunner().invoke(cli, ["verify", str(tmp_path)])
+    assert "no cache here" in str(result.exception)
+
+
+def test_the_command_says_one_line_or_lists_what_is_wrong(folder):
+    result = run("verify", folder)
+    assert (result.exit_code, result.stdout.count("\n")) == (0, 1)
+    assert "2 shards, 8 traces" in result.stdout
+    file = folder / "shards" / "w001-00000.arrow"
+    file.write_bytes(file.read_bytes()[:-1])
+    result = run("verify", folder)
+    assert result.exit_code == 1
+    assert "shards/w001-00000.arrow: has " in result.stdout
+    assert "--repair" in result.stderr
+    result = run("verify", folder, "--json")
+    assert result.exit_code == 1
+    figures = json.loads(result.stdout)
+    assert not figures["ok"]
+    assert figures["errors"][0]["file"] == "shards/w001-00000.arrow"
+
+
+def damage(folder, kind):
+    file = sorted((folder / "shards").glob(f"*.{'json' if 'record' in kind else 'arrow'}"))[0]
+    if "missing" in kind:
+        file.unlink()
+    elif kind != "cache.json":
+        file.write_bytes(file.read_bytes().replace(b"w", b"W", 1)[:-20])
+    if kind in ("cache.json", "everything"):
+        (folder / "cache.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    "kind", ["shard", "record", "missing shard", "missing record", "cache.json", "everything"]
+)
+def test_what_was_repaired_is_captured_again_with_the_same_values(config, asked, kind):  # noqa: F811
+    generate(config)
+    expected = read_all(open_cache(str(config.out)))
+    before = {path.read_bytes() for path in config.out.glob("shards/*")}
+    damage(config.out, kind)
+    assert run("verify", config.out).exit_code == 1
+    result = run("verify", config.out, "--repair")
+    assert result.exit_code == 0
+    assert "run the command again" in result.stdout
+    assert generate(config).sealed
+    assert errors(config.out) == []
+    found = read_all(open_cache(str(config.out)))
+    assert len(open_cache(str(config.out)).traces) == len(found) == 6
+    for name, trace in expected.items():
+        for column in ARRAYS:
+            np.testing.assert_array_equal(getattr(trace, column), getattr(found[name], column))
+    if kind not in ("shard", "record"):
+        return
+    kept = {path.read_bytes() for path in config.out.glob("removed/1/*")}
+    assert kept & before  # the half of the pair that was whole is not lost
+
+
+def test_repair_leaves_whole_shards_alone_and_the_seal_can_be_put_on_again(folder):
+    fingerprint = open_cache(str(folder)).fingerprint
+    (folder / "cache.json").write_text("")
+    repair_cache(verify_cache(str(folder)))
+    assert verify_cache(str(folder)).errors == []
+    seal_cache(folder)
+    assert open_cache(str(folder)).fingerprint == fingerprint
+
+
+def test_a_second_repair_does_not_overwrite_what_the_first_removed(folder):
+    for number in (1, 2):
+        file = folder / "shards" / "w000-00000.arrow"
+        data = file.read_bytes()
+        file.write_bytes(data[:-number])
+        done = repair_cache(verify_cache(str(folder)))
+        assert done.removed == ("shards/w000-00000.json", "shards/w000-00000.arrow")
+        assert (folder / done.to / "w000-00000.arrow").stat().st_size == len(data) - number
+        shutil.copy(folder / done.to / "w000-00000.json", folder / "shards")
+        file.write_bytes(data)
+
+
+def test_repair_refuses_while_a_writer_is_at_work(folder):
+    (folder / "cache.json").write_text("")
+    with (
+        CacheWriter(folder.parent / "other", make_header()),
+        pytest.raises(CacheMismatchError, match="worker 'w0' is writing"),
+    ):
+        (folder / "journal" / "w0.lock").symlink_to(folder.parent / "other/journal/w0.lock")
+        repair_cache(verify_cache(str(folder)))
