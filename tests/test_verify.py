@@ -255,8 +255,9 @@ def test_copies_of_a_trace_are_counted_and_must_come_from_one_source(tmp_path):
         with CacheWriter(tmp_path / worker, make_header(), worker=worker) as writer:
             writer.append(FinishedTrace(make_trace("t", 30), source))
             writer.finish()
-        shutil.copytree(tmp_path / worker / "shards", tmp_path / "a/shards", dirs_exist_ok=True)
-    found = verify_cache(str(tmp_path / "a"))
+        shutil.copytree(tmp_path / worker / "shards", tmp_path / "all/shards", dirs_exist_ok=True)
+    shutil.copy(tmp_path / "a/cache.json", tmp_path / "all")
+    found = verify_cache(str(tmp_path / "all"))
     assert (found.num_traces, found.num_duplicates) == (1, 2)
     assert [error.file for error in found.errors] == ["shards/c-00000.json"]
     assert "made from other content than in a-00000" in found.errors[0].text
