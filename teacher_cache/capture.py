@@ -14,6 +14,7 @@ from teacher_cache.engines import EngineError, Teacher, TeacherFacts, TeacherReq
 from teacher_cache.format import (
     CacheHeader,
     CacheMismatchError,
+    CachePath,
     CacheWriter,
     FinishedTrace,
     KeepPolicy,
@@ -21,6 +22,7 @@ from teacher_cache.format import (
     keep_entries,
     read_manifest,
     seal_cache,
+    shown,
 )
 from teacher_cache.progress import Progress
 from teacher_cache.signals import Stopped, stop_signals
@@ -36,7 +38,8 @@ ONLY_WORKER = "w0"  # its name where there is one; others leave sealing to `cach
 class Job:
     """A capture, whichever way its traces come."""
 
-    out: Path
+    out: CachePath
+    journal: Path | None  # where the cache's own folder, or the default for a URI, will not do
     worker: str
     limit: int | None  # traces; the rest of the input is only counted
     config: Mapping[str, Any]  # resolved, JSON; kept in the cache for the reader
@@ -93,22 +96,26 @@ def capture(job: Job) -> CaptureReport:
         survey = _survey(job, {})
         with closing(job.start_teacher(survey.longest)) as teacher:
             header = job.header(teacher.facts)
-            with CacheWriter(job.out, header, config=job.config, worker=job.worker) as writer:
+            with _writer(job, header) as writer:
                 return _run(job, survey, teacher, writer)
     # Refuse another capture's folder before the engine starts, and do without it where possible.
     header = job.header(_facts_of(manifest.header))
-    with CacheWriter(job.out, header, config=job.config, worker=job.worker) as writer:
+    with _writer(job, header) as writer:
         survey = _survey(job, writer.finished())
         if survey.num_missing == 0:
             return _finish(job, writer, CaptureReport(survey))
         if writer.sealed:
             raise CacheMismatchError(
-                f"{job.out} is sealed, and {survey.num_missing} of {survey.num_wanted} traces are "
-                "not in it. Write them to another folder."
+                f"{writer.where} is sealed, and {survey.num_missing} of {survey.num_wanted} traces "
+                "are not in it. Write them to another folder."
             )
         with closing(job.start_teacher(survey.longest)) as teacher:
             writer.require_header(job.header(teacher.facts))
             return _run(job, survey, teacher, writer)
+
+
+def _writer(job: Job, header: CacheHeader) -> CacheWriter:
+    return CacheWriter(job.out, header, config=job.config, worker=job.worker, journal=job.journal)
 
 
 def _facts_of(header: CacheHeader) -> TeacherFacts:
@@ -131,8 +138,9 @@ def _survey(job: Job, finished: Mapping[str, str]) -> Survey:
         known = finished.get(request.request_id)
         if known is not None and known != item.source_hash:
             raise SourceError(
-                f"{job.source.path}: trace {request.request_id!r} is in {job.out} already, made "
-                "from other content. Give the changed row a new id, or write to another folder."
+                f"{job.source.path}: trace {request.request_id!r} is in {shown(job.out)} already, "
+                "made from other content. Give the changed row a new id, or write to another "
+                "folder."
             )
         if job.limit is None or num_taken < job.limit:
             num_taken += 1
@@ -184,7 +192,7 @@ def _finish(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureRepo
     # With other workers beside it, no worker can know that the cache is complete.
     complete = report.survey.num_taken == report.survey.num_wanted and job.worker == ONLY_WORKER
     if complete:
-        seal_cache(job.out)
+        seal_cache(job.out, journal=job.journal)
     return replace(report, sealed=complete)
 
 

@@ -1,7 +1,6 @@
 """What cache-teacher tells people: figures, traces and reports as lines of text."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from teacher_cache.capture import CaptureReport
@@ -45,7 +44,7 @@ def token_line(token: ShownToken) -> str:
     return f"{line} {token.probability:.4f}  tail {token.tail:.1e}  {others}"
 
 
-def stopped_line(report: CaptureReport, out: Path) -> str:
+def stopped_line(report: CaptureReport, out: str) -> str:
     """What a stop signal left behind."""
     survey = report.survey
     done = survey.num_taken - survey.num_missing + report.num_traces
@@ -55,7 +54,7 @@ def stopped_line(report: CaptureReport, out: Path) -> str:
     )
 
 
-def report_line(report: CaptureReport, out: Path) -> str:
+def report_line(report: CaptureReport, out: str) -> str:
     """What a capture did."""
     survey = report.survey
     if report.sealed:

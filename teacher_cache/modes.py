@@ -7,7 +7,7 @@ from pathlib import Path
 
 from teacher_cache.capture import ONLY_WORKER, CaptureReport, Job, capture
 from teacher_cache.engines import Sampling, Teacher, TeacherFacts, TeacherRequest
-from teacher_cache.format import MAX_K, CacheHeader
+from teacher_cache.format import MAX_K, CacheHeader, CachePath, shown
 from teacher_cache.sources import PromptRenderer, Render, Source, SourceTrace, TraceRenderer
 from teacher_cache.tokenizer import ModelFiles, TeacherTokenizer, ThinkMarks
 
@@ -19,7 +19,7 @@ class CaptureConfig:
     """What both ways of capturing need to know."""
 
     model: str
-    out: Path
+    out: CachePath
     engine: str = "vllm"
     top_k: int = 64
     mass: float = 0.999
@@ -34,6 +34,7 @@ class CaptureConfig:
     limit: int | None = None
     skip_bad_lines: bool = False
     worker: str = ONLY_WORKER
+    journal: Path | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= MAX_K:
@@ -168,15 +169,22 @@ def _job(
 
     return Job(
         out=config.out,
+        journal=config.journal,
         worker=config.worker,
         limit=config.limit,
-        config={k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
+        config=_resolved(config),
         source=Source(path, render, skip_bad=config.skip_bad_lines),
         tokenizer=tokenizer,
         requests=requests,
         header=header,
         start_teacher=lambda longest: _start(config, files, sampling, longest),
     )
+
+
+def _resolved(config: CaptureConfig) -> dict[str, object]:
+    """The configuration as JSON, without the credentials that a URI may hold."""
+    values = {**asdict(config), "out": shown(config.out)}
+    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
 
 def _start(

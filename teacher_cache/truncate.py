@@ -5,12 +5,12 @@ of a cache with another grid are rounded to this version's.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 from teacher_cache.format import (
     LOGIT_GRID,
     Cache,
     CacheMismatchError,
+    CachePath,
     CacheWriter,
     FinishedTrace,
     KeepPolicy,
@@ -22,7 +22,7 @@ from teacher_cache.format.codec import is_clamped_tail
 
 
 def truncate_cache(
-    cache: Cache, out: Path, *, lead_span: float = 1.0, top_k: int | None = None
+    cache: Cache, out: CachePath, *, lead_span: float = 1.0, top_k: int | None = None
 ) -> Manifest:
     """Write the first `lead_span` of every trace as a cache of its own, and seal it.
 
@@ -30,7 +30,7 @@ def truncate_cache(
 
     Args:
         cache: What is made smaller; each trace that counts is taken once.
-        out: The new cache's folder.
+        out: The new cache's folder or URI.
         lead_span: The largest proportion of a trace that the new cache can be read to.
         top_k: Keep at most so many entries per token (and the token itself).
 
@@ -48,7 +48,9 @@ def truncate_cache(
     origin = {"truncated_from": cache.fingerprint}
     with CacheWriter(out, header, config={**cache.manifest.config, **origin}) as writer:
         if writer.manifest.config.get("truncated_from") != cache.fingerprint:
-            raise CacheMismatchError(f"{out}: holds a part of another cache; use another folder")
+            raise CacheMismatchError(
+                f"{writer.where}: holds a part of another cache; use another folder"
+            )
         if not writer.sealed:
             for shard, rows in _rows_of_shards(cache).items():
                 _copy_shard(cache, shard, rows, writer)

@@ -293,7 +293,7 @@ def journalled(tmp_path):
 def test_a_torn_tail_of_a_journal_is_told(journalled):
     journalled.write_bytes(journalled.read_bytes()[:-5])
     (note,) = notes(journalled.parent.parent)
-    assert note.startswith("journal/w0-00000.journal: 2 whole traces, then ")
+    assert note.startswith("journal/w0-00000.journal: 2 whole traces, and ")
 
 
 def test_a_journal_that_holds_nonsense_is_found(journalled):

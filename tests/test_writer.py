@@ -19,10 +19,10 @@ from teacher_cache.format import (
     CacheMismatchError,
     CacheWriter,
     FinishedTrace,
+    Store,
     open_cache,
     seal_cache,
 )
-from teacher_cache.format import writer as writer_module
 from teacher_cache.format.journal import Journal, read_journal
 
 
@@ -67,7 +67,7 @@ def test_a_torn_tail_is_cut_off_and_what_came_before_is_kept(tmp_path, kept, cap
     os.truncate(journal, torn)
     with CacheWriter(tmp_path, make_header()) as writer:
         assert sorted(writer.finished()) == [trace.trace_id for trace in traces[:4]]
-        assert f"torn tail of {torn - whole} bytes" in caplog.text
+        assert f"bytes {whole} to {torn} are torn or damaged" in caplog.text
         append_all(writer, traces[4:])
         writer.finish()
     assert_holds(tmp_path, traces)
@@ -88,16 +88,16 @@ def test_a_journal_that_died_in_its_first_frame_begins_anew(tmp_path):
 @pytest.mark.parametrize("moment", ["after the shard", "after the commit record"])
 def test_a_death_while_publishing_neither_loses_nor_repeats(tmp_path, monkeypatch, moment):
     traces = make_traces(6)
-    publish = writer_module.publish
+    publish = Store.publish
 
-    def dying_publish(path, data):
-        publish(path, data)
-        if path.suffix == (".arrow" if moment == "after the shard" else ".json"):
+    def dying_publish(store, name, data):
+        publish(store, name, data)
+        if name.endswith(".arrow" if moment == "after the shard" else ".json"):
             raise KeyboardInterrupt  # stands for a kill: nothing after it runs
 
     with CacheWriter(tmp_path, make_header()) as writer:
         append_all(writer, traces)
-    monkeypatch.setattr(writer_module, "publish", dying_publish)
+    monkeypatch.setattr(Store, "publish", dying_publish)
     with pytest.raises(KeyboardInterrupt), CacheWriter(tmp_path, make_header()) as writer:
         writer.finish()
     monkeypatch.undo()
@@ -249,15 +249,15 @@ def test_a_full_disk_stops_the_writer_and_everything_before_is_kept(tmp_path, mo
 
 
 def test_an_error_of_the_compacting_thread_is_an_error_of_the_writer(tmp_path, monkeypatch):
-    def failing_publish(path, data):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    def failing_publish(store, name, data):
+        raise PermissionError(errno.EACCES, "Permission denied", name)
 
     traces = make_traces(8)
     with (
         pytest.raises(PermissionError, match="Permission denied"),
         CacheWriter(tmp_path, make_header(), shard_bytes=2000) as writer,
     ):
-        monkeypatch.setattr(writer_module, "publish", failing_publish)
+        monkeypatch.setattr(Store, "publish", failing_publish)
         append_all(writer, traces)
     monkeypatch.undo()
     with CacheWriter(tmp_path, make_header()) as writer:

@@ -237,8 +237,8 @@ def column_bytes(cache: Cache) -> dict[str, int]:
     sizes: dict[str, int] = {}
     codec = pa.Codec("zstd", compression_level=1)
     for shard in cache.shards:
-        file = f"{cache.root}/shards/{shard.name}.arrow"
-        with pa.ipc.open_file(cache.filesystem.open_input_file(file)) as reader:
+        file = f"{cache.store.root}/shards/{shard.name}.arrow"
+        with pa.ipc.open_file(cache.store.filesystem.open_input_file(file)) as reader:
             for number in range(reader.num_record_batches):
                 batch = reader.get_batch(number)
                 for name in batch.schema.names:

@@ -10,7 +10,7 @@ import click
 from teacher_cache import messages
 from teacher_cache.capture import CaptureReport
 from teacher_cache.cli.options import FILE, FOLDER, NamedValue, named, read_config
-from teacher_cache.format import open_cache, seal_cache
+from teacher_cache.format import open_cache, seal_cache, shown
 from teacher_cache.modes import ENGINES, GenerateConfig, ScoreConfig, generate, score
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -21,7 +21,9 @@ def _capture_options(command: _Command) -> _Command:
     default = GenerateConfig
     options = [
         click.option("--model", required=True, help="Teacher: a folder or a Hugging Face id."),
-        click.option("--out", required=True, type=FOLDER, help="Folder of the cache."),
+        click.option(
+            "--out", required=True, help="The cache: a folder, or a URI (s3://, gs://, hdfs://)."
+        ),
         click.option(
             "--engine", type=click.Choice(ENGINES), default=default.engine, show_default=True
         ),
@@ -80,6 +82,11 @@ def _capture_options(command: _Command) -> _Command:
             default=default.worker,
             show_default=True,
             help="Name of this process among several that write one cache.",
+        ),
+        click.option(
+            "--journal",
+            type=FOLDER,
+            help="Local folder for traces that do not fill a shard yet, of this cache alone.",
         ),
         click.option(
             "--config",
@@ -148,23 +155,26 @@ def score_command(**options: Any) -> None:  # noqa: ANN401 (click's own values)
 
 
 @click.command("seal")
-@click.argument("cache", type=FOLDER)
-def seal_command(cache: Path) -> None:
+@click.argument("cache")
+@click.option("--journal", type=FOLDER, help="Where its journals are, if the capture was told so.")
+def seal_command(cache: str, journal: Path | None) -> None:
     """Declare a cache complete as it is, after a trial run or when workers ran apart.
 
     \b
     cache-teacher seal cache
     """
-    seal = seal_cache(cache).seal
+    seal = seal_cache(cache, journal=journal).seal
     if seal is not None:
-        click.echo(f"{cache}: sealed, {seal.num_traces:,} traces, {seal.num_tokens:,} tokens")
+        click.echo(
+            f"{shown(cache)}: sealed, {seal.num_traces:,} traces, {seal.num_tokens:,} tokens"
+        )
 
 
-def _say_report(report: CaptureReport, out: Path) -> None:
+def _say_report(report: CaptureReport, out: str) -> None:
     if report.stopped_by:
-        click.echo(messages.stopped_line(report, out), err=True)
+        click.echo(messages.stopped_line(report, shown(out)), err=True)
         sys.exit(128 + report.stopped_by)
-    click.echo(messages.report_line(report, out))
+    click.echo(messages.report_line(report, shown(out)))
     if report.survey.num_taken < report.survey.num_wanted and report.num_traces:
-        cache = open_cache(str(out), allow_unsealed=True)
+        cache = open_cache(out, allow_unsealed=True)
         click.echo(messages.estimate_line(report, cache))

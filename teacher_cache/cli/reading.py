@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import click
 
 from teacher_cache import inspection, messages
-from teacher_cache.cli.options import FILE, FOLDER
+from teacher_cache.cli.options import FILE
 from teacher_cache.engines import EngineError
-from teacher_cache.format import CacheError, CacheHeader, open_cache
+from teacher_cache.format import CacheError, CacheHeader, open_cache, shown
 
 if TYPE_CHECKING:
     from teacher_cache.tokenizer import TeacherTokenizer
@@ -32,7 +32,7 @@ def inspect_command(cache: str, trace_id: str | None, model: str | None, as_json
     if as_json:
         click.echo(json.dumps(inspection.to_json(figures, opened.header)))
         return
-    for line in messages.figures_lines(figures, opened.header.to_json(), cache):
+    for line in messages.figures_lines(figures, opened.header.to_json(), opened.path):
         click.echo(line)
     if not traces:
         return
@@ -74,7 +74,7 @@ def export_command(
 
 @click.command("truncate")
 @click.argument("source")
-@click.argument("out", type=FOLDER)
+@click.argument("out")
 @click.option(
     "--lead-span",
     type=click.FloatRange(0, 1, min_open=True),
@@ -83,7 +83,7 @@ def export_command(
     help="Keep this first part of every trace.",
 )
 @click.option("--top-k", type=click.IntRange(1), help="Keep at most so many entries per token.")
-def truncate_command(source: str, out: Path, lead_span: float, top_k: int | None) -> None:
+def truncate_command(source: str, out: str, lead_span: float, top_k: int | None) -> None:
     """Write a smaller cache: the first part of every trace, or fewer entries per token.
 
     \b
@@ -93,7 +93,7 @@ def truncate_command(source: str, out: Path, lead_span: float, top_k: int | None
 
     seal = truncate_cache(open_cache(source), out, lead_span=lead_span, top_k=top_k).seal
     if seal is not None:
-        click.echo(f"{out}: sealed, {seal.num_traces:,} traces, {seal.num_tokens:,} tokens")
+        click.echo(f"{shown(out)}: sealed, {seal.num_traces:,} traces, {seal.num_tokens:,} tokens")
 
 
 def _tokenizer_to_show(header: CacheHeader, model: str | None) -> "TeacherTokenizer | None":

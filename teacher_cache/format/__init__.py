@@ -14,10 +14,13 @@ from teacher_cache.format.header import CacheHeader, content_hash, tokenizer_fin
 from teacher_cache.format.journal import FinishedTrace
 from teacher_cache.format.manifest import Manifest, Seal
 from teacher_cache.format.reader import Cache, open_cache
+from teacher_cache.format.records import read_manifest
+from teacher_cache.format.sealing import seal_cache
 from teacher_cache.format.span import lead_span_length, num_bands_needed
+from teacher_cache.format.store import CachePath, Store, open_store, shown
 from teacher_cache.format.trace import MAX_K, Trace
 from teacher_cache.format.view import narrowed
-from teacher_cache.format.writer import CacheWriter, read_manifest, seal_cache
+from teacher_cache.format.writer import CacheWriter
 
 __all__ = [
     "LOGIT_GRID",
@@ -28,6 +31,7 @@ __all__ = [
     "CacheFormatError",
     "CacheHeader",
     "CacheMismatchError",
+    "CachePath",
     "CacheWriter",
     "FinishedTrace",
     "KeepPolicy",
@@ -35,6 +39,7 @@ __all__ = [
     "Manifest",
     "Seal",
     "ShardCommit",
+    "Store",
     "Trace",
     "TraceInfo",
     "content_hash",
@@ -43,8 +48,10 @@ __all__ = [
     "narrowed",
     "num_bands_needed",
     "open_cache",
+    "open_store",
     "read_manifest",
     "seal_cache",
+    "shown",
     "stored_logprobs",
     "tokenizer_fingerprint",
 ]

@@ -1,12 +1,11 @@
 """The journal: finished traces of one worker, one zstandard frame each, until they fill a shard.
 
-The first frame holds the header's fingerprint; a frame that was being written when the process
-died is cut off on restart, everything before it is kept.
+The first frame holds the header's fingerprint. What is no whole frame (at the end after a death, in
+the middle after a power cut) is left out and said; every whole frame before and after it is kept.
 """
 
 import errno
 import json
-import logging
 import os
 import struct
 from collections.abc import Iterator
@@ -18,13 +17,13 @@ import numpy as np
 
 from teacher_cache.format.codec import LOGIT_GRID, logit_codes
 from teacher_cache.format.errors import CacheFormatError
+from teacher_cache.format.files import fsync_folder, naming
 from teacher_cache.format.header import UNUSABLE_JSON
 from teacher_cache.format.trace import Trace
 
-logger = logging.getLogger(__name__)
-
 _READ_BYTES = 1 << 16
 _FRAME_HEADER_BYTES = 18  # at most
+_MAGIC = b"\x28\xb5\x2f\xfd"  # every zstandard frame begins with it
 MAX_FRAME_BYTES = 2 << 30  # of one trace
 _HEAD_LENGTH = struct.Struct("<I")
 
@@ -52,15 +51,16 @@ class Journal:
         import zstandard  # here, because reading a cache must not need it
 
         self._compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
-        self.num_bytes = whole_frames_bytes(path, header_fingerprint)
+        self.num_bytes = 0
+        self.num_decoded_bytes = 0
+        for _, self.num_bytes, payload in _checked_frames(path, header_fingerprint):
+            self.num_decoded_bytes += len(payload)
         self._file = path.open("ab", buffering=0)
-        size = os.fstat(self._file.fileno()).st_size
-        if size > self.num_bytes:
-            logger.warning("%s: cut off a torn tail of %d bytes", path, size - self.num_bytes)
-            self._file.truncate(self.num_bytes)
+        self._file.truncate(self.num_bytes)
         if self.num_bytes == 0:
             self._append(json.dumps({"header_fingerprint": header_fingerprint}).encode())
             self.sync()
+            fsync_folder(path.parent)
 
     def append(self, finished: FinishedTrace) -> None:
         """Write one trace; it survives the process from here on, and the machine after `sync`."""
@@ -68,59 +68,73 @@ class Journal:
 
     def _append(self, payload: bytes) -> None:
         frame = self._compressor.compress(payload)
-        try:
-            if self._file.write(frame) != len(frame):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        except OSError:
-            self._file.truncate(self.num_bytes)  # what was appended before stays readable
-            raise
+        with naming(self.path):
+            try:
+                if self._file.write(frame) != len(frame):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                self._file.truncate(self.num_bytes)  # what was appended before stays readable
+                raise
         self.num_bytes += len(frame)
+        self.num_decoded_bytes += len(payload)
 
     def sync(self) -> None:
         """Force everything appended onto the disk."""
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Sync and close; the file stays."""
-        self.sync()
-        self._file.close()
+        try:
+            self.sync()
+        finally:
+            self._file.close()
 
 
 def read_journal(path: Path, header_fingerprint: str) -> Iterator[FinishedTrace]:
-    """Every whole trace of a journal, in the order of writing; a torn tail is left out.
+    """Every whole trace of a journal, in the order of writing.
 
     Raises:
         CacheFormatError: If it belongs to another capture, or a whole frame holds nonsense.
     """
-    frames = _frames(path)
-    _check_first(next(frames, None), header_fingerprint, path)
-    for number, (_, payload) in enumerate(frames, start=1):
+    frames = _checked_frames(path, header_fingerprint)
+    next(frames, None)
+    for number, (_, _, payload) in enumerate(frames, start=1):
         try:
             yield _decode(payload)
         except (*UNUSABLE_JSON, struct.error) as error:
             raise CacheFormatError(f"{path}: frame {number} is not a trace: {error!r}") from error
 
 
-def whole_frames_bytes(path: Path, header_fingerprint: str) -> int:
-    """Bytes of a journal up to its torn tail; 0 where there is no file.
+def journal_damage(path: Path, header_fingerprint: str) -> list[tuple[int, int]]:
+    """(start, end) of every run of bytes that is no whole frame; the last may be a torn tail.
 
     Raises:
-        CacheFormatError: If it belongs to another capture.
+        CacheFormatError: If the journal belongs to another capture.
     """
-    if not path.exists():
-        return 0
-    end = 0
-    for number, (end, payload) in enumerate(_frames(path)):
-        if number == 0:
-            _check_first((end, payload), header_fingerprint, path)
-    return end
+    runs = []
+    position = 0
+    for start, end, _ in _checked_frames(path, header_fingerprint):
+        runs.append((position, start))
+        position = end
+    runs.append((position, path.stat().st_size))
+    return [run for run in runs if run[0] < run[1]]
 
 
-def _check_first(frame: tuple[int, bytes] | None, header_fingerprint: str, path: Path) -> None:
-    if frame is None:
+def _checked_frames(path: Path, header_fingerprint: str) -> Iterator[tuple[int, int, bytes]]:
+    """Every whole frame of a journal of this capture."""
+    frames = _frames(path)
+    first = next(frames, None)
+    if first is None:
         return  # died before the first frame was whole: an empty journal
+    start, _, payload = first
+    if start > 0:
+        raise CacheFormatError(
+            f"{path}: the first {start} bytes are damaged, so whether the traces behind them "
+            "belong to this capture is unknown. Move the file away to capture them again."
+        )
     try:
-        found = json.loads(frame[1])["header_fingerprint"]
+        found = json.loads(payload)["header_fingerprint"]
     except UNUSABLE_JSON as error:
         raise CacheFormatError(f"{path}: not a journal: {error!r}") from error
     if found != header_fingerprint:
@@ -128,38 +142,43 @@ def _check_first(frame: tuple[int, bytes] | None, header_fingerprint: str, path:
             f"{path}: expected a journal of capture {header_fingerprint}, got {found}; "
             "it belongs to another capture, so write to another folder"
         )
+    yield first
+    yield from frames
 
 
-def _frames(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(end offset, content) of every whole frame, up to the first that is not."""
+def _frames(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """(start, end, content) of every whole frame; what is none is searched for the next one."""
+    data = path.read_bytes() if path.exists() else b""
+    position = 0
+    while (start := data.find(_MAGIC, position)) >= 0:
+        found = _whole_frame(data, start)
+        if found is None:
+            position = start + 1
+        else:
+            position = found[0]
+            yield start, *found
+
+
+def _whole_frame(data: bytes, start: int) -> tuple[int, bytes] | None:
+    """(end, content) of the frame that begins at `start`; None where it is damaged or torn."""
     import zstandard
 
-    with path.open("rb") as file:
-        position = 0  # in the file, of the first byte not yet given to a decompressor
-        chunk = b""
-        while True:
-            chunk += file.read(_FRAME_HEADER_BYTES)  # so that the frame's header is in it
-            try:
-                declared = zstandard.frame_content_size(chunk)
-            except zstandard.ZstdError:
-                return
-            if not 0 <= declared <= MAX_FRAME_BYTES:
-                return  # not written here: what it decompresses to would not be bounded
-            decompressor = zstandard.ZstdDecompressor().decompressobj()
-            parts = []
-            while not decompressor.eof:
-                chunk = chunk or file.read(_READ_BYTES)
-                if not chunk:
-                    return
-                try:
-                    parts.append(decompressor.decompress(chunk))
-                except zstandard.ZstdError:
-                    return
-                position += len(chunk)
-                chunk = b""
-            chunk = decompressor.unused_data
-            position -= len(chunk)
-            yield position, b"".join(parts)
+    try:
+        declared = zstandard.frame_content_size(data[start : start + _FRAME_HEADER_BYTES])
+        if not 0 <= declared <= MAX_FRAME_BYTES:
+            return None  # not written here: what it decompresses to would not be bounded
+        decompressor = zstandard.ZstdDecompressor().decompressobj()
+        parts = []
+        position = start
+        while not decompressor.eof:
+            chunk = data[position : position + _READ_BYTES]
+            if not chunk:
+                return None
+            parts.append(decompressor.decompress(chunk))
+            position += len(chunk)
+    except zstandard.ZstdError:
+        return None
+    return position - len(decompressor.unused_data), b"".join(parts)
 
 
 def _encode(finished: FinishedTrace) -> bytes:

@@ -9,26 +9,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 
-from teacher_cache.format.commit import (
-    PLAIN_NAME,
-    ShardCommit,
-    TraceInfo,
-    check_commit,
-    parse_commit,
-)
+from teacher_cache.format.commit import ShardCommit, TraceInfo
 from teacher_cache.format.decode import assemble, decode_bands
-from teacher_cache.format.errors import CacheError, CacheFormatError, CacheMismatchError
+from teacher_cache.format.errors import CacheFormatError, CacheMismatchError
 from teacher_cache.format.header import CacheHeader
-from teacher_cache.format.manifest import (
-    MANIFEST_NAME,
-    SHARD_FOLDER,
-    Manifest,
-    parse_manifest,
-    shards_fingerprint,
+from teacher_cache.format.manifest import SHARD_FOLDER, Manifest, shards_fingerprint
+from teacher_cache.format.records import (
+    committed_names,
+    read_commits,
+    require_manifest,
+    shard_file,
 )
 from teacher_cache.format.span import num_bands_needed
+from teacher_cache.format.store import CachePath, Store, open_store
 from teacher_cache.format.trace import Trace
 
 
@@ -41,8 +35,7 @@ class Cache:
     shards: tuple[ShardCommit, ...]  # by name
     traces: tuple[tuple[int, int], ...]  # (shard, row) of every trace, each counted once
     fingerprint: str  # of the shards' content
-    filesystem: pafs.FileSystem
-    root: str
+    store: Store
     bytes_read: int = 0  # from shards, by this object
 
     @property
@@ -102,8 +95,7 @@ class Cache:
     def _read_prefix(self, commit: ShardCommit, num_bands: int, where: str) -> pa.Buffer:
         size = commit.prefix_bytes(num_bands)
         try:
-            with self.filesystem.open_input_file(f"{self.root}/{_shard_file(commit)}") as file:
-                data = file.read_buffer(size)
+            data = self.store.read_prefix(shard_file(commit.name), size)
         except OSError as error:
             raise CacheFormatError(f"{where}: cannot be read: {error}") from error
         self.bytes_read += len(data)
@@ -121,7 +113,7 @@ class Cache:
         return data
 
 
-def open_cache(path: str, *, allow_unsealed: bool = False) -> Cache:
+def open_cache(path: CachePath, *, allow_unsealed: bool = False) -> Cache:
     """Open a cache for reading.
 
     Args:
@@ -133,92 +125,45 @@ def open_cache(path: str, *, allow_unsealed: bool = False) -> Cache:
         CacheFormatError: If there is no cache, or a commit record or shard is missing or damaged.
         CacheMismatchError: If the cache is not sealed and that was not allowed.
     """
-    filesystem, root = open_filesystem(path)
-    file = f"{root}/{MANIFEST_NAME}"
-    if filesystem.get_file_info(file).type != pafs.FileType.File:
-        raise CacheFormatError(f"{path}: no cache here (expected a file {MANIFEST_NAME})")
-    manifest = parse_manifest(_read_file(filesystem, file), f"{path}/{MANIFEST_NAME}")
+    store = open_store(path)
+    manifest = require_manifest(store)
     if manifest.seal is None and not allow_unsealed:
         raise CacheMismatchError(
-            f"{path}: the capture is not complete (no seal). Run cache-teacher again to finish it, "
-            "seal what is there with `cache-teacher seal`, or read what is committed so far with "
-            "--allow-unsealed."
+            f"{store.where}: the capture is not complete (no seal). Run cache-teacher again to "
+            "finish it, seal what is there with `cache-teacher seal`, or read what is committed "
+            "so far with --allow-unsealed."
         )
-    if manifest.seal is not None:
-        names = [name for name, _ in manifest.seal.shards]
-    else:
-        names = _committed_names(filesystem, root)
-    commits = [_read_commit(filesystem, root, name, manifest, path) for name in names]
-    if manifest.seal is not None:
-        for commit, (name, checksum) in zip(commits, manifest.seal.shards, strict=True):
-            if commit.checksum != checksum:
-                raise CacheFormatError(f"{path}: the commit record of {name} is not the sealed one")
-    _check_shard_files(filesystem, root, commits, path)
+    sealed = None if manifest.seal is None else dict(manifest.seal.shards)
+    names = committed_names(store) if sealed is None else list(sealed)
+    commits = read_commits(store, names, manifest.header)
+    for commit in commits:
+        if sealed is not None and commit.checksum != sealed[commit.name]:
+            raise CacheFormatError(
+                f"{store.where}: the commit record of {commit.name} is not the sealed one"
+            )
+    _check_shard_files(store, commits)
     return Cache(
-        path=path,
+        path=store.where,
         manifest=manifest,
         shards=tuple(commits),
         traces=_each_trace_once(commits),
         fingerprint=shards_fingerprint([(c.name, c.checksum) for c in commits]),
-        filesystem=filesystem,
-        root=root,
+        store=store,
     )
 
 
-def open_filesystem(path: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a folder or URI, and the folder's path there.
-
-    Raises:
-        CacheError: If there is none.
-    """
-    if "://" not in path:
-        return pafs.LocalFileSystem(), path.rstrip("/") or "/"
-    try:
-        filesystem, root = pafs.FileSystem.from_uri(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CacheError(f"{path}: cannot be opened: {error}") from error
-    if not root.strip("/"):
-        raise CacheError(f"{path}: expected a bucket and a folder")
-    return filesystem, root.rstrip("/")
-
-
-def _read_file(filesystem: pafs.FileSystem, file: str) -> bytes:
-    with filesystem.open_input_file(file) as source:
-        return bytes(source.read())
-
-
-def _committed_names(filesystem: pafs.FileSystem, root: str) -> list[str]:
-    selector = pafs.FileSelector(f"{root}/{SHARD_FOLDER}", allow_not_found=True)
-    files = (info.base_name for info in filesystem.get_file_info(selector))
-    return sorted(name.removesuffix(".json") for name in files if name.endswith(".json"))
-
-
-def _read_commit(
-    filesystem: pafs.FileSystem, root: str, name: str, manifest: Manifest, path: str
-) -> ShardCommit:
-    file = f"{root}/{SHARD_FOLDER}/{name}.json"
-    if not PLAIN_NAME.match(name):
-        raise CacheFormatError(f"{path}: {name!r} is no name of a shard")
-    if filesystem.get_file_info(file).type != pafs.FileType.File:
-        raise CacheFormatError(f"{path}: the commit record of shard {name!r} is missing")
-    commit = parse_commit(_read_file(filesystem, file), name)
-    check_commit(commit, manifest.header)
-    return commit
-
-
-def _check_shard_files(
-    filesystem: pafs.FileSystem, root: str, commits: Sequence[ShardCommit], path: str
-) -> None:
-    files = [f"{root}/{_shard_file(commit)}" for commit in commits]
-    for commit, info in zip(commits, filesystem.get_file_info(files), strict=True):
-        if info.type != pafs.FileType.File:
+def _check_shard_files(store: Store, commits: Sequence[ShardCommit]) -> None:
+    sizes = store.sizes(SHARD_FOLDER)
+    for commit in commits:
+        size_bytes = sizes.get(f"{commit.name}.arrow")
+        if size_bytes is None:
             raise CacheFormatError(
-                f"{path}: shard {commit.name}.arrow is missing. Restore it from a copy, or "
+                f"{store.where}: shard {commit.name}.arrow is missing. Restore it from a copy, or "
                 "capture its traces again into another folder."
             )
-        if info.size != commit.size_bytes:
+        if size_bytes != commit.size_bytes:
             raise CacheFormatError(
-                f"{path}: shard {commit.name}.arrow has {info.size} bytes, expected "
+                f"{store.where}: shard {commit.name}.arrow has {size_bytes} bytes, expected "
                 f"{commit.size_bytes}; it is damaged or not fully copied"
             )
 
@@ -232,7 +177,3 @@ def _each_trace_once(commits: Sequence[ShardCommit]) -> tuple[tuple[int, int], .
                 seen.add(trace.trace_id)
                 once.append((shard_index, row))
     return tuple(once)
-
-
-def _shard_file(commit: ShardCommit) -> str:
-    return f"{SHARD_FOLDER}/{commit.name}.arrow"

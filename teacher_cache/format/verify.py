@@ -5,17 +5,14 @@ One shard is in memory at a time.
 
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pyarrow.fs as pafs
 
 from teacher_cache.format.commit import PLAIN_NAME, ShardCommit, check_commit, parse_commit
 from teacher_cache.format.errors import CacheError, CacheFormatError
 from teacher_cache.format.findings import Verification
 from teacher_cache.format.header import UNUSABLE_JSON, CacheHeader, content_hash
-from teacher_cache.format.journal import read_journal, whole_frames_bytes
+from teacher_cache.format.journal import journal_damage, read_journal
 from teacher_cache.format.manifest import (
     JOURNAL_FOLDER,
     MANIFEST_NAME,
@@ -24,29 +21,13 @@ from teacher_cache.format.manifest import (
     make_seal,
     parse_manifest,
 )
-from teacher_cache.format.reader import open_filesystem
+from teacher_cache.format.store import CachePath, Store, open_store
 from teacher_cache.format.verify_shard import broken_shard, header_in_shard
 
 OnBytes = Callable[[int, int], None]  # told how many bytes of how many are checked
 
 
-@dataclass(frozen=True)
-class _Folder:
-    """The files of a cache, wherever it is."""
-
-    filesystem: pafs.FileSystem
-    root: str
-
-    def read(self, file: str) -> bytes:
-        with self.filesystem.open_input_file(f"{self.root}/{file}") as source:
-            return bytes(source.read())
-
-    def names(self, folder: str) -> set[str]:
-        selector = pafs.FileSelector(f"{self.root}/{folder}", allow_not_found=True)
-        return {info.base_name for info in self.filesystem.get_file_info(selector)}
-
-
-def verify_cache(path: str, on_bytes: OnBytes = lambda done, total: None) -> Verification:
+def verify_cache(path: CachePath, on_bytes: OnBytes = lambda done, total: None) -> Verification:
     """Check a cache, sealed or not, also while it is being written.
 
     Args:
@@ -56,39 +37,39 @@ def verify_cache(path: str, on_bytes: OnBytes = lambda done, total: None) -> Ver
     Raises:
         CacheError: If there is nothing that could be checked, or it cannot be opened.
     """
-    folder = _Folder(*open_filesystem(path))
-    shard_files = folder.names(SHARD_FOLDER)
+    store = open_store(path)
+    shard_files = set(store.sizes(SHARD_FOLDER))
     records = {file.removesuffix(".json") for file in shard_files if file.endswith(".json")}
-    if MANIFEST_NAME not in folder.names("") and not records:
-        raise CacheFormatError(f"{path}: no cache here (expected a file {MANIFEST_NAME})")
-    found = Verification(path)
-    manifest, has_checksum = _check_manifest(folder, found)
+    if store.size(MANIFEST_NAME) is None and not records:
+        raise CacheFormatError(f"{store.where}: no cache here (expected a file {MANIFEST_NAME})")
+    found = Verification(store.where)
+    manifest, has_checksum = _check_manifest(store, found)
     seal = None if manifest is None else manifest.seal
     found.sealed = seal is not None
     listed = records if seal is None else {name for name, _ in seal.shards}
-    read = (_read_commit(folder, name, found) for name in sorted(listed))
+    read = (_read_commit(store, name, found) for name in sorted(listed))
     commits = [commit for commit in read if commit is not None]
     if manifest is not None and not has_checksum and not _is_of_shards(manifest, commits, found):
         manifest = None
-    header = _header(folder, commits) if manifest is None else manifest.header
+    header = _header(store, commits) if manifest is None else manifest.header
     found.header = header
     total = sum(commit.size_bytes for commit in commits)
     for commit in commits:
-        _check_shard(folder, commit, header, found)
+        _check_shard(store, commit, header, found)
         on_bytes(found.num_bytes, total)
     if header is not None:
         _count(manifest, header, commits, len(listed), found)
     _check_copies(commits, found)
     _note_strays(shard_files, listed, found)
-    if header is not None and isinstance(folder.filesystem, pafs.LocalFileSystem):
-        _check_journals(Path(folder.root), header, listed, found)
+    if header is not None and store.folder is not None:
+        _check_journals(store.folder, header, listed, found)
     return found
 
 
-def _check_manifest(folder: _Folder, found: Verification) -> tuple[Manifest | None, bool]:
+def _check_manifest(store: Store, found: Verification) -> tuple[Manifest | None, bool]:
     """`cache.json`, where nothing is wrong with it, and whether it has a checksum that says so."""
     try:
-        text = folder.read(MANIFEST_NAME)
+        text = store.read(MANIFEST_NAME)
         damage = _manifest_damage(text)
     except FileNotFoundError:
         damage = "is missing, although there are shards"
@@ -133,13 +114,13 @@ def _case_damage(text: bytes, expected: str) -> str | None:
     return None
 
 
-def _read_commit(folder: _Folder, name: str, found: Verification) -> ShardCommit | None:
+def _read_commit(store: Store, name: str, found: Verification) -> ShardCommit | None:
     file = f"{SHARD_FOLDER}/{name}.json"
     if not PLAIN_NAME.match(name):
         found.wrong(file, f"{name!r} is no name of a shard")
         return None
     try:
-        text = folder.read(file)
+        text = store.read(file)
         commit = parse_commit(text, name)
     except FileNotFoundError:
         found.wrong(file, "the seal lists this commit record, and it is missing")
@@ -165,11 +146,11 @@ def _is_of_shards(manifest: Manifest, commits: Sequence[ShardCommit], found: Ver
     return False
 
 
-def _header(folder: _Folder, commits: Sequence[ShardCommit]) -> CacheHeader | None:
+def _header(store: Store, commits: Sequence[ShardCommit]) -> CacheHeader | None:
     """The header as shards hold it, where `cache.json` is damaged."""
     for commit in commits:
         try:
-            return header_in_shard(folder.read(_shard_file(commit)), commit)
+            return header_in_shard(store.read(_shard_file(commit)), commit)
         except (OSError, CacheError):  # listed where this shard is checked
             continue
     return None
@@ -180,7 +161,7 @@ def _shard_file(commit: ShardCommit) -> str:
 
 
 def _check_shard(
-    folder: _Folder, commit: ShardCommit, header: CacheHeader | None, found: Verification
+    store: Store, commit: ShardCommit, header: CacheHeader | None, found: Verification
 ) -> None:
     if header is not None:
         try:
@@ -190,7 +171,7 @@ def _check_shard(
             header = None  # its values cannot be judged by this one
     file = _shard_file(commit)
     try:
-        data = folder.read(file)
+        data = store.read(file)
     except FileNotFoundError:
         found.wrong(file, "is missing, although its commit record is there")
         return
@@ -264,7 +245,7 @@ def _check_journals(
         file = f"{JOURNAL_FOLDER}/{path.name}"
         try:
             num_traces = sum(1 for _ in read_journal(path, header.fingerprint))
-            torn = path.stat().st_size - whole_frames_bytes(path, header.fingerprint)
+            damage = journal_damage(path, header.fingerprint)
         except FileNotFoundError:
             continue  # a running writer has made a shard of it meanwhile
         except (OSError, CacheFormatError) as error:
@@ -274,9 +255,10 @@ def _check_journals(
             found.note(file, "is left from a shard that is there; the next capture removes it")
             continue
         found.num_journalled += num_traces
-        if torn:
+        if damage:
+            num_bytes = sum(end - start for start, end in damage)
             found.note(
                 file,
-                f"{num_traces:,} whole traces, then {torn:,} bytes that are not: "
-                "the next capture cuts them off and captures these traces again",
+                f"{num_traces:,} whole traces, and {num_bytes:,} bytes that are none, from byte "
+                f"{damage[0][0]:,}: the next capture makes what stood there again",
             )

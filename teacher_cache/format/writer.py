@@ -6,8 +6,6 @@ DIR/shards/w0-00001.arrow   published, and trusted once its commit record is the
 DIR/shards/w0-00001.json
 """
 
-import fcntl
-import hashlib
 import logging
 import re
 import time
@@ -16,25 +14,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
-from teacher_cache.format.commit import ShardCommit, TraceInfo, check_commit, parse_commit
-from teacher_cache.format.errors import CacheFormatError, CacheMismatchError
-from teacher_cache.format.files import fsync_folder, publish
+from teacher_cache.format.compaction import compact, generation_of, shard_name
+from teacher_cache.format.errors import CacheMismatchError
 from teacher_cache.format.header import CacheHeader
-from teacher_cache.format.journal import FinishedTrace, Journal, read_journal
-from teacher_cache.format.manifest import (
-    JOURNAL_FOLDER,
-    MANIFEST_NAME,
-    SHARD_FOLDER,
-    Manifest,
-    make_seal,
-    parse_manifest,
-)
-from teacher_cache.format.shard import encode_shard
+from teacher_cache.format.journal import FinishedTrace, Journal, journal_damage, read_journal
+from teacher_cache.format.journals import open_journals
+from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Manifest
+from teacher_cache.format.records import committed_names, read_commits, read_manifest
+from teacher_cache.format.store import CachePath, open_store
 from teacher_cache.format.trace import MAX_K
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 24 << 20  # a dictionary of 100,000 ids is then below 1.5 % of it
+MAX_DECODED_BYTES = 128 << 20  # in a journal, before compression: bounds what compaction holds
 _WORKER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*\Z")  # `-` ends it in a shard's name
 SYNC_INTERVAL_S = 2.0  # what a dying machine (not process) may cost
 
@@ -44,54 +37,59 @@ class CacheWriter:
 
     def __init__(
         self,
-        path: Path,
+        path: CachePath,
         header: CacheHeader,
         *,
         config: Mapping[str, Any] | None = None,
         worker: str = "w0",
+        journal: Path | None = None,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         """Open a cache for writing; it is made where there is none, and gone on with where it is.
 
         Args:
-            path: The cache's folder.
+            path: The cache's folder, or a URI that pyarrow.fs knows.
             header: What every writer of this cache must agree on.
             config: The capture's resolved configuration, kept in `cache.json` for the reader.
             worker: Name that no other process uses at the same time: letters, digits and `_`.
+            journal: Local folder for traces that do not fill a shard yet, of this cache alone. By
+                default inside a local cache, and under the user's cache directory otherwise.
             shard_bytes: A shard is closed when its journal has about this size.
 
         Raises:
             CacheMismatchError: If the folder holds another capture's cache, or another process
                 writes as this worker.
             CacheFormatError: If the folder's own files are damaged.
+            OSError: If it cannot be read or written.
         """
         if not _WORKER_NAME.match(worker):
             raise ValueError(f"worker: expected letters, digits and _ alone, got {worker!r}")
-        self.path = path
         self.header = header
         self._worker = worker
         self._shard_bytes = shard_bytes
-        for folder in (path, path / SHARD_FOLDER, path / JOURNAL_FOLDER):
-            folder.mkdir(parents=True, exist_ok=True)
+        self._store = open_store(path)
+        self.where = self._store.where
+        for folder in ("", SHARD_FOLDER):
+            self._store.make_folder(folder)
         self.manifest = self._open_manifest(config or {})
         self.require_header(header)
-        self._lock = (path / JOURNAL_FOLDER / f"{worker}.lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise CacheMismatchError(
-                f"{path}: another process writes here as worker {worker!r}; wait for it to end"
-            ) from None
+        self._journals = open_journals(path, self._store, journal)
+        self._announced = False
+        self._journal: Journal | None = None  # opened by the first trace
         self._compactor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compact")
         self._compaction: Future[None] | None = None
-        self._journal: Journal | None = None  # opened by the first trace
-        self._finished = {
-            trace.trace_id: trace.source_hash
-            for commit in read_commits(path, header)
-            for trace in commit.traces
-        }
-        self._recover()
+        self._lock = self._journals.lock(worker)
+        try:
+            names = committed_names(self._store)
+            self._finished = {
+                trace.trace_id: trace.source_hash
+                for commit in read_commits(self._store, names, header)
+                for trace in commit.traces
+            }
+            self._recover(names)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -108,52 +106,59 @@ class CacheWriter:
         if header.fingerprint != self.manifest.header.fingerprint:
             differences = "; ".join(header.differences(self.manifest.header))
             raise CacheMismatchError(
-                f"{self.path} holds another capture ({differences}). "
+                f"{self.where} holds another capture ({differences}). "
                 "Write to another folder, or repeat that capture's settings."
             )
 
     def _open_manifest(self, config: Mapping[str, Any]) -> Manifest:
-        manifest = read_manifest(self.path)
+        manifest = read_manifest(self._store)
         if manifest is None:
             manifest = Manifest(self.header, config)
-            publish(self.path / MANIFEST_NAME, manifest.to_bytes())
+            self._store.publish(MANIFEST_NAME, manifest.to_bytes())
         return manifest
 
-    def _recover(self) -> None:
+    def _recover(self, committed: Iterable[str]) -> None:
         """Take up the journals of this worker where an earlier process left them."""
-        folder = self.path / JOURNAL_FOLDER
-        names = sorted(file.stem for file in folder.glob(f"{self._worker}-*.journal"))
+        names = self._journals.names(self._worker)
+        own = [name for name in committed if name.rpartition("-")[0] == self._worker]
+        self._generation = max((generation_of(name) for name in (*names, *own)), default=-1)
         for name in names:
-            if (self.path / SHARD_FOLDER / f"{name}.json").exists():
-                _remove_journal(self.path, name)  # died between the commit record and this
-        names = [name for name in names if (folder / f"{name}.journal").exists()]
-        for name in names[:-1]:  # full, but not compacted any more
-            self._finished |= _journalled(self.path, name, self.header)
-            compact(self.path, name, self.header)
-        if names:
-            self._open_journal(names[-1])
+            self._say_damage(name)
+            traces = {
+                item.trace.trace_id: item.source_hash
+                for item in read_journal(self._journals.file(name), self.header.fingerprint)
+            }
+            if traces.keys() <= self._finished.keys():
+                self._journals.remove(name)  # died between the commit record and this
+                continue
+            self._finished |= traces
+            if name == names[-1]:
+                self._open_journal(name, num_traces=len(traces))
+            else:  # full, but not compacted any more
+                compact(self._journals, name, self.header)
 
-    def _next_name(self) -> str:
-        used = [
-            int(file.stem.rpartition("-")[2])
-            for folder in (SHARD_FOLDER, JOURNAL_FOLDER)
-            for file in (self.path / folder).glob(f"{self._worker}-*")
-        ]
-        return f"{self._worker}-{max(used, default=-1) + 1:05d}"
+    def _say_damage(self, name: str) -> None:
+        file = self._journals.file(name)
+        for start, end in journal_damage(file, self.header.fingerprint):
+            logger.warning(
+                "%s: bytes %d to %d are torn or damaged; every whole trace is kept, what stood "
+                "there counts as missing",
+                file, start, end,
+            )  # fmt: skip
 
-    def _open_journal(self, name: str) -> Journal:
-        file = self.path / JOURNAL_FOLDER / f"{name}.journal"
-        self._journal = Journal(file, self.header.fingerprint)
+    def _next_journal(self) -> Journal:
+        self._generation += 1
+        return self._open_journal(shard_name(self._worker, self._generation), num_traces=0)
+
+    def _open_journal(self, name: str, num_traces: int) -> Journal:
+        if not self._announced:
+            self._journals.announce(self._worker)
+            self._announced = True
+        self._journal = Journal(self._journals.file(name), self.header.fingerprint)
         self._name = name
-        self._num_journalled = 0
+        self._num_journalled = num_traces
         self._synced_at_s = time.monotonic()
-        for finished in read_journal(file, self.header.fingerprint):
-            self._note(finished)
         return self._journal
-
-    def _note(self, finished: FinishedTrace) -> None:
-        self._finished[finished.trace.trace_id] = finished.source_hash
-        self._num_journalled += 1
 
     @property
     def sealed(self) -> bool:
@@ -190,11 +195,14 @@ class CacheWriter:
         if trace.trace_id in self._finished:
             raise ValueError(f"trace {trace.trace_id!r} is in the cache already")
         if self.sealed:
-            raise ValueError(f"{self.path} is sealed; nothing can be added")
-        journal = self._journal or self._open_journal(self._next_name())
+            raise ValueError(f"{self.where} is sealed; nothing can be added")
+        journal = self._journal or self._next_journal()
         journal.append(finished)
-        self._note(finished)
-        if journal.num_bytes >= self._shard_bytes:
+        self._finished[trace.trace_id] = finished.source_hash
+        self._num_journalled += 1
+        if self._compaction is not None and self._compaction.done():
+            self._wait_for_compaction()  # its error, if any, stops the capture here
+        if journal.num_bytes >= self._shard_bytes or journal.num_decoded_bytes >= MAX_DECODED_BYTES:
             self._roll(journal)
         elif time.monotonic() - self._synced_at_s >= SYNC_INTERVAL_S:
             journal.sync()
@@ -202,10 +210,10 @@ class CacheWriter:
 
     def _roll(self, journal: Journal) -> None:
         """Hand the full journal to the compacting thread; the next trace begins another."""
-        journal.close()
         self._journal = None
+        journal.close()
         self._wait_for_compaction()  # at most one journal waits: a slow disk slows the capture
-        self._compaction = self._compactor.submit(compact, self.path, self._name, self.header)
+        self._compaction = self._compactor.submit(compact, self._journals, self._name, self.header)
 
     def _wait_for_compaction(self) -> None:
         compaction, self._compaction = self._compaction, None
@@ -215,9 +223,9 @@ class CacheWriter:
     def close(self) -> None:
         """Stop writing; the journal stays and the next writer of this worker goes on with it."""
         try:
-            if self._journal is not None:
-                self._journal.close()
-                self._journal = None
+            journal, self._journal = self._journal, None
+            if journal is not None:
+                journal.close()
             self._wait_for_compaction()
         finally:
             self._compactor.shutdown()
@@ -229,112 +237,6 @@ class CacheWriter:
             if self._journal is not None and self._num_journalled:
                 self._roll(self._journal)
             elif self._journal is not None:
-                _remove_journal(self.path, self._name)
-
-
-def read_manifest(path: Path) -> Manifest | None:
-    """The `cache.json` of a folder; None where there is none.
-
-    Raises:
-        CacheFormatError: If it is damaged.
-    """
-    file = path / MANIFEST_NAME
-    return parse_manifest(file.read_bytes(), str(file)) if file.exists() else None
-
-
-def compact(path: Path, name: str, header: CacheHeader) -> None:
-    """Turn a full journal into a published shard; the commit record comes last.
-
-    Memory: the journal's traces (about 10 bytes per kept entry) and the shard's bytes.
-    """
-    finished = list(read_journal(path / JOURNAL_FOLDER / f"{name}.journal", header.fingerprint))
-    shard = encode_shard([item.trace for item in finished], header)
-    commit = ShardCommit(
-        name=name,
-        header_fingerprint=header.fingerprint,
-        size_bytes=len(shard.data),
-        sha256=hashlib.sha256(shard.data).hexdigest(),
-        num_entries=sum(item.trace.num_entries for item in finished),
-        num_clamped_tails=sum(item.num_clamped_tails for item in finished),
-        num_clamped_logits=sum(item.num_clamped_logits for item in finished),
-        blocks=shard.blocks,
-        traces=tuple(_trace_info(item) for item in finished),
-    )
-    publish(path / SHARD_FOLDER / f"{name}.arrow", shard.data)
-    publish(path / SHARD_FOLDER / f"{name}.json", commit.to_bytes())
-    _remove_journal(path, name)
-
-
-def _trace_info(item: FinishedTrace) -> TraceInfo:
-    trace = item.trace
-    return TraceInfo(
-        trace_id=trace.trace_id,
-        n_total=trace.n_total,
-        cot_start=trace.cot_start,
-        answer_start=trace.answer_start,
-        finish_reason=trace.finish_reason,
-        source_hash=item.source_hash,
-        fields=dict(trace.fields),
-    )
-
-
-def _remove_journal(path: Path, name: str) -> None:
-    (path / JOURNAL_FOLDER / f"{name}.journal").unlink()
-    fsync_folder(path / JOURNAL_FOLDER)
-
-
-def _journalled(path: Path, name: str, header: CacheHeader) -> dict[str, str]:
-    journal = path / JOURNAL_FOLDER / f"{name}.journal"
-    return {
-        item.trace.trace_id: item.source_hash for item in read_journal(journal, header.fingerprint)
-    }
-
-
-def read_commits(path: Path, header: CacheHeader) -> list[ShardCommit]:
-    """Every commit record of a cache on a local disk, by name.
-
-    Raises:
-        CacheFormatError: If one is damaged.
-        CacheMismatchError: If one belongs to another capture.
-    """
-    commits = []
-    for file in sorted((path / SHARD_FOLDER).glob("*.json")):
-        commit = parse_commit(file.read_bytes(), file.stem)
-        check_commit(commit, header)
-        commits.append(commit)
-    return commits
-
-
-def seal_cache(path: Path) -> Manifest:
-    """Declare a cache complete: compact what journals are left and list its shards.
-
-    No writer may be at work. Sealing a sealed cache changes nothing.
-
-    Raises:
-        CacheMismatchError: If a worker is still writing, or shards came after the seal.
-        CacheError: If a commit record is damaged or of another capture.
-    """
-    manifest = read_manifest(path)
-    if manifest is None:
-        raise CacheFormatError(f"{path}: no cache here (expected a file {MANIFEST_NAME})")
-    if manifest.seal is not None:
-        later = {c.name for c in read_commits(path, manifest.header)} - dict(
-            manifest.seal.shards
-        ).keys()
-        if later:
-            raise CacheMismatchError(
-                f"{path}: shard {min(later)} came after the seal and does not count; "
-                "move the shards that came later into a cache of their own"
-            )
-        return manifest
-    for worker in _workers(path):
-        CacheWriter(path, manifest.header, worker=worker).finish()
-    seal = make_seal(read_commits(path, manifest.header), manifest.header)
-    sealed = Manifest(manifest.header, manifest.config, seal)
-    publish(path / MANIFEST_NAME, sealed.to_bytes())
-    return sealed
-
-
-def _workers(path: Path) -> Iterable[str]:
-    """Everybody who ever wrote here."""
-    return sorted(file.stem for file in (path / JOURNAL_FOLDER).glob("*.lock"))
+                self._journals.remove(self._name)
+            self._wait_for_compaction()
+            self._journals.withdraw(self._worker)

@@ -1,0 +1,80 @@
+"""The records of a cache in its store: `cache.json` and the commit records of shards."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from teacher_cache.format.commit import PLAIN_NAME, ShardCommit, check_commit, parse_commit
+from teacher_cache.format.errors import CacheFormatError
+from teacher_cache.format.header import CacheHeader
+from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Manifest, parse_manifest
+from teacher_cache.format.store import CachePath, Store, open_store
+
+_NUM_READERS = 16  # records of a remote cache that are fetched at a time
+
+
+def read_manifest(path: CachePath | Store) -> Manifest | None:
+    """The `cache.json` of a folder or URI; None where there is none.
+
+    Raises:
+        CacheFormatError: If it is damaged.
+        OSError: If it is there and cannot be read.
+    """
+    store = path if isinstance(path, Store) else open_store(path)
+    if store.size(MANIFEST_NAME) is None:
+        return None
+    return parse_manifest(store.read(MANIFEST_NAME), f"{store.where}/{MANIFEST_NAME}")
+
+
+def require_manifest(store: Store) -> Manifest:
+    """The `cache.json` of a cache that must be there.
+
+    Raises:
+        CacheFormatError: If there is none, or it is damaged.
+    """
+    manifest = read_manifest(store)
+    if manifest is None:
+        raise CacheFormatError(f"{store.where}: no cache here (expected a file {MANIFEST_NAME})")
+    return manifest
+
+
+def committed_names(store: Store) -> list[str]:
+    """Names of every shard that has a commit record, sorted."""
+    files = store.sizes(SHARD_FOLDER)
+    return sorted(name.removesuffix(".json") for name in files if name.endswith(".json"))
+
+
+def read_commits(store: Store, names: Iterable[str], header: CacheHeader) -> list[ShardCommit]:
+    """The commit records of these shards, checked against the cache's header.
+
+    Raises:
+        CacheFormatError: If one is missing or damaged.
+        CacheMismatchError: If one belongs to another capture.
+    """
+
+    def read(name: str) -> ShardCommit:
+        if not PLAIN_NAME.match(name):
+            raise CacheFormatError(f"{store.where}: {name!r} is no name of a shard")
+        try:
+            text = store.read(commit_file(name))
+        except FileNotFoundError as error:
+            raise CacheFormatError(
+                f"{store.where}: the commit record of shard {name!r} is missing"
+            ) from error
+        commit = parse_commit(text, name)
+        check_commit(commit, header)
+        return commit
+
+    if store.folder is not None:
+        return [read(name) for name in names]
+    with ThreadPoolExecutor(_NUM_READERS) as pool:  # one after another would be latency alone
+        return list(pool.map(read, names))
+
+
+def commit_file(name: str) -> str:
+    """Where the commit record of a shard stands."""
+    return f"{SHARD_FOLDER}/{name}.json"
+
+
+def shard_file(name: str) -> str:
+    """Where a shard's bytes stand."""
+    return f"{SHARD_FOLDER}/{name}.arrow"

@@ -1,0 +1,45 @@
+"""Declaring a cache complete."""
+
+from pathlib import Path
+
+from teacher_cache.format.errors import CacheMismatchError
+from teacher_cache.format.journals import open_journals
+from teacher_cache.format.manifest import MANIFEST_NAME, Manifest, make_seal
+from teacher_cache.format.records import committed_names, read_commits, require_manifest
+from teacher_cache.format.store import CachePath, open_store
+from teacher_cache.format.writer import CacheWriter
+
+
+def seal_cache(path: CachePath, *, journal: Path | None = None) -> Manifest:
+    """Declare a cache complete: compact what journals are left and list its shards.
+
+    No writer may be at work. Sealing a sealed cache changes nothing.
+
+    Args:
+        path: A folder, or a URI that pyarrow.fs knows.
+        journal: The folder of the journals, where it is not the default one.
+
+    Raises:
+        CacheMismatchError: If a worker is still writing, has a journal elsewhere, or shards came
+            after the seal.
+        CacheError: If a commit record is damaged or of another capture.
+        OSError: If the seal cannot be written.
+    """
+    store = open_store(path)
+    manifest = require_manifest(store)
+    if manifest.seal is not None:
+        later = set(committed_names(store)) - dict(manifest.seal.shards).keys()
+        if later:
+            raise CacheMismatchError(
+                f"{store.where}: shard {min(later)} came after the seal and does not count; "
+                "move the shards that came later into a cache of their own"
+            )
+        return manifest
+    journals = open_journals(path, store, journal)
+    for worker in journals.workers():
+        CacheWriter(path, manifest.header, worker=worker, journal=journal).finish()
+    journals.require_all_finished()
+    commits = read_commits(store, committed_names(store), manifest.header)
+    sealed = Manifest(manifest.header, manifest.config, make_seal(commits, manifest.header))
+    store.publish(MANIFEST_NAME, sealed.to_bytes())
+    return sealed

@@ -1,0 +1,191 @@
+"""Store: the one place where a cache lives, a local folder or a URI that pyarrow.fs knows.
+
+A file is published whole or not at all. Locally and on HDFS it is written beside, verified and
+renamed; an object store shows a key only when all of it is there.
+"""
+
+import logging
+import os
+import random
+import re
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import parse_qs, urlsplit
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from teacher_cache.format.errors import CacheError
+from teacher_cache.format.files import make_folder, publish
+
+logger = logging.getLogger(__name__)
+
+CachePath = str | os.PathLike[str]  # a folder, or a URI (s3://, gs://, hdfs://, file://)
+
+# Waits between tries, in seconds: about two minutes of outage. Each try of S3 has Arrow's own few
+# seconds of retries inside, which a URI cannot set; those of gs:// have `?retry_limit_seconds=`.
+RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+_PERMANENT = re.compile(
+    "ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|EXPIRED_TOKEN|NO_SUCH_BUCKET"
+    "|PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT"
+)
+_OBJECT_STORES = {"s3", "gcs", "abfs"}  # a PUT shows all of a key or nothing
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Store:
+    """Access to the files of one cache; names are relative to its root, with `/`."""
+
+    where: str  # how messages call it, without credentials
+    filesystem: pafs.FileSystem
+    root: str
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of a local cache; None elsewhere."""
+        return Path(self.root) if isinstance(self.filesystem, pafs.LocalFileSystem) else None
+
+    def read(self, name: str) -> bytes:
+        """All of a file.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            OSError: If it cannot be read, on a remote store after several tries.
+        """
+        return self._retried(name, lambda: self._read(self._path(name)))
+
+    def read_prefix(self, name: str, num_bytes: int) -> pa.Buffer:
+        """The first bytes of a file, fewer where it ends before; raises as `read`."""
+
+        def action() -> pa.Buffer:
+            with self.filesystem.open_input_file(self._path(name)) as file:
+                return file.read_buffer(num_bytes)
+
+        return self._retried(name, action)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is no such file."""
+        info = self._retried(name, lambda: self.filesystem.get_file_info(self._path(name)))
+        return int(info.size) if info.type == pafs.FileType.File else None
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Name -> bytes of every file in a folder; a folder that is not there is empty."""
+        selector = pafs.FileSelector(self._path(folder), allow_not_found=True)
+        infos = self._retried(folder, lambda: self.filesystem.get_file_info(selector))
+        return {i.base_name: int(i.size) for i in infos if i.type == pafs.FileType.File}
+
+    def publish(self, name: str, data: bytes | memoryview) -> None:
+        """Put a file under its final name when all of it is there and reads back equal.
+
+        Raises:
+            OSError: If that fails, on a remote store after several tries; a file that stood
+                there before may then be the old or the new one, never a part.
+        """
+        if self.folder is not None:
+            publish(self.folder / name, data)
+        elif self.filesystem.type_name in _OBJECT_STORES:
+            self._retried(name, lambda: self._write(self._path(name), data))
+        else:
+            self._retried(name, lambda: self._write_and_rename(self._path(name), data))
+
+    def make_folder(self, name: str) -> None:
+        """Make a folder where files need one; object stores have none."""
+        if self.folder is not None:
+            make_folder(self.folder / name)
+        elif self.filesystem.type_name not in _OBJECT_STORES:
+            self._retried(name, lambda: self.filesystem.create_dir(self._path(name)))
+
+    def remove(self, name: str) -> None:
+        """Take a file away; nothing happens where there is none."""
+        if self.size(name) is not None:
+            self._retried(name, lambda: self.filesystem.delete_file(self._path(name)))
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}".rstrip("/")
+
+    def _read(self, path: str) -> bytes:
+        with self.filesystem.open_input_file(path) as file:
+            return bytes(file.read())
+
+    def _write(self, path: str, data: bytes | memoryview) -> None:
+        with self.filesystem.open_output_stream(path) as file:
+            file.write(data)
+        if self._read(path) != data:
+            raise OSError("what was written does not read back the same")
+
+    def _write_and_rename(self, path: str, data: bytes | memoryview) -> None:
+        temporary = f"{path.rpartition('/')[0]}/.tmp-{uuid.uuid4().hex}"
+        self._write(temporary, data)
+        # HDFS does not rename over a file. A death in between costs cache.json alone, which the
+        # next writer makes anew: shards have unique names.
+        if self.filesystem.get_file_info(path).type == pafs.FileType.File:
+            self.filesystem.delete_file(path)
+        self.filesystem.move(temporary, path)
+
+    def _retried(self, name: str, action: Callable[[], _T]) -> _T:
+        if self.folder is not None:
+            return action()
+        return _retried(f"{self.where}/{name}", action)
+
+
+def _retried(where: str, action: Callable[[], _T]) -> _T:
+    for number, wait_s in enumerate((*RETRY_WAITS_S, None), start=1):
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if _PERMANENT.search(str(error)):
+                raise OSError(f"{where}: {error}") from error
+            if wait_s is None:
+                raise OSError(f"{where}: given up after {number} tries: {error}") from error
+            logger.warning("%s: %s; trying again in %g s", where, error, wait_s)
+            time.sleep(wait_s * random.uniform(0.5, 1.0))  # spreads workers
+    raise AssertionError("unreachable")
+
+
+def open_store(path: CachePath) -> Store:
+    """The store that a path or URI names; nothing is read and nothing need be there.
+
+    Endpoint and credentials come from the URI or the environment, as pyarrow takes them.
+
+    Raises:
+        CacheError: If pyarrow cannot open it.
+    """
+    text = os.fspath(path)
+    if "://" not in text:
+        return Store(text, pafs.LocalFileSystem(), text.rstrip("/") or "/")
+    where = shown(text)
+    try:
+        filesystem, root = _retried(where, lambda: pafs.FileSystem.from_uri(text))
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).replace(text, where)
+        raise CacheError(f"{where}: cannot be opened: {reason}") from error
+    if not root.strip("/"):
+        raise CacheError(f"{where}: expected a bucket and a folder")
+    return Store(where, filesystem, root.rstrip("/"))
+
+
+def shown(path: CachePath) -> str:
+    """A path or URI as messages and records may hold it: without credentials and query."""
+    text = os.fspath(path)
+    if "://" not in text:
+        return text
+    parts = urlsplit(text)
+    netloc = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=netloc, query="", fragment="").geturl()
+
+
+def identity(path: CachePath) -> str:
+    """What tells one cache's place from another's, however its credentials change."""
+    text = os.fspath(path)
+    if "://" not in text:
+        return str(Path(text).resolve())
+    endpoint = parse_qs(urlsplit(text).query).get("endpoint_override", [""])[0]
+    return f"{endpoint} {shown(text).rstrip('/')}".strip()
