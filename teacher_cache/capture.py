@@ -20,13 +20,14 @@ from teacher_cache.format import (
     KeepPolicy,
     Trace,
     keep_entries,
+    open_store,
     read_manifest,
     seal_cache,
     shown,
 )
 from teacher_cache.progress import Progress
 from teacher_cache.signals import Stopped, stop_signals
-from teacher_cache.sources import Source, SourceError, SourceTrace, find_sections
+from teacher_cache.sources import Rejects, Source, SourceError, SourceTrace, find_sections
 from teacher_cache.tokenizer import TeacherTokenizer
 
 logger = logging.getLogger(__name__)
@@ -49,9 +50,9 @@ class Job:
     header: Callable[[TeacherFacts], CacheHeader]
     start_teacher: Callable[[int], Teacher]  # given the longest trace, in tokens
 
-    def wanted(self) -> Iterator[tuple[SourceTrace, TeacherRequest]]:
-        """Every request of the input, in its order."""
-        for item in self.source:
+    def wanted(self, rejects: Rejects) -> Iterator[tuple[SourceTrace, TeacherRequest]]:
+        """Every request of the input, in its order; rows that have none go to `rejects`."""
+        for item in self.source.read(rejects):
             for request in self.requests(item):
                 yield item, request
 
@@ -64,7 +65,7 @@ class Survey:
     num_taken: int  # under the limit
     num_missing: int  # of these, not in the cache yet
     longest: int  # tokens that the engine must have room for
-    num_bad_lines: int
+    num_rejected: int  # rows of the input that cannot be used
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def capture(job: Job) -> CaptureReport:
 
     Raises:
         EngineError: If the teacher cannot be run.
-        SourceError: If a row of the input cannot be used.
+        SourceError: If the input holds nothing that can be used, or a bad row where strict.
         CacheError: If the folder holds something else.
         OSError: If the cache cannot be written; what was finished before is kept.
     """
@@ -130,9 +131,12 @@ def _facts_of(header: CacheHeader) -> TeacherFacts:
 
 
 def _survey(job: Job, finished: Mapping[str, str]) -> Survey:
-    """Render every row once: a bad line found after two days of capture is found too late."""
+    """Render every row once: a bad row found after two days of capture is found too late."""
     num_wanted = num_taken = num_missing = longest = 0
-    for item, request in job.wanted():
+    rejects = Rejects()
+    found: set[str] = set()
+    for item, request in job.wanted(rejects):
+        found.add(item.trace_id)
         num_wanted += 1
         longest = max(longest, len(request.token_ids) + request.max_new_tokens)
         known = finished.get(request.request_id)
@@ -146,17 +150,25 @@ def _survey(job: Job, finished: Mapping[str, str]) -> Survey:
             num_taken += 1
             num_missing += known is None
     if num_wanted == 0:
-        raise SourceError(f"{job.source.path}: expected at least one usable line, found none")
-    for message in job.source.bad:
-        logger.warning("left out: %s", message)
-    return Survey(num_wanted, num_taken, num_missing, longest, len(job.source.bad))
+        raise SourceError(
+            f"{job.source.path}: expected at least one usable row, found none"
+            + (f" ({rejects.most_frequent()})" if rejects.total else "")
+        )
+    job.source.say_missing_ids(found | rejects.ids)
+    rejects.publish(open_store(job.out), _rejects_name(job.worker))
+    return Survey(num_wanted, num_taken, num_missing, longest, rejects.total)
+
+
+def _rejects_name(worker: str) -> str:
+    """Workers that run apart may have inputs of their own."""
+    return "rejects.jsonl" if worker == ONLY_WORKER else f"rejects-{worker}.jsonl"
 
 
 def _run(job: Job, survey: Survey, teacher: Teacher, writer: CacheWriter) -> CaptureReport:
     in_flight: dict[str, SourceTrace] = {}
 
     def missing() -> Iterator[TeacherRequest]:
-        for item, request in islice(job.wanted(), survey.num_taken):
+        for item, request in islice(job.wanted(Rejects()), survey.num_taken):
             if request.request_id not in writer.finished():
                 in_flight[request.request_id] = item
                 yield request
@@ -217,7 +229,7 @@ def finished_trace(
         top_ids=kept.top_ids,
         top_logits=kept.top_logits,
         tail_logit=np.concatenate([np.zeros(first, np.float32), kept.tail_logit]),
-        finish_reason=rows.finish_reason,
+        finish_reason=source.finish_reason or rows.finish_reason,
         fields=source.fields,
     )
     return FinishedTrace(trace, source.source_hash, kept.num_clamped_tails, kept.num_clamped_logits)

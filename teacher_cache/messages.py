@@ -67,7 +67,7 @@ def report_line(report: CaptureReport, out: str) -> str:
         f"{out}: {report.num_traces:,} traces captured now ({report.num_tokens:,} tokens, "
         f"{report.num_unfinished:,} cut by length), "
         f"{survey.num_taken - survey.num_missing:,} were there, "
-        f"{survey.num_bad_lines:,} lines left out; {state}"
+        f"{survey.num_rejected:,} rows left out; {state}"
     )
 
 

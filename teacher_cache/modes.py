@@ -2,13 +2,22 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from teacher_cache.capture import ONLY_WORKER, CaptureReport, Job, capture
 from teacher_cache.engines import Sampling, Teacher, TeacherFacts, TeacherRequest
 from teacher_cache.format import MAX_K, CacheHeader, CachePath, shown
-from teacher_cache.sources import PromptRenderer, Render, Source, SourceTrace, TraceRenderer
+from teacher_cache.sources import (
+    Input,
+    Layout,
+    PromptRenderer,
+    Render,
+    Source,
+    SourceTrace,
+    TraceRenderer,
+    read_ids,
+)
 from teacher_cache.tokenizer import ModelFiles, TeacherTokenizer, ThinkMarks
 
 ENGINES = ("vllm", "transformers")
@@ -32,7 +41,14 @@ class CaptureConfig:
     think_close: str = "</think>"
     num_bands: int = 20
     limit: int | None = None
-    skip_bad_lines: bool = False
+    strict: bool = False
+    id_field: str = Layout.id_field
+    prompt_field: str | None = None
+    apply_chat_template: bool = False
+    drop_system: bool = False
+    dataset_config: str | None = None
+    split: str = Input.split
+    ids_file: Path | None = None
     worker: str = ONLY_WORKER
     journal: Path | None = None
 
@@ -66,6 +82,8 @@ class ScoreConfig(CaptureConfig):
     """`cache-teacher score`."""
 
     traces: Path
+    response_field: str | None = None
+    reasoning_field: str | None = None
     capture_prompt: bool = True
 
 
@@ -98,7 +116,7 @@ def generate(config: GenerateConfig) -> CaptureReport:
         ]
 
     recorded = {**asdict(sampling), "max_tokens": config.max_tokens, "seed": config.seed}
-    render = PromptRenderer(tokenizer, context)
+    render = PromptRenderer(tokenizer, context, files.vocab_size(), _layout(config))
     return capture(
         _job(config, files, tokenizer, config.prompts, render, requests, sampling, recorded)
     )
@@ -122,8 +140,22 @@ def score(config: ScoreConfig) -> CaptureReport:
             )
         ]
 
-    render = TraceRenderer(tokenizer, context, files.vocab_size())
+    layout = replace(
+        _layout(config),
+        response_field=config.response_field,
+        reasoning_field=config.reasoning_field,
+    )
+    render = TraceRenderer(tokenizer, context, files.vocab_size(), layout)
     return capture(_job(config, files, tokenizer, config.traces, render, requests, None, None))
+
+
+def _layout(config: CaptureConfig) -> Layout:
+    return Layout(
+        id_field=config.id_field,
+        prompt_field=config.prompt_field,
+        drop_system=config.drop_system,
+        apply_chat_template=config.apply_chat_template,
+    )
 
 
 def _tokenizer(config: CaptureConfig, files: ModelFiles) -> TeacherTokenizer:
@@ -173,7 +205,13 @@ def _job(
         worker=config.worker,
         limit=config.limit,
         config=_resolved(config),
-        source=Source(path, render, skip_bad=config.skip_bad_lines),
+        source=Source(
+            Input(path, config.dataset_config, config.split),
+            render,
+            id_field=config.id_field,
+            strict=config.strict,
+            only_ids=None if config.ids_file is None else read_ids(config.ids_file),
+        ),
         tokenizer=tokenizer,
         requests=requests,
         header=header,

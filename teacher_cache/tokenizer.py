@@ -185,19 +185,26 @@ class TeacherTokenizer:
             ids.pop()  # some tokenizers close what is only a beginning
         return ids
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+    ) -> str:
         """The chat template's text of a conversation that the assistant is about to answer.
+
+        Args:
+            messages: With `role` and `content`.
+            tools: What the assistant may call, for templates that describe it.
 
         Raises:
             ValueError: If the teacher has no chat template, or it refuses the messages.
         """
         from jinja2 import TemplateError
 
+        arguments = self._template_args | ({} if tools is None else {"tools": list(tools)})
         if not self._tokenizer.chat_template:
             raise ValueError("the teacher has no chat template; give `prompt` instead of messages")
         try:
             text: str = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **self._template_args
+                list(messages), tokenize=False, add_generation_prompt=True, **arguments
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise ValueError(

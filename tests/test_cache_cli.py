@@ -155,7 +155,7 @@ def bad_calls(model, prompts, tmp_path):
         "no such model": (arguments(tmp_path / "nowhere", prompts, out), "no such folder"),
         "not a model": (arguments(tmp_path, prompts, out), "holds no config.json"),
         "no such file": (arguments(model, tmp_path / "no.jsonl", out), "no.jsonl: cannot be read"),
-        "bad line": (arguments(model, bad_line, out), "bad.jsonl:2: not JSON"),
+        "bad line": (arguments(model, bad_line, out, "--strict"), "bad.jsonl:2: not JSON"),
         "empty prompt": (arguments(model, empty, out), "empty.jsonl:1: the prompt is empty"),
         "long prompt": (arguments(model, long, out), f"prompt of {CONTEXT} tokens"),
         "top-k": (arguments(model, prompts, out, "--top-k", 999), "expected 1 to 254"),

@@ -234,25 +234,61 @@ def test_a_cut_chain_of_thought_is_kept_and_counted(config, asked):
         assert trace.answer_start == trace.n_total
 
 
-def test_a_bad_line_stops_before_the_teacher_starts(config, asked):
+def test_a_bad_row_stops_a_strict_capture_before_the_teacher_starts(config, asked):
     asked.teacher = None
     with config.prompts.open("a") as file:
         file.write('{"prompt": ""}\n')
     with pytest.raises(SourceError, match=r"prompts\.jsonl:7: the prompt is empty"):
+        generate(replace(config, strict=True))
+    assert not config.out.exists()
+
+
+def test_rows_that_are_left_out_are_said_and_listed_before_the_teacher_starts(
+    config, asked, caplog
+):
+    with config.prompts.open("a") as file:
+        file.write('{"id": "x", "prompt": ""}\nnonsense\n{"prompt": " "}\n')
+    listed = config.out / "rejects.jsonl"
+
+    def start(requests):
+        assert listed.exists()
+        assert "left out: 2 rows, empty-prompt, e.g. " in caplog.text
+        assert "left out: 1 rows, not-json, e.g. " in caplog.text
+        assert f"all 3 rows left out are listed in {listed}" in caplog.text
+        return TableTeacher(requests)
+
+    asked.teacher = start
+    report = generate(config)
+    assert (report.num_traces, report.survey.num_rejected, report.sealed) == (6, 3, True)
+    rejects = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [(r["row"], r["id"], r["reason"]) for r in rejects] == [
+        (7, "x", "empty-prompt"),
+        (8, None, "not-json"),
+        (9, None, "empty-prompt"),
+    ]
+
+
+def test_an_input_without_a_usable_row_says_why(config, asked):
+    config.prompts.write_text('{"text": "a"}\n{"text": "b"}\n{"prompt": ""}\n')
+    with pytest.raises(
+        SourceError, match=r"found none \(2 of 3 rows: unknown-columns, e\.g\. .*:1: "
+    ):
         generate(config)
     assert not config.out.exists()
 
 
-def test_bad_lines_that_are_left_out_are_counted(config, asked):
-    with config.prompts.open("a") as file:
-        file.write('{"prompt": ""}\nnonsense\n')
-    report = generate(replace(config, skip_bad_lines=True))
-    assert (report.num_traces, report.survey.num_bad_lines) == (6, 2)
+def test_only_the_ids_of_a_file_are_captured_and_missing_ones_said(config, asked, caplog):
+    ids = config.prompts.with_name("ids.txt")
+    ids.write_text("p4\nnowhere\n\np1\n")
+    report = generate(replace(config, ids_file=ids))
+    assert names(asked) == ["p1", "p4"]
+    assert "1 ids asked for are not there: nowhere" in caplog.text
+    assert (report.survey.num_wanted, report.sealed) == (2, True)
 
 
 def test_an_empty_input_is_refused(config, asked):
     config.prompts.write_text("\n")
-    with pytest.raises(SourceError, match="at least one usable line"):
+    with pytest.raises(SourceError, match="at least one usable row"):
         generate(config)
 
 

@@ -1,13 +1,19 @@
 """Rows of the user become exactly the tokens that the teacher would have produced."""
 
 import json
+from collections import Counter
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from teacher_cache.format import open_store
 from teacher_cache.sources import (
+    BadRow,
+    Input,
+    Layout,
     PromptRenderer,
+    Rejects,
     Source,
     SourceError,
     TraceRenderer,
@@ -17,6 +23,7 @@ from teacher_cache.sources import (
 )
 from teacher_cache.tokenizer import ModelFiles, TeacherTokenizer, ThinkMarks
 
+VOCAB_SIZE = 60
 MARKS = ThinkMarks("<think>", "</think>")
 CHAT = (
     "{% for m in messages %}<start> {{ m.role }} {% if m.role == 'assistant' %}"
@@ -57,7 +64,11 @@ def text(teacher, ids):
 
 
 def render(teacher, row, max_tokens=100):
-    return TraceRenderer(teacher, max_tokens, vocab_size=60)(row)
+    return TraceRenderer(teacher, max_tokens, VOCAB_SIZE, Layout())(row)
+
+
+def render_prompt(teacher, row, **layout):
+    return PromptRenderer(teacher, 100, VOCAB_SIZE, Layout(**layout))(row)
 
 
 def user(content):
@@ -71,18 +82,18 @@ def sections(teacher, trace):
 
 
 def test_a_prompt_as_text_is_taken_as_it_is(teacher):
-    trace = PromptRenderer(teacher, 100)({"id": 7, "prompt": "a b c", "answer": "12"})
+    trace = render_prompt(teacher, {"id": 7, "prompt": "a b c", "answer": "12"})
     assert text(teacher, trace.token_ids) == "a b c"
     assert (trace.trace_id, trace.num_prompt, dict(trace.fields)) == ("7", 3, {"answer": "12"})
 
 
 def test_messages_go_through_the_chat_template(teacher):
-    trace = PromptRenderer(teacher, 100)({"messages": [user("a b")]})
+    trace = render_prompt(teacher, {"messages": [user("a b")]})
     assert text(teacher, trace.token_ids) == "<start> user a b <end> <start> assistant"
 
 
 def test_a_row_without_id_is_named_by_its_tokens(teacher):
-    one, same, other = (PromptRenderer(teacher, 100)({"prompt": p}) for p in ("a", "a", "b"))
+    one, same, other = (render_prompt(teacher, {"prompt": p}) for p in ("a", "a", "b"))
     assert one.trace_id == same.trace_id != other.trace_id
 
 
@@ -184,80 +195,119 @@ def test_marks_that_are_plain_text_are_found_in_the_text(ids, expected):
     assert find_sections(ids, num_prompt, MergingTokenizer()) == expected
 
 
-def source(path, teacher, lines, **options):
+def source(path, teacher, lines, max_tokens=10, **options):
     path.write_text(
         "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     )
-    return Source(path, PromptRenderer(teacher, 10), **{"skip_bad": False} | options)
+    return Source(Input(path), PromptRenderer(teacher, max_tokens, VOCAB_SIZE, Layout()), **options)
 
 
 BAD = {
-    "not json": ("{'prompt'", "not JSON"),
-    "a list": ([1, 2], "expected a JSON object, got list"),
-    "no prompt": ({"text": "a"}, "expected `prompt` or `messages`, found text"),
-    "empty": ({"prompt": "  "}, "the prompt is empty"),
-    "not text": ({"prompt": 5}, "`prompt` must be text, got int"),
-    "no messages": ({"messages": []}, "at least one message"),
-    "no role": ({"messages": [{"content": "a"}]}, "object with a `role`"),
-    "too long": ({"prompt": "a " * 10}, "prompt of 10 tokens; the teacher's context of 10"),
-    "same id": ({"id": "1", "prompt": "b"}, "id '1' stands in line 1 already"),
-    "half a character": ('{"prompt": "a \\ud83d"}', "no character"),
-    "odd id": ({"id": [], "prompt": "b"}, "`id` must be text or an integer"),
+    "not-json": ("{'prompt'", "not JSON"),
+    "not-an-object": ("5", "expected a JSON object, got int"),
+    "unknown-columns": ({"text": "a"}, "expected `messages` or `conversations` or `prompt`, found"),
+    "empty-prompt": ({"prompt": "  "}, "the prompt is empty"),
+    "bad-prompt": ({"prompt": 5}, "`prompt` must be text or a list of messages, got int"),
+    "bad-messages": ({"messages": []}, "at least one message"),
+    "bad-messages ": ({"messages": [{"content": "a"}]}, "a `role` or a `from`"),
+    "unknown-role": ({"messages": [{"from": "cat", "value": "a"}]}, "no role for `from` 'cat'"),
+    "prompt-too-long": ({"prompt": "a " * 10}, "prompt of 10 tokens; the teacher's context of 10"),
+    "duplicate-id": ({"id": "1", "prompt": "b"}, "id '1' stands in "),
+    "not-utf-8": ('{"prompt": "a \\ud83d"}', "no character"),
+    "bad-id": ({"id": [], "prompt": "b"}, "`id` must be text or an integer"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, teacher, case):
-    line, message = BAD[case]
-    rows = source(tmp_path / "p.jsonl", teacher, [{"id": "1", "prompt": "a"}, "", line])
-    with pytest.raises(SourceError, match=r"p\.jsonl:3: .*--skip-bad-lines") as caught:
-        list(rows)
+@pytest.mark.parametrize("reason", BAD)
+def test_the_first_bad_row_stops_a_strict_reading_and_is_named(tmp_path, teacher, reason):
+    line, message = BAD[reason]
+    rows = source(
+        tmp_path / "p.jsonl", teacher, [{"id": "1", "prompt": "a"}, "", line], strict=True
+    )
+    with pytest.raises(SourceError, match=r"p\.jsonl:3: .*--strict") as caught:
+        list(rows.read(Rejects()))
     assert message in str(caught.value)
+    assert f"[{reason.strip()}]" in str(caught.value)
 
 
-def test_bad_lines_are_left_out_and_counted_where_the_user_says_so(tmp_path, teacher):
+def test_bad_rows_are_left_out_counted_by_reason_and_listed(tmp_path, teacher):
     lines = [{"id": "1", "prompt": "a"}, *(line for line, _ in BAD.values()), {"prompt": "c"}]
-    rows = source(tmp_path / "p.jsonl", teacher, lines, skip_bad=True)
-    assert [text(teacher, row.token_ids) for row in rows] == ["a", "c"]
-    assert len(rows.bad) == len(BAD)
-    assert all("p.jsonl:" in reason for reason in rows.bad)
-    assert len(list(rows)) == 2  # a second reading counts anew
-    assert len(rows.bad) == len(BAD)
+    rows = source(tmp_path / "p.jsonl", teacher, lines)
+    for _ in range(2):  # a second reading counts anew
+        rejects = Rejects()
+        assert [text(teacher, row.token_ids) for row in rows.read(rejects)] == ["a", "c"]
+        assert rejects.counts == Counter(reason.strip() for reason in BAD)
+    rejects.publish(open_store(tmp_path / "cache"), "rejects.jsonl")
+    listed = [
+        json.loads(line) for line in (tmp_path / "cache" / "rejects.jsonl").read_text().splitlines()
+    ]
+    assert [(item["row"], item["reason"]) for item in listed] == [
+        (number, reason.strip()) for number, reason in enumerate(BAD, start=2)
+    ]
+    assert all(item["file"].endswith("p.jsonl") for item in listed)
+    assert [item["id"] for item in listed if item["reason"] == "duplicate-id"] == ["1"]
+    for item, (_, message) in zip(listed, BAD.values(), strict=True):
+        assert message in item["message"]
+
+
+def test_a_reading_without_bad_rows_removes_the_list_of_an_earlier_one(tmp_path):
+    path = tmp_path / "rejects.jsonl"
+    path.write_text("{}")
+    Rejects().publish(open_store(tmp_path), "rejects.jsonl")
+    assert not path.exists()
+
+
+def response(text):
+    return {"prompt": "a", "response": text}
 
 
 BAD_TRACES = {
-    "no response": ({"prompt": "a"}, "found prompt"),
-    "no assistant": ({"messages": [user("a")]}, "must be the assistant's, got role 'user'"),
-    "empty response": ({"prompt": "a", "response": ""}, "the response is empty"),
-    "response of another kind": ({"prompt": "a", "response": 5}, "must be text"),
-    "no bounds": ({"token_ids": [1]}, "needs `cot_start` and `answer_start`"),
-    "no ids": ({"token_ids": []}, "at least one integer"),
-    "bounds out of order": (
+    "unknown-columns": ({"prompt": "a", "thoughts": "b"}, "found prompt, thoughts"),
+    "no-assistant-turn": ({"messages": [user("a")]}, "must be the assistant's, got role 'user'"),
+    "empty-prompt": ({"messages": [{"role": "assistant", "content": "a"}]}, "no message stands"),
+    "empty-response": (response(""), "the response is empty"),
+    "bad-response": (response(5), "must be text"),
+    "empty-chain-of-thought": (response("<think> </think> 5"), "nothing stands between"),
+    "marks-out-of-order": (response("a </think> b <think> c"), "</think> stands before <think>"),
+    "marks-out-of-order ": (
+        response("a <|begin_of_thought|> b <|end_of_thought|> c"),
+        "text stands before the opening mark",
+    ),
+    "marks-out-of-order  ": (
+        {**response("5"), "reasoning_content": "a </think> b"},
+        "holds thinking marks itself",
+    ),
+    "bad-bounds": ({"token_ids": [1]}, "needs `cot_start` and `answer_start`"),
+    "bad-bounds ": (
         {"token_ids": [8, 9], "cot_start": 2, "answer_start": 1},
         "got cot_start=2, answer_start=1",
     ),
-    "foreign ids": (
+    "bad-token-ids": ({"token_ids": []}, "at least one integer"),
+    "token-outside-vocabulary": (
         {"token_ids": [8, 999], "cot_start": 1, "answer_start": 2},
         "id 999 is outside",
     ),
-    "too long": ({"prompt": "a", "response": "b " * 10}, "trace of 12 tokens"),
+    "trace-too-long": (response("b " * 10), "trace of 12 tokens"),
+    "field-not-json": ({**response("b"), "picture": b"x"}, "bytes is not JSON serializable"),
 }
 
 
-@pytest.mark.parametrize("case", BAD_TRACES)
-def test_a_bad_trace_is_refused_with_the_reason(teacher, case):
-    row, message = BAD_TRACES[case]
-    with pytest.raises(ValueError) as caught:
+@pytest.mark.parametrize("reason", BAD_TRACES)
+def test_a_bad_trace_is_refused_with_the_reason(teacher, reason):
+    row, message = BAD_TRACES[reason]
+    with pytest.raises(BadRow) as caught:
         render(teacher, row, max_tokens=10)
     assert message in str(caught.value)
+    assert caught.value.reason == reason.strip()
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path, teacher):
+    rows = Source(Input(tmp_path / "nowhere.jsonl"), None)
     with pytest.raises(SourceError, match=r"nowhere\.jsonl: cannot be read: No such file"):
-        list(Source(tmp_path / "nowhere.jsonl", PromptRenderer(teacher, 10), skip_bad=True))
+        list(rows.read(Rejects()))
 
 
 def test_a_teacher_without_chat_template_refuses_messages(tmp_path):
     plain = make_teacher(tmp_path, None)
-    with pytest.raises(ValueError, match="no chat template"):
-        PromptRenderer(plain, 10)({"messages": [user("a")]})
+    with pytest.raises(BadRow, match="no chat template"):
+        render_prompt(plain, {"messages": [user("a")]})

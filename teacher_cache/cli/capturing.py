@@ -10,6 +10,7 @@ import click
 from teacher_cache import messages
 from teacher_cache.capture import CaptureReport
 from teacher_cache.cli.options import FILE, FOLDER, NamedValue, named, read_config
+from teacher_cache.cli.source_options import source_options, trace_options
 from teacher_cache.format import open_cache, seal_cache, shown
 from teacher_cache.modes import ENGINES, GenerateConfig, ScoreConfig, generate, score
 
@@ -73,11 +74,6 @@ def _capture_options(command: _Command) -> _Command:
             help="Capture only so many traces, and estimate the whole.",
         ),
         click.option(
-            "--skip-bad-lines",
-            is_flag=True,
-            help="Leave out lines that cannot be used, and count them.",
-        ),
-        click.option(
             "--worker",
             default=default.worker,
             show_default=True,
@@ -103,8 +99,14 @@ def _capture_options(command: _Command) -> _Command:
 
 
 @click.command("generate")
-@click.option("--prompts", required=True, type=FILE, help="JSONL with `prompt` or `messages`.")
+@click.option(
+    "--prompts",
+    required=True,
+    type=FILE,
+    help="File, folder or hub id; rows with `messages`, `conversations` or `prompt`.",
+)
 @_capture_options
+@source_options
 @click.option("--temperature", type=click.FloatRange(0), help="Default: the model's own.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Default: the model's.")
 @click.option("--sample-top-k", type=click.IntRange(0), help="The sampler's cut-off; 0 for none.")
@@ -136,9 +138,12 @@ def generate_command(**options: Any) -> None:  # noqa: ANN401 (click's own value
     "--traces",
     required=True,
     type=FILE,
-    help="JSONL with `messages`, `prompt` and `response`, or `token_ids`.",
+    help="File, folder or hub id; rows with `messages`, `conversations`, `prompt` and `response`, "
+    "or `token_ids`.",
 )
 @_capture_options
+@source_options
+@trace_options
 @click.option(
     "--capture-prompt/--no-capture-prompt",
     default=ScoreConfig.capture_prompt,

@@ -1,0 +1,100 @@
+"""Rows that cannot be used: why, how many, and the list of them beside the cache."""
+
+import json
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from teacher_cache.format import Store
+
+logger = logging.getLogger(__name__)
+
+
+class SourceError(ValueError):
+    """The input cannot be used; the message names the file, the row and the reason."""
+
+
+class Reason(StrEnum):
+    """Why a row was left out; these names stand in `rejects.jsonl` and do not change."""
+
+    NOT_JSON = "not-json"
+    NOT_UTF8 = "not-utf-8"
+    NOT_AN_OBJECT = "not-an-object"
+    FIELD_NOT_JSON = "field-not-json"
+    UNKNOWN_COLUMNS = "unknown-columns"
+    BAD_ID = "bad-id"
+    DUPLICATE_ID = "duplicate-id"
+    BAD_PROMPT = "bad-prompt"
+    EMPTY_PROMPT = "empty-prompt"
+    BAD_MESSAGES = "bad-messages"
+    UNKNOWN_ROLE = "unknown-role"
+    TEMPLATE_REFUSES = "template-refuses"
+    NO_ASSISTANT_TURN = "no-assistant-turn"
+    BAD_RESPONSE = "bad-response"
+    EMPTY_RESPONSE = "empty-response"
+    EMPTY_CHAIN_OF_THOUGHT = "empty-chain-of-thought"
+    MARKS_OUT_OF_ORDER = "marks-out-of-order"
+    BAD_TOKEN_IDS = "bad-token-ids"
+    BAD_BOUNDS = "bad-bounds"
+    TOKEN_OUTSIDE_VOCABULARY = "token-outside-vocabulary"
+    PROMPT_TOO_LONG = "prompt-too-long"
+    TRACE_TOO_LONG = "trace-too-long"
+
+
+class BadRow(ValueError):
+    """A row that cannot be used."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        """The message says what was expected and what was found, not where."""
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass
+class Rejects:
+    """The rows left out of one reading of the input."""
+
+    counts: Counter[Reason] = field(default_factory=Counter)
+    examples: dict[Reason, str] = field(default_factory=dict)  # the first of each reason
+    ids: set[str] = field(default_factory=set)  # of those that have one
+    _lines: bytearray = field(default_factory=bytearray)  # kept encoded: there may be many
+
+    def add(self, file: str, number: int, trace_id: str | None, error: BadRow) -> None:
+        """Note one row; `trace_id` is None where it is not known."""
+        self.counts[error.reason] += 1
+        self.examples.setdefault(error.reason, f"{file}:{number}: {error}")
+        if trace_id is not None:
+            self.ids.add(trace_id)
+        line = {
+            "file": file,
+            "row": number,
+            "id": trace_id,
+            "reason": error.reason,
+            "message": str(error),
+        }
+        self._lines += json.dumps(line).encode() + b"\n"
+
+    @property
+    def total(self) -> int:
+        """How many rows were left out."""
+        return self.counts.total()
+
+    def most_frequent(self) -> str:
+        """The most frequent reason, with its number and an example; there must be one."""
+        ((reason, count),) = self.counts.most_common(1)
+        return f"{count:,} of {self.total:,} rows: {reason}, e.g. {self.examples[reason]}"
+
+    def publish(self, store: Store, name: str) -> None:
+        """Write the list (JSONL: file, row, id, reason, message), and say what is in it.
+
+        The file is whole or absent; one of an earlier reading goes where nothing is left out now.
+        """
+        if not self.total:
+            store.remove(name)
+            return
+        store.make_folder("")
+        store.publish(name, bytes(self._lines))
+        for reason, count in self.counts.most_common():
+            logger.warning("left out: %d rows, %s, e.g. %s", count, reason, self.examples[reason])
+        logger.warning("all %d rows left out are listed in %s/%s", self.total, store.where, name)
