@@ -25,7 +25,9 @@ from teacher_cache.engines import EngineError, Sampling, TeacherRequest
 from teacher_cache.engines import transformers as transformers_engine
 from teacher_cache.engines.checks import check_rows
 from teacher_cache.engines.transformers import TransformersTeacher
-from teacher_cache.engines.vllm import VllmTeacher, _flat_to_rows
+from teacher_cache.engines.vllm import VllmTeacher
+from teacher_cache.engines.vllm import teacher as vllm_module
+from teacher_cache.engines.vllm.rows import ArrayRows, to_rows, why_untapped
 
 # Importing vLLM makes torch warn about its own past.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -319,7 +321,42 @@ def test_rows_of_uneven_width_from_vllm_are_refused():
         start_indices=[0, 0, 3], end_indices=[0, 3, 5], token_ids=[0] * 5, logprobs=[0.0] * 5
     )
     with pytest.raises(EngineError, match=r"'a': expected 3 entries per token from vLLM"):
-        _flat_to_rows("a", flat, 2)
+        to_rows("a", flat, 2)
+
+
+def test_rows_that_come_in_messages_are_copied_cut_and_put_together():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 99, (700, 5))  # int64, and two columns wider, as from a mixed batch
+    logprobs = rng.normal(size=(700, 5)).astype(np.float32)
+    rows = ArrayRows(3)
+    assert [part.shape for part in rows.arrays()] == [(0, 3), (0, 3)]
+    expected = ids[:, :3].copy(), logprobs[:, :3].copy()
+    for begin, end in itertools.pairwise((0, 1, 2, 250, 257, 300, 700)):
+        rows.add((ids[begin:end], logprobs[begin:end], None))
+        ids[begin:end] = logprobs[begin:end] = 0  # vLLM uses a message's memory again
+    for part, right, kind in zip(rows.arrays(), expected, (np.int32, np.float32), strict=True):
+        assert part.dtype == kind
+        assert np.array_equal(part, right)
+
+
+def test_the_tap_is_checked_against_the_installed_vllm(monkeypatch):
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+    from vllm.v1.outputs import LogprobsLists
+
+    assert why_untapped() is None
+
+    def renamed(processor, output):  # the tap does not see these rows
+        LogprobsProcessor._update_sample_logprobs(processor, output.new_logprobs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LogprobsProcessor, "update_from_output", renamed)
+        assert "ArrayRows" in why_untapped()
+    with monkeypatch.context() as patch:
+        patch.delattr(LogprobsProcessor, "update_from_output")
+        assert "update_from_output" in why_untapped()
+    with monkeypatch.context() as patch:
+        patch.setattr(LogprobsLists, "__new__", lambda cls, *arrays: arrays[::-1])
+        assert why_untapped() is not None
 
 
 # --- vLLM against the reference -----------------------------------------------------------------
@@ -362,6 +399,54 @@ def test_vllm_rows_while_scoring_equal_the_reference(vllm_teacher, reference, ge
         assert tuple(rows.token_ids) == trace.token_ids  # the engine's own token is thrown away
         assert (rows.finish_reason, rows.first_row) == ("scored", 1)
         assert_rows_agree(rows, full_logprobs(reference, rows))
+
+
+def run_alone(teacher, requests, monkeypatch):
+    """One request at a time, so that no batch differs from run to run."""
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "_window", 1)
+        return run(teacher, *requests)
+
+
+@pytest.mark.slow
+def test_rows_with_and_without_the_tap_are_the_same_bits(vllm_teacher, monkeypatch):
+    requests = [
+        generation(str(seed), seed=seed, length=3 + 20 * seed, capture_prompt=seed % 2 == 1)
+        for seed in range(5)
+    ]
+    requests.append(scoring("scored", prompt(30, 150)))
+    assert vllm_teacher._is_tapped
+    seen = []
+    real = vllm_module.to_rows
+    monkeypatch.setattr(
+        vllm_module, "to_rows", lambda *call: seen.append(type(call[1]).__name__) or real(*call)
+    )
+    tapped = run_alone(vllm_teacher, requests, monkeypatch)
+    monkeypatch.setattr(vllm_teacher, "_is_tapped", False)
+    untapped = run_alone(vllm_teacher, requests, monkeypatch)
+    assert seen == ["ArrayRows"] * 8 + ["FlatLogprobs"] * 8
+    for request in requests:
+        one, other = tapped[request.request_id], untapped[request.request_id]
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert np.array_equal(one.row_ids, other.row_ids)
+        assert np.array_equal(one.row_logprobs, other.row_logprobs)
+        assert (one.first_row, one.finish_reason) == (other.first_row, other.finish_reason)
+
+
+@pytest.mark.slow
+def test_a_vllm_that_cannot_be_tapped_is_said_once_and_read_all_the_same(
+    vllm_teacher, reference, monkeypatch, caplog
+):
+    def fail(*_):
+        raise AttributeError("no such thing in this version")
+
+    monkeypatch.setattr(vllm_teacher, "_is_tapped", True)
+    monkeypatch.setattr(vllm_module, "tap", fail)
+    rows = run(vllm_teacher, *(generation(str(seed), seed=seed) for seed in range(3)))
+    for each in rows.values():
+        assert_rows_agree(each, full_logprobs(reference, each))
+    said = [record.message for record in caplog.records if "no access" in record.message]
+    assert len(said) == 1 and "no such thing in this version" in said[0]
 
 
 @pytest.mark.slow

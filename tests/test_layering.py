@@ -14,7 +14,11 @@ HEAVY = {"torch", "vllm", "transformers", "accelerate", "datasets", "ray", "trit
 RULES = [
     ("teacher_cache.format.span", set(), set()),
     ("teacher_cache.format", {"teacher_cache.format"}, set()),
-    ("teacher_cache.engines.vllm", {"teacher_cache.engines", "teacher_cache.format"}, {"vllm"}),
+    (
+        "teacher_cache.engines.vllm",
+        {"teacher_cache.engines", "teacher_cache.format"},
+        {"vllm", "torch"},
+    ),
     (
         "teacher_cache.engines.transformers",
         {"teacher_cache.engines", "teacher_cache.format"},

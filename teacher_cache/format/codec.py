@@ -16,6 +16,8 @@ STEP_GROWTH = 4.0  # nats over which the step grows by a factor of e: far entrie
 GROWTH_END = 16.0  # nats; evenly spaced from there on
 MAX_GAP = 60.0  # nats below the largest logit
 
+_EDGES = (8, 24, 64)  # candidates looked at together: most rows of a sure teacher end in the first
+
 
 def _logit_grid() -> NDArray[np.float32]:
     """153 values from 0 down to -60 nats: a step of 1/32 at first that grows to 1.7."""
@@ -73,29 +75,63 @@ def keep_entries(
             dropped; a realised token at -inf is kept at the grid's far end.
         policy: The adaptive rule.
     """
-    # The realised token goes last, where the order by probability puts it if it is kept apart.
-    ids = np.concatenate([row_ids[:, 1:], row_ids[:, :1]], axis=1)
-    logprobs = np.concatenate([row_logprobs[:, 1:], row_logprobs[:, :1]], axis=1)
-    probs = np.exp(logprobs[:, : policy.top_k], dtype=np.float64)
-    masses = np.cumsum(probs, axis=1)
+    num_rows, width = row_ids.shape
+    num_top, top_mass = _num_kept(row_logprobs[:, 1:], policy)
+    is_apart = _realised_apart(row_ids, num_top)
+    k = num_top + is_apart
+    ends = np.cumsum(k)
+    # Where each entry stands in the flat rows: columns 1, 2, ... of its row, column 0 at last
+    # where the order by probability puts the realised token if it is kept apart.
+    first_places = np.arange(1, num_rows * width, width)
+    places = np.repeat(first_places - (ends - k), k) + np.arange(int(k.sum()))
+    places[ends[is_apart] - 1] = first_places[is_apart] - 1
 
-    num_top = np.count_nonzero(masses < policy.mass, axis=1) + 1
-    num_finite = np.count_nonzero(logprobs[:, :-1] > -np.inf, axis=1)
-    num_top = np.minimum(num_top, np.minimum(policy.top_k, num_finite))
-    kept = np.arange(ids.shape[1]) < num_top[:, None]
-    kept[:, -1] = ~((row_ids[:, 1:] == row_ids[:, :1]) & kept[:, :-1]).any(axis=1)
-
-    kept_mass = np.take_along_axis(masses, num_top[:, None] - 1, axis=1)[:, 0]
-    kept_mass += np.where(kept[:, -1], np.exp(logprobs[:, -1], dtype=np.float64), 0.0)
-    gaps = logprobs[kept] - np.repeat(logprobs[:, 0], np.count_nonzero(kept, axis=1))
+    logprobs = row_logprobs.ravel().take(places)
+    gaps = logprobs - np.repeat(row_logprobs[:, 1], k)
+    top_mass[is_apart] += np.exp(row_logprobs[is_apart, 0], dtype=np.float64)
     return KeptEntries(
-        k=np.count_nonzero(kept, axis=1).astype(np.uint8),
-        top_ids=ids[kept],
+        k=k.astype(np.uint8),
+        top_ids=row_ids.ravel().take(places),
         top_logits=LOGIT_GRID[logit_codes(gaps)],
-        tail_logit=tail_logit_of(kept_mass),
-        num_clamped_tails=int((kept_mass > 1 - TAIL_FLOOR).sum()),
+        tail_logit=tail_logit_of(top_mass),
+        num_clamped_tails=int((top_mass > 1 - TAIL_FLOOR).sum()),
         num_clamped_logits=int((gaps < -MAX_GAP).sum()),
     )
+
+
+def _num_kept(
+    logprobs: NDArray[np.float32], policy: KeepPolicy
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """[R] how many of the first candidates [R, K] are kept, and their mass."""
+    limit = min(policy.top_k, logprobs.shape[1])
+    num_top = np.zeros(len(logprobs), np.int64)
+    mass = np.zeros(len(logprobs))
+    rows = np.arange(len(logprobs))  # whose mass is not reached yet
+    begin = 0
+    for end in (*(edge for edge in _EDGES if edge < limit), limit):
+        part = logprobs[rows, begin:end]
+        probs = np.exp(part, dtype=np.float64)
+        probs[:, 0] += mass[rows]
+        masses = np.cumsum(probs, axis=1)
+        num_below = np.count_nonzero(masses < policy.mass, axis=1)
+        num_finite = np.count_nonzero(part > -np.inf, axis=1)
+        num_more = np.minimum(np.minimum(num_below + 1, end - begin), num_finite)
+        # Where there is no finite candidate in this part, the mass stays what it was.
+        mass[rows] = masses[np.arange(len(rows)), np.maximum(num_more, 1) - 1]
+        num_top[rows] += num_more
+        rows = rows[(num_below == end - begin) & (num_finite == end - begin)]
+        begin = end
+    return num_top, mass
+
+
+def _realised_apart(row_ids: NDArray[np.int32], num_top: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[R] whether the realised token is not among the first `num_top` candidates of its row."""
+    is_apart: NDArray[np.bool_] = row_ids[:, 1] != row_ids[:, 0]
+    rows = np.flatnonzero(is_apart)  # all others are the most probable token itself
+    is_hit = row_ids[rows, 1:] == row_ids[rows, :1]
+    place = is_hit.argmax(axis=1)
+    is_apart[rows] = ~is_hit.any(axis=1) | (place >= num_top[rows])
+    return is_apart
 
 
 def logit_codes(top_logits: NDArray[np.float32]) -> NDArray[np.uint8]:

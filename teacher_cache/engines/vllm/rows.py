@@ -1,0 +1,155 @@
+"""Rows of logprobs as vLLM's front end gets them: numpy arrays, kept as they come.
+
+vLLM turns every number of a row into a Python object, 130 of them per token at K = 64. The tap
+takes the place of the two methods that do so, on the requests that are ours; `FlatLogprobs`, the
+public container of these objects, is the way without it. Both give the same rows.
+
+Letters: R rows (tokens with a distribution), K candidates per row.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_cache.engines import EngineError
+
+_BLOCK_ROWS = 256
+
+
+class ArrayRows:
+    """The rows of one request, [R, 1 + K]; grows by blocks, so that little is moved or unused."""
+
+    def __init__(self, num_columns: int) -> None:
+        """Take the first `num_columns` of every row: a batch is as wide as its widest request."""
+        self._num_columns = num_columns
+        self._ids: list[NDArray[np.int32]] = []
+        self._logprobs: list[NDArray[np.float32]] = []
+        self._used = _BLOCK_ROWS  # rows of the last block
+
+    def add(self, shipped: Sequence[Any]) -> None:
+        """Copy what one message brings: ids and logprobs [n, 1 + K or more] stand first in it.
+
+        The arrays are views into the message, which they would keep in memory.
+        """
+        ids, logprobs = shipped[0], shipped[1]
+        done = 0
+        while done < len(ids):
+            if self._used == _BLOCK_ROWS:
+                shape = (_BLOCK_ROWS, self._num_columns)
+                self._ids.append(np.empty(shape, np.int32))
+                self._logprobs.append(np.empty(shape, np.float32))
+                self._used = 0
+            count = min(len(ids) - done, _BLOCK_ROWS - self._used)
+            place = slice(self._used, self._used + count)
+            self._ids[-1][place] = ids[done : done + count, : self._num_columns]
+            self._logprobs[-1][place] = logprobs[done : done + count, : self._num_columns]
+            self._used += count
+            done += count
+
+    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Ids and logprobs, [R, 1 + K] each."""
+        if not self._ids:
+            shape = (0, self._num_columns)
+            return np.empty(shape, np.int32), np.empty(shape, np.float32)
+        last = slice(0, self._used)
+        return (
+            np.concatenate([*self._ids[:-1], self._ids[-1][last]]),
+            np.concatenate([*self._logprobs[:-1], self._logprobs[-1][last]]),
+        )
+
+
+def tap(processor: Any, top_k: int) -> None:  # noqa: ANN401 (vLLM is untyped here)
+    """Make the `LogprobsProcessor` of one request keep `ArrayRows`, which then are its result.
+
+    Its public attributes pass into `RequestOutput` untouched where only the final output is asked
+    for and nothing is detokenised, as all requests here do.
+    """
+    if processor.logprobs is not None:
+        processor.logprobs = ArrayRows(1 + top_k)
+        processor._update_sample_logprobs = processor.logprobs.add
+    if processor.prompt_logprobs is not None:
+        processor.prompt_logprobs = ArrayRows(1 + top_k)
+        processor._update_prompt_logprobs = processor.prompt_logprobs.add
+
+
+def to_rows(
+    request_id: str,
+    result: Any,  # noqa: ANN401 (vLLM is untyped here)
+    top_k: int,
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Ids and logprobs [R, 1 + K] of what stands in a `RequestOutput`, tapped or not.
+
+    `FlatLogprobs` holds 1 + K entries per token, the token itself first, duplicates kept; a
+    prompt's first token, over which there is no distribution, holds none and so gets no row.
+
+    Raises:
+        EngineError: If a token has another number of entries.
+    """
+    if isinstance(result, ArrayRows):
+        return result.arrays()
+    sizes = np.asarray(result.end_indices) - np.asarray(result.start_indices)
+    if not np.isin(sizes, (0, 1 + top_k)).all() or (sizes[1:] == 0).any():
+        raise EngineError(
+            f"request {request_id!r}: expected {1 + top_k} entries per token from vLLM, "
+            f"got {sorted(set(sizes.tolist()))}"
+        )
+    ids = np.array(result.token_ids, dtype=np.int32).reshape(-1, 1 + top_k)
+    logprobs = np.array(result.logprobs, dtype=np.float32).reshape(-1, 1 + top_k)
+    return ids, logprobs
+
+
+def why_untapped() -> str | None:
+    """What keeps the tap from working on the installed vLLM; None where it gives the same rows.
+
+    A processor of the installed vLLM and a tapped one get the same made-up messages.
+    """
+    try:
+        stock, tapped = _fed_processor(is_tapped=False), _fed_processor(is_tapped=True)
+        for name in ("logprobs", "prompt_logprobs"):
+            rows = to_rows("the tap's check", getattr(stock, name), top_k=2)
+            ours = to_rows("the tap's check", getattr(tapped, name), top_k=2)
+            if not all(np.array_equal(one, other) for one, other in zip(rows, ours, strict=True)):
+                return f"{name} differ"
+    except (
+        ImportError, AttributeError, TypeError, ValueError, LookupError, AssertionError, EngineError
+    ) as error:  # whatever another version's internals may say  # fmt: skip
+        return repr(error)
+    return None
+
+
+def _fed_processor(*, is_tapped: bool) -> Any:  # noqa: ANN401 (vLLM is untyped here)
+    """A processor of vLLM's after a prompt of 3 rows and two tokens; its batch is one wider."""
+    import torch
+    from vllm.logprobs import create_prompt_logprobs, create_sample_logprobs
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+    from vllm.v1.outputs import LogprobsLists, LogprobsTensors
+
+    processor = LogprobsProcessor(
+        tokenizer=None,
+        logprobs=create_sample_logprobs(True),
+        prompt_logprobs=create_prompt_logprobs(True),
+        cumulative_logprob=0.0,
+        num_logprobs=2,
+        num_prompt_logprobs=2,
+    )
+    if is_tapped:
+        tap(processor, top_k=2)
+    ids = np.arange(12, dtype=np.int32).reshape(3, 4)
+    logprobs = -np.arange(12, dtype=np.float32).reshape(3, 4) / 3
+    ranks = np.arange(3, dtype=np.int32)
+    prompt = LogprobsTensors(*map(torch.from_numpy, (ids[:, :3], logprobs[:, :3], ranks)))
+    sampled = [LogprobsLists(ids[r : r + 1], logprobs[r : r + 1], ranks[r : r + 1]) for r in (2, 0)]
+    for lists in sampled:
+        processor.update_from_output(
+            EngineCoreOutput(
+                request_id="0",
+                new_token_ids=[int(lists.logprob_token_ids[0, 0])],
+                new_logprobs=lists,
+                new_prompt_logprobs_tensors=prompt,
+            )
+        )
+        prompt = None
+    return processor

