@@ -16,7 +16,7 @@ STEP_GROWTH = 4.0  # nats over which the step grows by a factor of e: far entrie
 GROWTH_END = 16.0  # nats; evenly spaced from there on
 MAX_GAP = 60.0  # nats below the largest logit
 
-_EDGES = (8, 24, 64)  # candidates looked at together: most rows of a sure teacher end in the first
+_FEW = 8  # candidates looked at first: most rows of a sure teacher end there
 
 
 def _logit_grid() -> NDArray[np.float32]:
@@ -108,7 +108,7 @@ def _num_kept(
     mass = np.zeros(len(logprobs))
     rows = np.arange(len(logprobs))  # whose mass is not reached yet
     begin = 0
-    for end in (*(edge for edge in _EDGES if edge < limit), limit):
+    for end in (min(_FEW, limit), limit):
         part = logprobs[rows, begin:end]
         probs = np.exp(part, dtype=np.float64)
         probs[:, 0] += mass[rows]
@@ -120,6 +120,8 @@ def _num_kept(
         mass[rows] = masses[np.arange(len(rows)), np.maximum(num_more, 1) - 1]
         num_top[rows] += num_more
         rows = rows[(num_below == end - begin) & (num_finite == end - begin)]
+        if len(rows) == 0 or end == limit:
+            break
         begin = end
     return num_top, mass
 

@@ -1,0 +1,285 @@
+"""What capturing costs beside generating alone: real vLLM, every way in turns on one engine.
+
+    python tools/bench_capture.py                             # the tiny teacher, any machine
+    python tools/bench_capture.py --shape qwen3-4b --max-tokens 1024 --concurrency 256   # a GPU
+
+Ways, all with the same requests, window and sampling:
+
+    bare      no logprobs
+    one       1 logprob per token, thrown away: the worker's log-softmax, the scheduler's slicing
+    dropped   K logprobs per token, thrown away: the worker's top-k and the transport come on top
+    flat      K logprobs as `FlatLogprobs`, each read once by plain Python, nothing stored
+    fallback  our capture to disk from `FlatLogprobs`
+    fast      our capture to disk from vLLM's arrays
+
+`host_us_per_token_fast` is the CPU time of our own parts, from a run of its own: the tap, choosing
+entries, the journal and the compacting thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import logging
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bench_capture_parts import PartTimes, peak_rss_bytes, reset_peak_rss, shaped_model
+
+from teacher_cache import modes
+from teacher_cache.engines import TeacherRequest, TeacherRows
+from teacher_cache.engines.vllm import VllmTeacher
+from teacher_cache.engines.vllm.rows import tap
+from teacher_cache.format import open_cache
+
+TOOLS = Path(__file__).parent
+WAYS = ("bare", "one", "dropped", "flat", "fallback", "fast")
+
+
+@dataclass
+class Shared:
+    """One engine for all ways; stands in for the teacher that a capture would start."""
+
+    teacher: VllmTeacher
+    requests: list[TeacherRequest] = field(default_factory=list)  # those of the last capture
+    num_tokens: int = 0  # generated in the last run
+    started_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.facts = self.teacher.facts
+
+    def run(self, requests: Iterable[TeacherRequest]) -> Iterator[TeacherRows]:
+        """As a Teacher does, counting."""
+        self.requests.clear()
+        self.num_tokens = 0
+        self.started_s = time.perf_counter()
+        for rows in self.teacher.run(self._noted(requests)):
+            self.num_tokens += len(rows.token_ids) - rows.num_given
+            yield rows
+
+    def _noted(self, requests: Iterable[TeacherRequest]) -> Iterator[TeacherRequest]:
+        for request in requests:
+            self.requests.append(request)
+            yield request
+
+    def close(self) -> None:
+        """The engine goes on to the next run."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(TOOLS / "tiny-teacher"))
+    parser.add_argument("--shape", help="random weights of this size instead, e.g. qwen3-4b")
+    parser.add_argument("--prompts", type=Path, default=TOOLS / "prompts" / "train.jsonl")
+    parser.add_argument("--num-prompts", type=int, default=300)
+    parser.add_argument("--max-tokens", type=int, default=240)
+    parser.add_argument("--top-k", type=int, default=64)
+    parser.add_argument("--concurrency", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
+    arguments = parser.parse_args()
+    logging.disable(logging.INFO)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(arguments, Path(folder))
+    print(json.dumps(result) if arguments.json else table(result))
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    model, engine_args = arguments.model, {"max_num_seqs": arguments.concurrency}
+    if arguments.shape:
+        model = shaped_model(arguments.shape, folder / "model", TOOLS / "tiny-teacher")
+        engine_args["load_format"] = "dummy"
+    config = modes.GenerateConfig(
+        model=model,
+        prompts=arguments.prompts,
+        out=folder / "unused",
+        top_k=arguments.top_k,
+        max_tokens=arguments.max_tokens,
+        limit=arguments.num_prompts,
+        engine_arg=engine_args,
+    )
+    start = modes._start
+    shared: list[Shared] = []
+
+    def start_once(*call: object) -> Shared:
+        if not shared:
+            shared.append(Shared(start(*call)))
+        return shared[0]
+
+    modes._start = start_once
+    try:
+        captures = itertools.count()
+
+        def capture(is_tapped: bool) -> None:
+            if shared:
+                shared[0].teacher._is_tapped = is_tapped
+            name = folder / f"cache-{next(captures)}"
+            modes.generate(replace(config, out=name))
+
+        capture(True)  # starts the engine, warms it up, and yields the requests
+        return run_ways(arguments, shared[0], capture, folder)
+    finally:
+        modes._start = start
+        for each in shared:
+            each.teacher.close()
+
+
+def run_ways(
+    arguments: argparse.Namespace,
+    shared: Shared,
+    capture: Callable[[bool], None],
+    folder: Path,
+) -> dict[str, Any]:
+    requests, teacher = list(shared.requests), shared.teacher
+    rates: dict[str, list[float]] = {}
+    peaks: dict[str, int] = {}
+    ways = [way for way in WAYS if way in arguments.ways.split(",")]
+    for turn in range(arguments.rounds):
+        for way in ways if turn % 2 == 0 else reversed(ways):
+            reset_peak_rss()
+            if way in ("fast", "fallback"):
+                capture(way == "fast")
+                seconds, num_tokens = time.perf_counter() - shared.started_s, shared.num_tokens
+            else:
+                seconds, num_tokens = drive(teacher, requests, way)
+            rates.setdefault(way, []).append(num_tokens / seconds)
+            peaks[way] = max(peaks.get(way, 0), peak_rss_bytes())
+            print(f"round {turn}: {way:9}{rates[way][-1]:9,.0f} tokens/s", file=sys.stderr)
+    parts = PartTimes()
+    with parts.measured():
+        capture(True)
+    cache = open_cache(str(max(folder.glob("cache-*"), key=lambda each: each.stat().st_mtime)),
+                       allow_unsealed=True)  # fmt: skip
+    result: dict[str, Any] = {
+        f"tokens_per_s_{way}": statistics.median(values) for way, values in rates.items()
+    }
+    for below in ("flat", "bare", "fallback"):
+        if below in rates and "fast" in rates:
+            ratios = [f / b for f, b in zip(rates["fast"], rates[below], strict=True)]
+            result[f"fast_over_{below}"] = statistics.median(ratios)
+    stored = sum(shard.num_tokens for shard in cache.shards)
+    return result | {
+        "host_us_per_token_fast": sum(parts.seconds.values()) / shared.num_tokens * 1e6,
+        "host_us_per_token": {
+            name: seconds / shared.num_tokens * 1e6 for name, seconds in parts.seconds.items()
+        },
+        "peak_rss_bytes": peaks.get("fast"),
+        "peak_rss_bytes_of": peaks,
+        "bytes_per_token": sum(shard.size_bytes for shard in cache.shards) / stored,
+        "mean_k": sum(shard.num_entries for shard in cache.shards) / shared.num_tokens,
+        "num_tokens": shared.num_tokens,
+        "num_prompts": len(requests),
+        "top_k": arguments.top_k,
+        "concurrency": arguments.concurrency,
+        "rounds": arguments.rounds,
+        "model": arguments.shape or Path(arguments.model).name,
+        "device": device(),
+        "vllm": shared.facts.engine_version,
+    }
+
+
+def drive(teacher: VllmTeacher, requests: Iterable[TeacherRequest], way: str) -> tuple[float, int]:
+    """Seconds and generated tokens of an engine loop without any of our capture."""
+    from vllm import SamplingParams
+    from vllm.inputs import tokens_input
+    from vllm.sampling_params import RequestOutputKind
+
+    engine, sampling = teacher._engine, teacher._sampling
+    num_logprobs = {"bare": None, "one": 1}.get(way, teacher._top_k)
+    source, in_flight, num_tokens = iter(requests), 0, 0
+    began_s = time.perf_counter()
+    while True:
+        for request in itertools.islice(source, teacher._window - in_flight):
+            params = SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=request.seed,
+                max_tokens=request.max_new_tokens,
+                logprobs=num_logprobs,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            name = engine.add_request(
+                f"{way}-{request.request_id}", tokens_input(list(request.token_ids)), params
+            )
+            if way in ("one", "dropped"):
+                processor = engine.output_processor.request_states[name].logprobs_processor
+                tap(processor, num_logprobs)
+                processor._update_sample_logprobs = lambda shipped: None
+            in_flight += 1
+        if not in_flight:
+            return time.perf_counter() - began_s, num_tokens
+        for output in engine.step():
+            if output.finished:
+                in_flight -= 1
+                completion = output.outputs[0]
+                num_tokens += len(completion.token_ids)
+                if way == "flat":
+                    read_flat(completion.logprobs)
+
+
+def read_flat(flat: Any) -> float:  # noqa: ANN401 (vLLM is untyped here)
+    """What a script does with `FlatLogprobs`: every token's entries, once."""
+    total = 0.0
+    for first, end in zip(flat.start_indices, flat.end_indices, strict=True):
+        ids, logprobs = flat.token_ids[first:end], flat.logprobs[first:end]
+        total += max(zip(logprobs, ids, strict=True))[0]
+    return total
+
+
+def device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':')[1].strip()}, {torch.get_num_threads()} threads"
+    return platform.processor() or platform.machine()
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['model']}, vLLM {result['vllm']}, {result['device']}",
+        f"{result['num_prompts']} prompts, {result['num_tokens']:,} generated tokens, K = "
+        f"{result['top_k']}, concurrency {result['concurrency']}, medians of {result['rounds']}",
+        "",
+        f"{'way':10}{'tokens/s':>10}{'of bare':>9}{'peak RSS':>11}",
+    ]
+    bare = result.get("tokens_per_s_bare")
+    for way in WAYS:
+        if f"tokens_per_s_{way}" in result:
+            rate = result[f"tokens_per_s_{way}"]
+            share = f"{rate / bare:9.2f}" if bare else " " * 9
+            peak = result["peak_rss_bytes_of"][way] / 2**20
+            lines.append(f"{way:10}{rate:10,.0f}{share}{peak:7,.0f} MiB")
+    lines.append("")
+    for name, goal in (("fast_over_flat", ">= 1.0"), ("fast_over_bare", ">= 0.95 on a GPU")):
+        if name in result:
+            lines.append(f"{name:24}{result[name]:8.2f}   goal {goal}")
+    lines.append(
+        f"{'host us per token, fast':24}{result['host_us_per_token_fast']:8.2f}   goal <= 6"
+    )
+    for name, value in result["host_us_per_token"].items():
+        lines.append(f"  {name:22}{value:8.2f}")
+    lines.append(
+        f"{'bytes per token':24}{result['bytes_per_token']:8.1f}   mean k {result['mean_k']:.1f}"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
