@@ -80,7 +80,7 @@ def _message(item: object) -> Message:
         raise BadRow(Reason.BAD_MESSAGES, "the reasoning of a message must be text")
     message["content"], thought = _joined_parts(content)
     reasoning = next(filter(None, named), thought)  # several names are one text
-    if reasoning:
+    if reasoning or named:
         message["reasoning_content"] = reasoning
     return message
 
@@ -124,8 +124,13 @@ def with_system(messages: list[Message], system: object, *, drop: bool) -> list[
 def with_own_history(messages: list[Message], own: ThinkMarks) -> list[Message]:
     """Earlier turns of the assistant with the teacher's own marks, for its template to treat."""
     return [
-        {**message, "content": with_own_marks(message["content"], own).text}
-        if message["role"] == "assistant"
-        else message
+        _in_own_marks(message, own) if message["role"] == "assistant" else message
         for message in messages
     ]
+
+
+def _in_own_marks(message: Message, own: ThinkMarks) -> Message:
+    turn = {**message, "content": with_own_marks(message["content"], own).text}
+    if not turn.get("reasoning_content"):
+        turn.pop("reasoning_content", None)  # templates look for marks only where there is none
+    return turn

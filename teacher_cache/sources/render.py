@@ -151,7 +151,8 @@ class TraceRenderer:
         response = response_of(exchange.reasoning, answer, marks)
         opened_at = left_open(prompt, self.tokenizer)
         opened = None if opened_at < 0 else self.tokenizer.decode(prompt[opened_at:])
-        if opened is not None and exchange.reasoning is not None and not exchange.reasoning.strip():
+        says_none = exchange.reasoning is not None and not exchange.reasoning.strip()
+        if opened is not None and says_none and marks.close not in response.text:
             raise BadRow(
                 Reason.EMPTY_CHAIN_OF_THOUGHT,
                 f"the chat template opens a chain of thought with {marks.open}, the row's is empty",

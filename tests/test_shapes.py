@@ -1,0 +1,326 @@
+"""Whatever the shape of a row, the same conversation becomes the same tokens."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from teacher_cache.sources import BadRow, Layout, PromptRenderer, TraceRenderer, find_sections
+from teacher_cache.tokenizer import ModelFiles, TeacherTokenizer, ThinkMarks
+
+MARKS = ThinkMarks("<think>", "</think>")
+TURNS = "{% for m in messages %}<|start|>{{ m.role }}\n{{ CONTENT }}<|end|>\n{% endfor %}"
+GENERATE = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+LAST = "m.content.split('</think>')[-1].lstrip('\\n') if m.role == 'assistant' else m.content"
+TEMPLATES = {
+    "plain": TURNS.replace("CONTENT", "m.content") + GENERATE,
+    # As DeepSeek-R1's: earlier thinking goes, and the generation prompt opens the next.
+    "opening": TURNS.replace("CONTENT", LAST)
+    + GENERATE.replace("assistant\n", "assistant\n<think>\n"),
+    # As Qwen3's: reasoning that stands apart is known, and kept after the last question only.
+    "stripping": (
+        "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages %}<|start|>{{ m.role }}\n"
+        "{% if m.reasoning_content and loop.index0 > ns.last %}"
+        "<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+        f"{{{{ {LAST} }}}}<|end|>\n{{% endfor %}}" + GENERATE
+    ),
+}
+
+
+def make_byte_teacher(folder, template, marks=MARKS):
+    """Every byte is a token, so that no difference between two texts is lost."""
+    special = ["<|end|>", "<|start|>", marks.open, marks.close]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0])
+    fast.add_special_tokens({"additional_special_tokens": special[1:]})
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    (folder / "config.json").write_text("{}")
+    return TeacherTokenizer(ModelFiles(str(folder), None), marks, {})
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def teacher(request, tmp_path_factory):
+    return make_byte_teacher(tmp_path_factory.mktemp("teacher"), TEMPLATES[request.param])
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return make_byte_teacher(tmp_path_factory.mktemp("plain"), TEMPLATES["plain"])
+
+
+@pytest.fixture(scope="module")
+def opening(tmp_path_factory):
+    return make_byte_teacher(tmp_path_factory.mktemp("opening"), TEMPLATES["opening"])
+
+
+def render(teacher, row, **layout):
+    return TraceRenderer(teacher, 1000, 260, Layout(**layout))(row)
+
+
+def render_prompt(teacher, row, **layout):
+    return PromptRenderer(teacher, 1000, 260, Layout(**layout))(row)
+
+
+def sections(teacher, trace):
+    start, end = trace.bounds
+    ids = trace.token_ids
+    return [teacher.decode(part) for part in (ids[:start], ids[start:end], ids[end:])]
+
+
+def says(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+SYSTEM, QUESTION, REASONING, ANSWER = "Be brief.", "2 + 3?", "Two and\n\nthree.", "It is\n5."
+INLINE = f"<think>\n{REASONING}\n</think>\n\n{ANSWER}"
+OPEN_THOUGHTS = (
+    f"<|begin_of_thought|>\n\n{REASONING}\n\n<|end_of_thought|>\n\n"
+    f"<|begin_of_solution|>\n\n{ANSWER}\n\n<|end_of_solution|>"
+)
+ASKED = [says("system", SYSTEM), says("user", QUESTION)]
+SENT = [{"from": "system", "value": SYSTEM}, {"from": "human", "value": QUESTION}]
+PARTS = [{"type": "thinking", "thinking": REASONING}, {"type": "text", "text": ANSWER}]
+SHAPES = {
+    "marks inside": ({"messages": [*ASKED, says("assistant", INLINE)]}, {}),
+    "reasoning_content": (
+        {"messages": [*ASKED, says("assistant", ANSWER, reasoning_content=REASONING)]},
+        {},
+    ),
+    "reasoning": ({"messages": [*ASKED, says("assistant", ANSWER, reasoning=REASONING)]}, {}),
+    "thinking": (
+        {"messages": [*ASKED, says("assistant", f"\n\n{ANSWER}", thinking=f"\n{REASONING}\n")]},
+        {},
+    ),
+    "content in parts": ({"messages": [*ASKED, says("assistant", PARTS)]}, {}),
+    "nulls of a table": (
+        {
+            "messages": [
+                {**turn, "reasoning_content": None, "tool_calls": None}
+                for turn in [*ASKED, says("assistant", INLINE)]
+            ],
+            "conversations": None,
+        },
+        {},
+    ),
+    "ShareGPT": ({"conversations": [*SENT, {"from": "gpt", "value": INLINE}]}, {}),
+    "ShareGPT, system apart": (
+        {"system": SYSTEM, "conversations": [SENT[1], {"from": "assistant", "value": INLINE}]},
+        {},
+    ),
+    "OpenThoughts": ({"conversations": [*SENT, {"from": "gpt", "value": OPEN_THOUGHTS}]}, {}),
+    "JSON in a string": (
+        {"messages": json.dumps([*ASKED, says("assistant", OPEN_THOUGHTS)])},
+        {},
+    ),
+    "prompt of messages, response": ({"prompt": ASKED, "response": INLINE}, {}),
+    "TRL": ({"prompt": ASKED, "completion": [says("assistant", INLINE)]}, {}),
+    "text, template applied": (
+        {"system": SYSTEM, "prompt": QUESTION, "response": INLINE},
+        {"apply_chat_template": True},
+    ),
+    "three columns": (
+        {"system": SYSTEM, "prompt": QUESTION, "reasoning": REASONING, "response": ANSWER},
+        {"apply_chat_template": True},
+    ),
+    "named columns": (
+        {
+            "system": SYSTEM, "messages": [], "question": QUESTION,
+            "trajectory": REASONING, "attempt": ANSWER,
+        },
+        {
+            "apply_chat_template": True, "prompt_field": "question",
+            "response_field": "attempt", "reasoning_field": "trajectory",
+        },
+    ),
+    "named conversation": (
+        {"dialogue": [*SENT, {"from": "model", "value": OPEN_THOUGHTS}]},
+        {"prompt_field": "dialogue"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_of_a_conversation_becomes_the_same_tokens(teacher, shape):
+    row, layout = SHAPES[shape]
+    trace = render(teacher, row, **layout)
+    prompt = teacher.render_chat(ASKED)
+    text = prompt.removesuffix("<think>\n") + INLINE + "<|end|>"
+    assert teacher.decode(trace.token_ids) == text
+    assert trace.token_ids == tuple(teacher.encode(text))
+    assert teacher.decode(trace.token_ids[: trace.num_prompt]) == prompt
+    assert sections(teacher, trace)[1:] == [
+        f"<think>\n{REASONING}\n</think>", f"\n\n{ANSWER}<|end|>"
+    ]  # fmt: skip
+    assert trace.bounds == find_sections(trace.token_ids, trace.num_prompt, teacher)
+    assert trace.finish_reason is None
+    ready = {
+        "token_ids": list(trace.token_ids),
+        "cot_start": trace.bounds[0],
+        "answer_start": trace.bounds[1],
+    }
+    again = render(teacher, ready)
+    assert (again.token_ids, again.bounds) == (trace.token_ids, trace.bounds)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_prompt_of_every_shape_can_be_answered_anew(teacher, shape):
+    row, layout = SHAPES[shape]
+    prompt_layout = {
+        name: layout[name] for name in layout.keys() & {"apply_chat_template", "prompt_field"}
+    }
+    trace = render_prompt(teacher, row, **prompt_layout)
+    assert teacher.decode(trace.token_ids) == teacher.render_chat(ASKED)
+
+
+EARLIER = {
+    "marks inside": says("assistant", INLINE),
+    "apart": says("assistant", ANSWER, reasoning_content=REASONING),
+    "OpenThoughts": says("assistant", OPEN_THOUGHTS),
+}
+
+
+@pytest.mark.parametrize("earlier", EARLIER)
+@pytest.mark.parametrize("template", ["opening", "stripping"])
+def test_a_template_that_strips_earlier_thinking_does_so_in_every_shape(
+    tmp_path, template, earlier
+):
+    teacher = make_byte_teacher(tmp_path, TEMPLATES[template])
+    turns = [says("user", "1?"), EARLIER[earlier], says("user", QUESTION)]
+    trace = render(teacher, {"messages": [*turns, says("assistant", INLINE)]})
+    turns[1] = says("assistant", ANSWER)
+    assert teacher.decode(trace.token_ids[: trace.num_prompt]) == teacher.render_chat(turns)
+    assert sections(teacher, trace)[1] == f"<think>\n{REASONING}\n</think>"
+
+
+def test_marks_of_a_data_set_stay_where_the_teacher_writes_them_itself(tmp_path):
+    marks = ThinkMarks("<|begin_of_thought|>", "<|end_of_thought|>")
+    teacher = make_byte_teacher(tmp_path, TEMPLATES["plain"], marks)
+    row = {"conversations": [*SENT, {"from": "gpt", "value": OPEN_THOUGHTS}]}
+    assert teacher.decode(render(teacher, row).token_ids).endswith(f"{OPEN_THOUGHTS}<|end|>")
+    row = {"conversations": [*SENT, {"from": "gpt", "value": INLINE}]}
+    assert sections(teacher, render(teacher, row))[1] == (
+        f"<|begin_of_thought|>\n{REASONING}\n<|end_of_thought|>"
+    )
+
+
+def test_system_prompts_can_be_left_out_wherever_they_stand(plain):
+    expected = "<|start|>user\n2 + 3?<|end|>\n<|start|>assistant\n"
+    for row in (
+        {"messages": ASKED},
+        {"system": SYSTEM, "conversations": [SENT[1]]},
+    ):
+        trace = render_prompt(plain, row, drop_system=True)
+        assert plain.decode(trace.token_ids) == expected
+
+
+def test_two_system_prompts_that_differ_are_refused(plain):
+    row = {"system": "Be long.", "messages": ASKED}
+    with pytest.raises(BadRow, match="`system` column and a system message differ"):
+        render_prompt(plain, row)
+    assert render_prompt(plain, row | {"system": SYSTEM}).token_ids
+
+
+CUT = {
+    "no closing mark": {"prompt": ASKED, "response": f"<think>\n{REASONING}"},
+    "a data set's marks": {"prompt": ASKED, "response": f"<|begin_of_thought|>\n\n{REASONING}"},
+    "reasoning without an answer": {"prompt": ASKED, "response": "", "reasoning": REASONING},
+}
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_a_cut_chain_of_thought_is_kept_flagged_and_has_no_end(teacher, case):
+    trace = render(teacher, CUT[case])
+    assert sections(teacher, trace)[1:] == [f"<think>\n{REASONING}", ""]
+    assert trace.finish_reason == "length"
+    ready = {
+        "token_ids": list(trace.token_ids),
+        "cot_start": trace.bounds[0],
+        "answer_start": len(trace.token_ids),
+    }
+    assert render(teacher, ready).finish_reason == "length"
+
+
+def test_a_column_says_that_an_answer_was_cut(plain):
+    row = {"prompt": ASKED, "response": INLINE, "finish_reason": "length"}
+    trace = render(plain, row)
+    assert trace.finish_reason == "length"
+    assert plain.decode(trace.token_ids).endswith(ANSWER)
+    assert dict(trace.fields) == {"finish_reason": "length"}
+    whole = render(plain, row | {"finish_reason": "stop"})
+    assert whole.finish_reason is None
+    assert plain.decode(whole.token_ids).endswith("<|end|>")
+
+
+def test_a_solution_without_its_closing_mark_was_cut(plain):
+    row = {"prompt": ASKED, "response": OPEN_THOUGHTS.removesuffix("\n\n<|end_of_solution|>")}
+    trace = render(plain, row)
+    assert trace.finish_reason == "length"
+    assert sections(plain, trace)[2] == f"\n\n{ANSWER}"
+
+
+def test_a_chain_of_thought_that_ends_the_trace_was_not_cut(plain):
+    trace = render(plain, {"prompt": ASKED, "response": f"<think>{REASONING}</think>"})
+    assert (trace.finish_reason, sections(plain, trace)[2]) == (None, "<|end|>")
+    *ids, _ = trace.token_ids
+    ready = {"token_ids": ids, "cot_start": trace.bounds[0], "answer_start": len(ids)}
+    assert render(plain, ready).finish_reason is None
+
+
+def test_an_end_that_the_text_has_already_is_not_written_twice(plain):
+    trace = render(plain, {"prompt": ASKED, "response": f"{INLINE}<|end|>"})
+    assert sections(plain, trace)[2] == f"\n\n{ANSWER}<|end|>"
+
+
+def test_raw_output_after_an_opened_chain_of_thought_is_taken_as_it_is(opening):
+    trace = render(opening, {"prompt": ASKED, "response": INLINE.removeprefix("<think>\n")})
+    assert sections(opening, trace)[1] == f"<think>\n{REASONING}\n</think>"
+
+
+def test_a_response_without_thinking_has_no_chain_of_thought(plain, opening):
+    row = {"messages": [*ASKED, says("assistant", ANSWER, reasoning_content="")]}
+    trace = render(plain, row)
+    assert sections(plain, trace)[1:] == ["", f"{ANSWER}<|end|>"]
+    with pytest.raises(BadRow, match="opens a chain of thought with <think>, the row's is empty"):
+        render(opening, row)
+    row["messages"][-1]["content"] = INLINE
+    assert sections(opening, render(opening, row))[1] == f"<think>\n{REASONING}\n</think>"
+
+
+def test_a_reasoning_column_that_is_a_switch_is_the_users_own(plain):
+    row = {"prompt": ASKED, "response": INLINE, "reasoning": "on"}
+    trace = render(plain, row)
+    assert dict(trace.fields) == {"reasoning": "on"}
+    assert sections(plain, trace)[1] == f"<think>\n{REASONING}\n</think>"
+
+
+def test_reasoning_given_twice_is_refused(plain):
+    with pytest.raises(BadRow, match="given twice"):
+        render(plain, {"prompt": ASKED, "response": INLINE, "reasoning": REASONING})
+
+
+def test_tools_reach_the_chat_template(tmp_path):
+    template = "{% if tools %}tools: {{ tools[0].name }}\n{% endif %}" + TEMPLATES["plain"]
+    teacher = make_byte_teacher(tmp_path, template)
+    tools = [{"name": "add"}]
+    for given in (tools, json.dumps(tools)):
+        trace = render_prompt(teacher, {"messages": ASKED, "tools": given})
+        assert teacher.decode(trace.token_ids).startswith("tools: add\n<|start|>system")
+        assert "tools" not in trace.fields
+
+
+def test_turns_of_tools_are_the_prompts(plain):
+    call = {"from": "function_call", "value": "add(2, 3)"}
+    result = {"from": "observation", "value": "5"}
+    row = {"conversations": [*SENT, call, result, {"from": "gpt", "value": INLINE}]}
+    trace = render(plain, row)
+    assert plain.decode(trace.token_ids[: trace.num_prompt]).endswith(
+        "<|start|>assistant\nadd(2, 3)<|end|>\n<|start|>tool\n5<|end|>\n<|start|>assistant\n"
+    )
