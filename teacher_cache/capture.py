@@ -18,6 +18,7 @@ from teacher_cache.format import (
     CacheWriter,
     FinishedTrace,
     KeepPolicy,
+    Manifest,
     Trace,
     keep_entries,
     open_store,
@@ -102,6 +103,7 @@ def capture(job: Job) -> CaptureReport:
     # Refuse another capture's folder before the engine starts, and do without it where possible.
     header = job.header(_facts_of(manifest.header))
     with _writer(job, header) as writer:
+        _require_same_parts(job, manifest)
         survey = _survey(job, writer.finished())
         if survey.num_missing == 0:
             return _finish(job, writer, CaptureReport(survey))
@@ -117,6 +119,17 @@ def capture(job: Job) -> CaptureReport:
 
 def _writer(job: Job, header: CacheHeader) -> CacheWriter:
     return CacheWriter(job.out, header, config=job.config, worker=job.worker, journal=job.journal)
+
+
+def _require_same_parts(job: Job, manifest: Manifest) -> None:
+    """Refuse to mix captures that keep other parts of their traces; no header says which."""
+    for name, default in (("slice", None), ("prompt_turns", "all")):
+        before, now = (config.get(name, default) for config in (manifest.config, job.config))
+        if before != now:
+            raise CacheMismatchError(
+                f"{shown(job.out)} holds another capture ({name}: {now}, not {before}). Write to "
+                "another folder, or repeat that capture's settings."
+            )
 
 
 def _facts_of(header: CacheHeader) -> TeacherFacts:
@@ -216,19 +229,25 @@ def finished_trace(
     bounds = source.bounds or find_sections(ids.tolist(), source.num_prompt, tokenizer)
     # Rows of prompt tokens that were not asked for may come all the same when scoring.
     first = rows.first_row if header.capture_prompt else max(rows.first_row, source.num_prompt)
-    skip = first - rows.first_row
     policy = KeepPolicy(header.top_k, header.mass)
-    kept = keep_entries(rows.row_ids[skip:], rows.row_logprobs[skip:], policy)
+    has_row = np.ones(len(ids), bool)
+    has_row[:first] = False
+    for start, end in source.without_rows:
+        has_row[start:end] = False
+    rows_kept = has_row[rows.first_row :]
+    kept = keep_entries(rows.row_ids[rows_kept], rows.row_logprobs[rows_kept], policy)
+    k, tail_logit = np.zeros(len(ids), np.uint8), np.zeros(len(ids), np.float32)
+    k[has_row], tail_logit[has_row] = kept.k, kept.tail_logit
     trace = Trace(
         trace_id=rows.request_id,
         token_ids=ids,
         n_total=len(ids),
         cot_start=bounds[0],
         answer_start=bounds[1],
-        k=np.concatenate([np.zeros(first, np.uint8), kept.k]),
+        k=k,
         top_ids=kept.top_ids,
         top_logits=kept.top_logits,
-        tail_logit=np.concatenate([np.zeros(first, np.float32), kept.tail_logit]),
+        tail_logit=tail_logit,
         finish_reason=source.finish_reason or rows.finish_reason,
         fields=source.fields,
     )

@@ -9,10 +9,12 @@ from teacher_cache.capture import ONLY_WORKER, CaptureReport, Job, capture
 from teacher_cache.engines import Sampling, Teacher, TeacherFacts, TeacherRequest
 from teacher_cache.format import MAX_K, CacheHeader, CachePath, shown
 from teacher_cache.sources import (
+    PROMPT_TURNS,
     Input,
     Layout,
     PromptRenderer,
     Render,
+    Slice,
     Source,
     SourceTrace,
     TraceRenderer,
@@ -75,6 +77,11 @@ class GenerateConfig(CaptureConfig):
     seed: int = 0
     samples_per_prompt: int = 1
     capture_prompt: bool = False
+    prompt_turns: str = Layout.prompt_turns
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_prompt_turns(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +91,24 @@ class ScoreConfig(CaptureConfig):
     traces: Path
     response_field: str | None = None
     reasoning_field: str | None = None
+    slice: str | None = None
     capture_prompt: bool = True
+    prompt_turns: str = Layout.prompt_turns
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_prompt_turns(self)
+        if self.slice is not None:
+            Slice.parse(self.slice)
+
+
+def _check_prompt_turns(config: GenerateConfig | ScoreConfig) -> None:
+    if config.prompt_turns not in PROMPT_TURNS:
+        raise ValueError(
+            f"prompt turns: expected {' or '.join(PROMPT_TURNS)}, got {config.prompt_turns!r}"
+        )
+    if config.prompt_turns != Layout.prompt_turns and not config.capture_prompt:
+        raise ValueError("prompt turns: no token of the prompt is kept without --capture-prompt")
 
 
 def generate(config: GenerateConfig) -> CaptureReport:
@@ -145,16 +169,18 @@ def score(config: ScoreConfig) -> CaptureReport:
         response_field=config.response_field,
         reasoning_field=config.reasoning_field,
     )
-    render = TraceRenderer(tokenizer, context, files.vocab_size(), layout)
+    part = None if config.slice is None else Slice.parse(config.slice)
+    render = TraceRenderer(tokenizer, context, files.vocab_size(), layout, part)
     return capture(_job(config, files, tokenizer, config.traces, render, requests, None, None))
 
 
-def _layout(config: CaptureConfig) -> Layout:
+def _layout(config: GenerateConfig | ScoreConfig) -> Layout:
     return Layout(
         id_field=config.id_field,
         prompt_field=config.prompt_field,
         drop_system=config.drop_system,
         apply_chat_template=config.apply_chat_template,
+        prompt_turns=config.prompt_turns,
     )
 
 

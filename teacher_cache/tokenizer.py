@@ -178,6 +178,12 @@ class TeacherTokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """The characters that each id of `encode` stands for: first, and one after the last."""
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+        return offsets
+
     def encode_document(self, text: str) -> list[int]:
         """Ids of a text that begins a sequence, with what the tokenizer puts before one."""
         ids: list[int] = self._tokenizer.encode(text)

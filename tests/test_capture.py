@@ -311,6 +311,69 @@ def test_scoring_keeps_the_tokens_that_were_given(config, asked, capture_prompt,
     assert (trace.k > 0).tolist() == [False, *[capture_prompt] * 2, *[True] * 5]
 
 
+@pytest.fixture
+def scoring(config, asked, tmp_path):
+    """Score one conversation whose assistant speaks twice; returns the cache's trace."""
+    turns = [
+        ("user", "a b c"),
+        ("assistant", "d e"),
+        ("user", "f"),
+        ("assistant", "<think> g </think> 5"),
+    ]
+    row = {"id": "x", "messages": [{"role": r, "content": c} for r, c in turns]}
+    traces = tmp_path / "traces.jsonl"
+    traces.write_text(json.dumps(row))
+
+    def run(**changes):
+        out = tmp_path / "scored"
+        score(ScoreConfig(model=config.model, traces=traces, out=out, top_k=8, **changes))
+        return read_all(open_cache(str(out)))["x"]
+
+    return run
+
+
+def test_turns_of_the_prompt_that_are_not_the_assistants_can_go_without_distributions(
+    scoring, tmp_path
+):
+    trace = scoring(prompt_turns="assistant")
+    has_rows = [0] * 6 + [0, 0, 1, 1, 1] + [0] * 4 + [0, 0] + [1] * 5
+    assert (trace.k > 0).tolist() == [bool(has) for has in has_rows]
+    with pytest.raises(CacheMismatchError, match="prompt_turns: all, not assistant"):
+        scoring()
+    (tmp_path / "scored").rename(tmp_path / "assistant")
+    whole = scoring()
+    assert (whole.k > 0).tolist() == [False] + [True] * (whole.n_total - 1)
+    ends = np.cumsum(whole.k, dtype=int)
+    kept = np.concatenate(
+        [np.arange(ends[t] - whole.k[t], ends[t]) for t in np.flatnonzero(trace.k)]
+    )
+    np.testing.assert_array_equal(trace.top_ids, whole.top_ids[kept])
+    np.testing.assert_array_equal(trace.tail_logit[trace.k > 0], whole.tail_logit[trace.k > 0])
+
+
+@pytest.mark.parametrize(
+    ("part", "first", "num_tokens"), [("lead", 0, 11), ("middle", 5, 11), ("last", 11, 11)]
+)
+def test_a_slice_is_scored_as_a_sequence_of_its_own(scoring, tmp_path, part, first, num_tokens):
+    whole = scoring()
+    (tmp_path / "scored").rename(tmp_path / "whole")
+    trace = scoring(slice=f"{part}:0.5")
+    assert whole.n_total == 22
+    np.testing.assert_array_equal(trace.token_ids, whole.token_ids[first : first + num_tokens])
+    bounds = [min(max(b - first, 0), num_tokens) for b in (whole.cot_start, whole.answer_start)]
+    assert [trace.cot_start, trace.answer_start, trace.n_total] == [*bounds, num_tokens]
+    assert (trace.k > 0).tolist() == [False] + [True] * (num_tokens - 1)
+    cut = {"part": part, "proportion": 0.5, "first_token": first, "n_whole": 22}
+    assert trace.fields == {"slice": cut}
+    with pytest.raises(CacheMismatchError, match=f"slice: lead:0.9, not {part}:0.5"):
+        scoring(slice="lead:0.9")
+
+
+def test_a_slice_of_one_token_is_left_out(scoring):
+    with pytest.raises(SourceError, match="1 of 1 rows: trace-too-short"):
+        scoring(slice="last:0.05")
+
+
 def test_both_modes_store_the_same_entries_for_the_same_tokens(config, asked, tmp_path):
     generate(replace(config, capture_prompt=True))
     generated = read_all(open_cache(str(config.out)))
@@ -348,3 +411,18 @@ def test_a_model_folder_may_be_spelt_in_another_way(config, asked):
 def test_settings_outside_their_range_are_refused(config, bad):
     with pytest.raises(ValueError, match="expected"):
         replace(config, **bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"slice": "left:0.5"}, "expected lead, middle, last with a proportion"),
+        ({"slice": "lead:1.5"}, "got 'lead:1.5'"),
+        ({"slice": "lead"}, "got 'lead'"),
+        ({"prompt_turns": "user"}, "expected all or assistant"),
+        ({"prompt_turns": "assistant", "capture_prompt": False}, "without --capture-prompt"),
+    ],
+)
+def test_settings_of_score_outside_their_range_are_refused(bad, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        ScoreConfig(model="m", traces=tmp_path, out=tmp_path, **bad)

@@ -7,6 +7,7 @@ import click
 
 from teacher_cache.cli.options import FILE
 from teacher_cache.modes import GenerateConfig
+from teacher_cache.sources import PROMPT_TURNS
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -26,6 +27,13 @@ def source_options(command: _Command) -> _Command:
             "--apply-chat-template",
             is_flag=True,
             help="Make prompts that are text the user's turn of a chat.",
+        ),
+        click.option(
+            "--prompt-turns",
+            type=click.Choice(PROMPT_TURNS),
+            default=default.prompt_turns,
+            show_default=True,
+            help="Whose tokens of the prompt get distributions, with --capture-prompt.",
         ),
         click.option("--drop-system", is_flag=True, help="Leave out the rows' system prompts."),
         click.option("--dataset-config", help="Configuration of a hub id."),
@@ -54,6 +62,12 @@ def trace_options(command: _Command) -> _Command:
         click.option(
             "--reasoning-field",
             help="Column of the chain of thought, if apart.  [default: the usual names]",
+        ),
+        click.option(
+            "--slice",
+            metavar="PART:PROPORTION",
+            help="Score a part of each trace as a sequence of its own: lead, middle or last, "
+            "e.g. middle:0.5.",
         ),
     ]
     return _with(command, options)

@@ -2,12 +2,15 @@
 
 from teacher_cache.sources.files import Input
 from teacher_cache.sources.rejects import BadRow, Reason, Rejects, SourceError
-from teacher_cache.sources.render import PromptRenderer, Render, SourceTrace, TraceRenderer
+from teacher_cache.sources.render import PromptRenderer, TraceRenderer
 from teacher_cache.sources.sections import find_first, find_last, find_sections
-from teacher_cache.sources.shapes import Layout
+from teacher_cache.sources.shapes import PROMPT_TURNS, Layout
+from teacher_cache.sources.slices import Slice
 from teacher_cache.sources.source import Source, read_ids
+from teacher_cache.sources.trace import Render, SourceTrace
 
 __all__ = [
+    "PROMPT_TURNS",
     "BadRow",
     "Input",
     "Layout",
@@ -15,6 +18,7 @@ __all__ = [
     "Reason",
     "Rejects",
     "Render",
+    "Slice",
     "Source",
     "SourceError",
     "SourceTrace",

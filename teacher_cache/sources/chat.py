@@ -6,7 +6,7 @@ from typing import Any
 
 from teacher_cache.sources.rejects import BadRow, Reason
 from teacher_cache.sources.thinking import with_own_marks
-from teacher_cache.tokenizer import ThinkMarks
+from teacher_cache.tokenizer import TeacherTokenizer, ThinkMarks
 
 Message = dict[str, Any]
 
@@ -119,6 +119,14 @@ def with_system(messages: list[Message], system: object, *, drop: bool) -> list[
     if own:
         raise BadRow(Reason.BAD_MESSAGES, "the `system` column and a system message differ")
     return [{"role": "system", "content": system}, *messages]
+
+
+def rendered(messages: list[Message], tools: list[Any] | None, tokenizer: TeacherTokenizer) -> str:
+    """The chat template's text of a conversation; raises BadRow where it refuses the messages."""
+    try:
+        return tokenizer.render_chat(messages, tools)
+    except ValueError as error:
+        raise BadRow(Reason.TEMPLATE_REFUSES, str(error)) from error
 
 
 def with_own_history(messages: list[Message], own: ThinkMarks) -> list[Message]:

@@ -22,6 +22,7 @@ class Reason(StrEnum):
     NOT_UTF8 = "not-utf-8"
     NOT_AN_OBJECT = "not-an-object"
     FIELD_NOT_JSON = "field-not-json"
+    FIELD_RESERVED = "field-reserved"
     UNKNOWN_COLUMNS = "unknown-columns"
     BAD_ID = "bad-id"
     DUPLICATE_ID = "duplicate-id"
@@ -30,6 +31,7 @@ class Reason(StrEnum):
     BAD_MESSAGES = "bad-messages"
     UNKNOWN_ROLE = "unknown-role"
     TEMPLATE_REFUSES = "template-refuses"
+    TURNS_NOT_FOUND = "turns-not-found"
     NO_ASSISTANT_TURN = "no-assistant-turn"
     BAD_RESPONSE = "bad-response"
     EMPTY_RESPONSE = "empty-response"
@@ -39,6 +41,7 @@ class Reason(StrEnum):
     BAD_BOUNDS = "bad-bounds"
     TOKEN_OUTSIDE_VOCABULARY = "token-outside-vocabulary"
     PROMPT_TOO_LONG = "prompt-too-long"
+    TRACE_TOO_SHORT = "trace-too-short"
     TRACE_TOO_LONG = "trace-too-long"
 
 

@@ -1,37 +1,20 @@
 """Rows -> token ids and section bounds, exactly as the teacher would have produced them."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from teacher_cache.format import content_hash
-from teacher_cache.sources.chat import with_own_history
+from teacher_cache.sources.chat import Message, rendered, with_own_history
 from teacher_cache.sources.rejects import BadRow, Reason
 from teacher_cache.sources.sections import find_sections, left_open
 from teacher_cache.sources.shapes import Exchange, Layout, read_prompt, read_trace
+from teacher_cache.sources.slices import Slice
 from teacher_cache.sources.thinking import continued, response_of
+from teacher_cache.sources.trace import SourceTrace, Spans
+from teacher_cache.sources.turns import tokens_of_others
 from teacher_cache.tokenizer import TeacherTokenizer
-
-
-@dataclass(frozen=True)
-class SourceTrace:
-    """One row of the input, rendered: a prompt, or a whole trace."""
-
-    trace_id: str
-    token_ids: tuple[int, ...]
-    num_prompt: int  # tokens of the prompt; all of them where traces are generated
-    bounds: tuple[int, int] | None  # (cot_start, answer_start) of a trace that is given
-    fields: Mapping[str, Any]  # the user's own, which travel with the trace
-    finish_reason: str | None = None  # "length" for a given trace that was cut
-
-    @property
-    def source_hash(self) -> str:
-        """Of the tokens and bounds: an input that changed under the same id is noticed."""
-        return content_hash([self.token_ids, self.bounds])
-
-
-Render = Callable[[dict[str, Any]], SourceTrace]
 
 
 @dataclass(frozen=True)
@@ -46,7 +29,7 @@ class PromptRenderer:
     def __call__(self, row: dict[str, Any]) -> SourceTrace:
         """Render one row; raises BadRow."""
         exchange = read_prompt(row, self.layout)
-        ids = _prompt_ids(exchange, self.tokenizer)
+        ids, without_rows = _prompt_ids(exchange, self.tokenizer, self.layout)
         if len(ids) >= self.max_tokens:
             raise BadRow(
                 Reason.PROMPT_TOO_LONG,
@@ -56,7 +39,7 @@ class PromptRenderer:
         _check_vocabulary(ids, self.vocab_size)
         own = _own_fields(row, self.layout.id_field, *exchange.used)
         name = _trace_id(row, self.layout.id_field, ids)
-        return SourceTrace(name, tuple(ids), len(ids), None, own)
+        return SourceTrace(name, tuple(ids), len(ids), None, own, without_rows=without_rows)
 
 
 @dataclass(frozen=True)
@@ -78,10 +61,17 @@ class TraceRenderer:
     max_tokens: int
     vocab_size: int  # of the teacher's softmax: padded ids are sampled now and then
     layout: Layout
+    slice: Slice | None = None
 
     def __call__(self, row: dict[str, Any]) -> SourceTrace:
         """Render one row; raises BadRow."""
         trace = self._ready_ids(row) if "token_ids" in row else self._rendered(row)
+        if self.slice is not None:
+            trace = self.slice.cut(trace)
+        if len(trace.token_ids) < 2:
+            raise BadRow(
+                Reason.TRACE_TOO_SHORT, "one token; the first of a sequence has no distribution"
+            )
         _check_vocabulary(trace.token_ids, self.vocab_size)
         if len(trace.token_ids) > self.max_tokens:
             raise BadRow(
@@ -115,6 +105,7 @@ class TraceRenderer:
             (cot_start, answer_start),
             own,
             _finish_reason(row, is_cut=self._is_open(ids, (cot_start, answer_start))),
+            () if self.layout.prompt_turns == "all" or not cot_start else ((0, cot_start),),
         )
 
     def _is_open(self, ids: Sequence[int], bounds: tuple[int, int]) -> bool:
@@ -125,7 +116,7 @@ class TraceRenderer:
 
     def _rendered(self, row: dict[str, Any]) -> SourceTrace:
         exchange = read_trace(row, self.layout)
-        prompt = _prompt_ids(exchange, self.tokenizer)
+        prompt, without_rows = _prompt_ids(exchange, self.tokenizer, self.layout)
         text, is_cut = self._response(exchange, prompt)
         ids = prompt + self.tokenizer.encode(text)
         bounds = find_sections(ids, len(prompt), self.tokenizer)
@@ -140,6 +131,7 @@ class TraceRenderer:
             bounds,
             _own_fields(row, self.layout.id_field, *exchange.used),
             finish_reason,
+            without_rows,
         )
 
     def _response(self, exchange: Exchange, prompt: list[int]) -> tuple[str, bool]:
@@ -164,18 +156,21 @@ def _finish_reason(row: Mapping[str, Any], *, is_cut: bool) -> str | None:
     return "length" if is_cut or row.get("finish_reason") == "length" else None
 
 
-def _prompt_ids(exchange: Exchange, tokenizer: TeacherTokenizer) -> list[int]:
+def _prompt_ids(
+    exchange: Exchange, tokenizer: TeacherTokenizer, layout: Layout
+) -> tuple[list[int], Spans]:
+    """Tokens of the prompt, and the spans of them that get no distributions."""
+    messages: list[Message] = []
     if isinstance(exchange.prompt, str):
         ids = tokenizer.encode_document(exchange.prompt)
     else:
         messages = with_own_history(exchange.prompt, tokenizer.marks)
-        try:
-            ids = tokenizer.encode(tokenizer.render_chat(messages, exchange.tools))
-        except ValueError as error:
-            raise BadRow(Reason.TEMPLATE_REFUSES, str(error)) from error
+        ids = tokenizer.encode(rendered(messages, exchange.tools, tokenizer))
     if not ids:
         raise BadRow(Reason.EMPTY_PROMPT, "the prompt has no tokens")
-    return ids
+    if layout.prompt_turns == "all":
+        return ids, ()
+    return ids, tokens_of_others(messages, exchange.tools, ids, tokenizer)
 
 
 def _check_vocabulary(ids: Sequence[int], vocab_size: int) -> None:

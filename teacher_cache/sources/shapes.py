@@ -8,6 +8,7 @@ from typing import Any
 from teacher_cache.sources.chat import REASONING_NAMES, Message, messages_of, with_system
 from teacher_cache.sources.rejects import BadRow, Reason
 
+PROMPT_TURNS = ("all", "assistant")
 CHAT_COLUMNS = ("messages", "conversations")
 _RESPONSE_COLUMNS = ("response", "completion", "content")
 _SWITCHES = {"on", "off", "true", "false", "yes", "no"}  # a `reasoning` column that is no text
@@ -23,6 +24,7 @@ class Layout:
     reasoning_field: str | None = None
     drop_system: bool = False
     apply_chat_template: bool = False  # to prompts that are text
+    prompt_turns: str = PROMPT_TURNS[0]  # which of the prompt's turns get distributions
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from teacher_cache.sources.files import Input
 from teacher_cache.sources.rejects import BadRow, Reason, Rejects, SourceError
-from teacher_cache.sources.render import Render, SourceTrace, given_id
+from teacher_cache.sources.render import given_id
 from teacher_cache.sources.row import Row
 from teacher_cache.sources.text import parse_line
+from teacher_cache.sources.trace import Render, SourceTrace
 
 logger = logging.getLogger(__name__)
 

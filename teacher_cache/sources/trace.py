@@ -1,0 +1,31 @@
+"""SourceTrace: a row of the input, rendered."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from teacher_cache.format import content_hash
+
+Spans = tuple[tuple[int, int], ...]  # of tokens: first, and one after the last
+
+
+@dataclass(frozen=True)
+class SourceTrace:
+    """One row of the input, rendered: a prompt, or a whole trace."""
+
+    trace_id: str
+    token_ids: tuple[int, ...]
+    num_prompt: int  # tokens of the prompt; all of them where traces are generated
+    bounds: tuple[int, int] | None  # (cot_start, answer_start) of a trace that is given
+    fields: Mapping[str, Any]  # the user's own, which travel with the trace
+    finish_reason: str | None = None  # "length" for a given trace that was cut
+    without_rows: Spans = ()  # tokens of the prompt that get no distributions
+
+    @property
+    def source_hash(self) -> str:
+        """Of what the trace is made from: an input that changed under the same id is noticed."""
+        parts: list[object] = [self.token_ids, self.bounds]
+        return content_hash([*parts, self.without_rows] if self.without_rows else parts)
+
+
+Render = Callable[[dict[str, Any]], SourceTrace]
