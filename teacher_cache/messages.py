@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from teacher_cache.audit import Audit, Spread
 from teacher_cache.capture import CaptureReport
 from teacher_cache.format import Cache
 from teacher_cache.format.findings import Finding, Verification
@@ -125,6 +126,38 @@ def repair_lines(repair: Repair, path: str) -> Iterator[str]:
         "missing and seals the cache. Where that is not possible, `cache-teacher seal` declares "
         "it complete without these traces"
     )
+
+
+def audit_lines(found: Audit, path: str) -> Iterator[str]:
+    """What an audit measured, and its verdict."""
+    yield (
+        f"{path}: {found.num_tokens:,} tokens of {found.num_traces:,} traces scored again by "
+        f"{found.engine} {found.engine_version} ({found.dtype}); nats per token"
+    )
+    yield f"KL, stored to live     {_spread(found.kl)}"
+    yield f"KL, live to live again {_spread(found.noise)}  ({found.noise_from})"
+    yield (
+        f"mean KL to the rows before and after: {found.kl_if_moved[-1]:.3g}, "
+        f"{found.kl_if_moved[1]:.3g}; worst: token {found.worst_token} of {found.worst_trace!r}"
+    )
+    least = "" if found.live_width == found.vocab_size else "at least "
+    yield (
+        f"lost by keeping top-k: {least}{found.cut_by_top_k:.2e}, by the mass cut: "
+        f"{found.cut_by_mass:.2e} (dropped ids sharing the tail evenly; {found.live_width:,} of "
+        f"{found.vocab_size:,} ids per token looked at)"
+    )
+    yield (
+        f"same most probable token: {found.top1_agreement:.2%} | teacher's NLL of these traces: "
+        f"stored {found.nll_stored:.4f}, live {found.nll_live:.4f}"
+    )
+    if found.num_outside:
+        yield f"{found.num_outside:,} stored entries are beyond the engine's {found.live_width:,}"
+    verdict = "passed" if found.passed else "FAILED"
+    yield f"{verdict}: mean KL {found.kl.mean:.2e}, at most {found.max_kl:g} allowed"
+
+
+def _spread(spread: Spread) -> str:
+    return f"mean {spread.mean:.2e}  99th percentile {spread.p99:.2e}  max {spread.max:.2e}"
 
 
 def _duration(seconds: float) -> str:

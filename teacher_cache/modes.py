@@ -7,6 +7,7 @@ from pathlib import Path
 
 from teacher_cache.capture import ONLY_WORKER, CaptureReport, Job, capture
 from teacher_cache.engines import Sampling, Teacher, TeacherFacts, TeacherRequest
+from teacher_cache.engines.start import start_teacher
 from teacher_cache.format import MAX_K, CacheHeader, CachePath, shown
 from teacher_cache.sources import (
     PROMPT_TURNS,
@@ -21,8 +22,6 @@ from teacher_cache.sources import (
     read_ids,
 )
 from teacher_cache.tokenizer import ModelFiles, TeacherTokenizer, ThinkMarks
-
-ENGINES = ("vllm", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,26 +253,12 @@ def _resolved(config: CaptureConfig) -> dict[str, object]:
 def _start(
     config: CaptureConfig, files: ModelFiles, sampling: Sampling | None, longest: int
 ) -> Teacher:
-    # A vocabulary smaller than top-k has no more candidates to give.
-    top_k = min(config.top_k, files.vocab_size())
-    if config.engine == "transformers":
-        from teacher_cache.engines.transformers import TransformersTeacher
-
-        return TransformersTeacher(
-            model=config.model,
-            revision=config.revision,
-            dtype=config.dtype,
-            top_k=top_k,
-            max_model_len=longest,
-            sampling=sampling,
-        )
-    from teacher_cache.engines.vllm import VllmTeacher
-
-    return VllmTeacher(
+    return start_teacher(
+        config.engine,
         model=config.model,
         revision=config.revision,
         dtype=config.dtype,
-        top_k=top_k,
+        top_k=min(config.top_k, files.vocab_size()),  # a small vocabulary has no more candidates
         max_model_len=longest,
         sampling=sampling,
         engine_args=config.engine_arg,

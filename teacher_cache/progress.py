@@ -18,8 +18,9 @@ LINE_INTERVAL_S = 10.0
 class Progress:
     """Counts finished traces and tokens, and says so."""
 
-    def __init__(self, num_traces: int) -> None:
-        """Begin to count towards `num_traces`."""
+    def __init__(self, num_traces: int, *, doing: str = "captured") -> None:
+        """Begin to count towards `num_traces`; `doing` is said of each."""
+        self._doing = doing
         self.num_traces = 0
         self.num_tokens = 0
         self._total = num_traces
@@ -27,7 +28,7 @@ class Progress:
         self._bar: RichProgress | None = None
         if sys.stderr.isatty():
             self._bar = RichProgress(
-                TextColumn("captured"),
+                TextColumn(doing),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("traces | {task.fields[rate]}"),
@@ -74,7 +75,8 @@ class Progress:
         self._said_s = time.monotonic()
         left_s = self.seconds / self.num_traces * (self._total - self.num_traces)
         logger.info(
-            "captured %s/%s traces | %s | eta %.0f s",
+            "%s %s/%s traces | %s | eta %.0f s",
+            self._doing,
             f"{self.num_traces:,}",
             f"{self._total:,}",
             self._rate(),

@@ -265,3 +265,5 @@ def test_vllm_and_transformers_make_the_same_cache(model, prompts, tmp_path):
             # One step of the grid apart where a logprob lies on the edge between two.
             np.testing.assert_allclose(trace.top_logits, other[name].top_logits, atol=1 / 30)
             np.testing.assert_allclose(trace.tail_logit, other[name].tail_logit, rtol=0.01)
+    said = run("audit", tmp_path / "vllm", "--model", model, "--max-kl", "1e-4").stdout
+    assert "passed: mean KL" in said

@@ -183,7 +183,7 @@ def test_reference_rows_are_the_log_softmax_of_one_plain_forward_pass(model, ref
 
 def test_reading_a_trace_in_chunks_changes_nothing(model, reference, monkeypatch):
     whole = run(reference, scoring("a", prompt(4, 60)))["a"]
-    monkeypatch.setattr(transformers_engine, "_CHUNK_TOKENS", 7)
+    monkeypatch.setattr(transformers_engine.TransformersTeacher, "chunk_tokens", 7)
     in_chunks = run(reference, scoring("a", prompt(4, 60)))["a"]
     assert np.array_equal(whole.token_ids, in_chunks.token_ids)
     assert largest_difference(in_chunks, full_logprobs(reference, whole)).max() < 1e-4

@@ -56,6 +56,8 @@ LOW_TO_HIGH = {  # within a stage: a module must not import one that stands afte
         "inspection",
         "export",
         "truncate",
+        "fidelity",
+        "audit",
         "cli",
     ],
 }

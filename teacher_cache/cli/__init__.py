@@ -23,6 +23,7 @@ for _command in (
     capturing.score_command,
     capturing.seal_command,
     checking.verify_command,
+    checking.audit_command,
     reading.inspect_command,
     reading.export_command,
     reading.truncate_command,

@@ -11,8 +11,9 @@ from teacher_cache import messages
 from teacher_cache.capture import CaptureReport
 from teacher_cache.cli.options import FILE, FOLDER, NamedValue, named, read_config
 from teacher_cache.cli.source_options import source_options, trace_options
+from teacher_cache.engines.start import ENGINES
 from teacher_cache.format import open_cache, seal_cache, shown
-from teacher_cache.modes import ENGINES, GenerateConfig, ScoreConfig, generate, score
+from teacher_cache.modes import GenerateConfig, ScoreConfig, generate, score
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

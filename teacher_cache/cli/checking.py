@@ -1,14 +1,18 @@
-"""verify: whether a cache is what it was when it was written."""
+"""verify, audit: whether a cache is what was written, and what its teacher says."""
 
 import json
 import sys
 from dataclasses import asdict
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from teacher_cache import messages
+from teacher_cache.audit import AuditConfig, audit
+from teacher_cache.cli.options import NamedValue, named
+from teacher_cache.engines.start import ENGINES
 from teacher_cache.format.findings import Verification
 from teacher_cache.format.repair import repair_cache
 from teacher_cache.format.verify import verify_cache
@@ -61,3 +65,56 @@ def _verified(cache: str) -> Verification:
         return verify_cache(
             cache, lambda done, total: bar.update(task, completed=done, total=total)
         )
+
+
+@click.command("audit")
+@click.argument("cache")
+@click.option("--model", required=True, help="The teacher: a folder or a Hugging Face id.")
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default=AuditConfig.engine,
+    show_default=True,
+    help="Scores the sample; best not the one that made the cache.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    default=AuditConfig.samples,
+    show_default=True,
+    help="Traces to score again.",
+)
+@click.option("--seed", type=int, default=AuditConfig.seed, show_default=True)
+@click.option(
+    "--max-kl",
+    type=click.FloatRange(0),
+    default=AuditConfig.max_kl,
+    show_default=True,
+    help="Largest mean KL from stored to live, nats per token.",
+)
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--dtype", default=AuditConfig.dtype, show_default=True)
+@click.option(
+    "--engine-arg",
+    type=NamedValue(),
+    multiple=True,
+    callback=named,
+    help="An engine argument of vLLM. Repeatable.",
+)
+@click.option("--any-model", is_flag=True, help="Let other weights through; the tokenizer counts.")
+@click.option("--allow-unsealed", is_flag=True, help="Audit what is committed so far.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def audit_command(as_json: bool, **options: Any) -> None:  # noqa: ANN401 (click's own values)
+    """Score a sample of a cache again with another engine; exit with 1 where it differs too much.
+
+    \b
+    cache-teacher audit cache --model Qwen/Qwen3-32B --samples 32
+    """
+    found = audit(AuditConfig(**options))
+    if as_json:
+        click.echo(json.dumps({"passed": found.passed, **asdict(found)}))
+    else:
+        for line in messages.audit_lines(found, options["cache"]):
+            click.echo(line)
+    if not found.passed:
+        sys.exit(1)

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# Tokens per forward pass: [T, V] in float64 stays near 300 MB at V = 152k.
-_CHUNK_TOKENS = 256
-
 
 class TransformersTeacher:
     """A causal language model of `transformers` as a `Teacher`.
@@ -42,6 +39,9 @@ class TransformersTeacher:
     """
 
     facts: TeacherFacts
+    # Per forward pass of given tokens; may be changed between runs. [T, V] in float64 stays near
+    # 300 MB at V = 152k.
+    chunk_tokens: int = 256
 
     def __init__(
         self,
@@ -123,8 +123,8 @@ class TransformersTeacher:
         logits_TV, cache = torch.empty(0), None
         pieces = [_candidates(torch.empty(0, self.facts.vocab_size), [], self._top_k)]
         with torch.inference_mode():
-            for start in range(0, num_given, _CHUNK_TOKENS):
-                logits_TV, cache = self._forward(tokens[start : start + _CHUNK_TOKENS], cache)
+            for start in range(0, num_given, self.chunk_tokens):
+                logits_TV, cache = self._forward(tokens[start : start + self.chunk_tokens], cache)
                 over = tokens[start + 1 : start + 1 + len(logits_TV)]
                 if capture_given:
                     pieces.append(_candidates(logits_TV[: len(over)], over, self._top_k))

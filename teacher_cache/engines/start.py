@@ -1,0 +1,47 @@
+"""From an engine's name to a running teacher; each engine is imported where it is asked for."""
+
+from collections.abc import Mapping
+
+from teacher_cache.engines import Sampling, Teacher
+
+ENGINES = ("vllm", "transformers")
+
+
+def start_teacher(
+    engine: str,
+    *,
+    model: str,
+    revision: str | None,
+    dtype: str,
+    top_k: int,
+    max_model_len: int,
+    sampling: Sampling | None,
+    engine_args: Mapping[str, object],
+) -> Teacher:
+    """Start an engine; `engine_args` are vLLM's alone.
+
+    Raises:
+        EngineError: If it cannot be started.
+    """
+    if engine == "transformers":
+        from teacher_cache.engines.transformers import TransformersTeacher
+
+        return TransformersTeacher(
+            model=model,
+            revision=revision,
+            dtype=dtype,
+            top_k=top_k,
+            max_model_len=max_model_len,
+            sampling=sampling,
+        )
+    from teacher_cache.engines.vllm import VllmTeacher
+
+    return VllmTeacher(
+        model=model,
+        revision=revision,
+        dtype=dtype,
+        top_k=top_k,
+        max_model_len=max_model_len,
+        sampling=sampling,
+        engine_args=engine_args,
+    )

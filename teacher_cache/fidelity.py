@@ -1,0 +1,123 @@
+"""How far stored distributions are from an engine's rows: the arithmetic of an audit.
+
+Letters: R rows (tokens with a distribution), K candidates per row, E kept entries of all rows,
+V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_cache.format import TAIL_FLOOR
+
+_Floats = NDArray[np.float64]
+_ROWS_AT_ONCE = 256  # [256, 4097] keys are sorted at once
+
+
+@dataclass(frozen=True)
+class LiveRows:
+    """Rows of an engine: column 0 is the token itself, 1..K are candidates, most probable first."""
+
+    ids: NDArray[np.int32]  # [R, 1 + K]
+    logprobs: NDArray[np.float32]  # [R, 1 + K]
+
+    def part(self, rows: slice | NDArray[np.int64]) -> "LiveRows":
+        """Some of the rows."""
+        return LiveRows(self.ids[rows], self.logprobs[rows])
+
+
+def logprobs_at(
+    live: LiveRows, k: NDArray[np.uint8], ids: NDArray[np.int32]
+) -> tuple[_Floats, NDArray[np.bool_]]:
+    """What rows say of given ids.
+
+    Args:
+        live: R rows.
+        k: [R] ids asked of each row.
+        ids: [E] flat.
+
+    Returns:
+        [E] logprobs in nats, and [E] whether an id is among its row's candidates; where it is not,
+        its logprob is at most the least candidate's, and that one is given.
+    """
+    found = np.empty(len(ids))
+    is_there = np.empty(len(ids), bool)
+    ends = np.concatenate([[0], np.cumsum(k, dtype=np.int64)])
+    for first in range(0, len(k), _ROWS_AT_ONCE):
+        part = live.part(slice(first, first + _ROWS_AT_ONCE))
+        rows = np.arange(len(part.ids))
+        keys = ((rows[:, None] << 32) | part.ids).ravel()
+        order = np.argsort(keys, kind="stable")
+        row_of_entry = np.repeat(rows, k[first : first + len(rows)])
+        entries = slice(int(ends[first]), int(ends[first + len(rows)]))
+        wanted = (row_of_entry << 32) | ids[entries]
+        places = order[np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)]
+        is_there[entries] = keys[places] == wanted
+        least = part.logprobs[:, 1:].min(axis=1)[row_of_entry]
+        found[entries] = np.where(is_there[entries], part.logprobs.ravel()[places], least)
+    return found, is_there
+
+
+def tails(k: NDArray[np.uint8], logprobs: _Floats) -> _Floats:
+    """[R] mass outside some entries, at least what a cache can tell from none."""
+    row_of_entry = np.repeat(np.arange(len(k)), k)
+    inside = np.bincount(row_of_entry, weights=np.exp(logprobs), minlength=len(k))
+    return np.clip(1 - inside, TAIL_FLOOR, None)
+
+
+def divergence(
+    k: NDArray[np.uint8], p_logprobs: _Floats, p_tail: _Floats, q_logprobs: _Floats, q_tail: _Floats
+) -> _Floats:
+    """[R] KL(p || q) in nats over the kept entries and one bucket for the tail."""
+    row_of_entry = np.repeat(np.arange(len(k)), k)
+    terms = np.exp(p_logprobs) * (p_logprobs - q_logprobs)
+    of_entries = np.bincount(row_of_entry, weights=terms, minlength=len(k))
+    result: _Floats = of_entries + p_tail * (np.log(p_tail) - np.log(q_tail))
+    return result
+
+
+def cut_loss(live: LiveRows, top_k: int, mass: float, vocab_size: int) -> _Floats:
+    """[R] KL in nats from whole rows to what is left of them: kept entries and an even tail.
+
+    It is the most that a student can miss by the cut: the dropped ids share their mass evenly.
+    Where rows are narrower than the vocabulary, the part beyond them counts as even, so that the
+    result is a lower bound.
+
+    Args:
+        live: R rows.
+        top_k: Entries kept, at most; the token itself comes on top.
+        mass: The fewest entries are kept that reach it.
+        vocab_size: V.
+    """
+    pieces = [
+        _cut_loss(live.part(slice(first, first + _ROWS_AT_ONCE)), top_k, mass, vocab_size)
+        for first in range(0, len(live.ids), _ROWS_AT_ONCE)
+    ]
+    return np.concatenate([np.zeros(0), *pieces])
+
+
+def _cut_loss(live: LiveRows, top_k: int, mass: float, vocab_size: int) -> _Floats:
+    logprobs = live.logprobs[:, 1:].astype(np.float64)
+    probs, own = np.exp(logprobs), np.exp(live.logprobs[:, 0].astype(np.float64))
+    masses = np.cumsum(probs[:, :top_k], axis=1)
+    num_kept = np.minimum(np.count_nonzero(masses < mass, axis=1) + 1, masses.shape[1])
+    is_top = np.arange(logprobs.shape[1]) < num_kept[:, None]
+    is_own = live.ids[:, 1:] == live.ids[:, :1]
+    is_dropped = ~is_top & ~is_own
+    comes_on_top = ~(is_own & is_top).any(axis=1)  # the token itself, where it is not in the top
+    is_beyond = ~is_own.any(axis=1)  # it is none of the candidates either
+    num_unknown = vocab_size - logprobs.shape[1] - is_beyond
+    unknown = np.where(num_unknown > 0, 1 - probs.sum(axis=1) - own * is_beyond, 0.0).clip(0)
+    num_dropped = vocab_size - num_kept - comes_on_top
+    dropped = np.where(is_dropped, probs, 0.0).sum(axis=1) + unknown
+    inside = _x_log(np.where(is_dropped, probs, 0.0), probs).sum(axis=1)
+    inside += _x_log(unknown, unknown / np.maximum(num_unknown, 1))
+    loss: _Floats = inside - _x_log(dropped, dropped / np.maximum(num_dropped, 1))
+    return loss.clip(0)
+
+
+def _x_log(x: _Floats, y: _Floats) -> _Floats:
+    """X * log(y), 0 where x is 0."""
+    result: _Floats = x * np.log(np.where(x > 0, y, 1.0))
+    return result
