@@ -9,6 +9,7 @@ from teacher_cache.format import Cache
 from teacher_cache.format.findings import Finding, Verification
 from teacher_cache.format.repair import Repair
 from teacher_cache.inspection import Inspection, ShownToken
+from teacher_cache.plan import Step
 
 
 def figures_lines(figures: Inspection, header: Mapping[str, Any], path: str) -> Iterator[str]:
@@ -158,6 +159,21 @@ def audit_lines(found: Audit, path: str) -> Iterator[str]:
 
 def _spread(spread: Spread) -> str:
     return f"mean {spread.mean:.2e}  99th percentile {spread.p99:.2e}  max {spread.max:.2e}"
+
+
+def step_line(step: Step) -> str:
+    """One figure of a plan and its arithmetic."""
+    return f"{step.name:32} {_amount(step.value, step.unit):>18}  = {step.how}"
+
+
+def _amount(value: float, unit: str) -> str:
+    """A number with its unit, as people say it: 12.3 GB, 4,200, 0.82."""
+    if unit in ("bytes", "FLOPs"):
+        for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+            if value >= 10**power:
+                return f"{value / 10**power:,.1f} {prefix}{'B' if unit == 'bytes' else 'FLOP'}"
+    number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.3g}"
+    return f"{number} {unit}".rstrip()
 
 
 def _duration(seconds: float) -> str:

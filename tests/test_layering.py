@@ -58,6 +58,7 @@ LOW_TO_HIGH = {  # within a stage: a module must not import one that stands afte
         "truncate",
         "fidelity",
         "audit",
+        "plan",
         "cli",
     ],
 }

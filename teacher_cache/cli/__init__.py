@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import click
 
-from teacher_cache.cli import capturing, checking, reading
+from teacher_cache.cli import capturing, checking, planning, reading
 from teacher_cache.engines import EngineError
 from teacher_cache.format import CacheError
 
@@ -24,6 +24,7 @@ for _command in (
     capturing.seal_command,
     checking.verify_command,
     checking.audit_command,
+    planning.plan_command,
     reading.inspect_command,
     reading.export_command,
     reading.truncate_command,
