@@ -1,11 +1,11 @@
 """What cache-teacher tells people: figures, traces and reports as lines of text."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from teacher_cache.audit import Audit, Spread
 from teacher_cache.capture import CaptureReport
-from teacher_cache.format import Cache
+from teacher_cache.format import Cache, Part
 from teacher_cache.format.findings import Finding, Verification
 from teacher_cache.format.repair import Repair
 from teacher_cache.inspection import Inspection, ShownToken
@@ -63,6 +63,8 @@ def report_line(report: CaptureReport, out: str) -> str:
         state = "complete and sealed"
     elif survey.num_taken < survey.num_wanted:
         state = "not complete yet"
+    elif report.part is not None:
+        state = _part_state(report.part, report.parts_to_come, out)
     else:
         state = "this worker's part is complete; `cache-teacher seal` closes the cache when all are"
     return (
@@ -70,6 +72,16 @@ def report_line(report: CaptureReport, out: str) -> str:
         f"{report.num_unfinished:,} cut by length), "
         f"{survey.num_taken - survey.num_missing:,} were there, "
         f"{survey.num_rejected:,} rows left out; {state}"
+    )
+
+
+def _part_state(part: Part, to_come: Sequence[Part], out: str) -> str:
+    if not to_come:
+        return f"part {part} is complete, as are all others: `cache-teacher seal {out}` closes it"
+    shown = ", ".join(str(each) for each in to_come[:8]) + (", ..." if len(to_come) > 8 else "")
+    return (
+        f"part {part} is complete; {len(to_come)} of {part.count} are still to come ({shown}), "
+        f"then `cache-teacher seal {out}` closes the cache"
     )
 
 

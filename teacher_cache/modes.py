@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from teacher_cache.capture import ONLY_WORKER, CaptureReport, Job, capture
+from teacher_cache.capture import CaptureReport, capture
 from teacher_cache.engines import Sampling, Teacher, TeacherFacts, TeacherRequest
 from teacher_cache.engines.start import start_teacher
-from teacher_cache.format import MAX_K, CacheHeader, CachePath, shown
+from teacher_cache.format import MAX_K, CacheHeader, CachePath, parse_worker, shown
+from teacher_cache.job import ONLY_WORKER, Job
 from teacher_cache.sources import (
     PROMPT_TURNS,
     Input,
@@ -62,6 +63,7 @@ class CaptureConfig:
             raise ValueError("thinking marks: expected text, got none")
         if self.engine_arg and self.engine != "vllm":
             raise ValueError("engine arguments are vLLM's; the transformers engine takes none")
+        parse_worker(self.worker)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +200,7 @@ def _job(
     sampling: Sampling | None,
     recorded: Mapping[str, float | int | None] | None,
 ) -> Job:
+    worker, part = parse_worker(config.worker)
     terminal_ids = tokenizer.terminal_ids(files.generation_config().end_ids)
 
     def header(facts: TeacherFacts) -> CacheHeader:
@@ -227,7 +230,8 @@ def _job(
     return Job(
         out=config.out,
         journal=config.journal,
-        worker=config.worker,
+        worker=worker,
+        part=part,
         limit=config.limit,
         config=_resolved(config),
         source=Source(

@@ -23,6 +23,7 @@ class Progress:
         self._doing = doing
         self.num_traces = 0
         self.num_tokens = 0
+        self.num_unfinished = 0  # traces cut by length
         self._total = num_traces
         self._started_s = self._said_s = time.monotonic()
         self._bar: RichProgress | None = None
@@ -58,10 +59,11 @@ class Progress:
         """Since the beginning."""
         return time.monotonic() - self._started_s
 
-    def add(self, num_tokens: int) -> None:
+    def add(self, num_tokens: int, *, cut_by_length: bool = False) -> None:
         """Count one finished trace."""
         self.num_traces += 1
         self.num_tokens += num_tokens
+        self.num_unfinished += cut_by_length
         if self._bar is not None:
             self._bar.update(self._task, advance=1, rate=self._rate())
         elif time.monotonic() - self._said_s >= LINE_INTERVAL_S:

@@ -25,10 +25,13 @@ CONTEXT = 128
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
+    return make_small_model(tmp_path_factory.mktemp("teacher"))
+
+
+def make_small_model(folder):
     """A random Qwen3 with the tokenizer of the source tests."""
     import torch
 
-    folder = tmp_path_factory.mktemp("teacher")
     make_teacher(folder, CHAT)
     torch.manual_seed(0)
     config = Qwen3Config(

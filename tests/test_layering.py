@@ -51,6 +51,8 @@ LOW_TO_HIGH = {  # within a stage: a module must not import one that stands afte
     "teacher_cache": [
         "tokenizer",
         "sources",
+        "worker",
+        "job",
         "capture",
         "modes",
         "inspection",

@@ -78,7 +78,8 @@ def _capture_options(command: _Command) -> _Command:
             "--worker",
             default=default.worker,
             show_default=True,
-            help="Name of this process among several that write one cache.",
+            help="i/n: share the input among n such commands, i counting from 0, e.g. "
+            "$SLURM_ARRAY_TASK_ID/8. Or a name, for a process with an input of its own.",
         ),
         click.option(
             "--journal",
@@ -163,13 +164,14 @@ def score_command(**options: Any) -> None:  # noqa: ANN401 (click's own values)
 @click.command("seal")
 @click.argument("cache")
 @click.option("--journal", type=FOLDER, help="Where its journals are, if the capture was told so.")
-def seal_command(cache: str, journal: Path | None) -> None:
+@click.option("--allow-missing", is_flag=True, help="Seal though workers have not finished.")
+def seal_command(cache: str, journal: Path | None, allow_missing: bool) -> None:
     """Declare a cache complete as it is, after a trial run or when workers ran apart.
 
     \b
     cache-teacher seal cache
     """
-    seal = seal_cache(cache, journal=journal).seal
+    seal = seal_cache(cache, journal=journal, allow_missing=allow_missing).seal
     if seal is not None:
         click.echo(
             f"{shown(cache)}: sealed, {seal.num_traces:,} traces, {seal.num_tokens:,} tokens"

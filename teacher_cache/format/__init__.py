@@ -13,6 +13,14 @@ from teacher_cache.format.errors import CacheError, CacheFormatError, CacheMisma
 from teacher_cache.format.header import CacheHeader, content_hash, tokenizer_fingerprint
 from teacher_cache.format.journal import FinishedTrace
 from teacher_cache.format.manifest import Manifest, Seal
+from teacher_cache.format.parts import (
+    Part,
+    PartRecord,
+    parse_worker,
+    parts_to_come,
+    publish_part,
+    read_parts,
+)
 from teacher_cache.format.reader import Cache, open_cache
 from teacher_cache.format.records import read_manifest
 from teacher_cache.format.sealing import seal_cache
@@ -37,6 +45,8 @@ __all__ = [
     "KeepPolicy",
     "KeptEntries",
     "Manifest",
+    "Part",
+    "PartRecord",
     "Seal",
     "ShardCommit",
     "Store",
@@ -49,7 +59,11 @@ __all__ = [
     "num_bands_needed",
     "open_cache",
     "open_store",
+    "parse_worker",
+    "parts_to_come",
+    "publish_part",
     "read_manifest",
+    "read_parts",
     "seal_cache",
     "shown",
     "stored_logprobs",

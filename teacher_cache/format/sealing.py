@@ -5,12 +5,15 @@ from pathlib import Path
 from teacher_cache.format.errors import CacheMismatchError
 from teacher_cache.format.journals import open_journals
 from teacher_cache.format.manifest import MANIFEST_NAME, Manifest, make_seal
+from teacher_cache.format.parts import require_all_parts
 from teacher_cache.format.records import committed_names, read_commits, require_manifest
 from teacher_cache.format.store import CachePath, open_store
 from teacher_cache.format.writer import CacheWriter
 
 
-def seal_cache(path: CachePath, *, journal: Path | None = None) -> Manifest:
+def seal_cache(
+    path: CachePath, *, journal: Path | None = None, allow_missing: bool = False
+) -> Manifest:
     """Declare a cache complete: compact what journals are left and list its shards.
 
     No writer may be at work. Sealing a sealed cache changes nothing.
@@ -18,10 +21,11 @@ def seal_cache(path: CachePath, *, journal: Path | None = None) -> Manifest:
     Args:
         path: A folder, or a URI that pyarrow.fs knows.
         journal: The folder of the journals, where it is not the default one.
+        allow_missing: Seal even where workers that share an input have not all finished it.
 
     Raises:
-        CacheMismatchError: If a worker is still writing, has a journal elsewhere, or shards came
-            after the seal.
+        CacheMismatchError: If a worker is still writing, has a journal elsewhere, or has not
+            finished its part of the input, or if shards came after the seal.
         CacheError: If a commit record is damaged or of another capture.
         OSError: If the seal cannot be written.
     """
@@ -35,6 +39,8 @@ def seal_cache(path: CachePath, *, journal: Path | None = None) -> Manifest:
                 "move the shards that came later into a cache of their own"
             )
         return manifest
+    if not allow_missing:
+        require_all_parts(store)
     journals = open_journals(path, store, journal)
     for worker in journals.workers():
         CacheWriter(path, manifest.header, worker=worker, journal=journal).finish()
