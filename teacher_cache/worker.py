@@ -64,8 +64,10 @@ def run_requests(
     for rows in teacher.run(map(begin, missing)):
         with hold():
             source = in_flight.pop(rows.request_id)
-            writer.append(finished_trace(rows, source, writer.header, tokenizer))
-            note(Done(rows.request_id, len(rows.token_ids), rows.finish_reason == "length"))
+            finished = finished_trace(rows, source, writer.header, tokenizer)
+            writer.append(finished)
+            cut = finished.trace.finish_reason == "length"
+            note(Done(rows.request_id, len(rows.token_ids), cut))
 
 
 def finished_trace(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import click
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from test_format import read_all
@@ -123,6 +125,26 @@ def test_generate_inspect_export_and_score_agree(model, prompts, tmp_path):
         np.testing.assert_array_equal(trace.token_ids, scored[name].token_ids)
         np.testing.assert_array_equal(trace.top_ids, scored[name].top_ids)
         np.testing.assert_allclose(trace.top_logits, scored[name].top_logits, atol=1 / 30)
+
+
+def test_a_table_of_conversations_is_scored_and_its_bad_rows_listed(model, tmp_path):
+    turns = [
+        [{"from": "human", "value": f"a {n}"}, {"from": "gpt", "value": f"<think> b </think> {n}"}]
+        for n in range(3)
+    ]
+    turns.append(turns[0][:1])
+    table = pa.table({"uuid": ["u0", "u1", "u2", "u3"], "conversations": turns})
+    pq.write_table(table, tmp_path / "traces.parquet")
+    call = ("score", "--engine", "transformers", "--model", model, "--top-k", 6)
+    files = ("--traces", tmp_path / "traces.parquet", "--out", tmp_path / "cache")
+    said = invoke(*call, *files, "--id-field", "uuid", "--slice", "lead:0.9")
+    assert "3 traces captured now" in said
+    assert "1 rows left out" in said
+    (reject,) = (tmp_path / "cache" / "rejects.jsonl").read_text().splitlines()
+    assert json.loads(reject)["id"] == "u3"
+    assert json.loads(reject)["reason"] == "no-assistant-turn"
+    assert invoke("verify", tmp_path / "cache")
+    assert sorted(read_all(open_cache(str(tmp_path / "cache")))) == ["u0", "u1", "u2"]
 
 
 def test_a_trial_run_estimates_the_whole_and_can_be_sealed(model, prompts, tmp_path):

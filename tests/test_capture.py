@@ -369,6 +369,15 @@ def test_a_slice_is_scored_as_a_sequence_of_its_own(scoring, tmp_path, part, fir
         scoring(slice="lead:0.9")
 
 
+def test_a_given_trace_that_was_cut_is_flagged_and_counted(config, asked, tmp_path):
+    traces = tmp_path / "traces.jsonl"
+    traces.write_text('{"id": "x", "prompt": "a", "response": "<think> b c"}')
+    report = score(ScoreConfig(model=config.model, traces=traces, out=tmp_path / "scored", top_k=8))
+    assert report.num_unfinished == 1
+    trace = read_all(open_cache(str(tmp_path / "scored")))["x"]
+    assert (trace.finish_reason, trace.answer_start, trace.n_total) == ("length", 4, 4)
+
+
 def test_a_slice_of_one_token_is_left_out(scoring):
     with pytest.raises(SourceError, match="1 of 1 rows: trace-too-short"):
         scoring(slice="last:0.05")

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -59,6 +61,11 @@ def plain(tmp_path_factory):
 @pytest.fixture(scope="module")
 def opening(tmp_path_factory):
     return make_byte_teacher(tmp_path_factory.mktemp("opening"), TEMPLATES["opening"])
+
+
+@pytest.fixture(scope="module")
+def stripping(tmp_path_factory):
+    return make_byte_teacher(tmp_path_factory.mktemp("stripping"), TEMPLATES["stripping"])
 
 
 def render(teacher, row, **layout):
@@ -306,12 +313,51 @@ def test_reasoning_given_twice_is_refused(plain):
         render(plain, {"prompt": ASKED, "response": INLINE, "reasoning": REASONING})
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 300) | st.text("a<>/|\n ", max_size=5)
+    | st.sampled_from([INLINE, OPEN_THOUGHTS, "<think>", "</think>", "user", "gpt", "assistant"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
+        st.sampled_from(["role", "from", "content", "value", "type", "text", "thinking"]), inner
+    ),
+    max_leaves=12,
+)  # fmt: skip
+COLUMNS = [
+    "id", "messages", "conversations", "prompt", "response", "reasoning_content", "thinking",
+    "system", "tools", "token_ids", "cot_start", "answer_start", "finish_reason", "other",
+]  # fmt: skip
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool"]), "content": JSON},
+    optional={"reasoning_content": JSON, "tool_calls": JSON},
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    row=st.dictionaries(st.sampled_from(COLUMNS), JSON)
+    | st.fixed_dictionaries({"messages": st.lists(TURN), "system": JSON, "tools": JSON}),
+    apply_chat_template=st.booleans(),
+)
+def test_a_row_of_any_content_is_rendered_or_refused_with_a_reason(
+    stripping, row, apply_chat_template
+):
+    layout = Layout(apply_chat_template=apply_chat_template, prompt_turns="assistant")
+    for renderer in (PromptRenderer, TraceRenderer):
+        try:
+            trace = renderer(stripping, 400, 260, layout)(row)
+        except BadRow:
+            continue
+        assert trace.token_ids
+        if trace.bounds is not None:
+            assert 0 <= trace.bounds[0] <= trace.bounds[1] <= len(trace.token_ids)
+        assert all(0 <= start < end <= trace.num_prompt for start, end in trace.without_rows)
+
+
 def test_tools_reach_the_chat_template(tmp_path):
     template = "{% if tools %}tools: {{ tools[0].name }}\n{% endif %}" + TEMPLATES["plain"]
     teacher = make_byte_teacher(tmp_path, template)
     tools = [{"name": "add"}]
-    for given in (tools, json.dumps(tools)):
-        trace = render_prompt(teacher, {"messages": ASKED, "tools": given})
+    for value in (tools, json.dumps(tools)):
+        trace = render_prompt(teacher, {"messages": ASKED, "tools": value})
         assert teacher.decode(trace.token_ids).startswith("tools: add\n<|start|>system")
         assert "tools" not in trace.fields
 

@@ -265,6 +265,10 @@ BAD_TRACES = {
     "unknown-columns": ({"prompt": "a", "thoughts": "b"}, "found prompt, thoughts"),
     "no-assistant-turn": ({"messages": [user("a")]}, "must be the assistant's, got role 'user'"),
     "empty-prompt": ({"messages": [{"role": "assistant", "content": "a"}]}, "no message stands"),
+    "tool-calls": (
+        {"messages": [user("a"), {"role": "assistant", "content": "b", "tool_calls": [{}]}]},
+        "whose text only the teacher's template knows",
+    ),
     "empty-response": (response(""), "the response is empty"),
     "bad-response": (response(5), "must be text"),
     "empty-chain-of-thought": (response("<think> </think> 5"), "nothing stands between"),

@@ -96,7 +96,7 @@ def _joined_parts(content: object) -> tuple[str, str]:
     texts: dict[str, list[str]] = {"text": [], "thinking": [], "reasoning": []}
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in texts or not isinstance(part.get(kind), str):
+        if not isinstance(kind, str) or kind not in texts or not isinstance(part.get(kind), str):
             raise BadRow(
                 Reason.BAD_MESSAGES,
                 f"expected parts of type text or thinking in a message's content, got {kind!r}",

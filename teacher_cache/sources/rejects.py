@@ -33,6 +33,7 @@ class Reason(StrEnum):
     TEMPLATE_REFUSES = "template-refuses"
     TURNS_NOT_FOUND = "turns-not-found"
     NO_ASSISTANT_TURN = "no-assistant-turn"
+    TOOL_CALLS = "tool-calls"
     BAD_RESPONSE = "bad-response"
     EMPTY_RESPONSE = "empty-response"
     EMPTY_CHAIN_OF_THOUGHT = "empty-chain-of-thought"

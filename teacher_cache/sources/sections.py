@@ -8,11 +8,14 @@ from teacher_cache.tokenizer import TeacherTokenizer
 
 def find_first(ids: Sequence[int], mark: Sequence[int], start: int = 0) -> int:
     """Where `mark` first stands in `ids` at or after `start`; -1 where it does not."""
-    width = len(mark)
-    for position in range(start, len(ids) - width + 1):
-        if ids[position] == mark[0] and tuple(ids[position : position + width]) == tuple(mark):
+    while True:
+        try:
+            position = ids.index(mark[0], start)
+        except ValueError:
+            return -1
+        if tuple(ids[position : position + len(mark)]) == tuple(mark):
             return position
-    return -1
+        start = position + 1
 
 
 def find_last(ids: Sequence[int], mark: Sequence[int]) -> int:

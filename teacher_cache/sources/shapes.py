@@ -69,6 +69,12 @@ def read_trace(row: Mapping[str, Any], layout: Layout) -> Exchange:
                 Reason.NO_ASSISTANT_TURN,
                 f"the last message must be the assistant's, got role {last['role']!r}",
             )
+        if last.get("tool_calls"):
+            raise BadRow(
+                Reason.TOOL_CALLS,
+                "the last turn has `tool_calls`, whose text only the teacher's template knows; "
+                "give that text as its content",
+            )
         if len(prompt) == 1:
             raise BadRow(Reason.EMPTY_PROMPT, "no message stands before the assistant's")
         tools = _tools(row, prompt)
