@@ -42,9 +42,10 @@ def table_rows(path: Path, head: bytes) -> Iterator[Row]:
 def _batches(path: Path, head: bytes) -> Iterator[pa.RecordBatch]:
     if head.startswith(PARQUET_MAGIC):
         with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(batch_size=_ROWS_PER_BATCH)
+            for group in range(file.num_row_groups):  # all at once it reads far ahead
+                yield from file.iter_batches(_ROWS_PER_BATCH, row_groups=[group])
         return
-    with pa.memory_map(str(path)) as source:
+    with pa.OSFile(str(path)) as source:
         if head.startswith(ARROW_FILE_MAGIC):
             reader = pa.ipc.open_file(source)
             batches: Iterable[pa.RecordBatch] = map(
