@@ -83,8 +83,9 @@ def finished_trace(
     has_row[:first] = False
     for start, end in source.without_rows:
         has_row[start:end] = False
-    rows_kept = has_row[rows.first_row :]
-    kept = keep_entries(rows.row_ids[rows_kept], rows.row_logprobs[rows_kept], policy)
+    given = has_row[rows.first_row :]
+    which = slice(None) if given.all() else given  # a mask would copy all of them
+    kept = keep_entries(rows.row_ids[which], rows.row_logprobs[which], policy)
     k, tail_logit = np.zeros(len(ids), np.uint8), np.zeros(len(ids), np.float32)
     k[has_row], tail_logit[has_row] = kept.k, kept.tail_logit
     trace = Trace(

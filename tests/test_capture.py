@@ -1,8 +1,11 @@
 """The capture loop with a table as teacher: nothing lost or repeated, every row in its place."""
 
+import functools
+import itertools
 import json
 import os
 import signal
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +13,16 @@ import pytest
 from test_format import read_all
 from test_sources import CHAT, make_teacher
 
+from teacher_cache import capture as capture_module
 from teacher_cache import modes
 from teacher_cache.engines import EngineError, TeacherFacts, TeacherRows
-from teacher_cache.format import CacheMismatchError, open_cache, seal_cache, stored_logprobs
+from teacher_cache.format import (
+    CacheMismatchError,
+    CacheWriter,
+    open_cache,
+    seal_cache,
+    stored_logprobs,
+)
 from teacher_cache.modes import GenerateConfig, ScoreConfig, generate, score
 from teacher_cache.sources import SourceError
 
@@ -435,3 +445,50 @@ def test_settings_outside_their_range_are_refused(config, bad):
 def test_settings_of_score_outside_their_range_are_refused(bad, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         ScoreConfig(model="m", traces=tmp_path, out=tmp_path, **bad)
+
+
+class LongTraces(TableTeacher):
+    """Always the same 2,000 tokens after the prompt."""
+
+    facts = replace(TableTeacher.facts, max_model_len=4096)
+
+    def run(self, requests):
+        first = next(requests)
+        short = self.rows(first)
+        repeat = 2000 // len(short.row_ids)
+        ids, logprobs = (
+            np.tile(short.row_ids, (repeat, 1)),
+            np.tile(short.row_logprobs, (repeat, 1)),
+        )
+        tokens = np.concatenate([short.token_ids[: short.num_given], ids[:, 0]])
+        for request in itertools.chain([first], requests):
+            yield replace(
+                short,
+                request_id=request.request_id,
+                token_ids=tokens.copy(),
+                row_ids=ids.copy(),
+                row_logprobs=logprobs.copy(),
+            )
+
+
+def peak_bytes_of_capture(config, num_prompts, folder):
+    rows = [{"id": f"p{n}", "prompt": "a 1"} for n in range(num_prompts)]
+    config.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tracemalloc.start()
+    try:
+        assert generate(replace(config, out=folder)).num_traces == num_prompts
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_number_of_prompts(config, asked, monkeypatch, tmp_path):
+    small_shards = functools.partial(CacheWriter, shard_bytes=50_000)
+    monkeypatch.setattr(capture_module, "CacheWriter", small_shards)
+    asked.teacher = LongTraces
+    few, many = (
+        peak_bytes_of_capture(config, number, tmp_path / str(number)) for number in (20, 120)
+    )
+    rows_bytes = 2000 * 9 * 8  # of one trace, as the teacher gives them
+    assert few > rows_bytes
+    assert (many - few) / 100 < rows_bytes / 40  # names, hashes and records remain

@@ -15,7 +15,7 @@ from unittest import mock
 
 import numpy as np
 
-from teacher_cache import capture
+from teacher_cache import worker
 from teacher_cache.engines.vllm import rows
 from teacher_cache.format import journal, writer
 
@@ -58,7 +58,7 @@ class PartTimes:
 
     PARTS = (
         ("rows together", rows.ArrayRows, "arrays"),
-        ("choosing entries", capture, "keep_entries"),
+        ("choosing entries", worker, "keep_entries"),
         ("journal", journal.Journal, "append"),
         ("compaction", writer, "compact"),
     )
