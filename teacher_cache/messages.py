@@ -128,12 +128,12 @@ def verify_hint(found: Verification) -> str:
 
 def repair_lines(repair: Repair, path: str) -> Iterator[str]:
     """What a repair did, and what to do now."""
-    for file in repair.removed:
-        yield f"{file}: moved to {repair.to}"
+    for file, target in repair.removed.items():
+        yield f"{file}: {'kept' if file == 'cache.json' else 'moved'} as {target}"
     if repair.has_manifest:
-        yield f"{path}: not sealed any more; the old cache.json is in {repair.to}"
+        yield f"{path}: not sealed any more"
     else:
-        yield f"{path}: cache.json is damaged and no shard tells its header: moved to {repair.to}"
+        yield f"{path}: has no cache.json now: it was damaged, and no shard tells what it said"
     yield (
         "now run the command again that made this cache, with the same --out: it captures what is "
         "missing and seals the cache. Where that is not possible, `cache-teacher seal` declares "

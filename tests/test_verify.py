@@ -8,7 +8,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
+import pyarrow.fs as pafs
 import pytest
 import zstandard
 from click.testing import CliRunner
@@ -26,8 +28,11 @@ from teacher_cache.format import (
     open_cache,
     seal_cache,
 )
+from teacher_cache.format import repair as repair_module
+from teacher_cache.format import verify as verify_module
 from teacher_cache.format.repair import repair_cache
 from teacher_cache.format.shard import encode_shard
+from teacher_cache.format.store import Store
 from teacher_cache.format.verify import verify_cache
 from teacher_cache.modes import generate
 
@@ -356,14 +361,14 @@ def test_what_was_repaired_is_captured_again_with_the_same_values(config, asked,
             np.testing.assert_array_equal(getattr(trace, column), getattr(found[name], column))
     if kind not in ("shard", "record"):
         return
-    kept = {path.read_bytes() for path in config.out.glob("removed/1/*")}
+    kept = {path.read_bytes() for path in config.out.glob("removed/1-*")}
     assert kept & before  # the half of the pair that was whole is not lost
 
 
 def test_repair_leaves_whole_shards_alone_and_the_seal_can_be_put_on_again(folder):
     fingerprint = open_cache(str(folder)).fingerprint
     (folder / "cache.json").write_text("")
-    repair_cache(verify_cache(str(folder)))
+    repair_cache(folder, verify_cache(folder))
     assert verify_cache(str(folder)).errors == []
     seal_cache(folder)
     assert open_cache(str(folder)).fingerprint == fingerprint
@@ -374,10 +379,15 @@ def test_a_second_repair_does_not_overwrite_what_the_first_removed(folder):
         file = folder / "shards" / "w000-00000.arrow"
         data = file.read_bytes()
         file.write_bytes(data[:-number])
-        done = repair_cache(verify_cache(str(folder)))
-        assert done.removed == ("shards/w000-00000.json", "shards/w000-00000.arrow")
-        assert (folder / done.to / "w000-00000.arrow").stat().st_size == len(data) - number
-        shutil.copy(folder / done.to / "w000-00000.json", folder / "shards")
+        done = repair_cache(folder, verify_cache(folder))
+        assert done.removed == {
+            name: f"removed/{number}-{Path(name).name}"
+            for name in ("cache.json", "shards/w000-00000.json", "shards/w000-00000.arrow")
+        }
+        moved = folder / done.removed["shards/w000-00000.arrow"]
+        assert moved.stat().st_size == len(data) - number
+        record = folder / done.removed["shards/w000-00000.json"]
+        shutil.copy(record, folder / "shards" / "w000-00000.json")
         file.write_bytes(data)
 
 
@@ -385,7 +395,50 @@ def test_repair_refuses_while_a_writer_is_at_work(folder):
     (folder / "cache.json").write_text("")
     with (
         CacheWriter(folder.parent / "other", make_header()),
-        pytest.raises(CacheMismatchError, match="worker 'w0' is writing"),
+        pytest.raises(CacheMismatchError, match="writes here as worker 'w0'"),
     ):
         (folder / "journal" / "w0.lock").symlink_to(folder.parent / "other/journal/w0.lock")
-        repair_cache(verify_cache(str(folder)))
+        repair_cache(folder, verify_cache(folder))
+
+
+def test_a_repair_that_was_stopped_can_be_repeated(folder, monkeypatch):
+    (file, _) = sorted((folder / "shards").glob("*.arrow"))
+    file.write_bytes(file.read_bytes()[:-1])
+    calls = []
+
+    def stopped(store, name, target):
+        calls.append(name)
+        if len(calls) == 2:
+            raise OSError("stopped here")
+        move(store, name, target)
+
+    move = repair_module._move
+    monkeypatch.setattr(repair_module, "_move", stopped)
+    with pytest.raises(OSError, match="stopped here"):
+        repair_cache(folder, verify_cache(folder))
+    monkeypatch.undo()
+    found = verify_cache(folder)
+    assert not found.sealed
+    assert found.errors == []  # the shard has lost its record, and does not count
+    assert [note.file for note in found.notes] == [f"shards/{file.name}"]
+
+
+def test_a_remote_cache_is_verified_and_repaired(folder, monkeypatch):
+    remote = fsspec.filesystem("memory")
+    remote.put(str(folder), "/bucket", recursive=True)
+    store = Store("memory://bucket", pafs.PyFileSystem(pafs.FSSpecHandler(remote)), "/bucket")
+    for module in (verify_module, repair_module):
+        monkeypatch.setattr(module, "open_store", lambda path: store)
+    try:
+        assert verify_cache("memory://bucket").errors == []
+        data = remote.cat("/bucket/shards/w000-00000.arrow")
+        remote.pipe("/bucket/shards/w000-00000.arrow", data[:-3])
+        done = repair_cache("memory://bucket", verify_cache("memory://bucket"))
+        assert sorted(done.removed) == [
+            "cache.json", "shards/w000-00000.arrow", "shards/w000-00000.json",
+        ]  # fmt: skip
+        found = verify_cache("memory://bucket")
+        assert (found.errors, found.sealed, found.num_shards) == ([], False, 1)
+        assert remote.cat("/bucket/removed/1-w000-00000.arrow") == data[:-3]
+    finally:
+        remote.rm("/bucket", recursive=True)

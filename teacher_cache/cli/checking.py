@@ -36,7 +36,7 @@ def verify_command(cache: str, repair: bool, as_json: bool) -> None:
     cache-teacher verify cache --repair
     """
     found = _verified(cache)
-    done = repair_cache(found) if repair and found.errors else None
+    done = repair_cache(cache, found) if repair and found.errors else None
     if as_json:
         figures = {name: value for name, value in asdict(found).items() if name != "header"}
         repaired = None if done is None else asdict(done)

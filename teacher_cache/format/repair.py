@@ -1,22 +1,17 @@
 """Taking what is damaged out of a cache, so that a capture makes it again. Nothing is deleted."""
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 
-from teacher_cache.format.errors import CacheError, CacheMismatchError
-from teacher_cache.format.files import fsync_folder, publish
+from teacher_cache.format.files import fsync_folder
 from teacher_cache.format.findings import Verification
 from teacher_cache.format.header import UNUSABLE_JSON, CacheHeader
-from teacher_cache.format.manifest import (
-    JOURNAL_FOLDER,
-    MANIFEST_NAME,
-    SHARD_FOLDER,
-    Manifest,
-)
+from teacher_cache.format.journals import Journals
+from teacher_cache.format.manifest import JOURNAL_FOLDER, MANIFEST_NAME, SHARD_FOLDER, Manifest
+from teacher_cache.format.store import CachePath, Store, open_store
 
 REMOVED_FOLDER = "removed"
 
@@ -25,84 +20,83 @@ REMOVED_FOLDER = "removed"
 class Repair:
     """What was done to a cache."""
 
-    removed: tuple[str, ...]  # files below the cache's folder
-    to: str  # where they are now, below the cache's folder
+    removed: dict[str, str]  # file below the cache's root -> where it is now
     has_manifest: bool  # else `cache.json` is gone: it was damaged, and no shard gives its header
 
 
-def repair_cache(found: Verification) -> Repair:
+def repair_cache(path: CachePath, found: Verification) -> Repair:
     """Move damaged shards with their commit records out of the way, and take the seal off.
 
     The traces of these shards are then missing, and the command that made the cache captures them
     again. A process that dies here leaves an unsealed cache that can be repaired again.
 
     Args:
-        found: What `verify_cache` found, of a cache on a local disk.
+        path: The cache; nobody may be writing to it, which is noticed on a local disk.
+        found: What `verify_cache` found there.
 
     Raises:
         CacheMismatchError: If a writer is at work.
-        CacheError: If the cache is not on a local disk.
+        OSError: If a file cannot be moved or written.
     """
-    if "://" in found.path:
-        raise CacheError(
-            f"{found.path}: only a cache on a local disk can be repaired; copy it to one first"
-        )
-    folder = Path(found.path)
+    store = open_store(path)
     files = {finding.file for finding in found.errors}
-    shards = {Path(file).stem for file in files if file.startswith(f"{SHARD_FOLDER}/")}
+    shards = sorted({PurePosixPath(f).stem for f in files if f.startswith(f"{SHARD_FOLDER}/")})
     damaged = [
-        *(f"{SHARD_FOLDER}/{name}.json" for name in sorted(shards)),  # the records first
-        *(f"{SHARD_FOLDER}/{name}.arrow" for name in sorted(shards)),
+        *(f"{SHARD_FOLDER}/{name}.json" for name in shards),  # the records first
+        *(f"{SHARD_FOLDER}/{name}.arrow" for name in shards),
         *sorted(file for file in files if file.startswith(f"{JOURNAL_FOLDER}/")),
     ]
-    with _no_writer(folder):
-        target = _new_folder(folder / REMOVED_FOLDER)
-        if (folder / MANIFEST_NAME).exists():
-            publish(target / MANIFEST_NAME, (folder / MANIFEST_NAME).read_bytes())
+    with _no_writer(store):
+        prefix = _new_prefix(store)
+        removed = {}
+        if store.size(MANIFEST_NAME) is not None:
+            removed[MANIFEST_NAME] = prefix + MANIFEST_NAME
+            store.publish(removed[MANIFEST_NAME], store.read(MANIFEST_NAME))
         if found.header is not None:
-            publish(folder / MANIFEST_NAME, _unsealed(folder, found.header).to_bytes())
+            store.publish(MANIFEST_NAME, _unsealed(store, found.header).to_bytes())
         else:
-            (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        removed = [file for file in damaged if (folder / file).exists()]
-        for file in removed:
-            (folder / file).rename(target / Path(file).name)
-        for changed in (SHARD_FOLDER, JOURNAL_FOLDER, target):
-            if (folder / changed).is_dir():
-                fsync_folder(folder / changed)
-    return Repair(
-        removed=tuple(removed),
-        to=f"{REMOVED_FOLDER}/{target.name}",
-        has_manifest=found.header is not None,
-    )
+            store.remove(MANIFEST_NAME)
+        for file in damaged:
+            if store.size(file) is not None:
+                removed[file] = prefix + PurePosixPath(file).name
+                _move(store, file, removed[file])
+    return Repair(removed, has_manifest=found.header is not None)
 
 
 @contextmanager
-def _no_writer(folder: Path) -> Iterator[None]:
+def _no_writer(store: Store) -> Iterator[None]:
     """Hold the lock of everybody who ever wrote here."""
     with ExitStack() as stack:
-        for path in sorted((folder / JOURNAL_FOLDER).glob("*.lock")):
-            lock = stack.enter_context(path.open("r+"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CacheMismatchError(
-                    f"{folder}: worker {path.stem!r} is writing here; stop it or wait for its end"
-                ) from None
+        if store.folder is not None:
+            journals = Journals(store.folder / JOURNAL_FOLDER, store, inside=True)
+            for worker in journals.workers():
+                stack.enter_context(journals.lock(worker))
         yield
 
 
-def _new_folder(removed: Path) -> Path:
-    """A folder of its own for each repair: names of shards may come again."""
-    numbers = [int(path.name) for path in removed.glob("*") if path.name.isdigit()]
-    target = removed / str(max(numbers, default=0) + 1)
-    target.mkdir(parents=True)
-    return target
+def _new_prefix(store: Store) -> str:
+    """For the names of one repair: names of shards may come again."""
+    store.make_folder(REMOVED_FOLDER)
+    numbers = [name.partition("-")[0] for name in store.sizes(REMOVED_FOLDER)]
+    last = max((int(number) for number in numbers if number.isdigit()), default=0)
+    return f"{REMOVED_FOLDER}/{last + 1}-"
 
 
-def _unsealed(folder: Path, header: CacheHeader) -> Manifest:
+def _unsealed(store: Store, header: CacheHeader) -> Manifest:
     """A new `cache.json` without a seal; what the old one says of the capture is kept."""
     try:
-        config = json.loads((folder / MANIFEST_NAME).read_bytes())["config"]
+        config = json.loads(store.read(MANIFEST_NAME))["config"]
     except (FileNotFoundError, *UNUSABLE_JSON):
         config = {}
     return Manifest(header, config if isinstance(config, dict) else {})
+
+
+def _move(store: Store, file: str, target: str) -> None:
+    if store.folder is None:
+        store.publish(target, store.read(file))
+        store.remove(file)
+        return
+    source = store.folder / file
+    source.rename(store.folder / target)  # needs no room on a full disk
+    fsync_folder(source.parent)
+    fsync_folder((store.folder / target).parent)
