@@ -1,6 +1,5 @@
 """The capture loop with a table as teacher: nothing lost or repeated, every row in its place."""
 
-import functools
 import itertools
 import json
 import os
@@ -13,15 +12,14 @@ import pytest
 from test_format import read_all
 from test_sources import CHAT, make_teacher
 
-from teacher_cache import capture as capture_module
 from teacher_cache import modes
 from teacher_cache.engines import EngineError, TeacherFacts, TeacherRows
 from teacher_cache.format import (
     CacheMismatchError,
-    CacheWriter,
     open_cache,
     seal_cache,
     stored_logprobs,
+    writer,
 )
 from teacher_cache.modes import GenerateConfig, ScoreConfig, generate, score
 from teacher_cache.sources import SourceError
@@ -483,8 +481,7 @@ def peak_bytes_of_capture(config, num_prompts, folder):
 
 
 def test_memory_does_not_grow_with_the_number_of_prompts(config, asked, monkeypatch, tmp_path):
-    small_shards = functools.partial(CacheWriter, shard_bytes=50_000)
-    monkeypatch.setattr(capture_module, "CacheWriter", small_shards)
+    monkeypatch.setattr(writer, "MAX_DECODED_BYTES", 1 << 20)  # of a journal: small shards
     asked.teacher = LongTraces
     few, many = (
         peak_bytes_of_capture(config, number, tmp_path / str(number)) for number in (20, 120)
