@@ -4,8 +4,9 @@ transformers is imported when something is loaded, not before.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +141,17 @@ class TeacherTokenizer:
     def __init__(
         self, files: ModelFiles, marks: ThinkMarks, template_args: Mapping[str, object]
     ) -> None:
-        """Load it; `template_args` are passed to the chat template (`enable_thinking`, ...)."""
+        """Load it.
+
+        Args:
+            files: Of the teacher.
+            marks: Around its chains of thought.
+            template_args: Passed to the chat template (`enable_thinking`, ...). `today` is the
+                day that it gets where it asks for the date.
+        """
         self._tokenizer = files.tokenizer()
         self._template_args = dict(template_args)
+        self._strftime_now = _clock(self._template_args.get("today"))
         self.marks = marks
         self.open_ids = tuple(self.encode(marks.open))
         self.close_ids = tuple(self.encode(marks.close))
@@ -205,7 +214,9 @@ class TeacherTokenizer:
         """
         from jinja2 import TemplateError
 
-        arguments = self._template_args | ({} if tools is None else {"tools": list(tools)})
+        arguments = self._template_args | {"strftime_now": self._strftime_now}
+        if tools is not None:
+            arguments["tools"] = list(tools)
         if not self._tokenizer.chat_template:
             raise ValueError("the teacher has no chat template; give `prompt` instead of messages")
         try:
@@ -222,6 +233,23 @@ class TeacherTokenizer:
         """Text of some ids, special tokens included."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
+
+
+def _clock(today: object) -> Callable[[str], str]:
+    """What a chat template asks for the date: a capture that goes on tomorrow must not differ."""
+    if today is None:
+
+        def refuse(form: str) -> str:
+            raise ValueError(
+                f"it asks for today's date ({form}), with which a capture cannot go on another "
+                "day; fix one with --template-arg today=YYYY-MM-DD"
+            )
+
+        return refuse
+    try:
+        return datetime.fromisoformat(str(today)).strftime
+    except ValueError as error:
+        raise ValueError(f"template argument today: expected YYYY-MM-DD, got {today!r}") from error
 
 
 def load_tokenizer(header: CacheHeader, model: str | None) -> TeacherTokenizer:

@@ -32,7 +32,7 @@ TEMPLATES = {
 }
 
 
-def make_byte_teacher(folder, template, marks=MARKS):
+def make_byte_teacher(folder, template, marks=MARKS, **template_args):
     """Every byte is a token, so that no difference between two texts is lost."""
     special = ["<|end|>", "<|start|>", marks.open, marks.close]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -45,7 +45,7 @@ def make_byte_teacher(folder, template, marks=MARKS):
     fast.chat_template = template
     fast.save_pretrained(folder)
     (folder / "config.json").write_text("{}")
-    return TeacherTokenizer(ModelFiles(str(folder), None), marks, {})
+    return TeacherTokenizer(ModelFiles(str(folder), None), marks, template_args)
 
 
 @pytest.fixture(scope="module", params=TEMPLATES)
@@ -360,6 +360,32 @@ def test_tools_reach_the_chat_template(tmp_path):
         trace = render_prompt(teacher, {"messages": ASKED, "tools": value})
         assert teacher.decode(trace.token_ids).startswith("tools: add\n<|start|>system")
         assert "tools" not in trace.fields
+
+
+def test_a_call_without_content_is_null_for_the_template_as_openai_has_it(tmp_path):
+    template = (
+        "{% for m in messages %}{% if m.content is none %}call {{ m.tool_calls[0].name }};"
+        "{% else %}{{ m.role }} {{ m.content }};{% endif %}{% endfor %}"
+    )
+    teacher = make_byte_teacher(tmp_path, template)
+    for call in ({}, {"content": None}):
+        turns = [says("user", "a"), {"role": "assistant", "tool_calls": [{"name": "add"}], **call}]
+        trace = render_prompt(teacher, {"messages": [*turns, says("tool", "5")]})
+        assert teacher.decode(trace.token_ids) == "user a;call add;tool 5;"
+
+
+def test_a_template_that_asks_for_the_date_gets_a_fixed_one_or_none(tmp_path):
+    """Else the prompts of a capture that goes on tomorrow are others."""
+    template = "{{ strftime_now('%d %b %Y') }} " + TEMPLATES["plain"]
+    teacher = make_byte_teacher(tmp_path, template, today="2026-11-25")
+    assert teacher.decode(render_prompt(teacher, {"messages": ASKED}).token_ids).startswith(
+        "25 Nov 2026 <|start|>"
+    )
+    with pytest.raises(BadRow, match=r"--template-arg today=YYYY-MM-DD") as caught:
+        render_prompt(make_byte_teacher(tmp_path, template), {"messages": ASKED})
+    assert caught.value.reason == "template-refuses"
+    with pytest.raises(ValueError, match="expected YYYY-MM-DD, got 'soon'"):
+        make_byte_teacher(tmp_path, template, today="soon")
 
 
 def test_turns_of_tools_are_the_prompts(plain):

@@ -61,7 +61,8 @@ def _message(item: object) -> Message:
         raise BadRow(Reason.BAD_MESSAGES, "every message must be an object with `role` or `from`")
     message = {str(name): value for name, value in item.items() if value is not None}
     if isinstance(message.get("role"), str):
-        content = message.get("content", "")
+        # OpenAI's form has null beside a call, and templates ask for that.
+        content = message.get("content", None if message.get("tool_calls") else "")
     elif isinstance(message.get("from"), str):
         sender = message.pop("from")
         if sender not in _ROLE_OF_SENDER:
@@ -85,9 +86,9 @@ def _message(item: object) -> Message:
     return message
 
 
-def _joined_parts(content: object) -> tuple[str, str]:
+def _joined_parts(content: object) -> tuple[str | None, str]:
     """A message's content as text, and the thinking that stands in parts of it."""
-    if isinstance(content, str):
+    if isinstance(content, str | None):
         return content, ""
     if not isinstance(content, list):
         raise BadRow(
@@ -138,7 +139,9 @@ def with_own_history(messages: list[Message], own: ThinkMarks) -> list[Message]:
 
 
 def _in_own_marks(message: Message, own: ThinkMarks) -> Message:
-    turn = {**message, "content": with_own_marks(message["content"], own).text}
+    turn = dict(message)
+    if turn["content"]:
+        turn["content"] = with_own_marks(turn["content"], own).text
     if not turn.get("reasoning_content"):
         turn.pop("reasoning_content", None)  # templates look for marks only where there is none
     return turn
