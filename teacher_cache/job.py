@@ -1,6 +1,8 @@
 """What a capture has to do: the job as the user asked for it, and what its input holds."""
 
 import hashlib
+import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +15,9 @@ from teacher_cache.sources import Rejects, Source, SourceError, SourceTrace
 from teacher_cache.tokenizer import TeacherTokenizer
 from teacher_cache.worker import Work
 
+logger = logging.getLogger(__name__)
+
+_SAY_EVERY_S = 10.0  # while the input is read
 ONLY_WORKER = "w0"  # its name where there is one; others leave sealing to `cache-teacher seal`
 
 
@@ -77,7 +82,11 @@ def take_survey(job: Job, finished: Mapping[str, str]) -> Survey:
     digest = hashlib.sha256()
     rejects = Rejects()
     found: set[str] = set()
+    said_at_s = time.monotonic()
     for source, request in job.wanted(rejects):
+        if time.monotonic() - said_at_s >= _SAY_EVERY_S:
+            said_at_s = time.monotonic()
+            logger.info("reading %s: %d rows so far", job.source.path, len(found) + rejects.total)
         found.add(source.trace_id)
         known = finished.get(request.request_id)
         if known is not None and known != source.source_hash:

@@ -184,7 +184,7 @@ class TeacherTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a piece of text, nothing added."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return ids
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
@@ -195,7 +195,7 @@ class TeacherTokenizer:
 
     def encode_document(self, text: str) -> list[int]:
         """Ids of a text that begins a sequence, with what the tokenizer puts before one."""
-        ids: list[int] = self._tokenizer.encode(text)
+        ids: list[int] = self._tokenizer.encode(text, verbose=False)
         if ids and ids[-1] == self.end_id:
             ids.pop()  # some tokenizers close what is only a beginning
         return ids

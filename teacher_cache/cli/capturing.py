@@ -105,7 +105,8 @@ def _capture_options(command: _Command) -> _Command:
     "--prompts",
     required=True,
     type=FILE,
-    help="File, folder or hub id; rows with `messages`, `conversations` or `prompt`.",
+    help="File, folder or hub id; rows with `messages`, `conversations` or `prompt`. A last turn "
+    "of the assistant is answered anew.",
 )
 @_capture_options
 @source_options

@@ -81,7 +81,10 @@ def read_trace(row: Mapping[str, Any], layout: Layout) -> Exchange:
         return Exchange(prompt[:-1], tools, last.get("reasoning_content"), last["content"], used)
     if response is None:
         expected = layout.response_field or "messages`, `conversations`, `token_ids` or `response"
-        raise BadRow(Reason.UNKNOWN_COLUMNS, f"expected `{expected}`, found {_found(row)}")
+        raise BadRow(
+            Reason.UNKNOWN_COLUMNS,
+            f"expected `{expected}`, found {_found(row)}; name yours with --response-field",
+        )
     reasoning_column = _reasoning_column(row, layout)
     reasoning = None if reasoning_column is None else row[reasoning_column]
     answer = row[response]
@@ -106,7 +109,10 @@ def _prompt_column(row: Mapping[str, Any], layout: Layout) -> str:
         if row.get(name) is not None:
             return name
     expected = " or ".join(f"`{name}`" for name in names)
-    raise BadRow(Reason.UNKNOWN_COLUMNS, f"expected {expected}, found {_found(row)}")
+    raise BadRow(
+        Reason.UNKNOWN_COLUMNS,
+        f"expected {expected}, found {_found(row)}; name yours with --prompt-field",
+    )
 
 
 def _response_column(row: Mapping[str, Any], layout: Layout) -> str | None:

@@ -76,7 +76,9 @@ class Source:
         missing = sorted((self.only_ids or frozenset()) - found)
         if missing:
             shown = ", ".join(missing[:_NUM_SHOWN]) + (", ..." if len(missing) > _NUM_SHOWN else "")
-            logger.warning("%s: %d ids asked for are not there: %s", self.path, len(missing), shown)
+            logger.warning(
+                "%s: not there of the ids asked for: %d, %s", self.path, len(missing), shown
+            )
 
 
 def _values(row: Row) -> dict[str, object]:
