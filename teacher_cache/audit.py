@@ -71,6 +71,7 @@ class Spread:
 class Audit:
     """What an audit measured. KL is over the kept entries and one bucket for the tail."""
 
+    cache: str
     engine: str
     engine_version: str
     dtype: str
@@ -130,11 +131,11 @@ def audit(config: AuditConfig) -> Audit:
     with closing(teacher):
         if teacher.facts.vocab_size != cache.header.vocab_size:
             raise CacheMismatchError(
-                f"{config.cache}: the cache's vocabulary has {cache.header.vocab_size} ids, the "
+                f"{cache.path}: the cache's vocabulary has {cache.header.vocab_size} ids, the "
                 f"model's {teacher.facts.vocab_size}"
             )
         compared, noise_from = _compare(traces, teacher, limit, cache.header)
-        return _summary(compared, noise_from, teacher, config)
+        return _summary(cache, compared, noise_from, teacher, config.max_kl)
 
 
 def sample_traces(cache: Cache, num_samples: int, seed: int) -> list[Trace]:
@@ -272,7 +273,11 @@ def _add_noise(compared: _Compared, trace: Trace, rows: TeacherRows) -> None:
 
 
 def _summary(
-    compared: Sequence[_Compared], noise_from: str, teacher: Teacher, config: AuditConfig
+    cache: Cache,
+    compared: Sequence[_Compared],
+    noise_from: str,
+    teacher: Teacher,
+    max_kl: float,
 ) -> Audit:
     def all_of(get: Callable[[_Compared], NDArray[np.generic]]) -> NDArray[np.float64]:
         values: NDArray[np.float64] = np.concatenate([get(one) for one in compared], dtype=float)
@@ -286,6 +291,7 @@ def _summary(
     worst = max(compared, key=lambda one: one.kl.max())
     by_top_k = float(all_of(lambda one: one.cut_by_top_k).mean())
     found = Audit(
+        cache=cache.path,
         engine=teacher.facts.engine,
         engine_version=teacher.facts.engine_version,
         dtype=teacher.facts.dtype,
@@ -305,12 +311,12 @@ def _summary(
         live_width=min(teacher.facts.vocab_size, LIVE_WIDTH),
         vocab_size=teacher.facts.vocab_size,
         num_outside=sum(one.num_outside for one in compared),
-        max_kl=config.max_kl,
+        max_kl=max_kl,
     )
     step = min(moved, key=lambda step: moved[step])
     if not found.passed and moved[step] < found.kl.mean / 2:
         raise CacheMismatchError(
-            f"{config.cache}: the stored distributions are those of the token "
+            f"{cache.path}: the stored distributions are those of the token "
             f"{'before' if step < 0 else 'after'} each: mean KL {found.kl.mean:.3g} to their own "
             f"token's, {moved[step]:.3g} to that one's. The capture was off by one; capture again"
         )

@@ -129,7 +129,7 @@ def verify_hint(found: Verification) -> str:
 def repair_lines(repair: Repair, path: str) -> Iterator[str]:
     """What a repair did, and what to do now."""
     for file, target in repair.removed.items():
-        yield f"{file}: {'kept' if file == 'cache.json' else 'moved'} as {target}"
+        yield f"{file}: {'kept as' if file == 'cache.json' else 'moved to'} {target}"
     if repair.has_manifest:
         yield f"{path}: not sealed any more"
     else:
@@ -141,10 +141,10 @@ def repair_lines(repair: Repair, path: str) -> Iterator[str]:
     )
 
 
-def audit_lines(found: Audit, path: str) -> Iterator[str]:
+def audit_lines(found: Audit) -> Iterator[str]:
     """What an audit measured, and its verdict."""
     yield (
-        f"{path}: {found.num_tokens:,} tokens of {found.num_traces:,} traces scored again by "
+        f"{found.cache}: {found.num_tokens:,} tokens of {found.num_traces:,} traces scored again by "
         f"{found.engine} {found.engine_version} ({found.dtype}); nats per token"
     )
     yield f"KL, stored to live     {_spread(found.kl)}"

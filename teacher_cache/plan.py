@@ -81,11 +81,13 @@ class _Sample:
         cache = open_cache(path, allow_unsealed=True)
         if cache.header.max_lead_span < 1:
             raise CacheMismatchError(
-                f"{path}: a sample must hold whole traces; plan from the cache it was made from"
+                f"{cache.path}: a sample must hold whole traces; plan from the cache it was made from"
             )
         lengths = [cache.shards[shard].traces[row].n_total for shard, row in cache.traces]
         if len(lengths) < 2:
-            raise CacheError(f"{path}: {len(lengths)} traces are no sample; capture some (--limit)")
+            raise CacheError(
+                f"{cache.path}: {len(lengths)} traces are no sample; capture some (--limit)"
+            )
         error = 1.96 * float(np.std(lengths, ddof=1)) / len(lengths) ** 0.5
         num_bytes = sum(shard.size_bytes for shard in cache.shards)
         num_tokens = sum(shard.num_tokens for shard in cache.shards)
@@ -95,13 +97,13 @@ class _Sample:
                 "tokens per trace",
                 float(np.mean(lengths)),
                 "",
-                f"mean of {len(lengths):,} traces in {path}, +-{error:,.1f} (95 %)",
+                f"mean of {len(lengths):,} traces in {cache.path}, +-{error:,.1f} (95 %)",
             ),
             Step(
                 "bytes per token",
                 num_bytes / num_tokens,
                 "",
-                f"{num_bytes:,} bytes / {num_tokens:,} tokens in {path}"
+                f"{num_bytes:,} bytes / {num_tokens:,} tokens in {cache.path}"
                 + (" (full shards need less)" if is_small else ""),
             ),
         )

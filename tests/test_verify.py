@@ -5,6 +5,8 @@ import hashlib
 import json
 import shutil
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -306,6 +308,26 @@ def test_a_journal_that_holds_nonsense_is_found(journalled):
         file.write(zstandard.ZstdCompressor(write_checksum=True).compress(b"nonsense"))
     (error,) = errors(journalled.parent.parent)
     assert error.startswith("journal/w0-00000.journal: frame 4 is not a trace")
+
+
+def test_a_cache_is_whole_at_every_moment_while_it_is_written(tmp_path):
+    found = []
+
+    def write():
+        with CacheWriter(tmp_path, make_header(), shard_bytes=4000) as writer:
+            for trace in make_traces(40):
+                writer.append(FinishedTrace(trace, "source"))
+                time.sleep(0.005)  # so that there is something to meet
+            writer.finish()
+
+    CacheWriter(tmp_path, make_header()).close()
+    thread = threading.Thread(target=write)
+    thread.start()
+    while thread.is_alive():
+        found.append(verify_cache(tmp_path))
+    assert len(found) > 1
+    assert [one.errors for one in found if one.errors] == []
+    assert verify_cache(tmp_path).num_traces == 40
 
 
 def test_nothing_to_verify_is_said_in_one_line(tmp_path):

@@ -48,7 +48,7 @@ def verify_command(cache: str, repair: bool, as_json: bool) -> None:
             click.echo(messages.finding_line(finding))
         click.echo(messages.verified_line(found))
         if done is not None:
-            for line in messages.repair_lines(done, cache):
+            for line in messages.repair_lines(done, found.path):
                 click.echo(line)
         elif found.errors:
             click.echo(messages.verify_hint(found), err=True)
@@ -114,7 +114,7 @@ def audit_command(as_json: bool, **options: Any) -> None:  # noqa: ANN401 (click
     if as_json:
         click.echo(json.dumps({"passed": found.passed, **asdict(found)}))
     else:
-        for line in messages.audit_lines(found, options["cache"]):
+        for line in messages.audit_lines(found):
             click.echo(line)
     if not found.passed:
         sys.exit(1)
