@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.engines import Teacher, TeacherRequest, TeacherRows
+from teacher_cache.engines import Teacher, TeacherRequest
 from teacher_cache.engines.start import ENGINES, start_teacher
-from teacher_cache.fidelity import LiveRows, cut_loss, divergence, logprobs_at, tails
+from teacher_cache.fidelity import Compared, add_noise, compare_trace
 from teacher_cache.format import (
     Cache,
     CacheError,
@@ -22,7 +22,6 @@ from teacher_cache.format import (
     CacheMismatchError,
     Trace,
     open_cache,
-    stored_logprobs,
 )
 from teacher_cache.progress import Progress
 from teacher_cache.tokenizer import ModelFiles, load_tokenizer
@@ -170,36 +169,17 @@ def _require_teacher(header: CacheHeader, config: AuditConfig) -> None:
         )
 
 
-@dataclass
-class _Compared:
-    """One trace beside the rows of an engine; letters as in fidelity.py, R rows compared."""
-
-    trace_id: str
-    tokens: NDArray[np.int64]  # [R] their places in the trace
-    k: NDArray[np.uint8]
-    live: NDArray[np.float64]  # [E] the engine's logprobs of the stored ids
-    kl: NDArray[np.float64]
-    kl_if_moved: Mapping[int, NDArray[np.float64]]
-    is_top1: NDArray[np.bool_]
-    nll_stored: NDArray[np.float64]
-    nll_live: NDArray[np.float64]
-    cut_by_top_k: NDArray[np.float64]
-    cut_by_both: NDArray[np.float64]
-    num_outside: int
-    noise: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-
-
 def _compare(
     traces: Sequence[Trace], teacher: Teacher, limit: int, header: CacheHeader
-) -> tuple[list[_Compared], str]:
+) -> tuple[list[Compared], str]:
     from teacher_cache.engines.transformers import TransformersTeacher
 
     by_id = {trace.trace_id: trace for trace in traces}
-    compared: dict[str, _Compared] = {}
+    compared: dict[str, Compared] = {}
     with Progress(2 * len(traces), doing="scored") as progress:
         for rows in teacher.run(_requests(traces, limit)):
             trace = by_id[rows.request_id]
-            compared[rows.request_id] = _compare_trace(trace, rows, header)
+            compared[rows.request_id] = compare_trace(trace, rows, header)
             progress.add(len(rows.token_ids))
         if isinstance(teacher, TransformersTeacher):
             noise_from = f"{OTHER_CHUNK_TOKENS} tokens at a time, not {teacher.chunk_tokens}"
@@ -207,7 +187,7 @@ def _compare(
         else:
             noise_from = "in reverse order, so in other batches"
         for rows in teacher.run(_requests(traces[::-1], limit)):
-            _add_noise(compared[rows.request_id], by_id[rows.request_id], rows)
+            add_noise(compared[rows.request_id], by_id[rows.request_id], rows)
             progress.add(len(rows.token_ids))
     return list(compared.values()), noise_from
 
@@ -218,68 +198,14 @@ def _requests(traces: Sequence[Trace], limit: int) -> Iterator[TeacherRequest]:
         yield TeacherRequest(trace.trace_id, tokens, max_new_tokens=0, seed=0, capture_prompt=True)
 
 
-def _stored(
-    trace: Trace, num_tokens: int
-) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.bool_]]:
-    """Tokens with a distribution among the first ones, their k, and which entries are theirs."""
-    tokens = np.flatnonzero(trace.k[:num_tokens] > 0)
-    return tokens, trace.k[tokens], np.repeat(np.arange(len(trace.k)) < num_tokens, trace.k)
-
-
-def _compare_trace(trace: Trace, rows: TeacherRows, header: CacheHeader) -> _Compared:
-    tokens, k, is_used = _stored(trace, len(rows.token_ids))
-    ids = trace.top_ids[is_used]
-    stored = stored_logprobs(trace.k, trace.top_logits, trace.tail_logit)[is_used]
-    tail = 1 / (1 + np.exp(-trace.tail_logit[tokens].astype(np.float64)))
-    everything = LiveRows(rows.row_ids, rows.row_logprobs)
-    own = tokens - rows.first_row
-    live = everything.part(own)
-    live_logprobs, is_there = logprobs_at(live, k, ids)
-    moved = {}
-    for step in (-1, 1):
-        is_inside = (own + step >= 0) & (own + step < len(rows.row_ids))
-        entries = np.repeat(is_inside, k)
-        other = everything.part(own[is_inside] + step)
-        logprobs, _ = logprobs_at(other, k[is_inside], ids[entries])
-        moved[step] = divergence(
-            k[is_inside], stored[entries], tail[is_inside],
-            logprobs, tails(k[is_inside], logprobs),
-        )  # fmt: skip
-    is_own = ids == np.repeat(trace.token_ids[tokens], k)
-    first_ids = ids[np.concatenate([[0], np.cumsum(k, dtype=np.int64)[:-1]])]
-    return _Compared(
-        trace_id=trace.trace_id,
-        tokens=tokens,
-        k=k,
-        live=live_logprobs,
-        kl=divergence(k, stored, tail, live_logprobs, tails(k, live_logprobs)),
-        kl_if_moved=moved,
-        is_top1=first_ids == live.ids[:, 1],
-        nll_stored=-stored[is_own],
-        nll_live=-live.logprobs[:, 0].astype(np.float64),
-        cut_by_top_k=cut_loss(live, header.top_k, 1.0, header.vocab_size),
-        cut_by_both=cut_loss(live, header.top_k, header.mass, header.vocab_size),
-        num_outside=int((~is_there).sum()),
-    )
-
-
-def _add_noise(compared: _Compared, trace: Trace, rows: TeacherRows) -> None:
-    k, ids = compared.k, trace.top_ids[_stored(trace, len(rows.token_ids))[2]]
-    again, _ = logprobs_at(
-        LiveRows(rows.row_ids, rows.row_logprobs).part(compared.tokens - rows.first_row), k, ids
-    )
-    first = compared.live
-    compared.noise = divergence(k, first, tails(k, first), again, tails(k, again))
-
-
 def _summary(
     cache: Cache,
-    compared: Sequence[_Compared],
+    compared: Sequence[Compared],
     noise_from: str,
     teacher: Teacher,
     max_kl: float,
 ) -> Audit:
-    def all_of(get: Callable[[_Compared], NDArray[np.generic]]) -> NDArray[np.float64]:
+    def all_of(get: Callable[[Compared], NDArray[np.generic]]) -> NDArray[np.float64]:
         values: NDArray[np.float64] = np.concatenate([get(one) for one in compared], dtype=float)
         return values
 

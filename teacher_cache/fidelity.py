@@ -4,12 +4,14 @@ Letters: R rows (tokens with a distribution), K candidates per row, E kept entri
 V vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.format import TAIL_FLOOR
+from teacher_cache.engines import TeacherRows
+from teacher_cache.format import TAIL_FLOOR, CacheHeader, Trace, stored_logprobs
 
 _Floats = NDArray[np.float64]
 _ROWS_AT_ONCE = 64  # [64, V] float32 are 39 MB at V = 152k
@@ -119,3 +121,78 @@ def _x_log(x: _Floats, y: _Floats) -> _Floats:
     """X * log(y), 0 where x is 0."""
     result: _Floats = x * np.log(np.where(x > 0, y, 1.0))
     return result
+
+
+@dataclass
+class Compared:
+    """One trace beside the rows of an engine; its R rows are the tokens with a distribution."""
+
+    trace_id: str
+    tokens: NDArray[np.int64]  # [R] their places in the trace
+    k: NDArray[np.uint8]
+    live: NDArray[np.float64]  # [E] the engine's logprobs of the stored ids
+    kl: NDArray[np.float64]
+    kl_if_moved: Mapping[int, NDArray[np.float64]]
+    is_top1: NDArray[np.bool_]
+    nll_stored: NDArray[np.float64]
+    nll_live: NDArray[np.float64]
+    cut_by_top_k: NDArray[np.float64]
+    cut_by_both: NDArray[np.float64]
+    num_outside: int
+    noise: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+
+
+def _stored(
+    trace: Trace, num_tokens: int
+) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.bool_]]:
+    """Tokens with a distribution among the first ones, their k, and which entries are theirs."""
+    tokens = np.flatnonzero(trace.k[:num_tokens] > 0)
+    return tokens, trace.k[tokens], np.repeat(np.arange(len(trace.k)) < num_tokens, trace.k)
+
+
+def compare_trace(trace: Trace, rows: TeacherRows, header: CacheHeader) -> Compared:
+    """Hold the stored distributions of a trace against an engine's rows of it."""
+    tokens, k, is_used = _stored(trace, len(rows.token_ids))
+    ids = trace.top_ids[is_used]
+    stored = stored_logprobs(trace.k, trace.top_logits, trace.tail_logit)[is_used]
+    tail = 1 / (1 + np.exp(-trace.tail_logit[tokens].astype(np.float64)))
+    everything = LiveRows(rows.row_ids, rows.row_logprobs)
+    own = tokens - rows.first_row
+    live = everything.part(own)
+    live_logprobs, is_there = logprobs_at(live, k, ids)
+    moved = {}
+    for step in (-1, 1):
+        is_inside = (own + step >= 0) & (own + step < len(rows.row_ids))
+        entries = np.repeat(is_inside, k)
+        other = everything.part(own[is_inside] + step)
+        logprobs, _ = logprobs_at(other, k[is_inside], ids[entries])
+        moved[step] = divergence(
+            k[is_inside], stored[entries], tail[is_inside],
+            logprobs, tails(k[is_inside], logprobs),
+        )  # fmt: skip
+    is_own = ids == np.repeat(trace.token_ids[tokens], k)
+    first_ids = ids[np.concatenate([[0], np.cumsum(k, dtype=np.int64)[:-1]])]
+    return Compared(
+        trace_id=trace.trace_id,
+        tokens=tokens,
+        k=k,
+        live=live_logprobs,
+        kl=divergence(k, stored, tail, live_logprobs, tails(k, live_logprobs)),
+        kl_if_moved=moved,
+        is_top1=first_ids == live.ids[:, 1],
+        nll_stored=-stored[is_own],
+        nll_live=-live.logprobs[:, 0].astype(np.float64),
+        cut_by_top_k=cut_loss(live, header.top_k, 1.0, header.vocab_size),
+        cut_by_both=cut_loss(live, header.top_k, header.mass, header.vocab_size),
+        num_outside=int((~is_there).sum()),
+    )
+
+
+def add_noise(compared: Compared, trace: Trace, rows: TeacherRows) -> None:
+    """Hold an engine's rows against those it gave when it was asked before."""
+    k, ids = compared.k, trace.top_ids[_stored(trace, len(rows.token_ids))[2]]
+    again, _ = logprobs_at(
+        LiveRows(rows.row_ids, rows.row_logprobs).part(compared.tokens - rows.first_row), k, ids
+    )
+    first = compared.live
+    compared.noise = divergence(k, first, tails(k, first), again, tails(k, again))

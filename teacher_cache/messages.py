@@ -144,8 +144,8 @@ def repair_lines(repair: Repair, path: str) -> Iterator[str]:
 def audit_lines(found: Audit) -> Iterator[str]:
     """What an audit measured, and its verdict."""
     yield (
-        f"{found.cache}: {found.num_tokens:,} tokens of {found.num_traces:,} traces scored again by "
-        f"{found.engine} {found.engine_version} ({found.dtype}); nats per token"
+        f"{found.cache}: {found.num_tokens:,} tokens of {found.num_traces:,} traces scored again "
+        f"by {found.engine} {found.engine_version} ({found.dtype}); nats per token"
     )
     yield f"KL, stored to live     {_spread(found.kl)}"
     yield f"KL, live to live again {_spread(found.noise)}  ({found.noise_from})"

@@ -81,7 +81,8 @@ class _Sample:
         cache = open_cache(path, allow_unsealed=True)
         if cache.header.max_lead_span < 1:
             raise CacheMismatchError(
-                f"{cache.path}: a sample must hold whole traces; plan from the cache it was made from"
+                f"{cache.path}: a sample must hold whole traces; plan from the cache that it was "
+                "made from"
             )
         lengths = [cache.shards[shard].traces[row].n_total for shard, row in cache.traces]
         if len(lengths) < 2:
