@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from teacher_cache.format.commit import ShardCommit
@@ -45,7 +46,7 @@ class Band:
     entry_ends: NDArray[np.int64]  # [tokens + 1], of each token's entries
     token_ids: NDArray[np.int32]
     k: NDArray[np.uint8]
-    top_ids: Coded
+    top_ids: NDArray[np.int32]
     top_logits: Coded
     tail_logit: NDArray[np.float32]
 
@@ -83,7 +84,13 @@ def decode_bands(
             for band in range(num_bands):
                 batch = stream.read_next_batch()
                 batch.validate()  # buffers as large as the columns need
-                bands.append(_decode_batch(batch, band, expected, header, f"{where}: band {band}"))
+                if band == 0:
+                    dictionaries = _dictionaries(batch, header, where)
+                bands.append(
+                    _decode_batch(
+                        batch, band, expected, dictionaries, header, f"{where}: band {band}"
+                    )
+                )
     except (
         pa.ArrowException,
         OSError,
@@ -114,8 +121,26 @@ class _Expected:
         )
 
 
+def _dictionaries(batch: pa.RecordBatch, header: CacheHeader, where: str) -> dict[str, pa.Array]:
+    """Values that the entries point to, checked: the same in every band of a shard."""
+    found = {name: batch[name].values.dictionary for name in ("top_ids", "top_logits")}
+    for name, dictionary in found.items():
+        dictionary.validate(full=True)
+        if dictionary.null_count:
+            raise CacheFormatError(f"{where}: the dictionary of column {name!r} holds nulls")
+    _check_range(found["top_ids"].to_numpy(), "top_ids", header.vocab_size, where)
+    if not np.isfinite(found["top_logits"].to_numpy()).all():
+        raise CacheFormatError(f"{where}: top_logits must be finite")
+    return found
+
+
 def _decode_batch(
-    batch: pa.RecordBatch, band: int, expected: _Expected, header: CacheHeader, where: str
+    batch: pa.RecordBatch,
+    band: int,
+    expected: _Expected,
+    dictionaries: Mapping[str, pa.Array],
+    header: CacheHeader,
+    where: str,
 ) -> Band:
     starts = band_start(expected.held, band, header.num_bands)
     num_tokens = band_start(expected.held, band + 1, header.num_bands) - starts
@@ -129,8 +154,8 @@ def _decode_batch(
     k, lengths = _flat(batch, "k", where)
     token_ids, token_lengths = _flat(batch, "token_ids", where)
     tail_logit, tail_lengths = _flat(batch, "tail_logit", where)
-    top_ids, id_lengths = _coded(batch, "top_ids", where)
-    top_logits, logit_lengths = _coded(batch, "top_logits", where)
+    id_codes, id_lengths = _codes(batch, "top_ids", dictionaries, where)
+    logit_codes, logit_lengths = _codes(batch, "top_logits", dictionaries, where)
     same_tokens = all(
         np.array_equal(found, num_tokens) for found in (lengths, token_lengths, tail_lengths)
     )
@@ -143,10 +168,12 @@ def _decode_batch(
         if not np.array_equal(found, np.diff(row_ends)):
             raise CacheFormatError(f"{where}: the lists of column {name!r} have wrong lengths")
     _check_range(token_ids, "token_ids", header.vocab_size, where)
-    _check_range(top_ids.dictionary, "top_ids", header.vocab_size, where)
     if not np.isfinite(tail_logit).all():
         raise CacheFormatError(f"{where}: tail_logit must be finite")
+    top_logits = Coded(logit_codes.to_numpy(), dictionaries["top_logits"].to_numpy())
     _check_logits(top_logits, entry_ends[:-1][k > 0], where)
+    top_ids = pc.take(dictionaries["top_ids"], id_codes, boundscheck=False).to_numpy()
+    _check_realised(token_ids, k, top_ids, entry_ends, where)
     return Band(
         token_ends=token_ends.tolist(),
         row_ends=row_ends.tolist(),
@@ -178,7 +205,9 @@ def _flat(batch: pa.RecordBatch, name: str, where: str) -> tuple[NDArray[Any], N
     return values.to_numpy(), column.value_lengths().to_numpy().astype(np.int64)
 
 
-def _coded(batch: pa.RecordBatch, name: str, where: str) -> tuple[Coded, NDArray[np.int64]]:
+def _codes(
+    batch: pa.RecordBatch, name: str, dictionaries: Mapping[str, pa.Array], where: str
+) -> tuple[pa.Array, NDArray[np.int64]]:
     """Codes of a column of lists from a dictionary, and the length of each list.
 
     Checks what `validate(full=True)` would check, in a tenth of its time.
@@ -189,15 +218,12 @@ def _coded(batch: pa.RecordBatch, name: str, where: str) -> tuple[Coded, NDArray
     if offsets[0] < 0 or (lengths < 0).any() or offsets[-1] > len(values):
         raise CacheFormatError(f"{where}: the lists of column {name!r} lie outside it")
     values = values.slice(offsets[0], offsets[-1] - offsets[0])
-    values.dictionary.validate(full=True)
-    if column.null_count or values.null_count or values.dictionary.null_count:
+    if column.null_count or values.null_count:
         raise CacheFormatError(f"{where}: column {name!r} holds nulls")
-    coded = Coded(values.indices.to_numpy(), values.dictionary.to_numpy())
-    if coded.codes.max(initial=0) >= max(1, len(coded.dictionary)) or (
-        len(coded.codes) and not len(coded.dictionary)
-    ):
+    codes = values.indices
+    if len(codes) and codes.to_numpy().max() >= len(dictionaries[name]):
         raise CacheFormatError(f"{where}: column {name!r} points outside its dictionary")
-    return coded, lengths.astype(np.int64)
+    return codes, lengths.astype(np.int64)
 
 
 def _check_range(ids: NDArray[np.int32], name: str, vocab_size: int, where: str) -> None:
@@ -207,8 +233,6 @@ def _check_range(ids: NDArray[np.int32], name: str, vocab_size: int, where: str)
 
 def _check_logits(logits: Coded, starts: NDArray[np.int64], where: str) -> None:
     grid, codes = logits.dictionary, logits.codes
-    if not np.isfinite(grid).all():
-        raise CacheFormatError(f"{where}: top_logits must be finite")
     # On a falling grid codes rise where values fall, and are a quarter of the bytes.
     rises = (
         codes[1:] < codes[:-1]
@@ -220,6 +244,24 @@ def _check_logits(logits: Coded, starts: NDArray[np.int64], where: str) -> None:
         raise CacheFormatError(f"{where}: top_logits must not rise within a token")
     if logits.values(codes[starts]).any():
         raise CacheFormatError(f"{where}: the first top_logits of a token must be 0")
+
+
+def _check_realised(
+    token_ids: NDArray[np.int32],
+    k: NDArray[np.uint8],
+    top_ids: NDArray[np.int32],
+    entry_ends: NDArray[np.int64],
+    where: str,
+) -> None:
+    """Every token with entries is once among them: a capture that is off by one fails here."""
+    found = np.flatnonzero(top_ids == np.repeat(token_ids, k))
+    ends = entry_ends[1:][k > 0]
+    # The i-th token with entries holds the i-th hit, or some token has none or two.
+    if len(found) != len(ends) or (found >= ends).any() or (found[1:] < ends[:-1]).any():
+        raise CacheFormatError(
+            f"{where}: {len(ends)} tokens have entries, but not each of these holds the token "
+            f"itself once ({len(found)} hits): the distributions belong to other tokens"
+        )
 
 
 def assemble(
@@ -245,10 +287,7 @@ def assemble(
     info = commit.traces[row]
     token_ids = np.concatenate([band.token_ids[tokens] for band, tokens, _ in parts])
     k = np.concatenate([band.k[tokens] for band, tokens, _ in parts])
-    id_codes = np.concatenate([band.top_ids.codes[entries] for band, _, entries in parts])
     logit_codes = np.concatenate([band.top_logits.codes[entries] for band, _, entries in parts])
-    top_ids = bands[0].top_ids.values(id_codes)
-    _check_realised(token_ids, k, top_ids, f"{where}: trace {info.trace_id!r}")
     return Trace(
         trace_id=info.trace_id,
         token_ids=token_ids,
@@ -256,23 +295,9 @@ def assemble(
         cot_start=info.cot_start,
         answer_start=info.answer_start,
         k=k,
-        top_ids=top_ids,
+        top_ids=np.concatenate([band.top_ids[entries] for band, _, entries in parts]),
         top_logits=bands[0].top_logits.values(logit_codes),
         tail_logit=np.concatenate([band.tail_logit[tokens] for band, tokens, _ in parts]),
         finish_reason=info.finish_reason,
         fields=info.fields,
     )
-
-
-def _check_realised(
-    token_ids: NDArray[np.int32], k: NDArray[np.uint8], top_ids: NDArray[np.int32], where: str
-) -> None:
-    """Every token with entries is once among them: a capture that is off by one fails here."""
-    found = np.flatnonzero(top_ids == np.repeat(token_ids, k))
-    ends = np.cumsum(k, dtype=np.int64)[k > 0]
-    # The i-th token with entries holds the i-th hit, or some token has none or two.
-    if len(found) != len(ends) or (found >= ends).any() or (found[1:] < ends[:-1]).any():
-        raise CacheFormatError(
-            f"{where}: {len(ends)} tokens have entries, but not each of these holds the token "
-            f"itself once ({len(found)} hits): the distributions belong to other tokens"
-        )

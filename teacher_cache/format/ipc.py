@@ -52,10 +52,11 @@ def declared_bytes(stream: memoryview, num_record_batches: int) -> int:
         num_record_batches: Count messages up to this record batch, dictionaries included.
 
     Raises:
-        ValueError, struct.error: If the stream is not made as an IPC stream is, or ends before.
+        ValueError, struct.error: If the stream is not made as an IPC stream is, ends before, or
+            changes a dictionary behind its first record batch.
     """
-    position = total = 0
-    while num_record_batches:
+    position = total = num_seen = 0
+    while num_seen < num_record_batches:
         marker, size = struct.unpack_from("<Ii", stream, position)
         if marker != _CONTINUATION or size <= 0:
             raise ValueError(f"expected an IPC message at byte {position} of the stream")
@@ -68,11 +69,13 @@ def declared_bytes(stream: memoryview, num_record_batches: int) -> int:
             raise ValueError(f"a message declares {length} bytes, {len(stream) - position} follow")
         kind = 0 if kind_place is None else message.data[kind_place]
         batch = message.table(2)
+        if kind == _DICTIONARY_BATCH and num_seen:
+            raise ValueError("a dictionary stands behind the first record batch")
         if kind == _DICTIONARY_BATCH and batch is not None:
             batch = batch.table(1)
         if kind in (_DICTIONARY_BATCH, _RECORD_BATCH) and batch is not None:
             total += _decompressed(batch, stream[position : position + length])
-        num_record_batches -= kind == _RECORD_BATCH
+        num_seen += kind == _RECORD_BATCH
         position += length
     return total
 
