@@ -121,15 +121,14 @@ def _collate(pairs: Sequence[tuple[Trace, NDArray[np.int64]]], *, per_trace: boo
         k.append(trace.k[valid])
         tails.append(trace.tail_logit[valid])
         realised.append(trace.token_ids[valid])
-        is_valid = np.zeros(len(trace.k), np.bool_)
-        is_valid[valid] = True
-        of_valid = np.repeat(is_valid, trace.k)
-        ids.append(trace.top_ids[of_valid])
-        logits.append(trace.top_logits[of_valid])
+        entries = _entries_of(trace, valid)
+        ids.append(trace.top_ids[entries])
+        logits.append(trace.top_logits[entries])
     k_N = np.concatenate(k).astype(np.int64)
+    places, shape = _places(k_N), (len(k_N), int(k_N.max()))
     targets = TeacherTargets(
-        top_ids=torch.from_numpy(_pad_ragged(np.concatenate(ids).astype(np.int64), k_N)),
-        top_logits=torch.from_numpy(_pad_ragged(np.concatenate(logits), k_N)),
+        top_ids=torch.from_numpy(_padded(np.concatenate(ids), places, shape)),
+        top_logits=torch.from_numpy(_padded(np.concatenate(logits), places, shape)),
         k=torch.from_numpy(k_N),
         tail_logit=torch.from_numpy(np.concatenate(tails)),
         realised_ids=torch.from_numpy(np.concatenate(realised).astype(np.int64)),
@@ -144,8 +143,30 @@ def _collate(pairs: Sequence[tuple[Trace, NDArray[np.int64]]], *, per_trace: boo
     )
 
 
-def _pad_ragged(flat: NDArray[_Value], k_N: NDArray[np.int64]) -> NDArray[_Value]:
-    """[N, K] from [E] values, k_N of them per row, zeros behind."""
-    padded = np.zeros((len(k_N), int(k_N.max())), flat.dtype)
-    padded[np.arange(padded.shape[1]) < k_N[:, None]] = flat
+def _entries_of(trace: Trace, valid: NDArray[np.int64]) -> slice | NDArray[np.bool_]:
+    """Where the entries of these tokens stand: a slice, unless others lie between them."""
+    first, last = valid[0], valid[-1]
+    ends = np.cumsum(trace.k, dtype=np.int64)
+    between = slice(int(ends[first]) - int(trace.k[first]), int(ends[last]))
+    if between.stop - between.start == trace.k[valid].sum(dtype=np.int64):
+        return between
+    is_valid = np.zeros(len(trace.k), np.bool_)
+    is_valid[valid] = True
+    return np.repeat(is_valid, trace.k)
+
+
+def _places(k_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[E] where each entry of ragged rows stands in the flat [N, K] that holds them."""
+    row_starts = np.arange(len(k_N)) * k_N.max()
+    places = np.repeat(row_starts - (np.cumsum(k_N) - k_N), k_N)
+    places += np.arange(len(places))
+    return places
+
+
+def _padded(
+    flat: NDArray[_Value], places: NDArray[np.int64], shape: tuple[int, int]
+) -> NDArray[_Value]:
+    """[N, K] with the values at their places and zeros elsewhere."""
+    padded = np.zeros(shape, flat.dtype)
+    padded.ravel()[places] = flat
     return padded
