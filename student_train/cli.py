@@ -91,6 +91,14 @@ def cli() -> None:
     help="Sections whose tokens enter the loss, of prompt,cot,answer.",
 )  # fmt: skip
 @click.option(
+    "--top-k", type=int, default=TrainConfig.top_k,
+    help="Use at most so many of the cached entries of every token; all of them otherwise.",
+)  # fmt: skip
+@click.option(
+    "--mass", type=float, default=TrainConfig.mass,
+    help="Use the fewest cached entries of every token that reach this probability.",
+)  # fmt: skip
+@click.option(
     "--ce-weight", type=float, default=TrainConfig.ce_weight,
     help="Share w of the cross entropy: loss = (1 - w) KL + w CE.",
 )  # fmt: skip

@@ -39,6 +39,8 @@ class TrainConfig:
     lead_span: float | None = None  # with max_tokens also None: whole traces
     max_tokens: int | None = None
     sections: tuple[str, ...] = ALL_SECTIONS
+    top_k: int | None = None  # as captured
+    mass: float | None = None  # as captured
     ce_weight: float = 0.5  # as in arXiv 2512.21002
     normalise: str = "tokens"
     lr: float = 1e-5

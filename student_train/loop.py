@@ -84,6 +84,7 @@ def train(config: TrainConfig) -> TrainResult:
     )
     check_student(config.student, model, tokenizer, cache.header)
     check_selection(cache, config.selection, model)
+    view = cache.view(top_k=config.top_k, mass=config.mass)
     identity = RunIdentity(config, cache.fingerprint, student_fingerprint(model))
     run.check_identity(identity)
     if run.finished:
@@ -141,6 +142,7 @@ def train(config: TrainConfig) -> TrainResult:
     stream = TraceStream(
         cache,
         config.selection,
+        view=view,
         batch_traces=config.batch_traces,
         num_epochs=config.epochs if progress.step < num_steps else 0,
         seed=config.seed,

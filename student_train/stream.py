@@ -15,7 +15,7 @@ import numpy as np
 
 from student_train.order import cache_order, check_ranks
 from student_train.selection import TokenSelection
-from teacher_cache.format import Cache, Trace
+from teacher_cache.format import Cache, KeepPolicy, Trace
 
 PREFETCH_STEPS = 4
 
@@ -58,6 +58,7 @@ class TraceStream:
         cache: Cache,
         selection: TokenSelection,
         *,
+        view: KeepPolicy | None = None,
         batch_traces: int,
         num_epochs: int,
         seed: int = 0,
@@ -71,6 +72,7 @@ class TraceStream:
         Args:
             cache: Open, and read by no one else while the stream is.
             selection: Decides how many tokens of a trace are read.
+            view: Fewer entries per token than the cache holds; see `Cache.view`.
             batch_traces: Traces of a global batch, over all ranks.
             num_epochs: Where the stream ends.
             seed: Of the order.
@@ -85,6 +87,7 @@ class TraceStream:
         check_ranks(num_lanes, num_ranks)
         self._cache = cache
         self._selection = selection
+        self._view = view
         self._batch_traces = batch_traces
         self._num_epochs = num_epochs
         self._seed = seed
@@ -163,7 +166,8 @@ class TraceStream:
 
     def _read(self, shard: int, rows: list[int]) -> dict[int, Trace]:
         infos = self._cache.shards[shard].traces
-        return self._cache.read(shard, {row: self._selection.num_read(infos[row]) for row in rows})
+        keep = {row: self._selection.num_read(infos[row]) for row in rows}
+        return self._cache.read(shard, keep, self._view)
 
 
 class _Prefetch(Iterator[StreamStep]):

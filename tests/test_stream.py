@@ -51,6 +51,16 @@ def test_resuming_from_any_cursor_equals_no_interruption(cache_path, step):
     assert [item.cursor for item in rest] == [item.cursor for item in whole[step:]]
 
 
+def test_a_view_gives_fewer_entries_of_the_same_tokens(cache_path):
+    view = open_cache(cache_path).view(top_k=2)
+    whole, narrow = steps_of(cache_path), steps_of(cache_path, view=view)
+    assert ids(narrow) == ids(whole)
+    for left, right in zip(narrow, whole, strict=True):
+        for mine, trace in zip(left.traces, right.traces, strict=True):
+            assert mine.token_ids.tolist() == trace.token_ids.tolist()
+            assert mine.k.max() <= 3 < trace.k.max()
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_ranks_together_hold_the_batches_of_one(cache_path, num_ranks):
     whole = steps_of(cache_path)

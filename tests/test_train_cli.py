@@ -151,6 +151,8 @@ def test_a_wrong_toml_file_is_named(tmp_path, text, message):
         (["--student", "/nowhere"], "model '/nowhere' cannot be loaded"),
         (["--cache", "/nowhere"], "/nowhere: no cache here"),
         (["--lead-span", "0.5", "--max-tokens", "4"], "not both"),
+        (["--top-k", "500"], "cannot be read with 500"),
+        (["--mass", "0"], "mass: expected a probability in (0, 1], got 0"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_one(parts, options, message):

@@ -74,6 +74,39 @@ def test_a_view_that_drops_nothing_is_the_trace():
     assert_same(narrowed(full, KeepPolicy(64, 1.0)), full)
 
 
+@pytest.mark.parametrize("asked", [{"top_k": 2}, {"mass": 0.6}, {"top_k": 3, "mass": 0.8}])
+def test_a_cache_is_read_with_fewer_entries_without_capturing_again(source, asked):
+    policy = source.view(**asked)
+    keep = {row: info.n_total for row, info in enumerate(source.shards[0].traces)}
+    whole, narrow = source.read(0, keep), source.read(0, keep, policy)
+    for row, trace in whole.items():
+        narrow[row].validate()
+        assert_same(narrow[row], narrowed(trace, policy))
+    num_entries = [sum(t.num_entries for t in traces.values()) for traces in (narrow, whole)]
+    assert num_entries[0] < num_entries[1]
+    kept = np.concatenate([trace.k for trace in narrow.values()])
+    assert kept.max() <= asked.get("top_k", 8) + 1
+
+
+def test_a_view_as_captured_is_what_is_stored(source):
+    keep = {0: source.shards[0].traces[0].n_total}
+    for policy in (source.view(), source.view(top_k=8, mass=0.95)):
+        assert_same(source.read(0, keep, policy)[0], source.read(0, keep)[0])
+
+
+@pytest.mark.parametrize("asked", [{"top_k": 9}, {"mass": 0.96}])
+def test_more_entries_than_were_captured_are_refused(source, asked):
+    (name, value), *_ = asked.items()
+    with pytest.raises(CacheMismatchError, match=rf"was captured with {name} .* with {value}"):
+        source.view(**asked)
+
+
+@pytest.mark.parametrize("asked", [{"top_k": 0}, {"mass": 0.0}, {"mass": float("nan")}])
+def test_a_view_of_nothing_is_refused(source, asked):
+    with pytest.raises(ValueError, match=f"{next(iter(asked))}: expected"):
+        source.view(**asked)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return open_cache(make_cache(tmp_path_factory.mktemp("full") / "cache", make_traces(9)))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from teacher_cache.format.codec import KeepPolicy
 from teacher_cache.format.commit import ShardCommit, TraceInfo
 from teacher_cache.format.decode import assemble, decode_bands
 from teacher_cache.format.errors import CacheFormatError, CacheMismatchError
@@ -24,6 +25,7 @@ from teacher_cache.format.records import (
 from teacher_cache.format.span import num_bands_needed
 from teacher_cache.format.store import CachePath, Store, open_store
 from teacher_cache.format.trace import Trace
+from teacher_cache.format.view import narrowed
 
 
 @dataclass
@@ -52,7 +54,36 @@ class Cache:
         """How many of its first tokens can be read: all, unless the cache was truncated."""
         return self.header.num_held(trace.n_total)
 
-    def read(self, shard_index: int, keep: Mapping[int, int]) -> dict[int, Trace]:
+    def view(self, *, top_k: int | None = None, mass: float | None = None) -> KeepPolicy:
+        """The policy with which `read` gives fewer entries than were captured.
+
+        Args:
+            top_k: At most so many entries per token, and the token itself; as captured if None.
+            mass: The fewest entries whose stored probabilities reach it; as captured if None.
+
+        Raises:
+            CacheMismatchError: If the capture did not keep so much.
+            ValueError: If `top_k` is below 1 or `mass` not in (0, 1].
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, got {top_k}")
+        if mass is not None and not 0.0 < mass <= 1.0:
+            raise ValueError(f"mass: expected a probability in (0, 1], got {mass}")
+        for name, asked in (("top_k", top_k), ("mass", mass)):
+            held = getattr(self.header, name)
+            if asked is not None and asked > held:
+                raise CacheMismatchError(
+                    f"{self.path}: was captured with {name} {held:g} and cannot be read with "
+                    f"{asked:g}: ask for at most that, or capture again"
+                )
+        # As captured is all that is stored: the rounded probabilities are not counted again.
+        if mass is None or mass == self.header.mass:
+            mass = 1.0
+        return KeepPolicy(top_k or self.header.top_k, mass)
+
+    def read(
+        self, shard_index: int, keep: Mapping[int, int], view: KeepPolicy | None = None
+    ) -> dict[int, Trace]:
         """Read the first tokens of some traces of one shard.
 
         The bytes read are one prefix of the file: the leading bands that hold these tokens.
@@ -60,6 +91,7 @@ class Cache:
         Args:
             shard_index: Index into `shards`.
             keep: Row in the shard -> how many of its tokens, 1 to n_total.
+            view: Fewer entries per token than are stored; from the method of that name.
 
         Returns:
             Row -> its trace, cut to the tokens asked for.
@@ -90,7 +122,10 @@ class Cache:
         num_bands = num_bands_needed(spans, len(commit.blocks))
         data = self._read_prefix(commit, num_bands, where)
         bands = decode_bands(data, commit, num_bands, self.header, where)
-        return {row: assemble(commit, row, count, bands, where) for row, count in keep.items()}
+        traces = {row: assemble(commit, row, count, bands, where) for row, count in keep.items()}
+        if view is None or (view.top_k >= self.header.top_k and view.mass >= 1.0):
+            return traces
+        return {row: narrowed(trace, view) for row, trace in traces.items()}
 
     def _read_prefix(self, commit: ShardCommit, num_bands: int, where: str) -> pa.Buffer:
         size = commit.prefix_bytes(num_bands)

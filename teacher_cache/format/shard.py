@@ -33,7 +33,7 @@ class EncodedShard:
 def encode_shard(traces: Sequence[Trace], header: CacheHeader) -> EncodedShard:
     """Encode traces as one Arrow IPC file whose record batch b is band b of every trace.
 
-    Holds the file (about 16 MB) and one band's arrays beside the traces.
+    Holds the file (about SHARD_BYTES) and one band's arrays beside the traces.
 
     Args:
         traces: With all tokens that the cache is to hold of them; at least one.
