@@ -63,6 +63,10 @@ LOW_TO_HIGH = {  # within a stage: a module must not import one that stands afte
         "plan",
         "cli",
     ],
+    "teacher_cache.sources": [
+        *("row", "rejects", "tables", "text", "files", "trace", "slices", "sections"),
+        *("thinking", "chat", "shapes", "turns", "render", "source"),
+    ],
 }
 
 

@@ -352,6 +352,14 @@ def test_a_row_of_any_content_is_rendered_or_refused_with_a_reason(
         assert all(0 <= start < end <= trace.num_prompt for start, end in trace.without_rows)
 
 
+def test_token_ids_that_are_null_or_beside_a_named_prompt_are_not_taken(plain):
+    row = {"question": ASKED, "response": INLINE, "token_ids": [1, 2]}
+    expected = render(plain, {"prompt": ASKED, "response": INLINE}).token_ids
+    assert render(plain, row, prompt_field="question").token_ids == expected
+    row = {"prompt": ASKED, "response": INLINE, "token_ids": None}
+    assert render(plain, row).token_ids == expected
+
+
 def test_tools_reach_the_chat_template(tmp_path):
     template = "{% if tools %}tools: {{ tools[0].name }}\n{% endif %}" + TEMPLATES["plain"]
     teacher = make_byte_teacher(tmp_path, template)

@@ -55,6 +55,8 @@ def as_saved_splits(path):
 def as_folder(path):
     path.mkdir()
     (path / "README.md").write_text("# no rows")
+    (path / ".cache").mkdir()
+    (path / ".cache" / "download.json").write_text("{}")
     (path / "b.jsonl.zst").write_bytes(zstandard.compress(jsonl(ROWS[100:])))
     pq.write_table(pa.Table.from_pylist(ROWS[:100]), path / "a.parquet")
 
@@ -156,6 +158,10 @@ BROKEN = {
     "parquet.jsonl": (
         lambda p: p.write_bytes(parquet_bytes(p.parent)),
         "expected text by its name, found Parquet by its content",
+    ),
+    "table.gz": (
+        lambda p: p.write_bytes(gzip.compress(parquet_bytes(p.parent))),
+        "a compressed table",
     ),
     "picture.jsonl": (lambda p: p.write_bytes(b"\x89PNG\0\0\0"), "found other binary data"),
     "utf16.jsonl": (lambda p: p.write_text('{"a": 1}', "utf-16"), "found UTF-16; convert it"),

@@ -272,6 +272,10 @@ BAD_TRACES = {
     "empty-response": (response(""), "the response is empty"),
     "bad-response": (response(5), "must be text"),
     "empty-chain-of-thought": (response("<think> </think> 5"), "nothing stands between"),
+    "unclosed-chain-of-thought": (
+        {**response("<think> b c"), "finish_reason": "stop"},
+        "says that the response is whole, but it lacks </think>",
+    ),
     "marks-out-of-order": (response("a </think> b <think> c"), "</think> stands before <think>"),
     "marks-out-of-order ": (
         response("a <|begin_of_thought|> b <|end_of_thought|> c"),

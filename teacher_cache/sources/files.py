@@ -61,7 +61,7 @@ class Input:
         saved = saved_dataset_files(self.path, self.split)
         if saved is not None:
             return saved
-        files = sorted(f for f in self.path.rglob("*") if f.is_file() and f.name[0] != ".")
+        files = sorted(f for f in self.path.rglob("*") if f.is_file() and not self._is_hidden(f))
         known = [file for file in files if file.suffix in _KIND_OF_SUFFIX]
         if not known:
             raise SourceError(
@@ -71,6 +71,9 @@ class Input:
         for file in sorted(set(files) - set(known)):
             logger.info("%s: passed over, its name is none of a file of rows", file)
         return known
+
+    def _is_hidden(self, file: Path) -> bool:
+        return any(part.startswith(".") for part in file.relative_to(self.path).parts)
 
     def _may_be_hub_id(self) -> bool:
         return (

@@ -37,6 +37,7 @@ class Reason(StrEnum):
     BAD_RESPONSE = "bad-response"
     EMPTY_RESPONSE = "empty-response"
     EMPTY_CHAIN_OF_THOUGHT = "empty-chain-of-thought"
+    UNCLOSED_CHAIN_OF_THOUGHT = "unclosed-chain-of-thought"
     MARKS_OUT_OF_ORDER = "marks-out-of-order"
     BAD_TOKEN_IDS = "bad-token-ids"
     BAD_BOUNDS = "bad-bounds"

@@ -65,7 +65,8 @@ class TraceRenderer:
 
     def __call__(self, row: dict[str, Any]) -> SourceTrace:
         """Render one row; raises BadRow."""
-        trace = self._ready_ids(row) if "token_ids" in row else self._rendered(row)
+        is_ready = self.layout.prompt_field is None and row.get("token_ids") is not None
+        trace = self._ready_ids(row) if is_ready else self._rendered(row)
         if self.slice is not None:
             trace = self.slice.cut(trace)
         if len(trace.token_ids) < 2:
@@ -120,7 +121,14 @@ class TraceRenderer:
         text, is_cut = self._response(exchange, prompt)
         ids = prompt + self.tokenizer.encode(text)
         bounds = find_sections(ids, len(prompt), self.tokenizer)
-        finish_reason = _finish_reason(row, is_cut=is_cut or self._is_open(ids, bounds))
+        is_open = self._is_open(ids, bounds)
+        if is_open and row.get("finish_reason") == "stop":
+            raise BadRow(
+                Reason.UNCLOSED_CHAIN_OF_THOUGHT,
+                f"`finish_reason` says that the response is whole, but it lacks "
+                f"{self.tokenizer.marks.close}",
+            )
+        finish_reason = _finish_reason(row, is_cut=is_cut or is_open)
         end_id = self.tokenizer.end_id
         if finish_reason is None and end_id is not None and ids[-1] != end_id:
             ids.append(end_id)

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from teacher_cache.sources.rejects import BadRow, Reason, SourceError
 from teacher_cache.sources.row import Row
+from teacher_cache.sources.tables import ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC, PARQUET_MAGIC
 
 _CHUNK_BYTES = 1 << 20
 _LITERAL = 16  # characters that a number or an escape at the end of a chunk may lack
@@ -49,6 +50,8 @@ def _rows(path: Path, chunks: Iterator[bytes]) -> Iterator[Row]:
     if first.startswith(_UTF16_MARKS):
         raise SourceError(f"{path}: expected UTF-8 text, found UTF-16; convert it")
     first = first.removeprefix(codecs.BOM_UTF8)
+    if first.startswith((PARQUET_MAGIC, ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC)):
+        raise SourceError(f"{path}: a compressed table, which cannot be read so; decompress it")
     if b"\0" in first[:4096]:
         raise SourceError(
             f"{path}: expected JSON text, Parquet or Arrow, found other binary data "
