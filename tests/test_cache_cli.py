@@ -105,6 +105,8 @@ def test_generate_inspect_export_and_score_agree(model, prompts, tmp_path):
     said = invoke(*arguments(model, prompts, tmp_path / "cache", "--capture-prompt"))
     assert "8 traces captured now" in said
     assert "complete and sealed" in said
+    assert "all as it should be" in invoke("verify", tmp_path / "cache")
+    assert "passed: mean KL" in invoke("audit", tmp_path / "cache", "--model", model)
     figures = json.loads(invoke("inspect", tmp_path / "cache", "--json"))
     assert (figures["num_traces"], figures["header"]["top_k"], figures["sealed"]) == (8, 6, True)
     shown = invoke("inspect", tmp_path / "cache", "--trace", "p3")
