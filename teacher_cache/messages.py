@@ -135,9 +135,9 @@ def repair_lines(repair: Repair, path: str) -> Iterator[str]:
     else:
         yield f"{path}: has no cache.json now: it was damaged, and no shard tells what it said"
     yield (
-        "now run the command again that made this cache, with the same --out: it captures what is "
-        "missing and seals the cache. Where that is not possible, `cache-teacher seal` declares "
-        "it complete without these traces"
+        "now run the command again that made this cache (of every worker, where several shared the "
+        "input): it captures what is missing and seals the cache. Where that is not possible, "
+        "`cache-teacher seal` declares it complete without these traces"
     )
 
 

@@ -32,9 +32,10 @@ from teacher_cache.format import (
 )
 from teacher_cache.format import repair as repair_module
 from teacher_cache.format import verify as verify_module
+from teacher_cache.format.parts import Part, PartRecord, publish_part
 from teacher_cache.format.repair import repair_cache
 from teacher_cache.format.shard import encode_shard
-from teacher_cache.format.store import Store
+from teacher_cache.format.store import Store, open_store
 from teacher_cache.format.verify import verify_cache
 from teacher_cache.modes import generate
 
@@ -464,3 +465,33 @@ def test_a_remote_cache_is_verified_and_repaired(folder, monkeypatch):
         assert remote.cat("/bucket/removed/1-w000-00000.arrow") == data[:-3]
     finally:
         remote.rm("/bucket", recursive=True)
+
+
+@pytest.fixture
+def shared(folder):
+    """A cache whose input two workers shared and finished."""
+    for index in (0, 1):
+        publish_part(open_store(folder), Part(2, index), PartRecord("input", 8, 4, finished=True))
+    return folder
+
+
+def test_after_a_repair_no_part_of_a_shared_input_is_finished(shared):
+    next((shared / "shards").glob("*.arrow")).unlink()
+    repair_cache(shared, verify_cache(shared))
+    with pytest.raises(CacheMismatchError, match=r"worker 0/2 has not finished, 1/2 has not"):
+        seal_cache(shared)
+
+
+def test_where_no_trace_is_lost_parts_stay_finished(shared):
+    (shared / "cache.json").write_text("")
+    repair_cache(shared, verify_cache(shared))
+    assert seal_cache(shared).seal.num_traces == 8
+
+
+def test_damaged_records_of_parts_are_found_and_taken_out(shared):
+    (shared / "parts" / "w1of2.json").write_text("{")
+    (error,) = errors(shared)
+    assert error.startswith("parts: parts/w1of2.json: not the record of a worker")
+    done = repair_cache(shared, verify_cache(shared))
+    assert {"parts/w0of2.json", "parts/w1of2.json"} < set(done.removed)
+    assert errors(shared) == []

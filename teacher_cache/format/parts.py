@@ -13,7 +13,7 @@ from teacher_cache.format.errors import CacheFormatError, CacheMismatchError
 from teacher_cache.format.header import UNUSABLE_JSON
 from teacher_cache.format.store import Store
 
-_FOLDER = "parts"
+PARTS_FOLDER = "parts"
 _NAME = re.compile(r"w(\d+)of(\d+)\Z")
 
 
@@ -76,8 +76,8 @@ def publish_part(store: Store, part: Part, record: PartRecord) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    store.make_folder(_FOLDER)
-    store.publish(f"{_FOLDER}/{part.name}.json", json.dumps(asdict(record)).encode())
+    store.make_folder(PARTS_FOLDER)
+    store.publish(f"{PARTS_FOLDER}/{part.name}.json", json.dumps(asdict(record)).encode())
 
 
 def read_parts(store: Store) -> dict[Part, PartRecord]:
@@ -87,15 +87,15 @@ def read_parts(store: Store) -> dict[Part, PartRecord]:
         CacheFormatError: If a record is damaged.
     """
     records = {}
-    for file in store.sizes(_FOLDER):
+    for file in store.sizes(PARTS_FOLDER):
         found = _NAME.match(file.removesuffix(".json"))
         if found is not None:
             part = Part(count=int(found[2]), index=int(found[1]))
             try:
-                records[part] = PartRecord(**json.loads(store.read(f"{_FOLDER}/{file}")))
+                records[part] = PartRecord(**json.loads(store.read(f"{PARTS_FOLDER}/{file}")))
             except UNUSABLE_JSON as error:
                 raise CacheFormatError(
-                    f"{store.where}/{_FOLDER}/{file}: not the record of a worker: {error!r}"
+                    f"{store.where}/{PARTS_FOLDER}/{file}: not the record of a worker: {error!r}"
                 ) from error
     return records
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from teacher_cache.format.files import fsync_folder
@@ -11,6 +11,7 @@ from teacher_cache.format.findings import Verification
 from teacher_cache.format.header import UNUSABLE_JSON, CacheHeader
 from teacher_cache.format.journals import Journals
 from teacher_cache.format.manifest import JOURNAL_FOLDER, MANIFEST_NAME, SHARD_FOLDER, Manifest
+from teacher_cache.format.parts import PARTS_FOLDER, publish_part, read_parts
 from teacher_cache.format.store import CachePath, Store, open_store
 
 REMOVED_FOLDER = "removed"
@@ -46,6 +47,8 @@ def repair_cache(path: CachePath, found: Verification) -> Repair:
         *(f"{SHARD_FOLDER}/{name}.arrow" for name in shards),
         *sorted(file for file in files if file.startswith(f"{JOURNAL_FOLDER}/")),
     ]
+    parts = [f"{PARTS_FOLDER}/{name}" for name in store.sizes(PARTS_FOLDER)]
+    damaged += parts if PARTS_FOLDER in files else []
     with _no_writer(store):
         prefix = _new_prefix(store)
         removed = {}
@@ -56,6 +59,8 @@ def repair_cache(path: CachePath, found: Verification) -> Repair:
             store.publish(MANIFEST_NAME, _unsealed(store, found.header).to_bytes())
         else:
             store.remove(MANIFEST_NAME)
+        if damaged and PARTS_FOLDER not in files:
+            _reopen_parts(store)
         for file in damaged:
             if store.size(file) is not None:
                 removed[file] = prefix + PurePosixPath(file).name
@@ -89,6 +94,12 @@ def _unsealed(store: Store, header: CacheHeader) -> Manifest:
     except (FileNotFoundError, *UNUSABLE_JSON):
         config = {}
     return Manifest(header, config if isinstance(config, dict) else {})
+
+
+def _reopen_parts(store: Store) -> None:
+    """Workers that share an input have not finished it any more: traces of theirs are missing."""
+    for part, record in read_parts(store).items():
+        publish_part(store, part, replace(record, finished=False))
 
 
 def _move(store: Store, file: str, target: str) -> None:

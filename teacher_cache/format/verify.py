@@ -21,6 +21,7 @@ from teacher_cache.format.manifest import (
     make_seal,
     parse_manifest,
 )
+from teacher_cache.format.parts import PARTS_FOLDER, read_parts
 from teacher_cache.format.store import CachePath, Store, open_store
 from teacher_cache.format.verify_shard import broken_shard, header_in_shard
 
@@ -61,6 +62,10 @@ def verify_cache(path: CachePath, on_bytes: OnBytes = lambda done, total: None) 
         _count(manifest, header, commits, len(listed), found)
     _check_copies(commits, found)
     _note_strays(shard_files, listed, found)
+    try:
+        read_parts(store)
+    except CacheFormatError as error:
+        found.wrong(PARTS_FOLDER, str(error).removeprefix(f"{store.where}/"))
     if header is not None and store.folder is not None:
         _check_journals(store.folder, header, listed, found)
     return found
