@@ -1,10 +1,12 @@
 """A capture from the first look at its folder to the seal, whatever the engine or the mode."""
 
 import logging
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from teacher_cache.engines import EngineError, Teacher, TeacherFacts
+from teacher_cache.engines import EngineError, TeacherFacts
 from teacher_cache.format import (
     CacheHeader,
     CacheMismatchError,
@@ -12,6 +14,7 @@ from teacher_cache.format import (
     Manifest,
     Part,
     PartRecord,
+    compact_journals,
     open_store,
     parts_to_come,
     publish_part,
@@ -20,7 +23,7 @@ from teacher_cache.format import (
     seal_cache,
     shown,
 )
-from teacher_cache.job import ONLY_WORKER, Job, Survey, take_survey
+from teacher_cache.job import Job, Survey, take_survey
 from teacher_cache.progress import Progress
 from teacher_cache.signals import Stopped, stop_signals
 from teacher_cache.worker import Done, run_requests
@@ -43,7 +46,49 @@ class CaptureReport:
     parts_to_come: tuple[Part, ...] = ()  # that have not finished this input
 
 
-def capture(job: Job) -> CaptureReport:
+class Crew(Protocol):
+    """Whoever runs a job's requests and keeps their traces."""
+
+    facts: TeacherFacts
+
+    def run(
+        self,
+        writer: CacheWriter,
+        note: Callable[[Done], None],
+        hold: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        """Run every request that the cache does not hold; as `run_requests`."""
+        ...
+
+    def close(self) -> None:
+        """End engines and processes."""
+        ...
+
+
+class Alone:
+    """The crew of a plain job: one teacher, in this process."""
+
+    def __init__(self, job: Job, longest: int) -> None:
+        self._job = job
+        self._teacher = job.start_teacher(longest)
+        self.facts = self._teacher.facts
+
+    def run(
+        self,
+        writer: CacheWriter,
+        note: Callable[[Done], None],
+        hold: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        """Run the requests one window after the other."""
+        job = self._job
+        run_requests(job.work(), self._teacher, writer, job.tokenizer, note, hold)
+
+    def close(self) -> None:
+        """Close the teacher."""
+        self._teacher.close()
+
+
+def capture(job: Job, start_crew: Callable[[Job, int], Crew] = Alone) -> CaptureReport:
     """Bring every trace of the input into the cache that is not there yet, and seal it.
 
     With a limit below the input the cache stays unsealed, to be gone on with; so it does where
@@ -60,12 +105,14 @@ def capture(job: Job) -> CaptureReport:
         survey = take_survey(job, {})
         if survey.num_missing == 0:  # no row is this worker's
             return _with_parts(job, CaptureReport(survey))
-        with closing(job.start_teacher(survey.longest)) as teacher:
-            header = job.header(teacher.facts)
+        with closing(start_crew(job, survey.longest)) as crew:
+            header = job.header(crew.facts)
             with _writer(job, header) as writer:
-                return _run(job, survey, teacher, writer)
+                return _run(job, survey, crew, writer)
     # Refuse another capture's folder before the engine starts, and do without it where possible.
     header = job.header(_facts_of(manifest.header))
+    if job.on_cluster and manifest.seal is None:
+        compact_journals(job.out, manifest.header, journal=job.journal)
     with _writer(job, header) as writer:
         _require_same_parts(job, manifest)
         survey = take_survey(job, writer.finished())
@@ -76,9 +123,9 @@ def capture(job: Job) -> CaptureReport:
                 f"{writer.where} is sealed, and {survey.num_missing} of {survey.num_wanted} traces "
                 "are not in it. Write them to another folder."
             )
-        with closing(job.start_teacher(survey.longest)) as teacher:
-            writer.require_header(job.header(teacher.facts))
-            return _run(job, survey, teacher, writer)
+        with closing(start_crew(job, survey.longest)) as crew:
+            writer.require_header(job.header(crew.facts))
+            return _run(job, survey, crew, writer)
 
 
 def _writer(job: Job, header: CacheHeader) -> CacheWriter:
@@ -107,7 +154,7 @@ def _facts_of(header: CacheHeader) -> TeacherFacts:
     )
 
 
-def _run(job: Job, survey: Survey, teacher: Teacher, writer: CacheWriter) -> CaptureReport:
+def _run(job: Job, survey: Survey, crew: Crew, writer: CacheWriter) -> CaptureReport:
     if job.part is not None:
         publish_part(open_store(job.out), job.part, _record(survey, finished=False))
     with Progress(survey.num_missing) as progress, stop_signals() as switch:
@@ -116,7 +163,7 @@ def _run(job: Job, survey: Survey, teacher: Teacher, writer: CacheWriter) -> Cap
             progress.add(done.num_tokens, cut_by_length=done.cut_by_length)
 
         try:
-            run_requests(job.work(), teacher, writer, job.tokenizer, note, switch.held)
+            crew.run(writer, note, switch.held)
         except Stopped as stopped:
             logger.info("%s: stopping; what is finished is kept", stopped)
         except EngineError:
@@ -138,7 +185,7 @@ def _finish(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureRepo
     survey = report.survey
     writer.finish()
     # With other workers beside it, no worker can know that the cache is complete.
-    complete = survey.num_taken == survey.num_wanted and job.worker == ONLY_WORKER
+    complete = survey.num_taken == survey.num_wanted and job.is_whole
     if complete:
         seal_cache(job.out, journal=job.journal, allow_missing=True)
     return _with_parts(job, replace(report, sealed=complete))

@@ -29,6 +29,7 @@ class Job:
     journal: Path | None  # where the cache's own folder, or the default for a URI, will not do
     worker: str
     part: Part | None = None  # of the input, where several workers share it
+    on_cluster: bool = False  # its workers are several, and nobody else's
     limit: int | None  # traces of the whole input; the rest of it is only counted
     config: Mapping[str, Any]  # resolved, JSON; kept in the cache for the reader
     source: Source
@@ -36,6 +37,11 @@ class Job:
     requests: Callable[[SourceTrace], list[TeacherRequest]]
     header: Callable[[TeacherFacts], CacheHeader]
     start_teacher: Callable[[int], Teacher]  # given the longest trace, in tokens
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the cache is complete when this job is: nobody else is known to write to it."""
+        return self.on_cluster or self.worker == ONLY_WORKER
 
     def is_ours(self, source: SourceTrace) -> bool:
         """Whether a row is this worker's; all the samples of a prompt are the same worker's."""
@@ -124,5 +130,5 @@ def take_survey(job: Job, finished: Mapping[str, str]) -> Survey:
 
 def _rejects_name(job: Job) -> str:
     """Workers with names of their own may have inputs of their own."""
-    shared = job.worker == ONLY_WORKER or job.part is not None
+    shared = job.is_whole or job.part is not None
     return "rejects.jsonl" if shared else f"rejects-{job.worker}.jsonl"

@@ -3,9 +3,11 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from teacher_cache.capture import CaptureReport, capture
+from teacher_cache.cluster import Cluster, Placement
 from teacher_cache.engines import Sampling, Teacher, TeacherFacts, TeacherRequest
 from teacher_cache.engines.start import start_teacher
 from teacher_cache.format import MAX_K, CacheHeader, CachePath, parse_worker, shown
@@ -52,6 +54,9 @@ class CaptureConfig:
     split: str = Input.split
     ids_file: Path | None = None
     worker: str = ONLY_WORKER
+    workers: int = 1
+    ray_address: str | None = None
+    tensor_parallel_size: int = 1
     journal: Path | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +69,17 @@ class CaptureConfig:
         if self.engine_arg and self.engine != "vllm":
             raise ValueError("engine arguments are vLLM's; the transformers engine takes none")
         parse_worker(self.worker)
+        if self.on_cluster and self.worker != ONLY_WORKER:
+            raise ValueError("--worker is for processes without Ray; leave it out with --workers")
+        if self.tensor_parallel_size > 1 and self.engine != "vllm":
+            raise ValueError("tensor-parallel-size is vLLM's; transformers runs on one GPU")
+        if "tensor_parallel_size" in self.engine_arg:
+            raise ValueError("engine arguments: give --tensor-parallel-size instead")
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether Ray places the engines."""
+        return self.workers > 1 or self.ray_address is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +158,9 @@ def generate(config: GenerateConfig) -> CaptureReport:
 
     recorded = {**asdict(sampling), "max_tokens": config.max_tokens, "seed": config.seed}
     render = PromptRenderer(tokenizer, context, files.vocab_size(), _layout(config))
-    return capture(
-        _job(config, files, tokenizer, config.prompts, render, requests, sampling, recorded)
+    return _capture(
+        config,
+        _job(config, files, tokenizer, config.prompts, render, requests, sampling, recorded),
     )
 
 
@@ -172,7 +189,16 @@ def score(config: ScoreConfig) -> CaptureReport:
     )
     part = None if config.slice is None else Slice.parse(config.slice)
     render = TraceRenderer(tokenizer, context, files.vocab_size(), layout, part)
-    return capture(_job(config, files, tokenizer, config.traces, render, requests, None, None))
+    return _capture(
+        config, _job(config, files, tokenizer, config.traces, render, requests, None, None)
+    )
+
+
+def _capture(config: CaptureConfig, job: Job) -> CaptureReport:
+    if not config.on_cluster:
+        return capture(job)
+    placement = Placement(config.workers, config.ray_address, config.tensor_parallel_size)
+    return capture(job, partial(Cluster, placement))
 
 
 def _layout(config: GenerateConfig | ScoreConfig) -> Layout:
@@ -201,6 +227,8 @@ def _job(
     recorded: Mapping[str, float | int | None] | None,
 ) -> Job:
     worker, part = parse_worker(config.worker)
+    if config.on_cluster:
+        worker = "ray"  # the driver's; the actors have names of their own
     terminal_ids = tokenizer.terminal_ids(files.generation_config().end_ids)
 
     def header(facts: TeacherFacts) -> CacheHeader:
@@ -232,6 +260,7 @@ def _job(
         journal=config.journal,
         worker=worker,
         part=part,
+        on_cluster=config.on_cluster,
         limit=config.limit,
         config=_resolved(config),
         source=Source(
@@ -244,7 +273,7 @@ def _job(
         tokenizer=tokenizer,
         requests=requests,
         header=header,
-        start_teacher=lambda longest: _start(config, files, sampling, longest),
+        start_teacher=partial(_start, config, files, sampling),
     )
 
 
@@ -265,7 +294,16 @@ def _start(
         top_k=min(config.top_k, files.vocab_size()),  # a small vocabulary has no more candidates
         max_model_len=longest,
         sampling=sampling,
-        engine_args=config.engine_arg,
+        engine_args={**_parallel_args(config.tensor_parallel_size), **config.engine_arg},
+    )
+
+
+def _parallel_args(num_gpus: int) -> dict[str, object]:
+    # On a cluster vLLM would use Ray for its own processes too, which the replica's GPUs need not.
+    return (
+        {"tensor_parallel_size": num_gpus, "distributed_executor_backend": "mp"}
+        if num_gpus > 1
+        else {}
     )
 
 

@@ -54,6 +54,8 @@ LOW_TO_HIGH = {  # within a stage: a module must not import one that stands afte
         "worker",
         "job",
         "capture",
+        "replica",
+        "cluster",
         "modes",
         "inspection",
         "export",

@@ -51,7 +51,7 @@ def _capture_options(command: _Command) -> _Command:
             type=NamedValue(),
             multiple=True,
             callback=named,
-            help="An engine argument of vLLM, e.g. tensor_parallel_size=2. Repeatable.",
+            help="An engine argument of vLLM, e.g. max_num_seqs=128. Repeatable.",
         ),
         click.option(
             "--template-arg",
@@ -80,6 +80,23 @@ def _capture_options(command: _Command) -> _Command:
             show_default=True,
             help="i/n: share the input among n such commands, i counting from 0, e.g. "
             "$SLURM_ARRAY_TASK_ID/8. Or a name, for a process with an input of its own.",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(1),
+            default=default.workers,
+            show_default=True,
+            help="Engine replicas that Ray places, on this machine or with --ray-address.",
+        ),
+        click.option(
+            "--ray-address", help="A Ray cluster that runs: auto, HOST:PORT or ray://HOST:PORT."
+        ),
+        click.option(
+            "--tensor-parallel-size",
+            type=click.IntRange(1),
+            default=default.tensor_parallel_size,
+            show_default=True,
+            help="GPUs per replica.",
         ),
         click.option(
             "--journal",

@@ -15,6 +15,10 @@ class EngineError(Exception):
     """The teacher cannot do what it was asked; the message says what to change."""
 
 
+class EngineDiedError(EngineError):
+    """The teacher's processes ended; a new one may get on."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a teacher draws tokens. Captured logprobs never depend on it: they stay at temperature 1.
@@ -76,8 +80,9 @@ class Teacher(Protocol):
     """An engine that runs one model.
 
     `run` draws from `requests` only as far as its window of requests in flight allows, and yields
-    traces as they finish, in any order. It raises `EngineError` for a request it cannot run, which
-    gives up the others in flight. One run at a time.
+    traces as they finish, in any order. Where `requests` ends it may have more later: an engine
+    with traces in flight asks it again. `run` raises `EngineError` for a request it cannot run,
+    which gives up the others in flight. One run at a time.
     """
 
     facts: TeacherFacts

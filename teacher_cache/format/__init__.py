@@ -23,7 +23,7 @@ from teacher_cache.format.parts import (
 )
 from teacher_cache.format.reader import Cache, open_cache
 from teacher_cache.format.records import read_manifest
-from teacher_cache.format.sealing import seal_cache
+from teacher_cache.format.sealing import compact_journals, seal_cache
 from teacher_cache.format.span import lead_span_length, num_bands_needed
 from teacher_cache.format.store import CachePath, Store, open_store, shown
 from teacher_cache.format.trace import MAX_K, Trace
@@ -52,6 +52,7 @@ __all__ = [
     "Store",
     "Trace",
     "TraceInfo",
+    "compact_journals",
     "content_hash",
     "keep_entries",
     "lead_span_length",

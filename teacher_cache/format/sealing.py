@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from teacher_cache.format.errors import CacheMismatchError
+from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.journals import open_journals
 from teacher_cache.format.manifest import MANIFEST_NAME, Manifest, make_seal
 from teacher_cache.format.parts import require_all_parts
@@ -41,11 +42,16 @@ def seal_cache(
         return manifest
     if not allow_missing:
         require_all_parts(store)
+    compact_journals(path, manifest.header, journal=journal)
     journals = open_journals(path, store, journal)
-    for worker in journals.workers():
-        CacheWriter(path, manifest.header, worker=worker, journal=journal).finish()
     journals.require_all_finished()
     commits = read_commits(store, committed_names(store), manifest.header)
     sealed = Manifest(manifest.header, manifest.config, make_seal(commits, manifest.header))
     store.publish(MANIFEST_NAME, sealed.to_bytes())
     return sealed
+
+
+def compact_journals(path: CachePath, header: CacheHeader, *, journal: Path | None = None) -> None:
+    """Bring what is left in journals into shards; nobody may be writing. Raises as `seal_cache`."""
+    for worker in open_journals(path, open_store(path), journal).workers():
+        CacheWriter(path, header, worker=worker, journal=journal).finish()

@@ -7,6 +7,7 @@ import importlib.metadata
 import multiprocessing.connection
 import os
 import re
+import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -158,3 +159,21 @@ def report_death(engine: Any, processes: Sequence[multiprocessing.process.BasePr
 
     if processes:  # none where VLLM_ENABLE_V1_MULTIPROCESSING=0
         threading.Thread(target=wait, daemon=True, name="vllm-death").start()
+
+
+def end_with_us(
+    processes: Sequence[multiprocessing.process.BaseProcess],
+) -> "subprocess.Popen[bytes]":
+    """Have the engine's processes killed once this one is gone, however it ended.
+
+    vLLM 0.32's engine does not notice that who started it was killed: it would keep the GPU's
+    memory for ever, and the next engine would find none. A line on the shell's stdin calls it off.
+    """
+    ids = " ".join(str(process.pid) for process in processes)
+    return subprocess.Popen(
+        ["/bin/sh", "-c", f"read -r _ || kill -9 {ids} 2>/dev/null"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for us
+    )

@@ -11,12 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from teacher_cache.engines import EngineError, Sampling, TeacherFacts, TeacherRequest, TeacherRows
+from teacher_cache.engines import (
+    EngineDiedError,
+    EngineError,
+    Sampling,
+    TeacherFacts,
+    TeacherRequest,
+    TeacherRows,
+)
 from teacher_cache.engines.checks import check_model, check_request, check_rows
 from teacher_cache.engines.vllm.rows import tap, to_rows, why_untapped
 from teacher_cache.engines.vllm.start import (
     check_engine_args,
     default_args,
+    end_with_us,
     installed_version,
     report_death,
     set_environment,
@@ -109,6 +117,7 @@ class VllmTeacher:
         )
         started = [each for each in multiprocessing.active_children() if each not in others]
         report_death(self._engine, started)
+        self._undertaker = end_with_us(started)
         self._sampling = sampling
         self._top_k = top_k
         config = self._engine.vllm_config
@@ -131,8 +140,8 @@ class VllmTeacher:
         """Generate or score every request; traces come as they finish. One run at a time.
 
         Raises:
-            EngineError: A request is refused or fails, or the engine dies. Requests in flight are
-                given up.
+            EngineError: A request is refused or fails, or the engine dies (EngineDiedError).
+                Requests in flight are given up.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -149,7 +158,7 @@ class VllmTeacher:
                         yield self._finished(in_flight.pop(output.request_id), output)
         except EngineDeadError as error:
             in_flight.clear()
-            raise EngineError("the vLLM engine died; its own message is above") from error
+            raise EngineDiedError("the vLLM engine died; its own message is above") from error
         finally:
             if in_flight:
                 self._engine.abort_request(list(in_flight))
@@ -158,6 +167,7 @@ class VllmTeacher:
         """End the engine's processes."""
         self._engine.engine_core.shutdown(timeout=_CLOSING_S)
         self._engine.renderer.shutdown()
+        self._undertaker.communicate(b"\n")
 
     def _submit(self, request: TeacherRequest) -> str:
         """Hand a request to the engine, under a name of our own that cannot occur twice."""

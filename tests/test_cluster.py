@@ -1,0 +1,115 @@
+"""--workers: a real Ray cluster on this machine, and one of its actors killed."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from test_cache_cli import COMMAND, arguments, make_small_model, run, write_rows
+from test_format import read_all
+
+from teacher_cache.format import open_cache
+
+COLUMNS = ("token_ids", "k", "top_ids", "top_logits", "tail_logit")
+
+
+@pytest.fixture(scope="module")
+def capture_of(tmp_path_factory):
+    """The command line of a capture of 120 traces, and the traces without Ray."""
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "model").mkdir()
+    make_small_model(folder / "model")
+    rows = [{"id": f"p{n}", "prompt": f"a {n % 30} b"} for n in range(120)]
+    prompts = write_rows(folder / "prompts.jsonl", rows)
+
+    def call(out, *more):
+        return arguments(folder / "model", prompts, out, "--max-tokens", "60", *more)
+
+    run(*call(folder / "alone"))
+    return call, read_all(open_cache(str(folder / "alone")))
+
+
+def start_and_wait_for_traces(call, out):
+    """A run with two actors, once both have finished some traces."""
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, call)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline_s = time.monotonic() + 200
+    while time.monotonic() < deadline_s and process.poll() is None:
+        sizes = [file.stat().st_size for file in Path(out).glob("journal/w[01]-*.journal")]
+        if len(sizes) == 2 and min(sizes) > 2000:
+            return process
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError(process.communicate()[1])
+
+
+def actors_of(process):
+    """The processes of a run's actors."""
+    return [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if child.name().startswith("ray::Replica") or "ray::Replica" in " ".join(child.cmdline())
+    ]
+
+
+def assert_equal(found, expected):
+    assert sorted(found) == sorted(expected)
+    for name, trace in expected.items():
+        for column in COLUMNS:
+            np.testing.assert_array_equal(getattr(found[name], column), getattr(trace, column))
+
+
+@pytest.mark.slow
+def test_a_killed_actor_is_replaced_and_nothing_is_lost_or_made_twice(capture_of, tmp_path):
+    call, expected = capture_of
+    process = start_and_wait_for_traces(
+        call(tmp_path / "cache", "--workers", 2), tmp_path / "cache"
+    )
+    actors = actors_of(process)
+    assert len(actors) == 2
+    os.kill(actors[0].pid, signal.SIGKILL)
+    said, noise = process.communicate(timeout=200)
+    assert process.returncode == 0, noise
+    assert "another takes its place" in noise
+    assert said.startswith(f"{tmp_path / 'cache'}: 120 traces captured now")
+    assert said.count("\n") == 1
+    assert "complete and sealed" in said
+    seal = json.loads((tmp_path / "cache" / "cache.json").read_text())["seal"]
+    assert (seal["num_traces"], seal["num_duplicates"]) == (120, 0)
+    assert_equal(read_all(open_cache(str(tmp_path / "cache"))), expected)
+
+
+@pytest.mark.slow
+def test_a_stopped_cluster_keeps_what_it_has_and_goes_on(capture_of, tmp_path):
+    call, expected = capture_of
+    args = call(tmp_path / "cache", "--workers", 2)
+    process = start_and_wait_for_traces(args, tmp_path / "cache")
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "run the same command again to go on" in said
+    done = run(*args)
+    assert " 0 were there" not in done.stdout
+    assert_equal(read_all(open_cache(str(tmp_path / "cache"))), expected)
+
+
+@pytest.mark.slow
+def test_an_error_of_an_actor_is_one_line(capture_of, tmp_path):
+    call, _ = capture_of
+    model = tmp_path / "model"
+    model.mkdir()
+    make_small_model(model)
+    (model / "model.safetensors").unlink()
+    args = call(tmp_path / "cache", "--workers", 2)
+    args[args.index("--model") + 1] = str(model)
+    done = run(*args, expect=1)
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"cache-teacher: model {str(model)!r}: ")
