@@ -1,11 +1,13 @@
-"""Damaged and hostile files in numbers.
+"""Damaged and hostile files, and captures that are killed, in numbers.
 
     python tools/soak.py fuzz --cases 100000 --seed 0
+    python tools/soak.py kills --kills 500 --seed 0 --workers 3
 
-Every case changes a shard, a commit record, a cache header or a journal, makes the checksums agree
-where that lets the change reach further, and reads. It must end in a CacheError that says
-something, or in values that hold every promise of the format. Anything else, more memory than a
-shard may take, or the death of the process is a finding; case N of seed S is always the same.
+Every case of `fuzz` changes a shard, a commit record, a cache header or a journal, makes the
+checksums agree where that lets the change reach further, and reads. It must end in a CacheError
+that says something, or in values that hold every promise of the format. Anything else, more memory
+than a shard may take, or the death of the process is a finding; case N of seed S is always the
+same. soak_kills.py says what `kills` does.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import soak_kills
 import zstandard
 
 from teacher_cache.format import (
@@ -261,11 +264,14 @@ def fuzz(num_cases: int, seed: int, folder: Path) -> tuple[dict[str, int], list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(required=True, dest="command")
     command = commands.add_parser("fuzz")
     command.add_argument("--cases", type=int, default=10_000)
     command.add_argument("--seed", type=int, default=0)
+    soak_kills.add_options(commands.add_parser("kills"))
     arguments = parser.parse_args()
+    if arguments.command == "kills":
+        soak_kills.main(arguments)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         outcomes, findings = fuzz(arguments.cases, arguments.seed, Path(folder))

@@ -14,7 +14,7 @@ def publish(path: Path, data: bytes | memoryview) -> None:
         OSError: If it cannot be written, or reads back different; nothing stands at `path` then
             that did not stand there before.
     """
-    temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
+    temporary = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
     with naming(path):
         try:
             with temporary.open("xb") as file:
@@ -29,6 +29,12 @@ def publish(path: Path, data: bytes | memoryview) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         fsync_folder(path.parent)
+
+
+def remove_unpublished(folder: Path, prefix: str = "") -> None:
+    """Remove what dead processes left half written under names that begin so."""
+    for file in folder.glob(f".tmp-{prefix}*"):
+        file.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:

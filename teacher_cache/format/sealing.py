@@ -5,7 +5,7 @@ from pathlib import Path
 from teacher_cache.format.errors import CacheMismatchError
 from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.journals import open_journals
-from teacher_cache.format.manifest import MANIFEST_NAME, Manifest, make_seal
+from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Manifest, make_seal
 from teacher_cache.format.parts import require_all_parts
 from teacher_cache.format.records import committed_names, read_commits, require_manifest
 from teacher_cache.format.store import CachePath, open_store
@@ -45,6 +45,8 @@ def seal_cache(
     compact_journals(path, manifest.header, journal=journal)
     journals = open_journals(path, store, journal)
     journals.require_all_finished()
+    for folder in ("", SHARD_FOLDER):
+        store.remove_unpublished(folder)
     commits = read_commits(store, committed_names(store), manifest.header)
     sealed = Manifest(manifest.header, manifest.config, make_seal(commits, manifest.header))
     store.publish(MANIFEST_NAME, sealed.to_bytes())

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from teacher_cache.format.errors import CacheError
-from teacher_cache.format.files import make_folder, publish
+from teacher_cache.format.files import make_folder, publish, remove_unpublished
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,11 @@ class Store:
             make_folder(self.folder / name)
         elif self.filesystem.type_name not in _OBJECT_STORES:
             self._retried(name, lambda: self.filesystem.create_dir(self._path(name)))
+
+    def remove_unpublished(self, folder: str, prefix: str = "") -> None:
+        """Remove what dead writers of these names left half written; object stores show none."""
+        if self.folder is not None:
+            remove_unpublished(self.folder / folder, prefix)
 
     def remove(self, name: str) -> None:
         """Take a file away; nothing happens where there is none."""

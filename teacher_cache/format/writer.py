@@ -119,6 +119,7 @@ class CacheWriter:
 
     def _recover(self, committed: Iterable[str]) -> None:
         """Take up the journals of this worker where an earlier process left them."""
+        self._store.remove_unpublished(SHARD_FOLDER, f"{self._worker}-")
         names = self._journals.names(self._worker)
         own = [name for name in committed if name.rpartition("-")[0] == self._worker]
         self._generation = max((generation_of(name) for name in (*names, *own)), default=-1)

@@ -1,0 +1,22 @@
+"""A capture killed at random and at aimed moments loses, repeats and changes nothing."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import soak_kills
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("num_workers", "num_kills"), [(1, 50), (3, 24)])
+def test_killed_captures_end_with_every_trace_once(tmp_path, num_workers, num_kills):
+    outcome = soak_kills.kill_captures(tmp_path, num_kills, num_workers=num_workers, seed=1)
+    assert outcome.findings == []
+    assert outcome.kills.total() == num_kills
+    assert outcome.kills.total() > outcome.kills["at random"] > 0  # some were aimed and hit
+    assert outcome.stops > 0  # SIGTERM and Ctrl-C, answered with 143 and 130
+    assert outcome.restarts >= num_kills
+    assert (outcome.lost, outcome.duplicated, outcome.changed) == (0, 0, 0)
