@@ -1,5 +1,6 @@
 """What a dying writer leaves behind, and who may write where."""
 
+import concurrent.futures
 import errno
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -83,6 +85,74 @@ def test_a_journal_that_died_in_its_first_frame_begins_anew(tmp_path):
         append_all(writer, make_traces(2))
         writer.finish()
     assert_holds(tmp_path, make_traces(2))
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "a page of zeros", "a cut-out piece"])
+def test_a_journal_damaged_in_the_middle_keeps_every_other_trace(tmp_path, damage, caplog):
+    traces = make_traces(7)
+    ends = []
+    with CacheWriter(tmp_path, make_header()) as writer:
+        for trace in traces:
+            append_all(writer, [trace])
+            (journal,) = journal_files(tmp_path)
+            ends.append(journal.stat().st_size)
+    data = bytearray(journal.read_bytes())
+    middle = (ends[2] + ends[3]) // 2  # of the fourth trace
+    if damage == "a flipped bit":
+        data[middle] ^= 4
+    elif damage == "a page of zeros":
+        data[middle : middle + 64] = bytes(64)
+    else:
+        del data[middle : middle + 64]
+    journal.write_bytes(data)
+    with CacheWriter(tmp_path, make_header()) as writer:
+        assert sorted(writer.finished()) == ["t0", "t1", "t2", "t4", "t5", "t6"]
+        assert f"{journal}: bytes {ends[2]} to " in caplog.text
+        append_all(writer, [traces[3]])
+    with CacheWriter(tmp_path, make_header()) as writer:
+        assert len(writer.finished()) == 7
+        writer.finish()
+    assert_holds(tmp_path, traces)
+
+
+@pytest.mark.parametrize("tail", [bytes(4096), b"\x28\xb5\x2f\xfd" * 500, b"noise " * 99])
+def test_what_a_power_cut_leaves_at_the_end_is_cut_off(tmp_path, tail, caplog):
+    with CacheWriter(tmp_path, make_header()) as writer:
+        append_all(writer, make_traces(3))
+    (journal,) = journal_files(tmp_path)
+    whole = journal.stat().st_size
+    with journal.open("ab") as file:
+        file.write(tail)
+    with CacheWriter(tmp_path, make_header()) as writer:
+        assert len(writer.finished()) == 3
+        assert f"bytes {whole} to {whole + len(tail)} are torn" in caplog.text
+        append_all(writer, make_traces(4)[3:])
+        writer.finish()
+    assert_holds(tmp_path, make_traces(4))
+
+
+def test_a_journal_whose_first_bytes_are_damaged_stops_the_writer_and_is_kept(tmp_path):
+    with CacheWriter(tmp_path, make_header()) as writer:
+        append_all(writer, make_traces(3))
+    (journal,) = journal_files(tmp_path)
+    damaged = bytes(4) + journal.read_bytes()[4:]
+    journal.write_bytes(damaged)
+    with pytest.raises(
+        CacheFormatError, match=r"w0-00000\.journal: the first .*Move the file away"
+    ):
+        CacheWriter(tmp_path, make_header())
+    assert journal.read_bytes() == damaged
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    CacheWriter(tmp_path, make_header()).close()
+    for name in (".tmp-w0-00000.arrow-1a", ".tmp-w1-00000.arrow-1b"):
+        (tmp_path / "shards" / name).write_bytes(b"half")
+    CacheWriter(tmp_path, make_header()).close()
+    left = [file.name for file in (tmp_path / "shards").iterdir()]
+    assert left == [".tmp-w1-00000.arrow-1b"]  # w1 may be writing it now
+    seal_cache(tmp_path)
+    assert list((tmp_path / "shards").iterdir()) == []
 
 
 @pytest.mark.parametrize("moment", ["after the shard", "after the commit record"])
@@ -224,7 +294,7 @@ def test_sealing_takes_in_what_stopped_workers_left(tmp_path):
         append_all(writer, [make_trace("new", 30)])
 
 
-def test_a_full_disk_stops_the_writer_and_everything_before_is_kept(tmp_path, monkeypatch):
+def test_a_short_write_stops_the_writer_and_everything_before_is_kept(tmp_path, monkeypatch):
     traces = make_traces(4)
     with CacheWriter(tmp_path, make_header()) as writer:
         append_all(writer, traces[:2])
@@ -266,6 +336,33 @@ def test_an_error_of_the_compacting_thread_is_an_error_of_the_writer(tmp_path, m
         append_all(writer, [trace for trace in traces if trace.trace_id not in done])
         writer.finish()
     assert_holds(tmp_path, traces)
+
+
+def test_an_error_of_the_compacting_thread_stops_the_writer_at_the_next_append(
+    tmp_path, monkeypatch
+):
+    failed = threading.Event()
+
+    def failing_publish(store, name, data):
+        failed.set()
+        raise MemoryError(name)
+
+    traces = make_traces(12)
+    with (
+        pytest.raises(MemoryError, match="w0-00000"),
+        CacheWriter(tmp_path, make_header(), shard_bytes=2000) as writer,
+    ):
+        monkeypatch.setattr(Store, "publish", failing_publish)
+        appended = 0
+        while not failed.is_set():
+            append_all(writer, [traces[appended]])
+            appended += 1
+            failed.wait(0.05 if writer._compaction else 0)
+        concurrent.futures.wait([writer._compaction])
+        append_all(writer, [traces[appended]])
+    monkeypatch.undo()
+    with CacheWriter(tmp_path, make_header()) as writer:
+        assert len(writer.finished()) == appended + 1  # the last one too
 
 
 def test_a_journal_of_another_capture_is_refused(tmp_path):

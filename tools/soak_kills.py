@@ -33,7 +33,7 @@ from teacher_cache import cli
 from teacher_cache.capture import ONLY_WORKER, Job, capture
 from teacher_cache.cli import capturing
 from teacher_cache.engines import TeacherFacts, TeacherRequest, TeacherRows
-from teacher_cache.format import CacheHeader, CacheWriter, Trace, open_cache, seal_cache
+from teacher_cache.format import CacheHeader, CachePath, CacheWriter, Trace, open_cache, seal_cache
 from teacher_cache.format.verify import verify_cache
 from teacher_cache.sources import SourceTrace
 
@@ -42,7 +42,8 @@ NUM_TRACES = 240
 SHARD_BYTES = 5000  # about six traces
 AIM_TIMEOUT_S = 0.3  # then it is killed where it stands
 COLUMNS = ("token_ids", "k", "top_ids", "top_logits", "tail_logit")
-_RUNS = multiprocessing.get_context("forkserver")  # a process that has imported all this forks
+RUNS = multiprocessing.get_context("forkserver")  # a process that has imported all this forks
+RUNS.set_forkserver_preload(["__main__", "soak_kills"])
 
 
 @functools.cache
@@ -82,11 +83,12 @@ class Items:
 
     first: int
     of: int
+    num_traces: int = NUM_TRACES
     path: Path = Path("prompts")
     bad: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[SourceTrace]:
-        for number in range(self.first, NUM_TRACES, self.of):
+        for number in range(self.first, self.num_traces, self.of):
             yield SourceTrace(f"t{number}", (1, 2, number % VOCAB_SIZE), 3, (4, 9), {"n": number})
 
 
@@ -105,8 +107,8 @@ def header(facts: TeacherFacts) -> CacheHeader:
     )  # fmt: skip
 
 
-def work(folder: str, worker: str, items: Items, said: str) -> None:
-    """Be `cache-teacher generate`, the teacher and the input apart."""
+def work(folder: str, worker: str, items: Items, said: str, *more: str) -> None:
+    """Be `cache-teacher generate`, the teacher and the input apart; says all into one file."""
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -121,7 +123,7 @@ def work(folder: str, worker: str, items: Items, said: str) -> None:
         )  # type: ignore[arg-type]  # a source that is no file; bounds need no tokenizer
     )  # fmt: skip
     options = ["--model", "table", "--prompts", "prompts", "--out", folder, "--worker", worker]
-    sys.argv = ["cache-teacher", "generate", *options]
+    sys.argv = ["cache-teacher", "generate", *options, *more]
     try:
         cli.main()
     except KeyboardInterrupt:  # before main() takes care of it
@@ -217,7 +219,7 @@ class Series:
 
     def _start(self, cache: Path, worker: str) -> Any:  # noqa: ANN401 (of the context)
         arguments = (str(cache), worker, self.items[worker], str(self._said(worker)))
-        process = _RUNS.Process(target=work, args=arguments)
+        process = RUNS.Process(target=work, args=arguments)
         self._said(worker).unlink(missing_ok=True)
         process.start()
         return process
@@ -282,7 +284,7 @@ class Series:
         outcome.findings += [f"{cache.name}: {name} was left behind" for name in left]
 
 
-def read_all(folder: Path) -> dict[str, Trace]:
+def read_all(folder: CachePath) -> dict[str, Trace]:
     cache = open_cache(folder)
     found = {}
     for shard, row in cache.traces:
@@ -301,7 +303,6 @@ def same(one: Trace, other: Trace) -> bool:
 
 def kill_captures(folder: Path, num_kills: int, *, num_workers: int, seed: int) -> Outcome:
     """Kill captures until `num_kills` have died, and check every cache that they leave."""
-    _RUNS.set_forkserver_preload(["__main__", "soak_kills"])
     return Series(folder, num_workers, seed).run(num_kills)
 
 

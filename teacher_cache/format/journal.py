@@ -53,6 +53,7 @@ class Journal:
         self._compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
         self.num_bytes = 0
         self.num_decoded_bytes = 0
+        self.num_unsynced_bytes = 0
         for _, self.num_bytes, payload in _checked_frames(path, header_fingerprint):
             self.num_decoded_bytes += len(payload)
         self._file = path.open("ab", buffering=0)
@@ -70,18 +71,24 @@ class Journal:
         frame = self._compressor.compress(payload)
         with naming(self.path):
             try:
-                if self._file.write(frame) != len(frame):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                rest = memoryview(frame)
+                while rest:  # after a short write the next one says why
+                    num_written = self._file.write(rest)
+                    if not num_written:
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    rest = rest[num_written:]
             except OSError:
                 self._file.truncate(self.num_bytes)  # what was appended before stays readable
                 raise
         self.num_bytes += len(frame)
+        self.num_unsynced_bytes += len(frame)
         self.num_decoded_bytes += len(payload)
 
     def sync(self) -> None:
         """Force everything appended onto the disk."""
         with naming(self.path):
             os.fsync(self._file.fileno())
+        self.num_unsynced_bytes = 0
 
     def close(self) -> None:
         """Sync and close; the file stays."""

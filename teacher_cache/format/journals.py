@@ -82,6 +82,7 @@ class Journals:
                 self.store.where, worker, before,
             )  # fmt: skip
         logger.info("%s: finished traces wait in %s (--journal)", self.store.where, self.folder)
+        self.store.make_folder(JOURNAL_FOLDER)
         self.store.publish(_open_name(worker), json.dumps(here).encode())
 
     def withdraw(self, worker: str) -> None:
