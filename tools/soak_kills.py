@@ -30,12 +30,13 @@ import numpy as np
 
 from teacher_cache import capture as capture_module
 from teacher_cache import cli
-from teacher_cache.capture import ONLY_WORKER, Job, capture
+from teacher_cache.capture import capture
 from teacher_cache.cli import capturing
 from teacher_cache.engines import TeacherFacts, TeacherRequest, TeacherRows
 from teacher_cache.format import CacheHeader, CachePath, CacheWriter, Trace, open_cache, seal_cache
 from teacher_cache.format.verify import verify_cache
-from teacher_cache.sources import SourceTrace
+from teacher_cache.job import ONLY_WORKER, Job
+from teacher_cache.sources import Rejects, SourceTrace
 
 VOCAB_SIZE = 64
 NUM_TRACES = 240
@@ -84,12 +85,15 @@ class Items:
     first: int
     of: int
     num_traces: int = NUM_TRACES
-    path: Path = Path("prompts")
-    bad: list[str] = field(default_factory=list)
+    path: str = "prompts"
 
-    def __iter__(self) -> Iterator[SourceTrace]:
+    def read(self, rejects: Rejects) -> Iterator[SourceTrace]:
+        """Every one of them; none is rejected."""
         for number in range(self.first, self.num_traces, self.of):
             yield SourceTrace(f"t{number}", (1, 2, number % VOCAB_SIZE), 3, (4, 9), {"n": number})
+
+    def say_missing_ids(self, found: set[str]) -> None:
+        """Nobody asked for some ids alone."""
 
 
 def requests(item: SourceTrace) -> list[TeacherRequest]:
