@@ -386,6 +386,17 @@ def test_a_given_trace_that_was_cut_is_flagged_and_counted(config, asked, tmp_pa
     assert (trace.finish_reason, trace.answer_start, trace.n_total) == ("length", 4, 4)
 
 
+@pytest.mark.parametrize("part", ["lead", "middle", "last"])
+def test_tokens_without_distributions_move_with_the_slice(scoring, tmp_path, part):
+    whole = scoring(prompt_turns="assistant")
+    (tmp_path / "scored").rename(tmp_path / "whole")
+    trace = scoring(prompt_turns="assistant", slice=f"{part}:0.7")
+    first = trace.fields["slice"]["first_token"]
+    expected = whole.k[first : first + trace.n_total] > 0
+    expected[0] = False
+    assert (trace.k > 0).tolist() == expected.tolist()
+
+
 def test_a_slice_of_one_token_is_left_out(scoring):
     with pytest.raises(SourceError, match="1 of 1 rows: trace-too-short"):
         scoring(slice="last:0.05")

@@ -69,4 +69,9 @@ class Slice:
             if trace.bounds is None
             else (moved(trace.bounds[0]), moved(trace.bounds[1])),
             fields={**trace.fields, FIELD: cut},
+            without_rows=tuple(
+                (moved(start), moved(end))
+                for start, end in trace.without_rows
+                if moved(start) < moved(end)
+            ),
         )
