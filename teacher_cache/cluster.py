@@ -144,7 +144,6 @@ class Cluster:
     def _begin(self, worker: _Worker) -> _Worker:
         worker.actor = self._remote.remote(self._job.start_teacher, self._job.tokenizer)
         worker.starting = worker.actor.start.remote(self._longest)
-        worker.working = worker.exchanging = None
         return worker
 
     def _first_facts(self) -> TeacherFacts:
@@ -238,6 +237,7 @@ class Cluster:
     def _replace(self, worker: _Worker, death: str) -> None:
         """Start another actor as this worker; it finds its predecessor's journal."""
         self._ray.kill(worker.actor)
+        worker.starting = worker.working = worker.exchanging = None
         now = set(worker.claimed)
         worker.left = worker.left & now if worker.num_deaths else now
         worker.num_deaths += 1

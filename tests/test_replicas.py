@@ -1,0 +1,169 @@
+"""The driver and its replicas with threads in place of Ray: deaths, errors, and their bounds."""
+# ruff: noqa: F811 (fixtures come by import)
+
+import types
+from concurrent import futures
+from dataclasses import replace
+
+import pytest
+from test_capture import TableTeacher, asked, config, model, names, write_prompts  # noqa: F401
+from test_format import read_all
+
+from teacher_cache import cluster
+from teacher_cache.engines import EngineDiedError, EngineError
+from teacher_cache.format import open_cache
+from teacher_cache.modes import generate
+
+
+class ActorDied(Exception):
+    pass
+
+
+class TaskError(Exception):
+    def __init__(self, cause):
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class ThreadActor:
+    """A replica whose methods run in threads, as Ray runs them in a process."""
+
+    def __init__(self, replica):
+        self.replica = replica
+        self.pool = futures.ThreadPoolExecutor(4)
+
+    def __getattr__(self, name):
+        method = getattr(self.replica, name)
+
+        def call(*args):
+            try:
+                return method(*args)
+            except ActorDied:
+                raise
+            except Exception as error:
+                raise TaskError(error) from error
+
+        return types.SimpleNamespace(remote=lambda *args: self.pool.submit(call, *args))
+
+
+class ThreadRay:
+    """What `cluster` uses of Ray."""
+
+    nothing = type("Nothing", (Exception,), {})
+    exceptions = types.SimpleNamespace(
+        RayTaskError=TaskError,
+        RayActorError=ActorDied,
+        WorkerCrashedError=nothing,
+        OutOfMemoryError=nothing,
+        NodeDiedError=nothing,
+        RayError=nothing,
+    )
+
+    def __init__(self, num_gpus):
+        self.num_gpus = num_gpus
+
+    def cluster_resources(self):
+        return {"GPU": float(self.num_gpus)} if self.num_gpus else {}
+
+    def remote(self, kind):
+        made = types.SimpleNamespace(remote=lambda *args: ThreadActor(kind(*args)))
+        return types.SimpleNamespace(options=lambda **_: made)
+
+    def wait(self, refs, num_returns, timeout=None):
+        done, rest = futures.wait(refs, timeout, futures.FIRST_COMPLETED)
+        return list(done)[:num_returns], list(rest)
+
+    def get(self, ref):
+        return ref.result()
+
+    def kill(self, actor):
+        actor.replica.stop()
+        actor.pool.shutdown(wait=False)
+
+    def shutdown(self):
+        pass
+
+
+class FailingTeacher(TableTeacher):
+    """Raises `error` at a request, every time or `times` times over all replicas."""
+
+    def __init__(self, asked, request_id, error, times=10**6):
+        super().__init__(asked)
+        self.request_id, self.error = request_id, error
+        self.left = [times]
+
+    def run(self, requests):
+        for request in requests:
+            if request.request_id == self.request_id and self.left[0]:
+                self.left[0] -= 1
+                raise self.error
+            self.asked.append(request)
+            yield self.rows(request)
+
+
+@pytest.fixture
+def threads(config, asked, monkeypatch):
+    """A capture of 100 traces by two replicas in threads."""
+    ray = ThreadRay(num_gpus=0)
+    monkeypatch.setattr(cluster, "_connected", lambda _: ray)
+    monkeypatch.setattr(cluster.os, "dup2", lambda *_: None)
+    write_prompts(config.prompts, 100)
+    return ray, replace(config, workers=2)
+
+
+def test_replicas_share_the_work_and_the_driver_seals(threads, asked):
+    _, config = threads
+    report = generate(config)
+    assert (report.num_traces, report.sealed) == (100, True)
+    assert sorted(names(asked)) == sorted(f"p{n}" for n in range(100))
+    writers = {file.stem.partition("-")[0] for file in config.out.glob("shards/*.json")}
+    assert writers == {"w0", "w1"}
+    assert generate(config).num_traces == 0
+
+
+@pytest.mark.parametrize("error", [ActorDied("gone"), EngineDiedError("the engine died")])
+def test_what_a_dead_replica_left_is_done_by_the_next_and_nothing_else_again(
+    threads, asked, error, caplog
+):
+    _, config = threads
+    teacher = FailingTeacher(asked, "p40", error, times=3)
+    asked.teacher = lambda _: teacher
+    report = generate(config)
+    assert (report.num_traces, report.sealed) == (100, True)
+    assert len(asked) == 100
+    assert sum("another takes its place" in message for message in caplog.messages) == 3
+    assert len(read_all(open_cache(str(config.out)))) == 100
+
+
+def test_a_request_that_kills_its_replica_every_time_ends_the_capture(threads, asked):
+    _, config = threads
+    asked.teacher = lambda _: FailingTeacher(asked, "p40", ActorDied("gone"))
+    with pytest.raises(EngineError, match=r"died 4 times without getting on.*\(p40, "):
+        generate(config)
+    asked.teacher = TableTeacher
+    report = generate(config)
+    assert report.sealed
+    assert 0 < report.num_traces < 100  # the others were kept
+    assert len(read_all(open_cache(str(config.out)))) == 100
+
+
+def test_an_error_of_a_replica_ends_the_capture_as_it_would_alone(threads, asked):
+    _, config = threads
+    asked.teacher = lambda _: FailingTeacher(asked, "p40", OSError(28, "No space left on device"))
+    with pytest.raises(OSError, match="No space left"):
+        generate(config)
+    asked.teacher = TableTeacher
+    assert generate(config).sealed
+
+
+def test_more_gpus_than_the_cluster_has_are_refused_before_anything_starts(threads, asked):
+    ray, config = threads
+    ray.num_gpus = 4
+    asked.teacher = None  # would fail when called
+    with pytest.raises(EngineError, match="2 replicas of 4 GPUs need 8, the Ray cluster has 4"):
+        generate(replace(config, tensor_parallel_size=4, engine="vllm"))
+
+
+def test_a_name_of_a_worker_has_no_meaning_on_a_cluster(config):
+    with pytest.raises(ValueError, match="leave it out with --workers"):
+        replace(config, workers=2, worker="0/2")
