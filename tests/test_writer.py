@@ -25,6 +25,7 @@ from teacher_cache.format import (
     open_cache,
     seal_cache,
 )
+from teacher_cache.format import writer as writer_module
 from teacher_cache.format.journal import Journal, read_journal
 
 
@@ -363,6 +364,17 @@ def test_an_error_of_the_compacting_thread_stops_the_writer_at_the_next_append(
     monkeypatch.undo()
     with CacheWriter(tmp_path, make_header()) as writer:
         assert len(writer.finished()) == appended + 1  # the last one too
+
+
+def test_a_journal_that_compresses_well_is_closed_before_it_grows_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer_module, "MAX_DECODED_BYTES", 5000)
+    with CacheWriter(tmp_path, make_header()) as writer:
+        append_all(writer, make_traces(20))
+        writer.finish()
+    shards = open_cache(tmp_path, allow_unsealed=True).shards
+    assert len(shards) > 3
+    assert all(sum(trace.n_total for trace in shard.traces) < 500 for shard in shards)
+    assert_holds(tmp_path, make_traces(20))
 
 
 def test_a_journal_of_another_capture_is_refused(tmp_path):
