@@ -1,7 +1,9 @@
-"""`cache-teacher export`: a cache as JSONL, in the shape that `score` reads, or as Parquet."""
+"""`cache-teacher export`: a cache or a part of it as JSONL, which `score` reads, or as Parquet."""
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +11,45 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from teacher_cache.format import Cache, Trace, stored_logprobs
+from teacher_cache.format import Cache, CacheError, Trace, lead_span_length, stored_logprobs
 from teacher_cache.tokenizer import TeacherTokenizer
 
 
-def export_traces(cache: Cache, out: Path, tokenizer: TeacherTokenizer | None) -> int:
-    """Write every trace once, without its distributions; returns how many.
+@dataclass(frozen=True)
+class Slice:
+    """Which part of a cache is exported; the defaults are all of it."""
+
+    lead_span: float | None = None  # of every trace; all that the cache holds
+    limit: int | None = None  # traces, the first ones
+    trace_ids: tuple[str, ...] = ()  # these alone
+
+
+def export_traces(
+    cache: Cache,
+    out: Path,
+    tokenizer: TeacherTokenizer | None,
+    part: Slice = Slice(),
+    *,
+    logprobs: bool = False,
+) -> int:
+    """Write every trace once; returns how many.
 
     Args:
         cache: An open cache.
         out: The JSONL file; written beside and renamed, so that it is whole or absent.
         tokenizer: Adds the trace's text as `text`.
+        part: Which traces, and how much of them.
+        logprobs: Adds `top_ids`, `top_logprobs` and `tail_mass`, lists with a place per token.
+
+    Raises:
+        CacheError: If the cache holds no trace of a name, or less than the lead span.
     """
-    temporary = out.with_name(f".tmp-{out.name}")
     num_traces = 0
-    with temporary.open("w") as file:
-        for trace in _traces(cache):
-            file.write(json.dumps(_row(trace, tokenizer)) + "\n")
+    with _whole(out) as temporary, temporary.open("w") as file:
+        for trace in _traces(cache, part):
+            row = _row(trace, tokenizer) | (_distributions(trace) if logprobs else {})
+            file.write(json.dumps(row) + "\n")
             num_traces += 1
-    temporary.replace(out)
     return num_traces
 
 
@@ -42,7 +64,7 @@ PARQUET_SCHEMA = pa.schema({
 })  # fmt: skip
 
 
-def export_parquet(cache: Cache, out: Path) -> int:
+def export_parquet(cache: Cache, out: Path, part: Slice = Slice()) -> int:
     """Write one plain row per token, distributions included; returns how many traces.
 
     Columns: `trace_id`, `position`, `section` (prompt, cot, answer), `token_id`, `top_ids` and
@@ -52,15 +74,31 @@ def export_parquet(cache: Cache, out: Path) -> int:
     Args:
         cache: An open cache.
         out: The Parquet file; written beside and renamed, so that it is whole or absent.
+        part: Which traces, and how much of them.
+
+    Raises:
+        CacheError: If the cache holds no trace of a name, or less than the lead span.
     """
-    temporary = out.with_name(f".tmp-{out.name}")
     num_traces = 0
-    with pq.ParquetWriter(temporary, PARQUET_SCHEMA, compression="zstd") as writer:
-        for trace in _traces(cache):
+    with (
+        _whole(out) as temporary,
+        pq.ParquetWriter(temporary, PARQUET_SCHEMA, compression="zstd") as writer,
+    ):
+        for trace in _traces(cache, part):
             writer.write_batch(_token_rows(trace))
             num_traces += 1
-    temporary.replace(out)
     return num_traces
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A file beside `out` that takes its name when all is written, and goes if it is not."""
+    temporary = out.with_name(f".tmp-{out.name}")
+    try:
+        yield temporary
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _token_rows(trace: Trace) -> pa.RecordBatch:
@@ -83,10 +121,27 @@ def _token_rows(trace: Trace) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=PARQUET_SCHEMA)
 
 
-def _traces(cache: Cache) -> Iterator[Trace]:
+def _distributions(trace: Trace) -> dict[str, Any]:
+    rows = _token_rows(trace)
+    return {name: rows[name].to_pylist() for name in ("top_ids", "top_logprobs", "tail_mass")}
+
+
+def _traces(cache: Cache, part: Slice) -> Iterator[Trace]:
     rows_of: dict[int, dict[int, int]] = {}
+    wanted, num_taken = set(part.trace_ids), 0
     for shard, row in cache.traces:
-        rows_of.setdefault(shard, {})[row] = cache.num_held(cache.shards[shard].traces[row])
+        info = cache.shards[shard].traces[row]
+        if part.trace_ids and info.trace_id not in wanted:
+            continue
+        if num_taken == part.limit:
+            break
+        wanted.discard(info.trace_id)
+        num_taken += 1
+        span = part.lead_span
+        num_tokens = cache.num_held(info) if span is None else lead_span_length(info.n_total, span)
+        rows_of.setdefault(shard, {})[row] = num_tokens
+    if wanted and num_taken != part.limit:
+        raise CacheError(f"{cache.path}: no trace {sorted(wanted)[0]!r} among {len(cache.traces)}")
     for shard, keep in rows_of.items():
         yield from cache.read(shard, keep).values()
 

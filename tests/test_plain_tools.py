@@ -1,5 +1,6 @@
 """What other tools see when they open a shard, and what is exported for them."""
 
+import json
 import re
 from pathlib import Path
 
@@ -102,6 +103,39 @@ def test_the_documented_snippet_rebuilds_the_logprobs(cache, shard):
             assert (found[0], len(found[1])) == (token_id, trace.k[position])
             np.testing.assert_allclose(found[2], part, atol=1e-9)
     assert not printed
+
+
+def export(cache, out, *options):
+    run = CliRunner().invoke(cli, ["export", cache.path, str(out), *options])
+    assert run.exit_code == 0, run.output
+    return out
+
+
+def test_a_slice_of_a_cache_is_exported(cache, tmp_path):
+    import pyarrow.parquet as pq
+
+    by_id = {trace.trace_id: trace for trace in whole_traces(cache)}
+    options = ["--trace", "t1", "--trace", "t3", "--lead-span", "0.5"]
+    rows = pq.read_table(export(cache, tmp_path / "some.parquet", "--parquet", *options))
+    kept = {name: max(1, by_id[name].n_total // 2) for name in ("t1", "t3")}
+    found = rows["trace_id"].to_pylist()
+    assert {name: found.count(name) for name in set(found)} == kept
+    lines = export(cache, tmp_path / "two.jsonl", "--limit", "2").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["t0", "t1"]
+    run = CliRunner().invoke(cli, ["export", cache.path, str(tmp_path / "no"), "--trace", "t99"])
+    assert "no trace 't99' among 4" in str(run.exception)
+    assert {file.name for file in tmp_path.iterdir()} == {"some.parquet", "two.jsonl"}
+
+
+def test_jsonl_shows_logprobs_to_who_asks(cache, tmp_path):
+    out = export(cache, tmp_path / "look.jsonl", "--logprobs", "--limit", "1")
+    row = json.loads(out.read_text())
+    trace = next(iter(whole_traces(cache)))
+    assert row["token_ids"] == trace.token_ids.tolist()
+    assert row["top_ids"][0] is row["top_logprobs"][0] is row["tail_mass"][0] is None
+    assert [i for ids in row["top_ids"][1:] for i in ids] == trace.top_ids.tolist()
+    for logprobs, tail in zip(row["top_logprobs"][1:], row["tail_mass"][1:], strict=True):
+        assert np.exp(logprobs).sum() + tail == pytest.approx(1, abs=1e-6)
 
 
 def test_parquet_export_has_a_row_per_token_with_its_logprobs(cache, tmp_path):

@@ -50,26 +50,49 @@ def inspect_command(cache: str, trace_id: str | None, model: str | None, as_json
 @click.option("--model", help="Where the teacher's tokenizer is now, for --text.")
 @click.option("--allow-unsealed", is_flag=True, help="Export what is committed so far.")
 @click.option("--parquet", is_flag=True, help="One row per token with its logprobs, as Parquet.")
+@click.option("--logprobs", is_flag=True, help="Add each token's logprobs (JSONL only).")
+@click.option(
+    "--lead-span",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Export this first part of every trace.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Export so many traces, the first ones.")
+@click.option("--trace", "trace_ids", multiple=True, help="Export this trace; repeatable.")
 def export_command(
-    cache: str, out: Path, text: bool, model: str | None, allow_unsealed: bool, parquet: bool
+    cache: str,
+    out: Path,
+    text: bool,
+    model: str | None,
+    allow_unsealed: bool,
+    parquet: bool,
+    logprobs: bool,
+    lead_span: float | None,
+    limit: int | None,
+    trace_ids: tuple[str, ...],
 ) -> None:
     """Write the traces as JSONL with their token ids, as `score` reads them, or as Parquet.
 
     \b
     cache-teacher export cache traces.jsonl
+    cache-teacher export cache look.jsonl --limit 3 --lead-span 0.1 --text --logprobs
     cache-teacher export cache tokens.parquet --parquet
     """
-    from teacher_cache.export import export_parquet, export_traces
+    from teacher_cache.export import Slice, export_parquet, export_traces
     from teacher_cache.tokenizer import load_tokenizer
 
-    if parquet and text:
-        raise click.UsageError("--text adds text to JSONL; leave it out with --parquet")
+    if parquet and (text or logprobs):
+        raise click.UsageError(
+            "--text and --logprobs add to JSONL; leave them out with --parquet, which has the "
+            "logprobs anyway"
+        )
     opened = open_cache(cache, allow_unsealed=allow_unsealed)
+    part = Slice(lead_span, limit, trace_ids)
     if parquet:
-        click.echo(f"{out}: {export_parquet(opened, out):,} traces")
+        click.echo(f"{out}: {export_parquet(opened, out, part):,} traces")
         return
     tokenizer = load_tokenizer(opened.header, model) if text else None
-    click.echo(f"{out}: {export_traces(opened, out, tokenizer):,} traces")
+    num_traces = export_traces(opened, out, tokenizer, part, logprobs=logprobs)
+    click.echo(f"{out}: {num_traces:,} traces")
 
 
 @click.command("truncate")
