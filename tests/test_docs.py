@@ -4,10 +4,14 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from fakes import make_traces
+from test_format import write
 
 import student_train.cli
 import teacher_cache.cli
+from teacher_cache.format import stored_logprobs
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -54,6 +58,35 @@ def test_the_readme_shows_commands_at_all():
 def test_a_file_that_the_readme_names_is_there(path):
     name = path[0] or path[1]
     assert (ROOT / name).exists(), name
+
+
+@pytest.fixture
+def traces(tmp_path, monkeypatch):
+    """Of a cache that lies where the README's snippets look for it."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "cache", made := make_traces(3))
+    return made
+
+
+def test_the_snippet_of_the_readme_rebuilds_the_logprobs_without_this_package(traces):
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 10
+    assert "teacher_cache" not in code
+    printed = {}
+
+    def note(trace_id, position, top_ids, logprobs):
+        printed[trace_id, position] = (top_ids, logprobs)
+
+    exec(code, {"print": note})
+    for trace in traces:
+        ends = np.cumsum(trace.k)
+        logprobs = stored_logprobs(trace.k, trace.top_logits, trace.tail_logit)
+        for t in np.flatnonzero(trace.k):
+            entries = slice(ends[t] - trace.k[t], ends[t])
+            top_ids, found = printed.pop((trace.trace_id, t))
+            assert top_ids == trace.top_ids[entries].tolist()
+            np.testing.assert_allclose(found, logprobs[entries], atol=1e-9)
+    assert not printed
 
 
 def test_no_placeholder_is_left_in_the_readme():

@@ -1,7 +1,6 @@
 """What other tools see when they open a shard, and what is exported for them."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,8 @@ from click.testing import CliRunner
 from fakes import make_cache, make_traces
 
 from teacher_cache.cli import cli
-from teacher_cache.format import open_cache, stored_logprobs
+from teacher_cache.format import open_cache
 
-SPEC = Path(__file__).parent.parent / "teacher_cache" / "format" / "SPEC.md"
 COLUMNS = ("token_ids", "k", "top_ids", "top_logits", "tail_logit")
 
 
@@ -82,27 +80,6 @@ def test_datasets_reads_it(cache, shard, tmp_path):
         "arrow", data_files=str(shard), split="train", cache_dir=str(tmp_path)
     )
     assert_rows_are_the_traces(list(found), cache)
-
-
-def test_the_documented_snippet_rebuilds_the_logprobs(cache, shard):
-    text = SPEC.read_text()
-    marked = text.partition("<!-- snippet: pyarrow -->")[2].partition("<!-- end of snippet -->")[0]
-    code = re.search(r"```python\n(.*?)```", marked, re.DOTALL).group(1)
-    code = code.replace("shards/w0-00000.arrow", str(shard))
-    printed = {}
-
-    def note(trace_id, position, token_id, top_ids, logprobs):
-        printed[trace_id, position] = (token_id, top_ids, logprobs)
-
-    exec(code, {"print": note})
-    for trace in whole_traces(cache):
-        logprobs = stored_logprobs(trace.k, trace.top_logits, trace.tail_logit)
-        parts = np.split(logprobs, np.cumsum(trace.k)[:-1])
-        for position, (token_id, part) in enumerate(zip(trace.token_ids, parts, strict=True)):
-            found = printed.pop((trace.trace_id, position))
-            assert (found[0], len(found[1])) == (token_id, trace.k[position])
-            np.testing.assert_allclose(found[2], part, atol=1e-9)
-    assert not printed
 
 
 def export(cache, out, *options):
