@@ -1,8 +1,10 @@
 """Files from a stranger: a clear refusal or a right read, never anything else."""
 
+import collections
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import zstandard
 from fakes import make_cache, make_header, make_traces
 
 from teacher_cache.format import CacheFormatError, CacheWriter, FinishedTrace, open_cache
+from teacher_cache.format.commit import block_of
 from teacher_cache.format.decode import decode_bands
 from teacher_cache.format.header import content_hash
 from teacher_cache.format.ipc import declared_bytes
@@ -26,6 +29,55 @@ def test_a_thousand_changed_files_are_refused_or_read_right(tmp_path, seed):
     outcomes, findings = soak.fuzz(1000, seed, tmp_path)
     assert findings == []
     assert sum(count for name, count in outcomes.items() if name.endswith("refused")) > 500
+
+
+def uncompressed(target):
+    """The same shard with its buffers as they are, so that a changed byte is a changed value."""
+    sink, ends = pa.BufferOutputStream(), [0]
+    with (
+        pa.ipc.open_file(target.shard) as reader,
+        pa.ipc.new_file(sink, reader.schema) as writer,
+    ):
+        for band in range(reader.num_record_batches):
+            writer.write_batch(reader.get_batch(band))
+            ends.append(sink.tell())
+    data = sink.getvalue().to_pybytes()
+    blocks = tuple(
+        block_of(data[first:end], first, old.num_rows, old.num_tokens)
+        for first, end, old in zip(ends[:-1], ends[1:], target.commit.blocks, strict=True)
+    )
+    return data, replace(target.commit, blocks=blocks, size_bytes=len(data))
+
+
+def changed_values(data, commit, case, seed=5):
+    """Bytes changed anywhere, or behind the first band: most of the file is its dictionary."""
+    begin = (0, commit.blocks[1].offset)[case % 2]
+    return data[:begin] + soak.changed_bytes(data[begin:], np.random.default_rng([seed, case]))
+
+
+def test_changed_values_of_every_column_are_refused_or_hold_every_promise(tmp_path):
+    target = soak.Target(tmp_path / "cache")
+    data, commit = uncompressed(target)
+    soak.read_as_promised(data, commit, target.header)
+    reasons = collections.Counter()
+    for case in range(1200):
+        try:
+            soak.read_as_promised(changed_values(data, commit, case), commit, target.header)
+        except CacheFormatError as error:
+            reasons.update(reason for reason in REASONS if reason in str(error))
+    assert set(reasons) == set(REASONS)
+
+
+REASONS = (  # each is reached
+    "not readable as Arrow",
+    "points outside its dictionary",
+    "lie outside it",
+    "wrong lengths",
+    "must not rise within a token",
+    "outside the vocabulary",
+    "is not what the commit record says",
+    "the distributions belong to other tokens",
+)
 
 
 @pytest.fixture
@@ -66,6 +118,27 @@ def test_a_buffer_that_declares_a_huge_length_is_refused_before_it_is_allocated(
             refused += "its buffers declare" in str(error)
     assert refused > 10
     assert pa.default_memory_pool().max_memory() < 1 << 32
+
+
+def test_a_dictionary_that_changes_behind_the_first_band_is_refused(folder):
+    cache, commit, data = parts(folder)
+    sink, ends = pa.BufferOutputStream(), [8]
+    sink.write(data[:8])
+    with pa.ipc.open_file(data) as reader, pa.ipc.new_stream(sink, reader.schema) as writer:
+        place = reader.schema.get_field_index("top_ids")
+        for band in range(3):
+            batch = reader.get_batch(band)
+            column = batch["top_ids"]
+            found = column.values.dictionary.to_numpy()
+            values = pa.DictionaryArray.from_arrays(
+                column.values.indices, np.roll(found, band) if band == 2 else found
+            )
+            lists = pa.ListArray.from_arrays(column.offsets, values)
+            writer.write_batch(batch.set_column(place, reader.schema.field(place), lists))
+            ends.append(sink.tell())
+    with pytest.raises(CacheFormatError, match="a dictionary stands behind the first record batch"):
+        decode_bands(sink.getvalue(), commit, 3, cache.header, "shard")
+    decode_bands(sink.getvalue().slice(0, ends[2]), commit, 2, cache.header, "shard")
 
 
 def resealed(folder, manifest):

@@ -163,18 +163,19 @@ def test_asking_for_more_tokens_than_a_trace_has_is_refused(folder):
         cache.read(0, {0: 9999})
 
 
-def rewritten(folder, change):
+def rewritten(folder, change, *, reorder=list):
     """Replace a column of a shard and forge records that agree with the new bytes."""
     (file, *_), cache = shard_files(folder), open_cache(str(folder))
     commit = cache.shards[0]
     with pa.ipc.open_file(str(file)) as reader:
-        schema = reader.schema
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        batches = [change(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+    batches = reorder(batches)
+    schema = batches[0].schema
     sink = pa.BufferOutputStream()
     blocks = []
     with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as new:
         for batch, old in zip(batches, commit.blocks, strict=True):
-            new.write_batch(change(batch))
+            new.write_batch(batch)
             blocks.append((old, sink.tell()))
     data = bytes(sink.getvalue())
     begin, made = 0, []
@@ -231,9 +232,88 @@ def huge_ids(batch):
     return replaced(batch, "token_ids", pa.ListArray.from_arrays(ids.offsets, values))
 
 
+def coded(batch, name, values=None, codes=None):
+    """Other values for the dictionary of a column, or other codes into it."""
+    column = batch[name]
+    inner = column.values
+    dictionary = inner.dictionary if values is None else pa.array(values, inner.dictionary.type)
+    codes = inner.indices if codes is None else pa.array(codes, inner.indices.type)
+    changed = pa.DictionaryArray.from_arrays(codes, dictionary, safe=False)
+    return replaced(batch, name, pa.ListArray.from_arrays(column.offsets, changed))
+
+
+def id_codes_outside(batch):
+    codes = batch["top_ids"].values.indices.to_numpy().copy()
+    codes[-1:] = len(batch["top_ids"].values.dictionary)
+    return coded(batch, "top_ids", codes=codes)
+
+
+def logit_codes_outside(batch):
+    codes = batch["top_logits"].values.indices.to_numpy().copy()
+    codes[-1:] = 255
+    return coded(batch, "top_logits", codes=codes)
+
+
+def infinite_logit(batch):
+    grid = batch["top_logits"].values.dictionary.to_numpy().copy()
+    grid[-1] = -np.inf
+    return coded(batch, "top_logits", values=grid)
+
+
+def logits_not_from_zero(batch):
+    grid = batch["top_logits"].values.dictionary.to_numpy() - 1
+    return coded(batch, "top_logits", values=grid)
+
+
+def rising_logits(batch):
+    grid = batch["top_logits"].values.dictionary.to_numpy()
+    return coded(batch, "top_logits", values=-grid)
+
+
+def ids_outside(batch):
+    ids = batch["top_ids"].values.dictionary.to_numpy().copy()
+    ids[-1] = -1
+    return coded(batch, "top_ids", values=ids)
+
+
+def null_ids(batch):
+    tokens = batch["token_ids"]
+    values = pa.array([None] * len(tokens.values), pa.int32())
+    return replaced(batch, "token_ids", pa.ListArray.from_arrays(tokens.offsets, values))
+
+
+def test_bands_in_another_order_are_refused(folder):
+    rewritten(folder, lambda batch: batch, reorder=lambda batches: batches[::-1])
+    with pytest.raises(CacheFormatError, match="band 0: column 'band' is not what the commit"):
+        read_everything(folder)
+
+
+def test_unknown_columns_are_ignored(folder):
+    before = open_cache(str(folder)).read(0, {0: 20})[0]
+    rewritten(folder, lambda batch: batch.append_column("later", pa.array([b"?"] * len(batch))))
+    after = open_cache(str(folder)).read(0, {0: 20})[0]
+    assert after.top_ids.tolist() == before.top_ids.tolist()
+
+
+def test_a_column_that_is_missing_or_of_another_type_is_named(folder):
+    rewritten(folder, lambda batch: batch.drop_columns(["k"]))
+    with pytest.raises(CacheFormatError, match="expected one column 'k', not found"):
+        read_everything(folder)
+    rewritten(folder, lambda batch: batch.append_column("k", pa.array([1] * len(batch))))
+    with pytest.raises(CacheFormatError, match=r"column 'k' of type list<.*uint8.*>, got int64"):
+        read_everything(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (id_codes_outside, "column 'top_ids' points outside its dictionary"),
+        (logit_codes_outside, "column 'top_logits' points outside its dictionary"),
+        (infinite_logit, "top_logits must be finite"),
+        (logits_not_from_zero, "the first top_logits of a token must be 0"),
+        (rising_logits, "top_logits must not rise"),
+        (ids_outside, "top_ids outside the vocabulary"),
+        (null_ids, "column 'token_ids' holds nulls"),
         (shifted_entries, "the distributions belong to other tokens"),
         (wrong_start, "column 'start' is not what the commit record says"),
         (wrong_k, "wrong lengths"),
