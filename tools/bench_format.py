@@ -7,8 +7,9 @@ Times are processor seconds of one thread, the best of `--repeats`. `encode` is 
 rows (65 candidates) to the bytes of shards, `ragged` from files to `Trace` objects, all checks on,
 `dense` from there to torch tensors [N, K] of one micro-batch at a time, as the student makes them.
 KL is from the teacher's distribution to the stored one, over the kept entries and one bucket for
-the rest, nats per token; a rival without a tail is given 1 - sum, at least 1e-7. Shares of bytes
-are counted by the operating system.
+the rest, nats per token, of the first 100,000 tokens; a rival without a tail is given 1 - sum, at
+least 1e-7. Shares of bytes are counted by the operating system; by default the tokens fill one
+shard, since a small one has as large a dictionary.
 
 Tried for speed, processor time per token on a busy core: logit codes by look-up instead of binary
 search (the largest part of encoding before); dictionaries decoded by Arrow instead of numpy's
@@ -55,8 +56,9 @@ from teacher_cache.format import (
 from teacher_cache.format.shard import encode_shard
 
 LEAD_SPANS = (0.1, 0.25, 0.5, 0.75)
-NUM_CANDIDATES = 128  # the widest rival's
+RIVAL_CANDIDATES = 128  # the widest rival's
 TOP_K = 64
+NUM_COMPARED = 100_000  # tokens whose KL is measured, and that rivals store
 BATCH_TOKENS = 16_384
 READ_ALL = """
 import sys
@@ -90,7 +92,7 @@ POLICIES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", choices=sorted(TEACHERS), action="append")
-    parser.add_argument("--tokens", type=int, default=300_000)
+    parser.add_argument("--tokens", type=int, default=800_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cache", help="measure a sealed cache too")
@@ -115,7 +117,7 @@ def main() -> None:
 
 def synthetic(name: str, num_tokens: int, seed: int, repeats: int) -> dict[str, Any]:
     """Every policy and rival on one synthetic teacher."""
-    rows = list(traces(TEACHERS[name], num_tokens, NUM_CANDIDATES, seed))
+    rows = list(traces(TEACHERS[name], num_tokens, TOP_K, seed))
     about = describe(rows)
     print(f"\n{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in about.items()))
     results = []
@@ -123,7 +125,8 @@ def synthetic(name: str, num_tokens: int, seed: int, repeats: int) -> dict[str, 
         with tempfile.TemporaryDirectory() as folder:
             results.append(measure_ours(policy, rows, Path(folder) / "cache", repeats))
     if name != "short":
-        results += measure_rivals(rows)
+        few = min(num_tokens, NUM_COMPARED)
+        results += measure_rivals(list(traces(TEACHERS[name], few, RIVAL_CANDIDATES, seed)))
     print_table(results)
     return {"teacher": about, "results": results}
 
@@ -150,10 +153,10 @@ def measure_ours(
 ) -> dict[str, Any]:
     """Write a cache, read it back."""
     header = make_header(policy)
-    width = TOP_K + 1
-    narrow = [(row.ids[:, :width].copy(), row.logprobs[:, :width].copy()) for row in rows]
-    keep_s = best_s(lambda: [keep_entries(*pair, policy.keep) for pair in narrow], repeats)
-    kept = [keep_entries(*pair, policy.keep) for pair in narrow]
+    keep_s = best_s(
+        lambda: [keep_entries(row.ids, row.logprobs, policy.keep) for row in rows], repeats
+    )
+    kept = [keep_entries(row.ids, row.logprobs, policy.keep) for row in rows]
     finished = [
         FinishedTrace(make_trace(f"t{number:05d}", row, entries), "synthetic")
         for number, (row, entries) in enumerate(zip(rows, kept, strict=True))
@@ -199,7 +202,7 @@ def measure_reading(cache: Cache, repeats: int) -> dict[str, Any]:
         },
         "decode_ragged_tokens_per_s": num_tokens / ragged_s,
         "decode_dense_tokens_per_s": num_tokens / (ragged_s + dense_s),
-        "bytes_fraction_at": {str(x): bytes_fraction(cache, x, num_bytes) for x in LEAD_SPANS},
+        **{f"bytes_fraction_at_{x}": bytes_fraction(cache, x, num_bytes) for x in LEAD_SPANS},
         "peak_rss_bytes": peak_rss_bytes(cache.path),
     }
 
@@ -315,8 +318,11 @@ def divergence(
 
 def compare(rows: Sequence[Rows], kept: Sequence[KeptEntries]) -> dict[str, float]:
     """What the stored entries say beside the teacher's, entry by entry."""
-    divergences, errors = [], []
+    divergences, errors, num_compared = [], [], 0
     for row, entries in zip(rows, kept, strict=True):
+        if num_compared >= NUM_COMPARED:
+            break
+        num_compared += len(row.ids)
         stored = stored_logprobs(entries.k, entries.top_logits, entries.tail_logit)
         inside = np.arange(int(entries.k.max())) < entries.k[:, None]
         ids = np.full(inside.shape, -1, np.int64)
@@ -396,8 +402,8 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
             line += f"{'' if shown is None else form.format(shown):>14}"
         print(line)
     for result in results:
-        if "bytes_fraction_at" in result:
-            shares = ", ".join(f"{x}: {s:.4f}" for x, s in result["bytes_fraction_at"].items())
+        if "column_bytes_per_token" in result:
+            shares = ", ".join(f"{x}: {result[f'bytes_fraction_at_{x}']:.4f}" for x in LEAD_SPANS)
             parts = ", ".join(
                 f"{name} {size:.2f}" for name, size in result["column_bytes_per_token"].items()
                 if size >= 0.005
