@@ -163,7 +163,7 @@ def test_no_more_steps_than_agreed_are_read_ahead(tmp_path):
     cache = open_cache(path)
     read = []
     original = cache.read
-    cache.read = lambda shard, keep: read.append(shard) or original(shard, keep)
+    cache.read = lambda shard, keep, view: read.append(shard) or original(shard, keep, view)
     with TraceStream(cache, WHOLE, batch_traces=1, num_epochs=1) as stream:
         steps = iter(stream)
         next(steps)
