@@ -6,6 +6,7 @@ import importlib.metadata
 import itertools
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -612,3 +613,33 @@ def test_an_engine_scores_in_pieces_and_its_death_is_reported_not_waited_for(mod
         teacher.close()
     del teacher, stream
     gc.collect()  # here, where that warning is expected
+
+
+@pytest.mark.slow
+def test_the_engine_ends_with_who_started_it_however_that_ended(model):
+    """Left alone it would keep the GPU's memory, and the next run would find none."""
+    code = (
+        "import multiprocessing, os, signal\n"
+        "from teacher_cache.engines.vllm import VllmTeacher\n"
+        "if __name__ == '__main__':\n"
+        f"    VllmTeacher(model={str(model)!r}, top_k={TOP_K})\n"
+        "    print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    script = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    with script:
+        started = [int(pid) for pid in script.stdout.readline().split()]
+    assert started
+    deadline_s = time.monotonic() + 30
+    while any(is_running(pid) for pid in started):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+
+
+def is_running(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
