@@ -50,6 +50,7 @@ class _Worker:
     name: str
     actor: Any
     starting: Any
+    opening: Any = None
     working: Any = None
     exchanging: Any = None
     claimed: dict[str, Work] = field(default_factory=dict)
@@ -163,6 +164,7 @@ class Cluster:
         for worker in self._workers:
             for ref, handle in (
                 (worker.starting, self._started),
+                (worker.opening, self._opened),
                 (worker.working, self._worked),
                 (worker.exchanging, self._exchanged),
             ):
@@ -175,7 +177,13 @@ class Cluster:
         if facts != self.facts:
             raise EngineError(f"worker {worker.name} runs another teacher: {facts}, {self.facts}")
         worker.starting = None
-        worker.working = worker.actor.work.remote(self._place(worker))
+        worker.opening = worker.actor.open.remote(self._place(worker), list(worker.claimed))
+
+    def _opened(self, worker: _Worker) -> None:
+        for request_id in self._get(worker.opening):  # kept, and not reported before the death
+            self._finished(worker, Done(request_id, 0, False))  # its length is in the journal
+        worker.opening = None
+        worker.working = worker.actor.work.remote()
         # What a predecessor left comes first.
         unit = list(worker.claimed.values()) or self._claim(worker)
         worker.exchanging = worker.actor.exchange.remote(unit, worker.has_all)
@@ -197,10 +205,7 @@ class Cluster:
     def _exchanged(self, worker: _Worker) -> None:
         report: Report = self._get(worker.exchanging)
         for done in report.done:
-            if worker.claimed.pop(done.request_id, None) is not None:
-                self._reported.add(done.request_id)
-                worker.left.discard(done.request_id)
-                self._note(done)
+            self._finished(worker, done)
         if report.done and not worker.left:
             worker.num_deaths = 0
         unit = self._claim(worker) if report.num_waiting < UNIT_TRACES else []
@@ -208,6 +213,12 @@ class Cluster:
             worker.exchanging = worker.actor.exchange.remote(unit, worker.has_all)
         else:
             worker.exchanging = None
+
+    def _finished(self, worker: _Worker, done: Done) -> None:
+        del worker.claimed[done.request_id]
+        worker.left.discard(done.request_id)
+        self._reported.add(done.request_id)
+        self._note(done)
 
     def _claim(self, worker: _Worker) -> list[Work]:
         unit = [] if worker.has_all else list(islice(self._work, UNIT_TRACES))
@@ -237,7 +248,7 @@ class Cluster:
     def _replace(self, worker: _Worker, death: str) -> None:
         """Start another actor as this worker; it finds its predecessor's journal."""
         self._ray.kill(worker.actor)
-        worker.starting = worker.working = worker.exchanging = None
+        worker.starting = worker.opening = worker.working = worker.exchanging = None
         now = set(worker.claimed)
         worker.left = worker.left & now if worker.num_deaths else now
         worker.num_deaths += 1

@@ -52,7 +52,7 @@ class Replica:
         self._start_teacher = start_teacher
         self._tokenizer = tokenizer
         self._changed = threading.Condition()
-        self._claimed = _Claimed(self._changed, self._is_kept)
+        self._claimed = _Claimed(self._changed)
         self._done: list[Done] = []
         self._writer: CacheWriter | None = None
         self._is_last = False
@@ -64,19 +64,22 @@ class Replica:
         self._teacher = self._start_teacher(longest)
         return self._teacher.facts
 
-    def work(self, place: Place) -> None:
+    def open(self, place: Place, request_ids: Sequence[str]) -> list[str]:
+        """Open the cache; says which of these an earlier process of this worker has kept."""
+        self._writer = CacheWriter(
+            place.out,
+            place.header,
+            config=place.config,
+            worker=place.worker,
+            journal=place.journal,
+        )
+        return [each for each in request_ids if each in self._writer.finished()]
+
+    def work(self) -> None:
         """Run what is claimed until the last of it is in a shard; raises as `run_requests`."""
-        with (
-            closing(self._teacher),
-            CacheWriter(
-                place.out,
-                place.header,
-                config=place.config,
-                worker=place.worker,
-                journal=place.journal,
-            ) as writer,
-        ):
-            self._writer = writer
+        if self._writer is None:
+            raise RuntimeError("`work` comes after `open`")
+        with closing(self._teacher), self._writer as writer:
             try:
                 while self._wait_for_claims():
                     run_requests(
@@ -118,13 +121,6 @@ class Replica:
             self._changed.wait_for(lambda: self._claimed.queue or self._is_last or self._is_stopped)
             return bool(self._claimed.queue) and not self._is_stopped
 
-    def _is_kept(self, request_id: str) -> bool:
-        """Whether an earlier process of this worker has finished it already."""
-        if self._writer is None or request_id not in self._writer.finished():
-            return False
-        self._note(Done(request_id, 0, False))  # how long it was is known to the journal alone
-        return True
-
     def _note(self, done: Done) -> None:
         with self._changed:
             self._done.append(done)
@@ -141,18 +137,15 @@ class Replica:
 class _Claimed:
     """An iterator that ends when nothing waits, and goes on when something does again."""
 
-    def __init__(self, lock: threading.Condition, is_kept: Callable[[str], bool]) -> None:
+    def __init__(self, lock: threading.Condition) -> None:
         self.queue: deque[Work] = deque()
         self._lock = lock
-        self._is_kept = is_kept
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Work:
         with self._lock:
-            while self.queue:
-                work = self.queue.popleft()
-                if not self._is_kept(work[1].request_id):
-                    return work
-            raise StopIteration
+            if not self.queue:
+                raise StopIteration
+            return self.queue.popleft()

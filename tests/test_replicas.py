@@ -138,7 +138,10 @@ def test_what_a_dead_replica_left_is_done_by_the_next_and_nothing_else_again(
 def test_a_request_that_kills_its_replica_every_time_ends_the_capture(threads, asked):
     _, config = threads
     asked.teacher = lambda _: FailingTeacher(asked, "p40", ActorDied("gone"))
-    with pytest.raises(EngineError, match=r"died 4 times without getting on.*\(p40, "):
+    with pytest.raises(
+        EngineError,
+        match=r"died 4 times without getting on.*unfinished each time: \d+ traces \(p40, ",
+    ):
         generate(config)
     asked.teacher = TableTeacher
     report = generate(config)
