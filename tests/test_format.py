@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -374,16 +376,30 @@ def test_a_trace_of_131072_tokens_comes_back(tmp_path):
 
 def test_readers_see_whole_shards_while_a_writer_publishes(tmp_path):
     traces = [make_simple(f"t{number:02d}", 30 + number) for number in range(40)]
-    seen = []
-    with CacheWriter(tmp_path, make_header(vocab_size=VOCAB_SIZE), shard_bytes=700) as writer:
-        for trace in traces:
-            writer.append(FinishedTrace(trace, "source"))
-            cache = open_cache(str(tmp_path), allow_unsealed=True)
-            found = read_all(cache)
-            seen.append(len(found))
+    passed, done = threading.Semaphore(0), threading.Event()
+
+    def read_until_done():
+        seen = []
+        while not done.is_set():
+            found = read_all(open_cache(str(tmp_path), allow_unsealed=True))
             for each in found.values():
                 assert_same(traces[int(each.trace_id[1:])], each)
-        writer.finish()
-    assert seen == sorted(seen)
-    assert len(set(seen)) > 3
+            seen.append(len(found))
+            passed.release()
+        return seen
+
+    writer = CacheWriter(tmp_path, make_header(vocab_size=VOCAB_SIZE), shard_bytes=1500)
+    with ThreadPoolExecutor(2) as pool:
+        readers = [pool.submit(read_until_done) for _ in range(2)]
+        try:
+            for trace in traces:
+                writer.append(FinishedTrace(trace, "source"))
+                assert passed.acquire(timeout=60)  # readers are always in the middle of it
+            writer.finish()
+        finally:
+            done.set()
+    for reader in readers:
+        seen = reader.result()
+        assert seen == sorted(seen)
+        assert len(set(seen)) > 3
     assert len(read_all(open_cache(str(tmp_path), allow_unsealed=True))) == 40
