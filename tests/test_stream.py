@@ -158,6 +158,32 @@ def test_an_error_of_the_consumer_ends_the_thread(cache_path):
     assert not stream_threads()
 
 
+@pytest.mark.parametrize(
+    "selection",
+    [
+        TokenSelection(max_tokens=3),
+        TokenSelection(max_tokens=17),
+        TokenSelection(max_tokens=1000),
+        TokenSelection(sections=("prompt",)),
+        TokenSelection(sections=("cot",)),
+        TokenSelection(max_tokens=30, sections=("cot", "answer")),
+    ],
+    ids=str,
+)
+def test_a_budget_or_sections_read_up_to_the_last_band_that_a_trace_needs(tmp_path, selection):
+    traces = make_traces(6, lengths=(30, 90))
+    cache = open_cache(make_cache(tmp_path / "cache", traces, traces_per_shard=6))
+    steps = steps_of(cache.path, selection, num_epochs=1)
+    (shard,) = cache.shards
+    needed = 0  # a band more is needed as long as a trace's tokens go beyond those before it
+    for trace in shard.traces:
+        ranges = selection.ranges(trace.n_total, trace.cot_start, trace.answer_start)
+        while trace.n_total * needed // 20 < (ranges[-1][1] if ranges else 1):
+            needed += 1
+    assert steps[-1].bytes_read == shard.prefix_bytes(needed)
+    assert (needed == 20) == (selection.max_tokens == 1000)
+
+
 def test_no_more_steps_than_agreed_are_read_ahead(tmp_path):
     path = make_cache(tmp_path / "cache", make_traces(40), traces_per_shard=1)
     cache = open_cache(path)

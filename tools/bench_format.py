@@ -13,8 +13,12 @@ shard, since a small one has as large a dictionary.
 
 Tried for speed, processor time per token on a busy core: logit codes by look-up instead of binary
 search (the largest part of encoding before); dictionaries decoded by Arrow instead of numpy's
-indexing; exponentials of the candidates that can be kept only. Not worth it: rows in chunks of 512
-to 1,024 (1.2 instead of 1.25 us in `keep`; slower below 256).
+indexing; exponentials of the candidates that can be kept only; micro-batches filled by scattering
+entries to their places instead of through a mask, ids int32 (half the time from traces to [N, K]).
+Not worth it: rows in chunks of 512 to 1,024 (1.2 instead of 1.25 us in `keep`; slower below 256);
+the check that each token is among its entries in chunks of 16,384 or 65,536 entries, or its hits
+found by Arrow. Of reading 613,000 tokens in 180 ms, zstd takes 62, the ids' 32-bit indices 43 of
+these.
 """
 
 from __future__ import annotations
