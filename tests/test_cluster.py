@@ -18,8 +18,16 @@ from teacher_cache.format import open_cache
 COLUMNS = ("token_ids", "k", "top_ids", "top_logits", "tail_logit")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As many threads with Ray as without: their number changes the last bit of a sum."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 @pytest.fixture(scope="module")
-def capture_of(tmp_path_factory):
+def capture_of(one_thread, tmp_path_factory):
     """The command line of a capture of 120 traces, and the traces without Ray."""
     folder = tmp_path_factory.mktemp("cluster")
     (folder / "model").mkdir()
