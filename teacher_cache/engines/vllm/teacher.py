@@ -165,8 +165,15 @@ class VllmTeacher:
 
     def close(self) -> None:
         """End the engine's processes."""
-        self._engine.engine_core.shutdown(timeout=_CLOSING_S)
+        core = self._engine.engine_core
+        core.shutdown(timeout=_CLOSING_S)
         self._engine.renderer.shutdown()
+        # vLLM leaves its sockets to the garbage collector; a thread that still reads keeps them.
+        reader, context = (getattr(core, name, None) for name in ("output_queue_thread", "ctx"))
+        if reader is not None and context is not None:
+            reader.join(_CLOSING_S)
+            if not reader.is_alive():
+                context.destroy(linger=0)
         self._undertaker.communicate(b"\n")
 
     def _submit(self, request: TeacherRequest) -> str:
