@@ -182,6 +182,16 @@ def _run(job: Job, survey: Survey, crew: Crew, writer: CacheWriter) -> CaptureRe
 
 
 def _finish(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureReport:
+    """Compact and seal; either can be broken off like by a kill, and the next run does it."""
+    with stop_signals() as switch:
+        try:
+            return _sealed(job, writer, report)
+        except Stopped as stopped:
+            logger.info("%s: stopping; every trace is kept, the cache is not sealed yet", stopped)
+            return replace(report, stopped_by=switch.signum)
+
+
+def _sealed(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureReport:
     survey = report.survey
     writer.finish()
     # With other workers beside it, no worker can know that the cache is complete.

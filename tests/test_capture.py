@@ -12,12 +12,14 @@ import pytest
 from test_format import read_all
 from test_sources import CHAT, make_teacher
 
+from teacher_cache import capture as capture_module
 from teacher_cache import modes
 from teacher_cache.engines import EngineError, TeacherFacts, TeacherRows
 from teacher_cache.format import (
     CacheMismatchError,
     open_cache,
     seal_cache,
+    store,
     stored_logprobs,
     writer,
 )
@@ -171,6 +173,29 @@ def test_a_stop_signal_keeps_what_is_finished_and_says_which_it_was(config, aske
     asked.clear()
     asked.teacher = TableTeacher
     assert generate(config).num_traces == 3
+    assert len(read_all(open_cache(str(config.out)))) == 6
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["seal_cache", "publish"])
+def test_a_stop_signal_while_the_cache_is_finished_is_answered_too(
+    config, asked, monkeypatch, signum, moment
+):
+    """Of the main thread in the seal, and while it waits for the last shard."""
+    owner = capture_module if moment == "seal_cache" else store.Store
+    real = getattr(owner, moment)
+
+    def stopped(*call, **named):
+        if moment == "seal_cache" or str(call[1]).endswith(".arrow"):
+            os.kill(os.getpid(), signum)
+        return real(*call, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, moment, stopped)
+        report = generate(config)
+    assert (report.stopped_by, report.sealed, report.num_traces) == (signum, False, 6)
+    asked.teacher = None  # nothing is left for a teacher
+    assert generate(config).sealed
     assert len(read_all(open_cache(str(config.out)))) == 6
 
 

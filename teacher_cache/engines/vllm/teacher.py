@@ -57,8 +57,6 @@ class VllmTeacher:
         sampling: How to draw new tokens; None for an engine that only scores.
         window: Requests in flight; None for 1.5 times vLLM's `max_num_seqs`.
         engine_args: Further arguments of `vllm.EngineArgs`, by name.
-        is_tapped: Take the rows as arrays before vLLM makes objects of them; where the installed
-            vLLM does not allow that, it is said in one line and its `FlatLogprobs` are read.
 
     Raises:
         EngineError: vLLM is missing or too old, an engine argument is unknown or reserved, or the
@@ -78,7 +76,6 @@ class VllmTeacher:
         sampling: Sampling | None = None,
         window: int | None = None,
         engine_args: Mapping[str, object] | None = None,
-        is_tapped: bool = True,
     ) -> None:
         version, is_cpu_build = installed_version()
         check_model(model, revision)
@@ -130,8 +127,8 @@ class VllmTeacher:
             vocab_size=config.model_config.get_vocab_size(),
             max_model_len=min(max_model_len or self._context, self._context),
         )
-        self._is_tapped = is_tapped
-        if is_tapped and (reason := why_untapped()) is not None:
+        self._is_tapped = True
+        if (reason := why_untapped()) is not None:
             self._leave_untapped(reason)
         self._window = window or max(1, config.scheduler_config.max_num_seqs * 3 // 2)
         self._serial = itertools.count()
