@@ -1,67 +1,15 @@
-"""`train-student`: options and nothing else. Loads torch only when a command runs."""
+"""`train-student run`."""
 
-import json
-import logging
-import sys
-import tomllib
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from student_train.config import DTYPES, NORMALISATIONS, SCHEDULES, EvaluateConfig, TrainConfig
-from student_train.errors import InterruptedRunError, NonFiniteLossError
-from teacher_cache.format import CacheError
+from student_train.cli.options import config_option, split_names
+from student_train.config import DTYPES, NORMALISATIONS, SCHEDULES, TrainConfig
 
 
-def split_names(
-    ctx: click.Context, param: click.Parameter, value: str | list[str]
-) -> tuple[str, ...]:
-    """Split `a,b`; a TOML list comes as it is. Which names there are, the configuration says."""
-    names = value.split(",") if isinstance(value, str) else value
-    return tuple(name.strip() for name in names)
-
-
-def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
-    """Take a command's defaults from a TOML file of its option names."""
-    if path is None:
-        return None
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise click.BadParameter(f"{path}: not TOML: {error}", ctx, param) from error
-    values = {name.replace("-", "_"): value for name, value in values.items()}
-    known = {item.name for item in ctx.command.params} - {param.name, "json"}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise click.BadParameter(
-            f"{path}: no option {unknown[0]!r}; there are {', '.join(sorted(known))}", ctx, param
-        )
-    ctx.default_map = values
-    return path
-
-
-def config_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --config."""
-    return click.option(
-        "--config",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        callback=read_defaults,
-        is_eager=True,
-        expose_value=False,
-        help="TOML file with defaults for these options, by their names.",
-    )(command)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.version_option(package_name="leadspan")
-def cli() -> None:
-    """Train students on a cached teacher, and see what they can do."""
-
-
-@cli.command("run")
+@click.command("run")
 @config_option
 @click.option("--cache", required=True, help="Cache folder or URI, made by cache-teacher.")
 @click.option("--student", required=True, help="Model folder or hub id to start from.")
@@ -178,74 +126,3 @@ def run_command(**options: Any) -> None:  # noqa: ANN401  # mirrors TrainConfig
         f"{result.model}: {result.num_steps:,} steps, loss {result.metrics['loss']:.4f}, "
         f"{result.metrics['bytes_read']:,} bytes read"
     )
-
-
-@cli.command("evaluate")
-@config_option
-@click.option("--model", required=True, help="Model folder or hub id.")
-@click.option(
-    "--prompts", required=True, type=click.Path(path_type=Path),
-    help="JSONL with `prompt` or `messages`, and `answer`.",
-)  # fmt: skip
-@click.option(
-    "--max-tokens", type=int, default=EvaluateConfig.max_tokens,
-    help="Tokens to generate at most; a longer answer counts as unfinished.",
-)  # fmt: skip
-@click.option(
-    "--batch-size", type=int, default=EvaluateConfig.batch_size, help="Prompts per batch."
-)
-@click.option(
-    "--limit", type=int, default=EvaluateConfig.limit, help="Use the first so many prompts."
-)
-@click.option(
-    "--temperature", type=float, default=EvaluateConfig.temperature,
-    help="Of sampling; 0 takes the likeliest token.",
-)  # fmt: skip
-@click.option("--seed", type=int, default=EvaluateConfig.seed, help="Of sampling.")
-@click.option(
-    "--think-close", default=EvaluateConfig.think_close,
-    help="The answer is what follows the last of this mark.",
-)  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate_command(as_json: bool, **options: Any) -> None:  # noqa: ANN401  # EvaluateConfig's
-    """Generate answers and compare them with the right ones.
-
-    \b
-    Example:
-      train-student evaluate --model run/model --prompts held-out.jsonl --max-tokens 512
-    """
-    config = EvaluateConfig(**options)
-    from student_train.evaluate import evaluate
-
-    result = evaluate(config)
-    click.echo(json.dumps(asdict(result)) if as_json else str(result))
-
-
-def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit code 1."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("transformers", "httpx", "torch"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
-        cli.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        sys.exit(130)
-    except InterruptedRunError as error:
-        click.echo(f"train-student: {error}", err=True)
-        sys.exit(128 + error.signal_number)
-    except ModuleNotFoundError as error:
-        click.echo(
-            f"train-student: {error.name} is not installed; pip install 'leadspan[student]'",
-            err=True,
-        )
-        sys.exit(1)
-    except (CacheError, NonFiniteLossError, ValueError, OSError) as error:
-        click.echo(f"train-student: {' '.join(str(error).split())}", err=True)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""`python -m student_train.cli`, which `accelerate launch -m` needs."""
+
+from student_train.cli import main
+
+main()

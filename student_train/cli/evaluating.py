@@ -1,0 +1,52 @@
+"""`train-student evaluate`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from student_train.cli.options import config_option
+from student_train.config import EvaluateConfig
+
+
+@click.command("evaluate")
+@config_option
+@click.option("--model", required=True, help="Model folder or hub id.")
+@click.option(
+    "--prompts", required=True, type=click.Path(path_type=Path),
+    help="JSONL with `prompt` or `messages`, and `answer`.",
+)  # fmt: skip
+@click.option(
+    "--max-tokens", type=int, default=EvaluateConfig.max_tokens,
+    help="Tokens to generate at most; a longer answer counts as unfinished.",
+)  # fmt: skip
+@click.option(
+    "--batch-size", type=int, default=EvaluateConfig.batch_size, help="Prompts per batch."
+)
+@click.option(
+    "--limit", type=int, default=EvaluateConfig.limit, help="Use the first so many prompts."
+)
+@click.option(
+    "--temperature", type=float, default=EvaluateConfig.temperature,
+    help="Of sampling; 0 takes the likeliest token.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=EvaluateConfig.seed, help="Of sampling.")
+@click.option(
+    "--think-close", default=EvaluateConfig.think_close,
+    help="The answer is what follows the last of this mark.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate_command(as_json: bool, **options: Any) -> None:  # noqa: ANN401  # EvaluateConfig's
+    """Generate answers and compare them with the right ones.
+
+    \b
+    Example:
+      train-student evaluate --model run/model --prompts held-out.jsonl --max-tokens 512
+    """
+    config = EvaluateConfig(**options)
+    from student_train.evaluate import evaluate
+
+    result = evaluate(config)
+    click.echo(json.dumps(asdict(result)) if as_json else str(result))
