@@ -27,20 +27,13 @@ from student_train.checkpoint import (
 )
 from student_train.config import TrainConfig
 from student_train.errors import InterruptedRunError, NonFiniteLossError
+from student_train.forward import SUMS, StudentWithLoss
+from student_train.model_folder import model_card, save_student
 from student_train.progress import TrainingProgress
 from student_train.run_folder import RunFolder, RunIdentity
 from student_train.selection import TokenSelection
 from student_train.stream import StreamStep, TraceStream
-from student_train.student import (
-    SUMS,
-    StudentWithLoss,
-    check_student,
-    head_of,
-    load_model,
-    model_card,
-    save_student,
-    student_fingerprint,
-)
+from student_train.student import check_student, head_of, load_model, student_fingerprint
 from teacher_cache.format import Cache, open_cache
 
 logger = logging.getLogger(__name__)

@@ -1,18 +1,14 @@
-"""The student: loaded, checked against the cache, wrapped with its loss, saved.
-
-Letters: B traces, T positions, N valid tokens, D hidden size, V vocabulary.
-"""
+"""The student: loaded, and checked against the cache and the loss."""
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,14 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from student_train.batch import MicroBatch
-from student_train.config import TrainConfig
-from student_train.losses import sparse_kl
-from student_train.run_folder import publish_folder
 from teacher_cache.format import CacheHeader, CacheMismatchError, tokenizer_fingerprint
-
-# What StudentWithLoss sums over valid tokens, beside the loss.
-SUMS = ("kl", "ce", "student_mass", "teacher_mass", "top1_agreement")
 
 _PROBE_LENGTH = 8
 _PROBE_TOLERANCE = 1e-3  # relative to the largest logit; a forgotten scale or cap is far off
@@ -43,7 +32,7 @@ class Head:
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Loading and writing last seconds: their bars would only stand in the way of messages."""
     was_enabled = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
@@ -70,7 +59,7 @@ def load_model(
     if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
         raise ValueError(f"model {name!r} cannot be loaded: there is no such folder")
     try:
-        with _no_bars():
+        with no_bars():
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
             model = AutoModelForCausalLM.from_pretrained(
                 name, revision=revision, dtype=dtype or "auto"
@@ -171,104 +160,3 @@ def student_fingerprint(model: PreTrainedModel) -> str:
         first = parameter.detach().flatten()[:1024].float().cpu()
         digest.update(first.numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-class StudentWithLoss(nn.Module):
-    """Body and loss in one forward, so that a sharded head is whole where the loss uses it."""
-
-    def __init__(self, model: PreTrainedModel, head: Head, ce_weight: float) -> None:
-        super().__init__()
-        self.model = model
-        self._head = head
-        self._ce_weight = ce_weight
-
-    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Run one micro-batch.
-
-        Returns:
-            The loss [], weighted and summed over valid tokens, and the detached sums over valid
-            tokens [5] float64 of `SUMS`.
-        """
-        hidden_BTD = self.model.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).last_hidden_state
-        output = output_layer(self.model)
-        result = sparse_kl(
-            hidden_BTD.flatten(0, 1).index_select(0, batch.hidden_index),
-            output.weight,
-            batch.targets,
-            batch.token_weight,
-            bias=output.bias,
-            ce_weight=self._ce_weight,
-            softcap=self._head.softcap,
-            logit_scale=self._head.logit_scale,
-        )
-        parts = (result.kl, result.ce, result.student_mass, result.teacher_mass, result.top1)
-        return result.loss, torch.stack([part.double().sum() for part in parts])
-
-
-def save_student(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    *,
-    terminal_token_ids: tuple[int, ...],
-    card: str,
-) -> None:
-    """Write a Hugging Face model folder; it is whole, or not there under its name.
-
-    Args:
-        model: Unwrapped.
-        tokenizer: Of the student.
-        folder: Where; must not exist.
-        terminal_token_ids: Any of them ends a generation; the model's own where empty.
-        card: The model card, Markdown.
-    """
-    if terminal_token_ids:
-        # Base models often name another token, and would then never end as the traces do.
-        model.generation_config.eos_token_id = list(terminal_token_ids)
-    with publish_folder(folder) as temporary, _no_bars():
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-
-
-def model_card(
-    config: TrainConfig, header: CacheHeader, cache_fingerprint: str, metrics: Mapping[str, Any]
-) -> str:
-    """What the student was made of, in Markdown.
-
-    Args:
-        config: Of the run.
-        header: Of the cache.
-        cache_fingerprint: Of its content.
-        metrics: The last step's.
-    """
-    rows = "\n".join(f"| {name} | {metrics[name]:.4f} |" for name in ("loss", *SUMS))
-    revision = f" (revision {header.teacher_revision})" if header.teacher_revision else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [distillation, leadspan]
----
-
-# {Path(config.student).name}, distilled from {Path(header.teacher).name}
-
-Trained with leadspan on a cache of the teacher's top-k logits; no teacher was in memory.
-
-- student: `{config.student}`
-- teacher: `{header.teacher}`{revision}, weights {header.teacher_fingerprint}
-- cache: fingerprint {cache_fingerprint}
-- trained on: {config.selection}
-- loss: {1 - config.ce_weight:g} KL(teacher || student) over the kept entries and one bucket for
-  the tail + {config.ce_weight:g} cross entropy, every {config.normalise[:-1]} weighing the same
-- optimiser: AdamW, lr {config.lr:g} ({config.schedule}, warm-up {config.warmup:g}), weight decay
-  {config.weight_decay:g}, gradient norm at most {config.clip_norm:g}
-- {metrics["step"]} steps of {config.batch_traces} traces, seed {config.seed}
-
-Last step, per token, in nats or as a proportion:
-
-| metric | value |
-| --- | --- |
-{rows}
-"""

@@ -14,8 +14,9 @@ from transformers import (
 )
 
 from student_train.batch import micro_batches
+from student_train.forward import StudentWithLoss
 from student_train.selection import TokenSelection
-from student_train.student import StudentWithLoss, head_of, student_fingerprint
+from student_train.student import head_of, student_fingerprint
 
 SHAPE = {
     "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -1,0 +1,49 @@
+"""What a device computes of a micro-batch: body and loss in one forward.
+
+Letters: B rows, T positions, N valid tokens, D hidden size, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from student_train.batch import MicroBatch
+from student_train.losses import sparse_kl
+from student_train.student import Head, output_layer
+
+# What StudentWithLoss sums over valid tokens, beside the loss.
+SUMS = ("kl", "ce", "student_mass", "teacher_mass", "top1_agreement")
+
+
+class StudentWithLoss(nn.Module):
+    """Body and loss in one forward, so that a sharded head is whole where the loss uses it."""
+
+    def __init__(self, model: PreTrainedModel, head: Head, ce_weight: float) -> None:
+        super().__init__()
+        self.model = model
+        self._head = head
+        self._ce_weight = ce_weight
+
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Run one micro-batch.
+
+        Returns:
+            The loss [], weighted and summed over valid tokens, and the detached sums over valid
+            tokens [5] float64 of `SUMS`.
+        """
+        hidden_BTD = self.model.base_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).last_hidden_state
+        output = output_layer(self.model)
+        result = sparse_kl(
+            hidden_BTD.flatten(0, 1).index_select(0, batch.hidden_index),
+            output.weight,
+            batch.targets,
+            batch.token_weight,
+            bias=output.bias,
+            ce_weight=self._ce_weight,
+            softcap=self._head.softcap,
+            logit_scale=self._head.logit_scale,
+        )
+        parts = (result.kl, result.ce, result.student_mass, result.teacher_mass, result.top1)
+        return result.loss, torch.stack([part.double().sum() for part in parts])

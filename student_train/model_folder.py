@@ -1,0 +1,80 @@
+"""The finished student as a Hugging Face folder, with a card that says what it was made of."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from student_train.config import TrainConfig
+from student_train.forward import SUMS
+from student_train.run_folder import publish_folder
+from student_train.student import no_bars
+from teacher_cache.format import CacheHeader
+
+
+def save_student(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    terminal_token_ids: tuple[int, ...],
+    card: str,
+) -> None:
+    """Write a Hugging Face model folder; it is whole, or not there under its name.
+
+    Args:
+        model: Unwrapped.
+        tokenizer: Of the student.
+        folder: Where; must not exist.
+        terminal_token_ids: Any of them ends a generation; the model's own where empty.
+        card: The model card, Markdown.
+    """
+    if terminal_token_ids:
+        # Base models often name another token, and would then never end as the traces do.
+        model.generation_config.eos_token_id = list(terminal_token_ids)
+    with publish_folder(folder) as temporary, no_bars():
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def model_card(
+    config: TrainConfig, header: CacheHeader, cache_fingerprint: str, metrics: Mapping[str, Any]
+) -> str:
+    """What the student was made of, in Markdown.
+
+    Args:
+        config: Of the run.
+        header: Of the cache.
+        cache_fingerprint: Of its content.
+        metrics: The last step's.
+    """
+    rows = "\n".join(f"| {name} | {metrics[name]:.4f} |" for name in ("loss", *SUMS))
+    revision = f" (revision {header.teacher_revision})" if header.teacher_revision else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [distillation, leadspan]
+---
+
+# {Path(config.student).name}, distilled from {Path(header.teacher).name}
+
+Trained with leadspan on a cache of the teacher's top-k logits; no teacher was in memory.
+
+- student: `{config.student}`
+- teacher: `{header.teacher}`{revision}, weights {header.teacher_fingerprint}
+- cache: fingerprint {cache_fingerprint}
+- trained on: {config.selection}
+- loss: {1 - config.ce_weight:g} KL(teacher || student) over the kept entries and one bucket for
+  the tail + {config.ce_weight:g} cross entropy, every {config.normalise[:-1]} weighing the same
+- optimiser: AdamW, lr {config.lr:g} ({config.schedule}, warm-up {config.warmup:g}), weight decay
+  {config.weight_decay:g}, gradient norm at most {config.clip_norm:g}
+- {metrics["step"]} steps of {config.batch_traces} traces, seed {config.seed}
+
+Last step, per token, in nats or as a proportion:
+
+| metric | value |
+| --- | --- |
+{rows}
+"""
