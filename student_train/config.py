@@ -31,11 +31,12 @@ CHANGEABLE = frozenset(
 class TrainConfig:
     """One training run. Command-line options mirror these fields."""
 
-    cache: str
+    cache: tuple[str, ...]  # one or several
     student: str
     out: Path
     student_revision: str | None = None
     allow_unsealed: bool = False
+    heldout_share: float = 0.0
     lead_span: float | None = None  # with max_tokens also None: whole traces
     max_tokens: int | None = None
     sections: tuple[str, ...] = ALL_SECTIONS
@@ -80,6 +81,10 @@ class TrainConfig:
         for name in ("ce_weight", "warmup"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
+        if isinstance(self.cache, str) or not self.cache:
+            raise ValueError(f"cache: expected one or several in a tuple, got {self.cache!r}")
+        if not 0.0 <= self.heldout_share < 1.0:
+            raise ValueError(f"heldout_share: expected 0 to below 1, got {self.heldout_share}")
         for name in ("lr", "weight_decay", "clip_norm", "seed"):
             if not getattr(self, name) >= 0:  # NaN too
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
@@ -91,7 +96,12 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Every field as a JSON value."""
-        return {**asdict(self), "out": str(self.out), "sections": list(self.sections)}
+        return {
+            **asdict(self),
+            "cache": list(self.cache),
+            "out": str(self.out),
+            "sections": list(self.sections),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

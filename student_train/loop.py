@@ -26,6 +26,7 @@ from student_train.checkpoint import (
     write_checkpoint,
 )
 from student_train.config import TrainConfig
+from student_train.data import TrainingData, open_data
 from student_train.errors import InterruptedRunError, NonFiniteLossError
 from student_train.forward import SUMS, StudentWithLoss
 from student_train.model_folder import model_card, save_student
@@ -34,7 +35,6 @@ from student_train.run_folder import RunFolder, RunIdentity
 from student_train.selection import TokenSelection
 from student_train.stream import StreamStep, TraceStream
 from student_train.student import check_student, head_of, load_model, student_fingerprint
-from teacher_cache.format import Cache, open_cache
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +71,20 @@ def train(config: TrainConfig) -> TrainResult:
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=config.out, logging_dir=config.out),
     )
-    cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
+    data = open_data(
+        config.cache,
+        heldout_share=config.heldout_share,
+        top_k=config.top_k,
+        mass=config.mass,
+        allow_unsealed=config.allow_unsealed,
+    )
     model, tokenizer = load_model(
         config.student, revision=config.student_revision, dtype=torch.float32
     )
-    check_student(config.student, model, tokenizer, cache.header)
-    check_selection(cache, config.selection, model)
-    view = cache.view(top_k=config.top_k, mass=config.mass)
-    identity = RunIdentity(config, cache.fingerprint, student_fingerprint(model))
+    for source in data.sources:
+        check_student(config.student, model, tokenizer, source.cache.header)
+    check_selection(data, config.selection, model)
+    identity = RunIdentity(config, data.fingerprint, student_fingerprint(model))
     run.check_identity(identity)
     if run.finished:
         metrics = run.last_metrics()
@@ -88,7 +94,7 @@ def train(config: TrainConfig) -> TrainResult:
     set_seed(config.seed, device_specific=True)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    steps_per_epoch = -(-len(cache.traces) // config.batch_traces)
+    steps_per_epoch = -(-data.num_traces // config.batch_traces)
     num_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
     num_steps = int(num_steps)
     student = StudentWithLoss(model, head_of(model), config.ce_weight)
@@ -133,9 +139,8 @@ def train(config: TrainConfig) -> TrainResult:
 
     # --- the loop ----------------------------------------------------------------------------
     stream = TraceStream(
-        cache,
+        data,
         config.selection,
-        view=view,
         batch_traces=config.batch_traces,
         num_epochs=config.epochs if progress.step < num_steps else 0,
         seed=config.seed,
@@ -242,39 +247,39 @@ def train(config: TrainConfig) -> TrainResult:
             model,
             tokenizer,
             run.model,
-            terminal_token_ids=cache.header.terminal_token_ids,
-            card=model_card(config, cache.header, cache.fingerprint, metrics),
+            terminal_token_ids=data.terminal_token_ids,
+            card=model_card(config, data, metrics),
         )
     accelerator.wait_for_everyone()
     return TrainResult(run.model, num_steps, metrics, was_finished=False)
 
 
-def check_selection(cache: Cache, selection: TokenSelection, model: PreTrainedModel) -> None:
+def check_selection(data: TrainingData, selection: TokenSelection, model: PreTrainedModel) -> None:
     """Refuse a selection that leaves nothing of a cache, or traces that the student cannot hold.
 
     Raises:
         ValueError: Saying what to change.
     """
-    if not cache.traces:
-        raise ValueError(f"{cache.path}: the cache holds no trace")
-    infos = [cache.shards[shard].traces[row] for shard, row in cache.traces]
-    captured = tuple(
-        name for name in selection.sections if name != "prompt" or cache.header.capture_prompt
-    )
-    if not captured or not replace(selection, sections=captured).selects_any(infos):
-        without = "" if cache.header.capture_prompt else " (it has no prompt distributions)"
-        raise ValueError(
-            f"{cache.path}: nothing to train on: {selection} selects no token that has a "
-            f"distribution in any of {len(infos):,} traces{without}"
-        )
-    longest = max(infos, key=selection.num_read)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and selection.num_read(longest) - 1 > limit:
-        raise ValueError(
-            f"{cache.path}: {selection.num_read(longest):,} tokens of trace {longest.trace_id!r} "
-            f"are selected, the student has {limit:,} positions; use --max-tokens {limit + 1} or a "
-            "smaller lead span"
+    for source in data.sources:
+        path, header = source.cache.path, source.cache.header
+        infos = source.train_infos()
+        captured = tuple(
+            name for name in selection.sections if name != "prompt" or header.capture_prompt
         )
+        if not captured or not replace(selection, sections=captured).selects_any(infos):
+            without = "" if header.capture_prompt else " (it has no prompt distributions)"
+            raise ValueError(
+                f"{path}: nothing to train on: {selection} selects no token that has a "
+                f"distribution in any of {len(infos):,} traces{without}"
+            )
+        longest = max(infos, key=selection.num_read)
+        if limit is not None and selection.num_read(longest) - 1 > limit:
+            raise ValueError(
+                f"{path}: {selection.num_read(longest):,} tokens of trace {longest.trace_id!r} "
+                f"are selected, the student has {limit:,} positions; use --max-tokens {limit + 1} "
+                "or a smaller lead span"
+            )
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -7,10 +7,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from student_train.config import TrainConfig
+from student_train.data import TrainingData
 from student_train.forward import SUMS
 from student_train.run_folder import publish_folder
 from student_train.student import no_bars
-from teacher_cache.format import CacheHeader
+from teacher_cache.format import Cache
 
 
 def save_student(
@@ -39,32 +40,30 @@ def save_student(
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(
-    config: TrainConfig, header: CacheHeader, cache_fingerprint: str, metrics: Mapping[str, Any]
-) -> str:
+def model_card(config: TrainConfig, data: TrainingData, metrics: Mapping[str, Any]) -> str:
     """What the student was made of, in Markdown.
 
     Args:
         config: Of the run.
-        header: Of the cache.
-        cache_fingerprint: Of its content.
+        data: What it was trained on.
         metrics: The last step's.
     """
     rows = "\n".join(f"| {name} | {metrics[name]:.4f} |" for name in ("loss", *SUMS))
-    revision = f" (revision {header.teacher_revision})" if header.teacher_revision else ""
+    caches = [source.cache for source in data.sources]
+    teachers = "\n".join(_teacher_and_cache(cache) for cache in caches)
+    names = " and ".join(dict.fromkeys(Path(cache.header.teacher).name for cache in caches))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [distillation, leadspan]
 ---
 
-# {Path(config.student).name}, distilled from {Path(header.teacher).name}
+# {Path(config.student).name}, distilled from {names}
 
 Trained with leadspan on a cache of the teacher's top-k logits; no teacher was in memory.
 
 - student: `{config.student}`
-- teacher: `{header.teacher}`{revision}, weights {header.teacher_fingerprint}
-- cache: fingerprint {cache_fingerprint}
+{teachers}
 - trained on: {config.selection}
 - loss: {1 - config.ce_weight:g} KL(teacher || student) over the kept entries and one bucket for
   the tail + {config.ce_weight:g} cross entropy, every {config.normalise[:-1]} weighing the same
@@ -78,3 +77,12 @@ Last step, per token, in nats or as a proportion:
 | --- | --- |
 {rows}
 """
+
+
+def _teacher_and_cache(cache: Cache) -> str:
+    header = cache.header
+    revision = f" (revision {header.teacher_revision})" if header.teacher_revision else ""
+    return (
+        f"- teacher: `{header.teacher}`{revision}, weights {header.teacher_fingerprint}\n"
+        f"- cache: fingerprint {cache.fingerprint}"
+    )

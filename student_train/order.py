@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.format import Cache
+from student_train.data import TrainingData
 
 MIN_MIXED_SHARDS = 10
 
@@ -21,7 +21,7 @@ MIN_MIXED_SHARDS = 10
 class EpochOrder:
     """One epoch's sequence of n traces; the arrays run parallel."""
 
-    shard: NDArray[np.int64]  # [n] index of the trace's shard in the cache
+    shard: NDArray[np.int64]  # [n] the trace's shard, counted through all caches
     row: NDArray[np.int64]  # [n] its row there
     lane: NDArray[np.int64]  # [n]
 
@@ -34,18 +34,19 @@ class EpochOrder:
         return mine
 
 
-def cache_order(cache: Cache, *, seed: int, epoch: int, num_lanes: int) -> EpochOrder:
-    """The order of an epoch over every trace of a cache; reads nothing."""
-    places = np.array(cache.traces, np.int64).reshape(-1, 2)
+def data_order(data: TrainingData, *, seed: int, epoch: int, num_lanes: int) -> EpochOrder:
+    """The order of an epoch over every trace that is trained on; reads nothing."""
+    places = data.train_places()
     # Whole traces, whatever the lead span: truncation must not change what a step holds.
-    num_tokens = [cache.shards[shard].traces[row].n_total for shard, row in cache.traces]
+    num_tokens = [data.info(shard, row).n_total for shard, row in places]
+    shard_row = np.array(places, np.int64).reshape(-1, 2)
     return epoch_order(
-        places[:, 0],
-        places[:, 1],
+        shard_row[:, 0],
+        shard_row[:, 1],
         np.array(num_tokens, np.int64),
         seed=seed,
         epoch=epoch,
-        fingerprint=cache.fingerprint,
+        fingerprint=data.fingerprint,
         num_lanes=num_lanes,
     )
 
@@ -68,7 +69,7 @@ def epoch_order(
         num_tokens: [n] its length, by which lanes are balanced.
         seed: Of the run.
         epoch: From 0.
-        fingerprint: Of the cache.
+        fingerprint: Of the data.
         num_lanes: Number of lanes; every rank takes whole ones.
 
     Returns:

@@ -13,9 +13,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from student_train.order import cache_order, check_ranks
+from student_train.data import TrainingData
+from student_train.order import check_ranks, data_order
 from student_train.selection import TokenSelection
-from teacher_cache.format import Cache, KeepPolicy, Trace
+from teacher_cache.format import Trace
 
 PREFETCH_STEPS = 4
 
@@ -55,10 +56,9 @@ class TraceStream:
 
     def __init__(
         self,
-        cache: Cache,
+        data: TrainingData,
         selection: TokenSelection,
         *,
-        view: KeepPolicy | None = None,
         batch_traces: int,
         num_epochs: int,
         seed: int = 0,
@@ -70,9 +70,8 @@ class TraceStream:
         """Describe a stream; nothing is read before it is entered.
 
         Args:
-            cache: Open, and read by no one else while the stream is.
+            data: The traces; their caches are read by no one else while the stream is.
             selection: Decides how many tokens of a trace are read.
-            view: Fewer entries per token than the cache holds; see `Cache.view`.
             batch_traces: Traces of a global batch, over all ranks.
             num_epochs: Where the stream ends.
             seed: Of the order.
@@ -85,9 +84,8 @@ class TraceStream:
             ValueError: If the ranks cannot share the lanes.
         """
         check_ranks(num_lanes, num_ranks)
-        self._cache = cache
+        self._data = data
         self._selection = selection
-        self._view = view
         self._batch_traces = batch_traces
         self._num_epochs = num_epochs
         self._seed = seed
@@ -100,7 +98,7 @@ class TraceStream:
     @property
     def steps_per_epoch(self) -> int:
         """Global batches of an epoch."""
-        return -(-len(self._cache.traces) // self._batch_traces)
+        return -(-self._data.num_traces // self._batch_traces)
 
     @property
     def wait_s(self) -> float:
@@ -137,7 +135,7 @@ class TraceStream:
             yield from self._epoch_steps(epoch, first)
 
     def _epoch_steps(self, epoch: int, first_step: int) -> Iterator[StreamStep]:
-        order = cache_order(self._cache, seed=self._seed, epoch=epoch, num_lanes=self._num_lanes)
+        order = data_order(self._data, seed=self._seed, epoch=epoch, num_lanes=self._num_lanes)
         mine = order.of_rank(self._rank, self._num_ranks)
         begin = min(first_step * self._batch_traces, len(order))
         ahead = np.flatnonzero(mine[begin:]) + begin
@@ -152,7 +150,7 @@ class TraceStream:
             traces, ids = [], []
             for place in places:
                 shard, row = int(order.shard[place]), int(order.row[place])
-                ids.append(self._cache.shards[shard].traces[row].trace_id)
+                ids.append(self._data.info(shard, row).trace_id)
                 if not mine[place]:
                     continue
                 if shard not in open_shards:
@@ -162,12 +160,13 @@ class TraceStream:
                     del open_shards[shard]
             is_last = step + 1 == self.steps_per_epoch
             cursor = Cursor(epoch + 1, 0) if is_last else Cursor(epoch, step + 1)
-            yield StreamStep(cursor, traces, tuple(ids), self._cache.bytes_read)
+            yield StreamStep(cursor, traces, tuple(ids), self._data.bytes_read)
 
     def _read(self, shard: int, rows: list[int]) -> dict[int, Trace]:
-        infos = self._cache.shards[shard].traces
+        source, shard_of_cache = self._data.locate(shard)
+        infos = source.cache.shards[shard_of_cache].traces
         keep = {row: self._selection.num_read(infos[row]) for row in rows}
-        return self._cache.read(shard, keep, self._view)
+        return source.cache.read(shard_of_cache, keep, source.view)
 
 
 class _Prefetch(Iterator[StreamStep]):

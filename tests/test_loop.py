@@ -15,7 +15,8 @@ import student_train.loop as loop
 from student_train.config import TrainConfig
 from student_train.errors import InterruptedRunError, NonFiniteLossError
 from student_train.loop import train
-from student_train.order import cache_order
+from student_train.data import open_data
+from student_train.order import data_order
 from teacher_cache.format import CacheFormatError, CacheMismatchError, open_cache
 
 TIMING = ("tokens_per_s", "data_wait_share", "bytes_read")  # a resumed run reads a shard again
@@ -40,7 +41,8 @@ def config(tmp_path, cache, student):
             "cache": cache, "student": student, "out": tmp_path / "run", "lr": 3e-3,
             "batch_traces": 4, "batch_tokens": 150, "save_every": 1000,
         }  # fmt: skip
-        return TrainConfig(**(settings | changes))
+        settings |= changes
+        return TrainConfig(**settings | {"cache": (settings["cache"],)})
 
     return build
 
@@ -386,7 +388,7 @@ def test_a_loss_that_is_no_number_stops_the_run_naming_its_traces(config, cache)
         train(settings)
 
     num_done = len(metrics_of(settings))
-    order = cache_order(open_cache(cache), seed=0, epoch=0, num_lanes=8)
+    order = data_order(open_data([cache]), seed=0, epoch=0, num_lanes=8)
     first = num_done * 4
     places = zip(order.shard[first : first + 4], order.row[first : first + 4], strict=True)
     names = [open_cache(cache).shards[shard].traces[row].trace_id for shard, row in places]

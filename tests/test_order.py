@@ -4,7 +4,8 @@ from fakes import make_cache, make_traces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.order import MIN_MIXED_SHARDS, cache_order, check_ranks, epoch_order
+from student_train.data import open_data
+from student_train.order import MIN_MIXED_SHARDS, data_order, check_ranks, epoch_order
 from teacher_cache.format import open_cache
 
 shard_sizes = st.lists(st.integers(1, 12), min_size=1, max_size=30)
@@ -106,7 +107,7 @@ def test_ranks_that_do_not_divide_the_lanes_are_refused():
 
 
 def test_order_of_a_cache_holds_its_traces(tmp_path):
-    cache = open_cache(make_cache(tmp_path / "cache", make_traces(10)))
-    order = cache_order(cache, seed=0, epoch=0, num_lanes=2)
+    path = make_cache(tmp_path / "cache", make_traces(10))
+    order = data_order(open_data([path]), seed=0, epoch=0, num_lanes=2)
 
-    assert sorted(places(order)) == sorted(cache.traces)
+    assert sorted(places(order)) == sorted(open_cache(path).traces)

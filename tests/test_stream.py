@@ -4,6 +4,7 @@ from itertools import chain
 import pytest
 from fakes import make_cache, make_traces
 
+from student_train.data import open_data
 from student_train.selection import TokenSelection
 from student_train.stream import Cursor, TraceStream
 from teacher_cache.format import CacheFormatError, open_cache
@@ -16,9 +17,9 @@ def cache_path(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("stream") / "cache", make_traces(23))
 
 
-def stream_of(path, selection=WHOLE, **settings):
+def stream_of(path, selection=WHOLE, *, data=None, **settings):
     settings = {"batch_traces": 4, "num_epochs": 2, "seed": 1} | settings
-    return TraceStream(open_cache(path), selection, **settings)
+    return TraceStream(data or open_data([path]), selection, **settings)
 
 
 def steps_of(path, selection=WHOLE, **settings):
@@ -52,8 +53,7 @@ def test_resuming_from_any_cursor_equals_no_interruption(cache_path, step):
 
 
 def test_a_view_gives_fewer_entries_of_the_same_tokens(cache_path):
-    view = open_cache(cache_path).view(top_k=2)
-    whole, narrow = steps_of(cache_path), steps_of(cache_path, view=view)
+    whole, narrow = steps_of(cache_path), steps_of(cache_path, data=open_data([cache_path], top_k=2))
     assert ids(narrow) == ids(whole)
     for left, right in zip(narrow, whole, strict=True):
         for mine, trace in zip(left.traces, right.traces, strict=True):
@@ -186,11 +186,12 @@ def test_a_budget_or_sections_read_up_to_the_last_band_that_a_trace_needs(tmp_pa
 
 def test_no_more_steps_than_agreed_are_read_ahead(tmp_path):
     path = make_cache(tmp_path / "cache", make_traces(40), traces_per_shard=1)
-    cache = open_cache(path)
+    data = open_data([path])
+    cache = data.sources[0].cache
     read = []
     original = cache.read
     cache.read = lambda shard, keep, view: read.append(shard) or original(shard, keep, view)
-    with TraceStream(cache, WHOLE, batch_traces=1, num_epochs=1) as stream:
+    with TraceStream(data, WHOLE, batch_traces=1, num_epochs=1) as stream:
         steps = iter(stream)
         next(steps)
         threading.Event().wait(0.5)  # time enough for a thread that is not held back

@@ -11,7 +11,10 @@ from student_train.config import DTYPES, NORMALISATIONS, SCHEDULES, TrainConfig
 
 @click.command("run")
 @config_option
-@click.option("--cache", required=True, help="Cache folder or URI, made by cache-teacher.")
+@click.option(
+    "--cache", required=True, multiple=True,
+    help="Cache folder or URI, made by cache-teacher; several are mixed.",
+)  # fmt: skip
 @click.option("--student", required=True, help="Model folder or hub id to start from.")
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path),
@@ -24,6 +27,10 @@ from student_train.config import DTYPES, NORMALISATIONS, SCHEDULES, TrainConfig
 @click.option(
     "--allow-unsealed", is_flag=True, default=TrainConfig.allow_unsealed,
     help="Train on the shards committed so far of a capture that is not complete.",
+)  # fmt: skip
+@click.option(
+    "--heldout-share", type=float, default=TrainConfig.heldout_share,
+    help="Proportion of the traces, chosen by their ids, that is never trained on.",
 )  # fmt: skip
 @click.option(
     "--lead-span", type=float, default=TrainConfig.lead_span,
