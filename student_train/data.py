@@ -1,4 +1,4 @@
-"""What a run trains on: the traces of its caches, split into those trained on and those held out."""
+"""What a run trains on: the traces of its caches, without those that are held out."""
 
 import hashlib
 import re
@@ -97,8 +97,8 @@ class TrainingData:
         """
         places = [(i, *place) for i, source in enumerate(self.sources) for place in source.heldout]
         rows_of_shard: dict[tuple[int, int], list[int]] = {}
-        for source, shard, row in places[:limit]:
-            rows_of_shard.setdefault((source, shard), []).append(row)
+        for number, shard, row in places[:limit]:
+            rows_of_shard.setdefault((number, shard), []).append(row)
         for (number, shard), rows in list(rows_of_shard.items())[rank::num_ranks]:
             source = self.sources[number]
             cache = replace(source.cache, bytes_read=0)  # counts for itself

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 from fakes import make_cache, make_header, make_traces
@@ -39,7 +40,7 @@ def test_ranks_share_the_heldout_traces(path):
     whole = [trace.trace_id for trace in data.heldout_traces()]
     ranks = [[t.trace_id for t in data.heldout_traces(rank=r, num_ranks=3)] for r in range(3)]
 
-    assert sorted(sum(ranks, [])) == sorted(whole)
+    assert sorted(chain.from_iterable(ranks)) == sorted(whole)
     assert [trace.trace_id for trace in data.heldout_traces(limit=5)] == whole[:5]
 
 

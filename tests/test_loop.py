@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import student_train.loop as loop
 from student_train.config import TrainConfig
+from student_train.data import open_data
 from student_train.errors import InterruptedRunError, NonFiniteLossError
 from student_train.loop import train
-from student_train.data import open_data
 from student_train.order import data_order
 from teacher_cache.format import CacheFormatError, CacheMismatchError, open_cache
 

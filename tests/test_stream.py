@@ -53,7 +53,10 @@ def test_resuming_from_any_cursor_equals_no_interruption(cache_path, step):
 
 
 def test_a_view_gives_fewer_entries_of_the_same_tokens(cache_path):
-    whole, narrow = steps_of(cache_path), steps_of(cache_path, data=open_data([cache_path], top_k=2))
+    whole, narrow = (
+        steps_of(cache_path),
+        steps_of(cache_path, data=open_data([cache_path], top_k=2)),
+    )
     assert ids(narrow) == ids(whole)
     for left, right in zip(narrow, whole, strict=True):
         for mine, trace in zip(left.traces, right.traces, strict=True):

@@ -26,6 +26,9 @@ def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None)
         raise click.BadParameter(f"{path}: not TOML: {error}", ctx, param) from error
     values = {name.replace("-", "_"): value for name, value in values.items()}
     known = {item.name for item in ctx.command.params} - {param.name, "json"}
+    for item in ctx.command.params:  # what may be given several times need not be a list
+        if item.name in values and item.multiple and isinstance(values[item.name], str):
+            values[item.name] = [values[item.name]]
     unknown = sorted(set(values) - known)
     if unknown:
         raise click.BadParameter(
