@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from student_train.losses import TeacherTargets
-from student_train.selection import TokenSelection
+from student_train.selection import RandomMask, TokenSelection
 from teacher_cache.format import Trace
 
 _Value = TypeVar("_Value", bound=np.generic)
@@ -51,16 +51,24 @@ class MicroBatch:
         )
 
 
-def valid_positions(trace: Trace, selection: TokenSelection) -> NDArray[np.int64]:
-    """Tokens of a trace that enter the loss: selected, and with a distribution."""
+def valid_positions(
+    trace: Trace, selection: TokenSelection, mask: RandomMask | None = None
+) -> NDArray[np.int64]:
+    """Tokens of a trace that enter the loss: selected, with a distribution, not masked."""
     selected = np.zeros(len(trace.k), np.bool_)
     for first, end in selection.ranges(trace.n_total, trace.cot_start, trace.answer_start):
         selected[first:end] = True
-    return np.flatnonzero(selected & (trace.k > 0))
+    valid = np.flatnonzero(selected & (trace.k > 0))
+    return valid if mask is None else valid[mask.kept(trace.trace_id, len(valid))]
 
 
 def micro_batches(
-    traces: Sequence[Trace], selection: TokenSelection, *, batch_tokens: int, normalise: str
+    traces: Sequence[Trace],
+    selection: TokenSelection,
+    *,
+    batch_tokens: int,
+    normalise: str,
+    mask: RandomMask | None = None,
 ) -> list[MicroBatch]:
     """Cut a rank's part of a global batch into micro-batches, the longest traces first.
 
@@ -71,11 +79,12 @@ def micro_batches(
         selection: Which tokens enter the loss.
         batch_tokens: Cap of B x T; a trace longer than that is alone in its micro-batch.
         normalise: "tokens" (every valid token weighs the same) or "traces" (every trace does).
+        mask: Leaves some of the selected tokens out of the loss.
 
     Returns:
         Micro-batches whose loss, summed and divided by `normaliser`, is the batch's loss.
     """
-    pairs = [(trace, valid_positions(trace, selection)) for trace in traces]
+    pairs = [(trace, valid_positions(trace, selection, mask)) for trace in traces]
     # What predicts the last valid token is the last position needed.
     pairs = sorted((pair for pair in pairs if len(pair[1])), key=lambda pair: -int(pair[1][-1]))
     groups: list[list[tuple[Trace, NDArray[np.int64]]]] = []

@@ -40,6 +40,10 @@ class TrainConfig:
     lead_span: float | None = None  # with max_tokens also None: whole traces
     max_tokens: int | None = None
     sections: tuple[str, ...] = ALL_SECTIONS
+    supervise: str = TokenSelection.supervise
+    span_of: str = TokenSelection.span_of
+    random_mask: float = 0.0
+    live_teacher: str | None = None
     top_k: int | None = None  # as captured
     mass: float | None = None  # as captured
     ce_weight: float = 0.5  # as in arXiv 2512.21002
@@ -85,6 +89,8 @@ class TrainConfig:
             raise ValueError(f"cache: expected one or several in a tuple, got {self.cache!r}")
         if not 0.0 <= self.heldout_share < 1.0:
             raise ValueError(f"heldout_share: expected 0 to below 1, got {self.heldout_share}")
+        if not 0.0 <= self.random_mask < 1.0:
+            raise ValueError(f"random_mask: expected a share in [0, 1), got {self.random_mask}")
         for name in ("lr", "weight_decay", "clip_norm", "seed"):
             if not getattr(self, name) >= 0:  # NaN too
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
@@ -92,7 +98,9 @@ class TrainConfig:
     @property
     def selection(self) -> TokenSelection:
         """Which tokens of a trace are trained on."""
-        return TokenSelection(self.lead_span, self.max_tokens, self.sections)
+        return TokenSelection(
+            self.lead_span, self.max_tokens, self.sections, self.supervise, self.span_of
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Every field as a JSON value."""

@@ -29,10 +29,11 @@ from student_train.config import TrainConfig
 from student_train.data import TrainingData, open_data
 from student_train.errors import InterruptedRunError, NonFiniteLossError
 from student_train.forward import SUMS, StudentWithLoss
+from student_train.live import LiveTeacher
 from student_train.model_folder import model_card, save_student
 from student_train.progress import TrainingProgress
 from student_train.run_folder import RunFolder, RunIdentity
-from student_train.selection import TokenSelection
+from student_train.selection import RandomMask, TokenSelection
 from student_train.stream import StreamStep, TraceStream
 from student_train.student import check_student, head_of, load_model, student_fingerprint
 
@@ -108,6 +109,11 @@ def train(config: TrainConfig) -> TrainResult:
     )
     student, prepared_optimizer = accelerator.prepare(student, optimizer)
     student.train()
+    teacher = None
+    if config.live_teacher is not None:
+        teacher = LiveTeacher(
+            config.live_teacher, [s.cache.header for s in data.sources], accelerator.device
+        )
 
     # --- go on from a checkpoint, if there is one --------------------------------------------
     progress = Progress()
@@ -158,11 +164,13 @@ def train(config: TrainConfig) -> TrainResult:
 
             # Every rank must know the step's normaliser before its first backward, and must run
             # as many forwards as the others.
+            mask = RandomMask(config.random_mask, config.seed, item.epoch)
             batches = micro_batches(
                 item.traces,
                 config.selection,
                 batch_tokens=config.batch_tokens,
                 normalise=config.normalise,
+                mask=mask if mask.share else None,
             )
             num_valid, num_traces, num_batches = _global_counts(accelerator, batches)
             if num_valid == 0:
@@ -172,9 +180,12 @@ def train(config: TrainConfig) -> TrainResult:
             sums = torch.zeros(1 + len(SUMS), dtype=torch.float64, device=accelerator.device)
             for index in range(num_batches if num_valid else 0):
                 batch = batches[index] if index < len(batches) else empty_micro_batch()
+                batch = batch.to(accelerator.device)
+                if teacher is not None:
+                    batch = teacher.taught(batch)
                 is_last = index == num_batches - 1
                 with nullcontext() if is_last else accelerator.no_sync(student):
-                    loss, parts = student(batch.to(accelerator.device))
+                    loss, parts = student(batch)
                     # Ranks average their gradients; the loss is one sum over all of them.
                     accelerator.backward(loss * (accelerator.num_processes / divisor))
                 sums += torch.cat([loss.detach().double()[None] / divisor, parts.double()])

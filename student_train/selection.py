@@ -1,25 +1,36 @@
-"""Which tokens of a trace are trained on, and how many must be read for that. Integers only."""
+"""Which tokens of a trace are trained on, and how many must be read for that."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from teacher_cache.format import TraceInfo, lead_span_length
 
 ALL_SECTIONS = ("prompt", "cot", "answer")
+PARTS = ("lead", "middle", "last")
+WHOLES = ("trace", "reasoning")
 
 
 @dataclass(frozen=True)
 class TokenSelection:
     """A lead span or a token budget, and the sections inside it.
 
+    A middle or last part has as many tokens as the lead span and keeps all tokens before it as
+    context (the paper cuts it out instead, which `cache-teacher score --slice` captures).
+
     Raises:
         ValueError: If the lead span is not in (0, 1], a budget stands beside it or is below 1, or a
-            section is unknown or none is named.
+            section, part or whole is unknown or none is named.
     """
 
     lead_span: float | None = None  # proportion of every trace; whole traces where both are None
     max_tokens: int | None = None
     sections: tuple[str, ...] = ALL_SECTIONS
+    supervise: str = "lead"  # which part has this length: one of PARTS
+    span_of: str = "trace"  # what the length is a part of: "reasoning" leaves the answer out first
 
     def __post_init__(self) -> None:
         if self.lead_span is not None and self.max_tokens is not None:
@@ -34,30 +45,43 @@ class TokenSelection:
                 f"sections: expected some of {', '.join(ALL_SECTIONS)}, got "
                 f"{', '.join(map(repr, unknown)) or 'none'}"
             )
+        for name, choices in (("supervise", PARTS), ("span_of", WHOLES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}"
+                )
 
-    def keep(self, n_total: int) -> int:
-        """Length of the lead span of a trace of `n_total` tokens."""
+    def span(self, n_total: int, answer_start: int) -> tuple[int, int]:
+        """First token and end of the part of a trace that its sections are looked for in."""
+        whole = answer_start if self.span_of == "reasoning" else n_total
         if self.max_tokens is not None:
-            return min(self.max_tokens, n_total)
-        return lead_span_length(n_total, 1.0 if self.lead_span is None else self.lead_span)
+            keep = self.max_tokens
+        else:
+            keep = lead_span_length(whole, 1.0 if self.lead_span is None else self.lead_span)
+        keep = min(keep, whole)
+        first = {"lead": 0, "middle": (whole - keep) // 2, "last": whole - keep}[self.supervise]
+        return first, first + keep
 
     def __str__(self) -> str:
+        part = {"lead": "first", "middle": "middle", "last": "last"}[self.supervise]
+        of = "every trace" if self.span_of == "trace" else "every trace before its answer"
         if self.max_tokens is not None:
-            span = f"the first {self.max_tokens:,} tokens of every trace"
+            span = f"the {part} {self.max_tokens:,} tokens of {of}"
         elif self.lead_span is not None and self.lead_span < 1.0:
-            span = f"the first {self.lead_span:g} of every trace"
+            span = f"the {part} {self.lead_span:g} of {of}"
         else:
-            span = "whole traces"
+            span = "whole traces" if self.span_of == "trace" else "whole traces before the answer"
         return f"{span}, sections {', '.join(self.sections)}"
 
     def ranges(self, n_total: int, cot_start: int, answer_start: int) -> list[tuple[int, int]]:
         """Half-open ranges of the tokens trained on, in order; token 0 has no distribution."""
         bounds = (1, max(1, cot_start), max(1, answer_start), n_total)
-        keep = self.keep(n_total)
+        span = self.span(n_total, answer_start)
         found = []
-        for section, first, end in zip(ALL_SECTIONS, bounds, bounds[1:], strict=False):
-            if section in self.sections and first < min(end, keep):
-                found.append((first, min(end, keep)))
+        for section, *bound in zip(ALL_SECTIONS, bounds, bounds[1:], strict=False):
+            first, end = max(bound[0], span[0]), min(bound[1], span[1])
+            if section in self.sections and first < end:
+                found.append((first, end))
         return found
 
     def num_read(self, info: TraceInfo) -> int:
@@ -68,3 +92,22 @@ class TokenSelection:
     def selects_any(self, traces: Iterable[TraceInfo]) -> bool:
         """Whether a token of any of these traces is trained on."""
         return any(self.ranges(t.n_total, t.cot_start, t.answer_start) for t in traces)
+
+
+@dataclass(frozen=True)
+class RandomMask:
+    """Labels left out at random, drawn anew for every epoch and trace."""
+
+    share: float  # of a trace's valid tokens
+    seed: int
+    epoch: int
+
+    def kept(self, trace_id: str, num_valid: int) -> NDArray[np.bool_]:
+        """[num_valid] True but for round(share * num_valid) of them."""
+        digest = hashlib.sha256(f"{self.seed}/{self.epoch}/{trace_id}".encode()).digest()
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(list(digest))))
+        # Sorting random numbers, because numpy does not promise that `choice` stays the same.
+        order = np.argsort(rng.random(num_valid), kind="stable")
+        kept = np.ones(num_valid, np.bool_)
+        kept[order[: round(self.share * num_valid)]] = False
+        return kept

@@ -43,6 +43,7 @@ class StreamStep:
     """One rank's part of a global batch."""
 
     cursor: Cursor  # after this batch
+    epoch: int  # that this batch belongs to
     traces: list[Trace]  # of this rank, cut; may be empty where there are several ranks
     trace_ids: tuple[str, ...]  # of the whole global batch, in its order
     bytes_read: int  # from shards by this rank, up to and with this batch
@@ -160,7 +161,7 @@ class TraceStream:
                     del open_shards[shard]
             is_last = step + 1 == self.steps_per_epoch
             cursor = Cursor(epoch + 1, 0) if is_last else Cursor(epoch, step + 1)
-            yield StreamStep(cursor, traces, tuple(ids), self._data.bytes_read)
+            yield StreamStep(cursor, epoch, traces, tuple(ids), self._data.bytes_read)
 
     def _read(self, shard: int, rows: list[int]) -> dict[int, Trace]:
         source, shard_of_cache = self._data.locate(shard)

@@ -7,6 +7,7 @@ import click
 
 from student_train.cli.options import config_option, split_names
 from student_train.config import DTYPES, NORMALISATIONS, SCHEDULES, TrainConfig
+from student_train.selection import PARTS, WHOLES
 
 
 @click.command("run")
@@ -44,6 +45,23 @@ from student_train.config import DTYPES, NORMALISATIONS, SCHEDULES, TrainConfig
     "--sections", type=click.UNPROCESSED, callback=split_names,
     default=",".join(TrainConfig.sections),
     help="Sections whose tokens enter the loss, of prompt,cot,answer.",
+)  # fmt: skip
+@click.option(
+    "--supervise", type=click.Choice(PARTS), default=TrainConfig.supervise,
+    help="Which part of a trace has the length of the lead span; tokens before it are context.",
+)  # fmt: skip
+@click.option(
+    "--span-of", type=click.Choice(WHOLES), default=TrainConfig.span_of,
+    help="What the lead span is a proportion of; reasoning leaves the answer out first.",
+)  # fmt: skip
+@click.option(
+    "--random-mask", type=float, default=TrainConfig.random_mask,
+    help="Share of every trace's valid tokens left out at random, drawn anew in every epoch.",
+)  # fmt: skip
+@click.option(
+    "--live-teacher", default=TrainConfig.live_teacher,
+    help="The cache's teacher, kept in memory to train on its whole distributions instead of the "
+    "cached entries; for small teachers, to see what the cache loses.",
 )  # fmt: skip
 @click.option(
     "--top-k", type=int, default=TrainConfig.top_k,

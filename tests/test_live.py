@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+import torch
+from fakes import POLICY, make_header, make_trace
+from students import make_model, make_student
+
+from student_train.batch import empty_micro_batch, micro_batches
+from student_train.live import LiveTeacher
+from student_train.selection import TokenSelection
+from teacher_cache.format import CacheMismatchError, Trace, keep_entries
+
+CPU = torch.device("cpu")
+
+
+def trace_of(model, trace_id, num_tokens, seed):
+    """A trace with the model's own distributions, as a capture keeps them."""
+    token_ids = make_trace(trace_id, num_tokens, seed=seed).token_ids
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(token_ids.astype(np.int64))[None]).logits[0, :-1]
+    best = logits.log_softmax(-1).topk(POLICY.top_k)
+    realised = torch.from_numpy(token_ids[1:].astype(np.int64))[:, None]
+    ids = torch.cat([realised, best.indices], dim=1)
+    rows = logits.log_softmax(-1).gather(1, ids)
+    kept = keep_entries(ids.int().numpy(), rows.numpy(), POLICY)
+    return Trace(
+        trace_id=trace_id,
+        token_ids=token_ids,
+        n_total=num_tokens,
+        cot_start=2,
+        answer_start=num_tokens - 2,
+        k=np.concatenate([[0], kept.k]).astype(np.uint8),
+        top_ids=kept.top_ids,
+        top_logits=kept.top_logits,
+        tail_logit=np.concatenate([[0], kept.tail_logit]).astype("f4"),
+    )
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    name = make_student(tmp_path / "teacher", seed=3)
+    return LiveTeacher(name, [make_header()], CPU), make_model(seed=3).eval()
+
+
+def batch_of(model):
+    traces = [trace_of(model, f"t{n}", length, n) for n, length in enumerate((12, 7, 9))]
+    (batch,) = micro_batches(
+        traces, TokenSelection(max_tokens=8), batch_tokens=100, normalise="tokens"
+    )
+    return batch
+
+
+def test_targets_are_the_whole_distributions_of_the_tokens_that_count(teacher):
+    live, model = teacher
+    batch = batch_of(model)
+    taught = live.taught(batch).targets
+
+    assert taught.k.tolist() == [make_header().vocab_size] * batch.num_valid
+    assert torch.equal(taught.realised_ids, batch.targets.realised_ids)
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    expected = logits.flatten(0, 1)[batch.hidden_index].softmax(-1)
+    found = torch.zeros_like(expected).scatter(1, taught.top_ids, taught.top_logits.softmax(-1))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    # The likeliest first, as a cache has it, and the cached entries agree with it.
+    assert torch.equal(taught.top_ids[:, 0], batch.targets.top_ids[:, 0])
+
+
+def test_a_batch_without_valid_tokens_stays_as_it_is(teacher):
+    batch = empty_micro_batch()
+    assert teacher[0].taught(batch) is batch
+
+
+def test_another_teacher_than_the_captured_one_is_refused(teacher):
+    live, _ = teacher
+    with pytest.raises(CacheMismatchError, match=r"is not the one of the cache: the probabilities"):
+        live.taught(batch_of(make_model(seed=4, initializer_range=1.0).eval()))
+
+
+def test_another_width_is_refused(tmp_path):
+    name = make_student(tmp_path / "wide", vocab_size=48)
+    with pytest.raises(CacheMismatchError, match="has 48 outputs, the cache's teacher 'table' 41"):
+        LiveTeacher(name, [make_header()], CPU)
