@@ -1,5 +1,6 @@
 """What can be set for a run and for an evaluation, checked without loading torch."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class TrainConfig:
     out: Path
     student_revision: str | None = None
     allow_unsealed: bool = False
+    cache_weights: tuple[float, ...] | None = None  # every trace once per epoch
+    where: str | None = None
     heldout_share: float = 0.0
     lead_span: float | None = None  # with max_tokens also None: whole traces
     max_tokens: int | None = None
@@ -87,6 +90,9 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
         if isinstance(self.cache, str) or not self.cache:
             raise ValueError(f"cache: expected one or several in a tuple, got {self.cache!r}")
+        for weight in self.cache_weights or ():
+            if not 0 < weight < math.inf:
+                raise ValueError(f"cache_weights: expected positive numbers, got {weight}")
         if not 0.0 <= self.heldout_share < 1.0:
             raise ValueError(f"heldout_share: expected 0 to below 1, got {self.heldout_share}")
         if not 0.0 <= self.random_mask < 1.0:
@@ -109,6 +115,7 @@ class TrainConfig:
             "cache": list(self.cache),
             "out": str(self.out),
             "sections": list(self.sections),
+            "cache_weights": self.cache_weights and list(self.cache_weights),
         }
 
 

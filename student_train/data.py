@@ -1,10 +1,12 @@
-"""What a run trains on: the traces of its caches, without those that are held out."""
+"""What a run trains on: the traces of its caches that it asks for, without those held out."""
 
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from student_train.mixture import shares_of_epoch
+from student_train.where import BUILT_IN, Where
 from teacher_cache.format import Cache, CachePath, KeepPolicy, Trace, TraceInfo, open_cache
 
 Place = tuple[int, int]  # (shard, row) of a trace in its cache
@@ -18,6 +20,7 @@ class Source:
     view: KeepPolicy  # how many entries of a token are read
     train: tuple[Place, ...]
     heldout: tuple[Place, ...]
+    num_left_out: int  # by `where`
 
     def train_infos(self) -> list[TraceInfo]:
         """What is known of the traces trained on without reading a shard."""
@@ -29,6 +32,7 @@ class TrainingData:
     """The traces of one or more caches. Its caches are read by one thread at a time."""
 
     sources: tuple[Source, ...]
+    weights: tuple[float, ...] | None = None  # of the sources: see mixture.py
 
     @property
     def fingerprint(self) -> str:
@@ -37,8 +41,28 @@ class TrainingData:
 
     @property
     def num_traces(self) -> int:
-        """Traces of an epoch."""
+        """Traces of an epoch, however they are mixed."""
         return sum(len(source.train) for source in self.sources)
+
+    @property
+    def shares_of_epoch(self) -> list[int]:
+        """How many of an epoch's traces each source gives."""
+        sizes = [len(source.train) for source in self.sources]
+        return sizes if self.weights is None else shares_of_epoch(sizes, self.weights)
+
+    @property
+    def summary(self) -> str:
+        """What is trained on and what is not, in one line."""
+        parts = [f"{self.num_traces:,} traces per epoch"]
+        if len(self.sources) > 1:
+            shares = self.shares_of_epoch
+            parts[0] += f" ({' + '.join(f'{share:,}' for share in shares)})"
+        num_left_out = sum(source.num_left_out for source in self.sources)
+        if num_left_out:
+            parts.append(f"{num_left_out:,} left out by --where")
+        if self.num_heldout:
+            parts.append(f"{self.num_heldout:,} held out")
+        return ", ".join(parts)
 
     @property
     def num_heldout(self) -> int:
@@ -56,8 +80,13 @@ class TrainingData:
         """From shards, for training."""
         return sum(source.cache.bytes_read for source in self.sources)
 
+    @property
+    def num_shards(self) -> int:
+        """Of all caches."""
+        return sum(len(source.cache.shards) for source in self.sources)
+
     def locate(self, shard: int) -> tuple[Source, int]:
-        """The source of a shard, and its index in that cache; shards are counted through."""
+        """The source of a shard, counted through all caches, and its index in that cache."""
         for source in self.sources:
             if shard < len(source.cache.shards):
                 return source, shard
@@ -68,15 +97,6 @@ class TrainingData:
         """What is known of a trace without reading its shard."""
         source, shard_of_cache = self.locate(shard)
         return source.cache.shards[shard_of_cache].traces[row]
-
-    def train_places(self) -> list[Place]:
-        """Traces of an epoch; shards are counted through all caches."""
-        places: list[Place] = []
-        first = 0
-        for source in self.sources:
-            places += [(first + shard, row) for shard, row in source.train]
-            first += len(source.cache.shards)
-        return places
 
     def heldout_traces(
         self, *, rank: int = 0, num_ranks: int = 1, limit: int | None = None
@@ -110,6 +130,8 @@ class TrainingData:
 def open_data(
     caches: Sequence[CachePath],
     *,
+    weights: Sequence[float] | None = None,
+    where: str | None = None,
     heldout_share: float = 0.0,
     top_k: int | None = None,
     mass: float | None = None,
@@ -119,6 +141,8 @@ def open_data(
 
     Args:
         caches: Folders or URIs.
+        weights: Of each cache, for mixing; every trace once per epoch where it is None.
+        where: Only traces for which this holds, see `Where`; held out are some of these.
         heldout_share: Proportion of the traces that is not trained on; see `is_heldout`.
         top_k: As of `Cache.view`, for every cache.
         mass: As of `Cache.view`.
@@ -126,33 +150,87 @@ def open_data(
 
     Raises:
         CacheError: If a cache cannot be read, or was captured with fewer entries.
-        ValueError: If no trace is left to train on, or none is held out where some should be.
+        ValueError: If no trace is left to train on, none is held out where some should be, or
+            the weights do not fit.
     """
-    sources = []
-    for path in caches:
-        cache = open_cache(path, allow_unsealed=allow_unsealed)
+    opened = [open_cache(path, allow_unsealed=allow_unsealed) for path in caches]
+    for number, cache in enumerate(opened):
         if not cache.traces:
             raise ValueError(f"{cache.path}: the cache holds no trace")
-        has_samples = _has_samples(cache)
-        train: list[Place] = []
-        heldout: list[Place] = []
+        if cache.fingerprint in {other.fingerprint for other in opened[:number]}:
+            raise ValueError(f"{cache.path}: the same cache is named twice; give it a weight")
+    condition = None if where is None else Where.parse(where)
+    if condition is not None:
+        _check_names(condition, opened)
+    sources = tuple(
+        _choose(cache, condition, heldout_share, cache.view(top_k=top_k, mass=mass))
+        for cache in opened
+    )
+    _check_counts(sources, where, heldout_share)
+    if weights is not None:
+        _check_weights(sources, weights)
+    return TrainingData(sources, None if weights is None else tuple(weights))
+
+
+def _choose(cache: Cache, where: Where | None, heldout_share: float, view: KeepPolicy) -> Source:
+    count = cache.manifest.config.get("samples_per_prompt", 1)
+    has_samples = isinstance(count, int) and count > 1
+    train: list[Place] = []
+    heldout: list[Place] = []
+    for shard, row in cache.traces:
+        info = cache.shards[shard].traces[row]
+        if where is not None and not where.holds(info):
+            continue
+        is_out = is_heldout(info.trace_id, heldout_share, has_sample_number=has_samples)
+        (heldout if is_out else train).append((shard, row))
+    num_left_out = len(cache.traces) - len(train) - len(heldout)
+    return Source(cache, view, tuple(train), tuple(heldout), num_left_out)
+
+
+def _check_names(where: Where, caches: Sequence[Cache]) -> None:
+    fields: set[str] = set()
+    for cache in caches:
         for shard, row in cache.traces:
-            name = cache.shards[shard].traces[row].trace_id
-            is_out = is_heldout(name, heldout_share, has_sample_number=has_samples)
-            (heldout if is_out else train).append((shard, row))
-        view = cache.view(top_k=top_k, mass=mass)
-        sources.append(Source(cache, view, tuple(train), tuple(heldout)))
-    data = TrainingData(tuple(sources))
-    num_all = data.num_traces + data.num_heldout
-    if not data.num_traces:
+            fields.update(cache.shards[shard].traces[row].fields)
+    unknown = sorted(where.names - fields - set(BUILT_IN))
+    if unknown:
         raise ValueError(
-            f"heldout-share {heldout_share:g} leaves none of {num_all:,} traces to train on"
+            f"where: no trace has a field {unknown[0]!r}; there are "
+            f"{', '.join([*BUILT_IN, *sorted(fields)])}"
         )
-    if heldout_share and not data.num_heldout:
+
+
+def _check_counts(sources: Sequence[Source], where: str | None, heldout_share: float) -> None:
+    for source in sources:
+        num_chosen = len(source.train) + len(source.heldout)
+        if not num_chosen:
+            raise ValueError(
+                f"{source.cache.path}: where {where!r} holds for none of "
+                f"{source.num_left_out:,} traces"
+            )
+        if not source.train:
+            raise ValueError(
+                f"{source.cache.path}: heldout-share {heldout_share:g} leaves none of "
+                f"{num_chosen:,} traces to train on"
+            )
+    if heldout_share and not any(source.heldout for source in sources):
+        num_all = sum(len(source.train) for source in sources)
         raise ValueError(
             f"heldout-share {heldout_share:g} holds out none of {num_all:,} traces; raise it"
         )
-    return data
+
+
+def _check_weights(sources: Sequence[Source], weights: Sequence[float]) -> None:
+    if len(weights) != len(sources):
+        raise ValueError(
+            f"cache-weights: expected {len(sources)}, one for every cache, got {len(weights)}"
+        )
+    shares = shares_of_epoch([len(source.train) for source in sources], weights)
+    for source, share in zip(sources, shares, strict=True):
+        if not share:
+            raise ValueError(
+                f"cache-weights: {source.cache.path} gives no trace to an epoch of {sum(shares):,}"
+            )
 
 
 def is_heldout(trace_id: str, share: float, *, has_sample_number: bool = False) -> bool:
@@ -167,8 +245,3 @@ def is_heldout(trace_id: str, share: float, *, has_sample_number: bool = False) 
     name = re.sub(r"#\d+\Z", "", trace_id) if has_sample_number else trace_id
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
-def _has_samples(cache: Cache) -> bool:
-    count = cache.manifest.config.get("samples_per_prompt", 1)
-    return isinstance(count, int) and count > 1

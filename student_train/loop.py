@@ -74,6 +74,8 @@ def train(config: TrainConfig) -> TrainResult:
     )
     data = open_data(
         config.cache,
+        weights=config.cache_weights,
+        where=config.where,
         heldout_share=config.heldout_share,
         top_k=config.top_k,
         mass=config.mass,
@@ -90,6 +92,9 @@ def train(config: TrainConfig) -> TrainResult:
     if run.finished:
         metrics = run.last_metrics()
         return TrainResult(run.model, metrics["step"], metrics, was_finished=True)
+
+    if accelerator.is_main_process:
+        logger.info("%s", data.summary)
 
     # --- student, optimiser, schedule --------------------------------------------------------
     set_seed(config.seed, device_specific=True)

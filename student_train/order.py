@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from student_train.data import TrainingData
+from student_train.mixture import drawn
 
 MIN_MIXED_SHARDS = 10
 
@@ -21,7 +22,9 @@ MIN_MIXED_SHARDS = 10
 class EpochOrder:
     """One epoch's sequence of n traces; the arrays run parallel."""
 
-    shard: NDArray[np.int64]  # [n] the trace's shard, counted through all caches
+    # [n] the trace's shard, counted through all caches; S shards further on each time that a mixed
+    # cache is gone through again, since it is then read again.
+    shard: NDArray[np.int64]
     row: NDArray[np.int64]  # [n] its row there
     lane: NDArray[np.int64]  # [n]
 
@@ -35,20 +38,40 @@ class EpochOrder:
 
 
 def data_order(data: TrainingData, *, seed: int, epoch: int, num_lanes: int) -> EpochOrder:
-    """The order of an epoch over every trace that is trained on; reads nothing."""
-    places = data.train_places()
+    """The order of an epoch over the traces that are trained on; reads nothing."""
+    shard, row = _epoch_places(data, seed, epoch)
+    infos = (
+        data.info(s % data.num_shards, r) for s, r in zip(shard.tolist(), row.tolist(), strict=True)
+    )
     # Whole traces, whatever the lead span: truncation must not change what a step holds.
-    num_tokens = [data.info(shard, row).n_total for shard, row in places]
-    shard_row = np.array(places, np.int64).reshape(-1, 2)
+    num_tokens = np.array([info.n_total for info in infos], np.int64)
     return epoch_order(
-        shard_row[:, 0],
-        shard_row[:, 1],
-        np.array(num_tokens, np.int64),
+        shard,
+        row,
+        num_tokens,
         seed=seed,
         epoch=epoch,
         fingerprint=data.fingerprint,
         num_lanes=num_lanes,
     )
+
+
+def _epoch_places(
+    data: TrainingData, seed: int, epoch: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Shard and row of every trace of an epoch; see EpochOrder for how shards are counted."""
+    shards, rows, first = [], [], 0
+    for source, share in zip(data.sources, data.shares_of_epoch, strict=True):
+        places = np.array(source.train, np.int64)
+        turn = np.zeros(len(places), np.int64)
+        if data.weights is not None:
+            rng = _generator(f"mixture/{seed}/{source.cache.fingerprint}")
+            draw = drawn(places[:, 0], share, epoch, rng)
+            places, turn = places[draw.index], draw.turn
+        shards.append(first + places[:, 0] + turn * data.num_shards)
+        rows.append(places[:, 1])
+        first += len(source.cache.shards)
+    return np.concatenate(shards), np.concatenate(rows)
 
 
 def epoch_order(
@@ -75,7 +98,7 @@ def epoch_order(
     Returns:
         Every trace exactly once; the same for the same arguments, on every machine.
     """
-    rng = _generator(seed, epoch, fingerprint, num_lanes)
+    rng = _generator(f"{seed}/{epoch}/{fingerprint}/{num_lanes}")
     shards, shard_of_trace = np.unique(shard, return_inverse=True)
     shard_tokens = np.zeros(len(shards), np.int64)
     np.add.at(shard_tokens, shard_of_trace, num_tokens)
@@ -120,8 +143,7 @@ def check_ranks(num_lanes: int, num_ranks: int) -> None:
         )
 
 
-def _generator(seed: int, epoch: int, fingerprint: str, num_lanes: int) -> np.random.Generator:
-    text = f"{seed}/{epoch}/{fingerprint}/{num_lanes}"
+def _generator(text: str) -> np.random.Generator:
     digest = hashlib.sha256(text.encode()).digest()
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(list(digest))))
 

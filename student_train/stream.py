@@ -151,7 +151,7 @@ class TraceStream:
             traces, ids = [], []
             for place in places:
                 shard, row = int(order.shard[place]), int(order.row[place])
-                ids.append(self._data.info(shard, row).trace_id)
+                ids.append(self._data.info(shard % self._data.num_shards, row).trace_id)
                 if not mine[place]:
                     continue
                 if shard not in open_shards:
@@ -164,7 +164,7 @@ class TraceStream:
             yield StreamStep(cursor, epoch, traces, tuple(ids), self._data.bytes_read)
 
     def _read(self, shard: int, rows: list[int]) -> dict[int, Trace]:
-        source, shard_of_cache = self._data.locate(shard)
+        source, shard_of_cache = self._data.locate(shard % self._data.num_shards)
         infos = source.cache.shards[shard_of_cache].traces
         keep = {row: self._selection.num_read(infos[row]) for row in rows}
         return source.cache.read(shard_of_cache, keep, source.view)

@@ -16,6 +16,18 @@ def split_names(
     return tuple(name.strip() for name in names)
 
 
+def split_numbers(
+    ctx: click.Context, param: click.Parameter, value: str | list[float] | None
+) -> tuple[float, ...] | None:
+    """Split `3,1`; a TOML list comes as it is."""
+    if value is None:
+        return None
+    try:
+        return tuple(float(n) for n in (value.split(",") if isinstance(value, str) else value))
+    except (TypeError, ValueError) as error:
+        raise click.BadParameter(f"expected numbers, got {value!r}", ctx, param) from error
+
+
 def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
     """Take a command's defaults from a TOML file of its option names."""
     if path is None:

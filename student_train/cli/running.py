@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from student_train.cli.options import config_option, split_names
+from student_train.cli.options import config_option, split_names, split_numbers
 from student_train.config import DTYPES, NORMALISATIONS, SCHEDULES, TrainConfig
 from student_train.selection import PARTS, WHOLES
 
@@ -28,6 +28,15 @@ from student_train.selection import PARTS, WHOLES
 @click.option(
     "--allow-unsealed", is_flag=True, default=TrainConfig.allow_unsealed,
     help="Train on the shards committed so far of a capture that is not complete.",
+)  # fmt: skip
+@click.option(
+    "--cache-weights", type=click.UNPROCESSED, callback=split_numbers,
+    default=TrainConfig.cache_weights,
+    help="Share of each cache in an epoch, e.g. 3,1; without it every trace comes once.",
+)  # fmt: skip
+@click.option(
+    "--where", default=TrainConfig.where,
+    help="""Train on traces whose fields fulfil this, e.g. 'verdict == "correct"'.""",
 )  # fmt: skip
 @click.option(
     "--heldout-share", type=float, default=TrainConfig.heldout_share,
