@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from student_train.selection import ALL_SECTIONS, TokenSelection
+from teacher_cache.format import PrefixCache, shown
 
 NORMALISATIONS = ("tokens", "traces")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -20,6 +21,8 @@ CHANGEABLE = frozenset(
         "student_revision",
         "out",
         "allow_unsealed",
+        "prefix_cache",
+        "prefix_cache_bytes",
         "batch_tokens",
         "gradient_checkpointing",
         "save_every",
@@ -37,6 +40,8 @@ class TrainConfig:
     out: Path
     student_revision: str | None = None
     allow_unsealed: bool = False
+    prefix_cache: Path | None = None
+    prefix_cache_bytes: int = 50_000_000_000
     cache_weights: tuple[float, ...] | None = None  # every trace once per epoch
     where: str | None = None
     heldout_share: float = 0.0
@@ -80,7 +85,7 @@ class TrainConfig:
                 )
         for name in (
             "epochs", "max_steps", "batch_traces", "batch_tokens", "lanes", "save_every",
-            "log_every",
+            "log_every", "prefix_cache_bytes",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -108,12 +113,20 @@ class TrainConfig:
             self.lead_span, self.max_tokens, self.sections, self.supervise, self.span_of
         )
 
+    @property
+    def kept_prefixes(self) -> PrefixCache | None:
+        """Where what is read of the caches is kept."""
+        if self.prefix_cache is None:
+            return None
+        return PrefixCache(self.prefix_cache, self.prefix_cache_bytes)
+
     def to_json(self) -> dict[str, Any]:
         """Every field as a JSON value."""
         return {
             **asdict(self),
-            "cache": list(self.cache),
+            "cache": [shown(path) for path in self.cache],  # without credentials
             "out": str(self.out),
+            "prefix_cache": self.prefix_cache and str(self.prefix_cache),
             "sections": list(self.sections),
             "cache_weights": self.cache_weights and list(self.cache_weights),
         }

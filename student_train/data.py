@@ -7,7 +7,16 @@ from dataclasses import dataclass, replace
 
 from student_train.mixture import shares_of_epoch
 from student_train.where import BUILT_IN, Where
-from teacher_cache.format import Cache, CachePath, KeepPolicy, Trace, TraceInfo, open_cache
+from teacher_cache.format import (
+    Cache,
+    CachePath,
+    KeepPolicy,
+    PrefixCache,
+    ShardList,
+    Trace,
+    TraceInfo,
+    open_cache,
+)
 
 Place = tuple[int, int]  # (shard, row) of a trace in its cache
 
@@ -68,6 +77,11 @@ class TrainingData:
     def num_heldout(self) -> int:
         """Traces that are never trained on."""
         return sum(len(source.heldout) for source in self.sources)
+
+    @property
+    def snapshots(self) -> list[ShardList | None]:
+        """`Cache.snapshot` of every cache: with them the same traces are opened again."""
+        return [source.cache.snapshot for source in self.sources]
 
     @property
     def terminal_token_ids(self) -> tuple[int, ...]:
@@ -136,6 +150,8 @@ def open_data(
     top_k: int | None = None,
     mass: float | None = None,
     allow_unsealed: bool = False,
+    snapshots: Sequence[ShardList | None] | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> TrainingData:
     """Open caches and choose their traces; no shard is read.
 
@@ -147,13 +163,22 @@ def open_data(
         top_k: As of `Cache.view`, for every cache.
         mass: As of `Cache.view`.
         allow_unsealed: As of `open_cache`.
+        snapshots: `TrainingData.snapshots` of an earlier opening of these caches.
+        prefix_cache: As of `open_cache`.
 
     Raises:
         CacheError: If a cache cannot be read, or was captured with fewer entries.
         ValueError: If no trace is left to train on, none is held out where some should be, or
             the weights do not fit.
     """
-    opened = [open_cache(path, allow_unsealed=allow_unsealed) for path in caches]
+    if snapshots is None or len(snapshots) != len(caches):
+        snapshots = [None] * len(caches)
+    opened = [
+        open_cache(
+            path, allow_unsealed=allow_unsealed, snapshot=snapshot, prefix_cache=prefix_cache
+        )
+        for path, snapshot in zip(caches, snapshots, strict=True)
+    ]
     for number, cache in enumerate(opened):
         if not cache.traces:
             raise ValueError(f"{cache.path}: the cache holds no trace")

@@ -80,6 +80,8 @@ def train(config: TrainConfig) -> TrainResult:
         top_k=config.top_k,
         mass=config.mass,
         allow_unsealed=config.allow_unsealed,
+        snapshots=run.snapshots,
+        prefix_cache=config.kept_prefixes,
     )
     model, tokenizer = load_model(
         config.student, revision=config.student_revision, dtype=torch.float32
@@ -87,7 +89,7 @@ def train(config: TrainConfig) -> TrainResult:
     for source in data.sources:
         check_student(config.student, model, tokenizer, source.cache.header)
     check_selection(data, config.selection, model)
-    identity = RunIdentity(config, data.fingerprint, student_fingerprint(model))
+    identity = RunIdentity(config, data.fingerprint, student_fingerprint(model), data.snapshots)
     run.check_identity(identity)
     if run.finished:
         metrics = run.last_metrics()

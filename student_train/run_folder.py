@@ -11,12 +11,13 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from student_train.config import CHANGEABLE, TrainConfig
+from teacher_cache.format import ShardList
 
 _RUN_VERSION = 1
 
@@ -28,6 +29,7 @@ class RunIdentity:
     config: TrainConfig
     cache_fingerprint: str
     student_fingerprint: str
+    snapshots: Sequence[ShardList | None]  # of caches that were not complete when the run began
 
     def to_json(self) -> dict[str, Any]:
         """Content of `config.json`."""
@@ -36,6 +38,7 @@ class RunIdentity:
             "config": self.config.to_json(),
             "cache_fingerprint": self.cache_fingerprint,
             "student_fingerprint": self.student_fingerprint,
+            "snapshots": self.snapshots,
         }
 
 
@@ -68,6 +71,14 @@ class RunFolder:
         except (FileNotFoundError, ValueError):
             return None
         return record if isinstance(record, dict) and "leadspan_run" in record else None
+
+    @property
+    def snapshots(self) -> list[ShardList | None] | None:
+        """What a run that can be gone on with was begun on; see `open_data`."""
+        if self._before is None or not (self.finished or self.latest_checkpoint):
+            return None
+        found = self._before.get("snapshots", [])
+        return [shards and tuple((name, checksum) for name, checksum in shards) for shards in found]
 
     @property
     def finished(self) -> bool:

@@ -74,13 +74,19 @@ def make_traces(num_traces, *, lengths=(24, 60), seed=0):
 
 def make_cache(folder, traces, *, traces_per_shard=4, **header_changes):
     """Write and seal a cache; returns its path as users give it."""
+    write_shards(folder, traces, traces_per_shard=traces_per_shard, **header_changes)
+    if not traces:
+        CacheWriter(folder, make_header(**header_changes)).finish()
+    seal_cache(folder)
+    return str(folder)
+
+
+def write_shards(folder, traces, *, first_worker=0, traces_per_shard=4, **header_changes):
+    """Write traces into a cache that is not sealed, a worker for each shard; returns its path."""
     header = make_header(**header_changes)
-    for number, first in enumerate(range(0, len(traces), traces_per_shard)):
+    for number, first in enumerate(range(0, len(traces), traces_per_shard), start=first_worker):
         writer = CacheWriter(folder, header, worker=f"w{number:03d}")
         for trace in traces[first : first + traces_per_shard]:
             writer.append(FinishedTrace(trace, source_hash=trace.trace_id))
         writer.finish()
-    if not traces:
-        CacheWriter(folder, header).finish()
-    seal_cache(folder)
     return str(folder)

@@ -2,11 +2,12 @@ import json
 import math
 import signal
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from fakes import TOKENS, make_cache, make_trace, make_traces
+from fakes import TOKENS, make_cache, make_trace, make_traces, write_shards
 from students import make_model, make_student
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,7 +18,7 @@ from student_train.data import open_data
 from student_train.errors import InterruptedRunError, NonFiniteLossError
 from student_train.loop import train
 from student_train.order import data_order
-from teacher_cache.format import CacheFormatError, CacheMismatchError, open_cache
+from teacher_cache.format import CacheFormatError, CacheMismatchError, open_cache, seal_cache
 
 TIMING = ("tokens_per_s", "data_wait_share", "bytes_read")  # a resumed run reads a shard again
 
@@ -232,6 +233,29 @@ def test_going_on_with_another_cache_or_student_is_refused(config, tmp_path):
         train(config(max_steps=1, cache=other_cache))
     with pytest.raises(ValueError, match="student_fingerprint: "):
         train(config(max_steps=1, student=other_student))
+
+
+def test_a_run_on_an_unfinished_capture_goes_on_with_what_it_began_with(
+    config, tmp_path, monkeypatch
+):
+    traces = make_traces(32)
+    growing = write_shards(tmp_path / "growing", traces[:16])
+    with pytest.raises(CacheMismatchError, match="not complete"):
+        train(config(cache=growing))
+    settings = config(cache=growing, allow_unsealed=True, epochs=2)
+    whole = config(cache=growing, allow_unsealed=True, epochs=2, out=tmp_path / "whole")
+    train(whole)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(InterruptedRunError, match="3 of 8"):
+            train(settings)
+    write_shards(growing, traces[16:], first_worker=4)
+    with pytest.raises(CacheMismatchError, match="not complete"):
+        train(replace(settings, allow_unsealed=False))
+    seal_cache(growing)
+    assert train(replace(settings, allow_unsealed=False)).num_steps == 8
+
+    assert_bitwise_equal(weights_of(whole), weights_of(settings))
 
 
 def test_a_moved_run_goes_on(config, tmp_path, monkeypatch):

@@ -30,6 +30,14 @@ from student_train.selection import PARTS, WHOLES
     help="Train on the shards committed so far of a capture that is not complete.",
 )  # fmt: skip
 @click.option(
+    "--prefix-cache", type=click.Path(path_type=Path), default=TrainConfig.prefix_cache,
+    help="Local folder that keeps what is read of a remote cache; processes and runs share it.",
+)  # fmt: skip
+@click.option(
+    "--prefix-cache-bytes", type=int, default=TrainConfig.prefix_cache_bytes,
+    help="Size of that folder; what was not used for longest makes room.",
+)  # fmt: skip
+@click.option(
     "--cache-weights", type=click.UNPROCESSED, callback=split_numbers,
     default=TrainConfig.cache_weights,
     help="Share of each cache in an epoch, e.g. 3,1; without it every trace comes once.",

@@ -12,7 +12,7 @@ from teacher_cache.format.commit import ShardCommit, TraceInfo
 from teacher_cache.format.errors import CacheError, CacheFormatError, CacheMismatchError
 from teacher_cache.format.header import CacheHeader, content_hash, tokenizer_fingerprint
 from teacher_cache.format.journal import FinishedTrace
-from teacher_cache.format.manifest import Manifest, Seal
+from teacher_cache.format.manifest import Manifest, Seal, ShardList
 from teacher_cache.format.parts import (
     Part,
     PartRecord,
@@ -21,6 +21,7 @@ from teacher_cache.format.parts import (
     publish_part,
     read_parts,
 )
+from teacher_cache.format.prefix_cache import PrefixCache
 from teacher_cache.format.reader import Cache, open_cache
 from teacher_cache.format.records import read_manifest
 from teacher_cache.format.sealing import compact_journals, seal_cache
@@ -47,8 +48,10 @@ __all__ = [
     "Manifest",
     "Part",
     "PartRecord",
+    "PrefixCache",
     "Seal",
     "ShardCommit",
+    "ShardList",
     "Store",
     "Trace",
     "TraceInfo",

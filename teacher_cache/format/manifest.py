@@ -19,12 +19,14 @@ MANIFEST_NAME = "cache.json"
 SHARD_FOLDER = "shards"
 JOURNAL_FOLDER = "journal"
 
+ShardList = tuple[tuple[str, str], ...]  # name and commit checksum of each, by name
+
 
 @dataclass(frozen=True)
 class Seal:
     """What a complete cache consists of."""
 
-    shards: tuple[tuple[str, str], ...]  # name and commit checksum, by name
+    shards: ShardList
     num_traces: int  # every trace once
     num_tokens: int
     num_duplicates: int  # traces that a second worker captured too; the first shard's counts

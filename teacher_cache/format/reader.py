@@ -4,6 +4,7 @@ Every block that is read is checked against its crc32, and every value against t
 anything is handed out.
 """
 
+import logging
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from teacher_cache.format.commit import ShardCommit, TraceInfo
 from teacher_cache.format.decode import assemble, decode_bands
 from teacher_cache.format.errors import CacheFormatError, CacheMismatchError
 from teacher_cache.format.header import CacheHeader
-from teacher_cache.format.manifest import SHARD_FOLDER, Manifest, shards_fingerprint
+from teacher_cache.format.manifest import SHARD_FOLDER, Manifest, ShardList, shards_fingerprint
+from teacher_cache.format.prefix_cache import PrefixCache
 from teacher_cache.format.records import (
     committed_names,
     read_commits,
@@ -26,6 +28,8 @@ from teacher_cache.format.span import num_bands_needed
 from teacher_cache.format.store import CachePath, Store, open_store
 from teacher_cache.format.trace import Trace
 from teacher_cache.format.view import narrowed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -38,7 +42,9 @@ class Cache:
     traces: tuple[tuple[int, int], ...]  # (shard, row) of every trace, each counted once
     fingerprint: str  # of the shards' content
     store: Store
+    prefix_cache: PrefixCache | None = None
     bytes_read: int = 0  # from shards, by this object
+    bytes_fetched: int = 0  # of these, not found in the prefix cache
 
     @property
     def header(self) -> CacheHeader:
@@ -49,6 +55,13 @@ class Cache:
     def sealed(self) -> bool:
         """Whether the capture is complete."""
         return self.manifest.seal is not None
+
+    @property
+    def snapshot(self) -> ShardList | None:
+        """The shards that this is, where it is not all of a complete capture."""
+        if self.manifest.seal is not None and self.manifest.seal.fingerprint == self.fingerprint:
+            return None
+        return tuple((commit.name, commit.checksum) for commit in self.shards)
 
     def num_held(self, trace: TraceInfo) -> int:
         """How many of its first tokens can be read: all, unless the cache was truncated."""
@@ -129,32 +142,63 @@ class Cache:
 
     def _read_prefix(self, commit: ShardCommit, num_bands: int, where: str) -> pa.Buffer:
         size = commit.prefix_bytes(num_bands)
+
+        def fetch(offset: int, num_bytes: int) -> pa.Buffer:
+            data = self.store.read_range(shard_file(commit.name), offset, num_bytes)
+            self.bytes_fetched += data.size
+            return data
+
+        kept = self.prefix_cache
         try:
-            data = self.store.read_prefix(shard_file(commit.name), size)
+            data = fetch(0, size) if kept is None else kept.read(commit.sha256, size, fetch)
+            damage = _damage(data, commit, num_bands)
+            if kept is not None and damage is not None:
+                logger.warning("%s: damaged in the prefix cache, fetched again", where)
+                kept.drop(commit.sha256)
+                data = kept.read(commit.sha256, size, fetch)
+                damage = _damage(data, commit, num_bands)
+                if damage is not None:
+                    kept.drop(commit.sha256)  # it came like this, and may be mended there
         except OSError as error:
             raise CacheFormatError(f"{where}: cannot be read: {error}") from error
-        self.bytes_read += len(data)
-        if len(data) != size:
-            raise CacheFormatError(f"{where}: expected {size} bytes, the file ends at {len(data)}")
-        view = memoryview(data)
-        for band, block in enumerate(commit.blocks[:num_bands]):
-            found = zlib.crc32(view[block.offset : block.offset + block.length])
-            if found != block.crc32:
-                raise CacheFormatError(
-                    f"{where}: band {band} is damaged (crc32 {found:08x}, expected "
-                    f"{block.crc32:08x}). Restore the file from a copy, or capture again "
-                    "into another folder."
-                )
+        self.bytes_read += data.size
+        if damage is not None:
+            raise CacheFormatError(f"{where}: {damage}")
         return data
 
 
-def open_cache(path: CachePath, *, allow_unsealed: bool = False) -> Cache:
+def _damage(data: pa.Buffer, commit: ShardCommit, num_bands: int) -> str | None:
+    """What is wrong with the first bands of a shard; None where they are what was committed."""
+    size = commit.prefix_bytes(num_bands)
+    if data.size != size:
+        return f"expected {size} bytes, the file ends at {data.size}"
+    view = memoryview(data)
+    for band, block in enumerate(commit.blocks[:num_bands]):
+        found = zlib.crc32(view[block.offset : block.offset + block.length])
+        if found != block.crc32:
+            return (
+                f"band {band} is damaged (crc32 {found:08x}, expected {block.crc32:08x}). Restore "
+                "the file from a copy, or capture again into another folder."
+            )
+    return None
+
+
+def open_cache(
+    path: CachePath,
+    *,
+    allow_unsealed: bool = False,
+    snapshot: ShardList | None = None,
+    prefix_cache: PrefixCache | None = None,
+) -> Cache:
     """Open a cache for reading.
 
     Args:
         path: A folder, or a URI that pyarrow.fs knows (s3://, gs://, hdfs://, file://).
         allow_unsealed: Take a snapshot of the shards committed so far where the capture is not
             complete.
+        snapshot: `Cache.snapshot` of an earlier opening: the same shards again, whatever else has
+            been committed meanwhile.
+        prefix_cache: Where what is read of its shards is kept on this machine.
 
     Raises:
         CacheFormatError: If there is no cache, or a commit record or shard is missing or damaged.
@@ -168,13 +212,16 @@ def open_cache(path: CachePath, *, allow_unsealed: bool = False) -> Cache:
             "finish it, seal what is there with `cache-teacher seal`, or read what is committed "
             "so far with --allow-unsealed."
         )
-    sealed = None if manifest.seal is None else dict(manifest.seal.shards)
-    names = committed_names(store) if sealed is None else list(sealed)
+    sealed = None if manifest.seal is None else manifest.seal.shards
+    wanted = sealed if snapshot is None else snapshot
+    expected = None if wanted is None else dict(wanted)
+    names = committed_names(store) if expected is None else list(expected)
     commits = read_commits(store, names, manifest.header)
     for commit in commits:
-        if sealed is not None and commit.checksum != sealed[commit.name]:
+        if expected is not None and commit.checksum != expected[commit.name]:
             raise CacheFormatError(
-                f"{store.where}: the commit record of {commit.name} is not the sealed one"
+                f"{store.where}: the commit record of {commit.name} is not the one that was "
+                f"{'sealed' if snapshot is None else 'read before'}"
             )
     _check_shard_files(store, commits)
     return Cache(
@@ -184,6 +231,7 @@ def open_cache(path: CachePath, *, allow_unsealed: bool = False) -> Cache:
         traces=_each_trace_once(commits),
         fingerprint=shards_fingerprint([(c.name, c.checksum) for c in commits]),
         store=store,
+        prefix_cache=prefix_cache,
     )
 
 

@@ -60,11 +60,12 @@ class Store:
         """
         return self._retried(name, lambda: self._read(self._path(name)))
 
-    def read_prefix(self, name: str, num_bytes: int) -> pa.Buffer:
-        """The first bytes of a file, fewer where it ends before; raises as `read`."""
+    def read_range(self, name: str, offset: int, num_bytes: int) -> pa.Buffer:
+        """Bytes of a file from `offset` on, fewer where it ends before; raises as `read`."""
 
         def action() -> pa.Buffer:
             with self.filesystem.open_input_file(self._path(name)) as file:
+                file.seek(offset)
                 return file.read_buffer(num_bytes)
 
         return self._retried(name, action)
