@@ -220,8 +220,8 @@ def open_cache(
     for commit in commits:
         if expected is not None and commit.checksum != expected[commit.name]:
             raise CacheFormatError(
-                f"{store.where}: the commit record of {commit.name} is not the one that was "
-                f"{'sealed' if snapshot is None else 'read before'}"
+                f"{store.where}: the commit record of {commit.name} is not the "
+                f"{'sealed one' if snapshot is None else 'one that was read before'}"
             )
     _check_shard_files(store, commits)
     return Cache(
