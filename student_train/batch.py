@@ -1,10 +1,11 @@
-"""Traces -> padded micro-batches with the teacher's targets: where numpy becomes torch.
+"""Traces -> micro-batches with the teacher's targets: where numpy becomes torch.
 
-Letters: B traces, T positions, N valid tokens of a micro-batch, K kept entries of the widest.
+Letters: B rows, T positions, N valid tokens of a micro-batch, K kept entries of the widest,
+S traces.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import numpy as np
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from student_train.losses import TeacherTargets
+from student_train.packing import plan_micro_batches
 from student_train.selection import RandomMask, TokenSelection
+from student_train.vocabulary import within_vocabulary
 from teacher_cache.format import Trace
 
 _Value = TypeVar("_Value", bound=np.generic)
@@ -24,11 +27,17 @@ class MicroBatch:
     """What one forward pass takes."""
 
     input_ids: Tensor  # [B, T] int64, padded on the right with 0
-    attention_mask: Tensor  # [B, T] int64, 1 where there is a token
+    # [B, T] int64, from 0 in every trace; None where each row is one trace. Padding goes on with
+    # the row's last trace: no token looks ahead, so no mask is needed for it.
+    position_ids: Tensor | None
+    # [S + 1] int32, where each trace begins and the last ends; in the layout "flat" only.
+    trace_ends: Tensor | None
+    longest: int  # tokens of the longest trace
     hidden_index: Tensor  # [N] int64, flat index into B x T of the position that predicts a token
     targets: TeacherTargets  # N rows
     token_weight: Tensor  # [N] float32, not yet divided by the step's normaliser
     num_traces: int  # with a valid token
+    num_absent: int  # kept entries whose id the student lacks; they are in the tail
 
     @property
     def num_valid(self) -> int:
@@ -41,14 +50,29 @@ class MicroBatch:
             item.name: getattr(self.targets, item.name).to(device)
             for item in fields(TeacherTargets)
         }
-        return MicroBatch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.hidden_index.to(device),
-            TeacherTargets(**targets),
-            self.token_weight.to(device),
-            self.num_traces,
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
+            trace_ends=None if self.trace_ends is None else self.trace_ends.to(device),
+            hidden_index=self.hidden_index.to(device),
+            targets=TeacherTargets(**targets),
+            token_weight=self.token_weight.to(device),
         )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A trace and what of it enters the loss."""
+
+    trace: Trace
+    valid: NDArray[np.int64]  # [n] tokens
+    num_absent: int
+
+    @property
+    def length(self) -> int:
+        """Positions needed: up to the one that predicts the last valid token."""
+        return int(self.valid[-1])
 
 
 def valid_positions(
@@ -69,6 +93,8 @@ def micro_batches(
     batch_tokens: int,
     normalise: str,
     mask: RandomMask | None = None,
+    layout: str = "alone",
+    num_ids: int | None = None,
 ) -> list[MicroBatch]:
     """Cut a rank's part of a global batch into micro-batches, the longest traces first.
 
@@ -80,21 +106,37 @@ def micro_batches(
         batch_tokens: Cap of B x T; a trace longer than that is alone in its micro-batch.
         normalise: "tokens" (every valid token weighs the same) or "traces" (every trace does).
         mask: Leaves some of the selected tokens out of the loss.
+        layout: How traces share rows; see `packing.LAYOUTS`.
+        num_ids: Of the student, if it may have fewer than the teacher.
 
     Returns:
         Micro-batches whose loss, summed and divided by `normaliser`, is the batch's loss.
+
+    Raises:
+        CacheMismatchError: If a trace holds a token that the student lacks.
     """
-    pairs = [(trace, valid_positions(trace, selection, mask)) for trace in traces]
-    # What predicts the last valid token is the last position needed.
-    pairs = sorted((pair for pair in pairs if len(pair[1])), key=lambda pair: -int(pair[1][-1]))
-    groups: list[list[tuple[Trace, NDArray[np.int64]]]] = []
-    for pair in pairs:
-        longest = int(groups[-1][0][1][-1]) if groups else 0
-        if groups and longest * (len(groups[-1]) + 1) <= batch_tokens:
-            groups[-1].append(pair)
-        else:
-            groups.append([pair])
-    return [_collate(group, per_trace=normalise == "traces") for group in groups]
+    parts = [_part(trace, selection, mask, num_ids) for trace in traces]
+    parts = [part for part in parts if len(part.valid)]
+    plan = plan_micro_batches([part.length for part in parts], batch_tokens, layout)
+    return [
+        _collate(
+            [[parts[index] for index in row] for row in rows],
+            per_trace=normalise == "traces",
+            is_flat=layout == "flat",
+        )
+        for rows in plan
+    ]
+
+
+def _part(
+    trace: Trace, selection: TokenSelection, mask: RandomMask | None, num_ids: int | None
+) -> _Part:
+    valid = valid_positions(trace, selection, mask)
+    if num_ids is None:
+        return _Part(trace, valid, 0)
+    fitted = within_vocabulary(trace, num_ids)
+    num_absent = trace.k[valid].sum(dtype=np.int64) - fitted.k[valid].sum(dtype=np.int64)
+    return _Part(fitted, valid, int(num_absent))
 
 
 def normaliser(num_valid: int, num_traces: int, normalise: str) -> int:
@@ -112,21 +154,54 @@ def empty_micro_batch() -> MicroBatch:
         tail_logit=torch.zeros(0),
         realised_ids=nothing,
     )
-    one = torch.ones(1, 1, dtype=torch.int64)
-    return MicroBatch(torch.zeros_like(one), one, nothing, targets, torch.zeros(0), 0)
+    return MicroBatch(
+        input_ids=torch.zeros(1, 1, dtype=torch.int64),
+        position_ids=None,
+        trace_ends=None,
+        longest=1,
+        hidden_index=nothing,
+        targets=targets,
+        token_weight=torch.zeros(0),
+        num_traces=0,
+        num_absent=0,
+    )
 
 
-def _collate(pairs: Sequence[tuple[Trace, NDArray[np.int64]]], *, per_trace: bool) -> MicroBatch:
-    num_positions = int(pairs[0][1][-1])  # the first is the longest
-    input_ids_BT = np.zeros((len(pairs), num_positions), np.int64)
-    attention_mask_BT = np.zeros((len(pairs), num_positions), np.int64)
-    hidden_index, weights, k, tails, realised, ids, logits = [], [], [], [], [], [], []
-    for row, (trace, valid) in enumerate(pairs):
-        length = int(valid[-1])
-        input_ids_BT[row, :length] = trace.token_ids[:length]
-        attention_mask_BT[row, :length] = 1
-        hidden_index.append(row * num_positions + valid - 1)  # entry t is predicted at t - 1
-        weights.append(np.full(len(valid), 1 / len(valid) if per_trace else 1.0, np.float32))
+def _collate(rows: Sequence[Sequence[_Part]], *, per_trace: bool, is_flat: bool) -> MicroBatch:
+    width = max(sum(part.length for part in row) for row in rows)
+    input_ids_BT = np.zeros((len(rows), width), np.int64)
+    position_ids_BT = np.zeros((len(rows), width), np.int64)
+    hidden_index, weights = [], []
+    for number, row in enumerate(rows):
+        begin = 0
+        for part in row:
+            end = begin + part.length
+            input_ids_BT[number, begin:end] = part.trace.token_ids[: part.length]
+            position_ids_BT[number, begin:] = np.arange(width - begin)
+            # Entry t is predicted at t - 1.
+            hidden_index.append(number * width + begin + part.valid - 1)
+            weight = 1 / len(part.valid) if per_trace else 1.0
+            weights.append(np.full(len(part.valid), weight, np.float32))
+            begin = end
+    parts = [part for row in rows for part in row]
+    trace_ends = np.cumsum([0, *(part.length for part in parts)], dtype=np.int32)
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids_BT),
+        position_ids=torch.from_numpy(position_ids_BT) if len(parts) > len(rows) else None,
+        trace_ends=torch.from_numpy(trace_ends) if is_flat else None,
+        longest=max(part.length for part in parts),
+        hidden_index=torch.from_numpy(np.concatenate(hidden_index)),
+        targets=_targets(parts),
+        token_weight=torch.from_numpy(np.concatenate(weights)),
+        num_traces=len(parts),
+        num_absent=sum(part.num_absent for part in parts),
+    )
+
+
+def _targets(parts: Sequence[_Part]) -> TeacherTargets:
+    k, tails, realised, ids, logits = [], [], [], [], []
+    for part in parts:
+        trace, valid = part.trace, part.valid
         k.append(trace.k[valid])
         tails.append(trace.tail_logit[valid])
         realised.append(trace.token_ids[valid])
@@ -135,20 +210,12 @@ def _collate(pairs: Sequence[tuple[Trace, NDArray[np.int64]]], *, per_trace: boo
         logits.append(trace.top_logits[entries])
     k_N = np.concatenate(k).astype(np.int64)
     places, shape = _places(k_N), (len(k_N), int(k_N.max()))
-    targets = TeacherTargets(
+    return TeacherTargets(
         top_ids=torch.from_numpy(_padded(np.concatenate(ids), places, shape)),
         top_logits=torch.from_numpy(_padded(np.concatenate(logits), places, shape)),
         k=torch.from_numpy(k_N),
         tail_logit=torch.from_numpy(np.concatenate(tails)),
         realised_ids=torch.from_numpy(np.concatenate(realised).astype(np.int64)),
-    )
-    return MicroBatch(
-        torch.from_numpy(input_ids_BT),
-        torch.from_numpy(attention_mask_BT),
-        torch.from_numpy(np.concatenate(hidden_index)),
-        targets,
-        torch.from_numpy(np.concatenate(weights)),
-        len(pairs),
     )
 
 

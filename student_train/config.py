@@ -24,6 +24,8 @@ CHANGEABLE = frozenset(
         "prefix_cache",
         "prefix_cache_bytes",
         "batch_tokens",
+        "packing",
+        "attention",
         "gradient_checkpointing",
         "save_every",
         "log_every",
@@ -66,6 +68,8 @@ class TrainConfig:
     batch_traces: int = 16
     batch_tokens: int = 16_384
     dtype: str = "float32"
+    packing: bool = True
+    attention: str | None = None  # FlashAttention where it can be used, else the model's own choice
     gradient_checkpointing: bool = False
     lanes: int = 8
     seed: int = 0

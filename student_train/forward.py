@@ -3,6 +3,8 @@
 Letters: B rows, T positions, N valid tokens, D hidden size, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -32,7 +34,7 @@ class StudentWithLoss(nn.Module):
             tokens [5] float64 of `SUMS`.
         """
         hidden_BTD = self.model.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            input_ids=batch.input_ids, use_cache=False, **_attention_arguments(batch)
         ).last_hidden_state
         output = output_layer(self.model)
         result = sparse_kl(
@@ -47,3 +49,14 @@ class StudentWithLoss(nn.Module):
         )
         parts = (result.kl, result.ce, result.student_mass, result.teacher_mass, result.top1)
         return result.loss, torch.stack([part.double().sum() for part in parts])
+
+
+def _attention_arguments(batch: MicroBatch) -> dict[str, Any]:
+    """What tells the body where traces begin."""
+    arguments: dict[str, Any] = {}
+    if batch.position_ids is not None:
+        arguments["position_ids"] = batch.position_ids
+    if batch.trace_ends is not None:  # or FlashAttention would wait for the device in every layer
+        arguments["cu_seq_lens_q"] = arguments["cu_seq_lens_k"] = batch.trace_ends
+        arguments["max_length_q"] = arguments["max_length_k"] = batch.longest
+    return arguments

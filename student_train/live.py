@@ -43,14 +43,15 @@ class LiveTeacher:
     def taught(self, batch: MicroBatch) -> MicroBatch:
         """The batch with every entry of the teacher's distributions, N x V of them.
 
+        Args:
+            batch: In the layout "alone": each row is one trace.
+
         Raises:
             CacheMismatchError: If the teacher is not the one that the cache was captured from.
         """
         if not batch.num_valid:
             return batch
-        logits_BTV = self._model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).logits
+        logits_BTV = self._model(input_ids=batch.input_ids, use_cache=False).logits
         logits_NV = logits_BTV.flatten(0, 1).index_select(0, batch.hidden_index).float()
         top_logits, top_ids = logits_NV.sort(dim=-1, descending=True)
         if not self._is_checked:

@@ -17,6 +17,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
+from student_train.attention import prepare_attention
 from student_train.batch import MicroBatch, empty_micro_batch, micro_batches, normaliser
 from student_train.checkpoint import (
     Progress,
@@ -35,7 +36,13 @@ from student_train.progress import TrainingProgress
 from student_train.run_folder import RunFolder, RunIdentity
 from student_train.selection import RandomMask, TokenSelection
 from student_train.stream import StreamStep, TraceStream
-from student_train.student import check_student, head_of, load_model, student_fingerprint
+from student_train.student import (
+    check_student,
+    head_of,
+    load_model,
+    output_layer,
+    student_fingerprint,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +112,14 @@ def train(config: TrainConfig) -> TrainResult:
     steps_per_epoch = -(-data.num_traces // config.batch_traces)
     num_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
     num_steps = int(num_steps)
-    student = StudentWithLoss(model, head_of(model), config.ce_weight)
+    head = head_of(model)
+    packing = config.packing and config.live_teacher is None  # which reads rows of one trace
+    layout = prepare_attention(
+        model, config.attention, packing=packing, half_precision=config.dtype == "bf16"
+    )
+    if packing and layout == "alone" and accelerator.is_main_process:
+        logger.info("%s would mix traces in one row: each gets its own", type(model).__name__)
+    student = StudentWithLoss(model, head, config.ce_weight)
     optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr)
     # Not prepared by accelerate, which would advance it once per rank: a step is a step.
     scheduler = get_scheduler(
@@ -163,6 +177,7 @@ def train(config: TrainConfig) -> TrainResult:
         cursor=progress.cursor,
     )
     bytes_before = progress.bytes_read
+    num_ids = output_layer(model).weight.shape[0]
     shown = TrainingProgress(num_steps, progress.step, enabled=accelerator.is_main_process)
     with _stop_signals() as stop, shown, stream:
         logged_s, logged_wait_s, logged_tokens = time.perf_counter(), 0.0, 0
@@ -178,8 +193,11 @@ def train(config: TrainConfig) -> TrainResult:
                 batch_tokens=config.batch_tokens,
                 normalise=config.normalise,
                 mask=mask if mask.share else None,
+                layout=layout,
+                num_ids=num_ids,
             )
-            num_valid, num_traces, num_batches = _global_counts(accelerator, batches)
+            num_valid, num_traces, num_absent, num_batches = _global_counts(accelerator, batches)
+            progress = replace(progress, num_absent=progress.num_absent + num_absent)
             if num_valid == 0:
                 progress = replace(progress, num_empty_steps=progress.num_empty_steps + 1)
             divisor = max(1, normaliser(num_valid, num_traces, config.normalise))
@@ -227,6 +245,7 @@ def train(config: TrainConfig) -> TrainResult:
                     "lr": lr,
                     "tokens": num_valid,
                     "num_empty_steps": progress.num_empty_steps,
+                    "num_absent_entries": progress.num_absent,
                     "bytes_read": progress.bytes_read,
                     "tokens_per_s": logged_tokens / elapsed_s,
                     "data_wait_share": waited_s / elapsed_s,
@@ -255,6 +274,11 @@ def train(config: TrainConfig) -> TrainResult:
     metrics = run.last_metrics()
     accelerator.end_training()
     if accelerator.is_main_process:
+        if progress.num_absent:
+            logger.warning(
+                "%s kept entries had ids that the student lacks; their mass was in the tail",
+                f"{progress.num_absent:,}",
+            )
         if progress.num_empty_steps:
             logger.warning(
                 "%d of %d steps had no valid token and changed nothing",
@@ -311,15 +335,15 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     ]
 
 
-def _global_counts(accelerator: Accelerator, batches: list[MicroBatch]) -> tuple[int, int, int]:
-    """Valid tokens and traces of all ranks, and the most micro-batches that one of them has."""
-    local = torch.tensor(
-        [[sum(b.num_valid for b in batches), sum(b.num_traces for b in batches), len(batches)]],
-        device=accelerator.device,
-    )
-    counts_R3 = accelerator.gather(local)
-    num_valid, num_traces, _ = counts_R3.sum(dim=0).tolist()
-    return num_valid, num_traces, int(counts_R3[:, 2].max())
+def _global_counts(
+    accelerator: Accelerator, batches: list[MicroBatch]
+) -> tuple[int, int, int, int]:
+    """Valid tokens, traces and absent entries of all ranks; the most micro-batches of one."""
+    counts = [(b.num_valid, b.num_traces, b.num_absent, 1) for b in batches]
+    local = torch.tensor(counts, dtype=torch.int64, device=accelerator.device).reshape(-1, 4)
+    counts_R4 = accelerator.gather(local.sum(dim=0, keepdim=True))
+    num_valid, num_traces, num_absent, _ = counts_R4.sum(dim=0).tolist()
+    return num_valid, num_traces, num_absent, int(counts_R4[:, 3].max())
 
 
 def _non_finite(

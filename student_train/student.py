@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from student_train.attention import caps_scores
 from teacher_cache.format import CacheHeader, CacheMismatchError, tokenizer_fingerprint
 
 _PROBE_LENGTH = 8
@@ -67,6 +68,8 @@ def load_model(
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
+    if caps_scores(model) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # sdpa leaves the cap out, without a word
     return model, tokenizer
 
 
@@ -74,6 +77,9 @@ def check_student(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, header: CacheHeader
 ) -> None:
     """Refuse a student whose token ids do not mean what the cache's mean.
+
+    Beyond the tokens, models pad their vocabularies to different widths. Either may be the wider:
+    see `vocabulary.within_vocabulary`.
 
     Raises:
         CacheMismatchError: Naming both sides.
@@ -87,12 +93,11 @@ def check_student(
             f"tokenizer of {header.tokenizer_size} (fingerprint "
             f"{header.tokenizer_fingerprint[:8]}). Teacher and student must share a tokenizer."
         )
-    num_rows = output_layer(model).weight.shape[0]
-    if num_rows < header.vocab_size:
+    num_ids, num_tokens = output_layer(model).weight.shape[0], max(vocabulary.values()) + 1
+    if num_ids < num_tokens:
         raise CacheMismatchError(
-            f"student {name!r} has a vocab_size of {num_rows}, the cache's teacher "
-            f"{header.teacher!r} has {header.vocab_size}: the cache may hold ids that the student "
-            "lacks. Choose a student with at least the teacher's vocab_size."
+            f"student {name!r} has {num_ids:,} ids, its tokenizer {num_tokens:,}: it lacks tokens "
+            "that the teacher has. Choose a student with a row for every token."
         )
 
 

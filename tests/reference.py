@@ -110,3 +110,29 @@ def plain_bucket_kl(logits, targets):
     terms = torch.where(kept, log_p.exp() * (log_p - log_q_kept), 0.0)
     log_p_tail = torch.nn.functional.logsigmoid(tail_logit)
     return terms.sum(dim=1) + log_p_tail.exp() * (log_p_tail - log_q_tail)
+
+
+def trace_losses(logits, trace, ce_weight):
+    """[N] losses of a trace's tokens that have entries; logits [T, V] of all its tokens, in order.
+
+    Kept ids that the logits do not reach are part of the tail.
+    """
+    losses, begin = [], 0
+    for t, k in enumerate(trace.k.tolist()):
+        ids = torch.from_numpy(trace.top_ids[begin : begin + k]).long()
+        top_logits = torch.from_numpy(trace.top_logits[begin : begin + k]).double()
+        begin += k
+        if k == 0:
+            continue
+        tail_logit = torch.tensor(float(trace.tail_logit[t]), dtype=torch.float64)
+        *kept, tail = teacher_probs(top_logits, tail_logit, "bucket", 1.0)
+        held = ids < logits.shape[1]
+        kept = torch.stack(kept)
+        p = torch.cat([kept[held], (tail + kept[~held].sum()).reshape(1)])
+        q = torch.softmax(logits[t - 1].double(), dim=0)
+        rest = torch.ones(len(q), dtype=torch.bool)
+        rest[ids[held]] = False
+        divergence = kl(p, torch.cat([q[ids[held]], q[rest].sum().reshape(1)]))
+        ce = -q[int(trace.token_ids[t])].log()
+        losses.append((1 - ce_weight) * divergence + ce_weight * ce)
+    return torch.stack(losses)

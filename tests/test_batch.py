@@ -2,16 +2,20 @@ import numpy as np
 import pytest
 import torch
 from fakes import make_trace, make_traces
+from students import segments_of
 
 from student_train.batch import empty_micro_batch, micro_batches, valid_positions
+from student_train.packing import LAYOUTS
 from student_train.selection import TokenSelection
 from teacher_cache.format import TraceInfo
 
 WHOLE = TokenSelection()
 
 
-def batches_of(traces, selection=WHOLE, *, batch_tokens=10_000, normalise="tokens"):
-    return micro_batches(traces, selection, batch_tokens=batch_tokens, normalise=normalise)
+def batches_of(traces, selection=WHOLE, *, batch_tokens=10_000, normalise="tokens", layout="flat"):
+    return micro_batches(
+        traces, selection, batch_tokens=batch_tokens, normalise=normalise, layout=layout
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,58 +87,59 @@ def test_a_selection_that_cannot_be_is_refused(settings, message):
         TokenSelection(**settings)
 
 
-def test_hidden_states_point_one_position_before_the_token_and_targets_are_its_own():
-    traces = make_traces(5)
-    (batch,) = batches_of(traces)
-    by_length = sorted(traces, key=lambda trace: -trace.n_total)
-
-    expected = [(row, t) for row, trace in enumerate(by_length) for t in range(1, trace.n_total)]
-    rows, columns = np.divmod(batch.hidden_index.numpy(), batch.input_ids.shape[1])
-    assert list(zip(rows, columns, strict=True)) == [(row, t - 1) for row, t in expected]
-    for n, (row, t) in enumerate(expected):
-        trace = by_length[row]
-        ends = np.cumsum(trace.k)
-        own = slice(int(ends[t]) - int(trace.k[t]), int(ends[t]))
-        k = int(batch.targets.k[n])
-        assert k == trace.k[t]
-        assert batch.targets.top_ids[n, :k].tolist() == trace.top_ids[own].tolist()
-        assert batch.targets.top_logits[n, :k].tolist() == trace.top_logits[own].tolist()
-        assert batch.targets.tail_logit[n] == trace.tail_logit[t]
-        assert batch.targets.realised_ids[n] == trace.token_ids[t]
-        assert batch.input_ids[row, t - 1] == trace.token_ids[t - 1]
-
-
-def test_padding_is_masked_and_the_last_token_is_not_fed():
-    traces = [make_trace("long", 30), make_trace("short", 10)]
-    (batch,) = batches_of(traces)
-
-    assert batch.input_ids.shape == (2, 29)
-    assert batch.attention_mask.sum(dim=1).tolist() == [29, 9]
-    assert batch.attention_mask[1, :9].all()
-    assert not batch.input_ids[1, 9:].any()
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hidden_states_point_one_position_before_the_token_and_targets_are_its_own(layout):
+    traces = make_traces(9)
+    left = list(traces)
+    for batch in batches_of(traces, layout=layout):
+        n = 0
+        for row, first, end in segments_of(batch):
+            tokens = batch.input_ids[row, first:end].tolist()
+            (trace,) = (t for t in left if tokens[: t.n_total - 1] == t.token_ids[:-1].tolist())
+            left.remove(trace)
+            assert not any(tokens[trace.n_total - 1 :])  # padding
+            ends = np.cumsum(trace.k)
+            for t in range(1, trace.n_total):
+                assert divmod(int(batch.hidden_index[n]), batch.input_ids.shape[1]) == (
+                    row,
+                    first + t - 1,
+                )
+                own = slice(int(ends[t]) - int(trace.k[t]), int(ends[t]))
+                k = int(batch.targets.k[n])
+                assert k == trace.k[t]
+                assert batch.targets.top_ids[n, :k].tolist() == trace.top_ids[own].tolist()
+                assert batch.targets.top_logits[n, :k].tolist() == trace.top_logits[own].tolist()
+                assert batch.targets.tail_logit[n] == trace.tail_logit[t]
+                assert batch.targets.realised_ids[n] == trace.token_ids[t]
+                n += 1
+        assert n == batch.num_valid
+    assert left == []
 
 
-def test_micro_batches_stay_under_the_cap_and_hold_every_valid_token():
+def test_a_flat_row_says_where_its_traces_begin():
+    (batch,) = batches_of([make_trace("long", 30), make_trace("short", 10)])
+
+    assert batch.input_ids.shape == (1, 38)  # the last token of a trace predicts nothing
+    assert batch.trace_ends.tolist() == [0, 29, 38]
+    assert batch.longest == 29
+    assert batch.position_ids.tolist() == [[*range(29), *range(9)]]
+
+
+def test_a_row_of_one_trace_needs_no_positions():
+    for layout in LAYOUTS:
+        (batch,) = batches_of([make_trace("only", 30)], layout=layout)
+        assert batch.position_ids is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_micro_batches_stay_under_the_cap_and_hold_every_valid_token(layout):
     traces = make_traces(30)
-    batches = batches_of(traces, batch_tokens=200)
+    batches = batches_of(traces, batch_tokens=200, layout=layout)
 
     assert len(batches) > 3
     assert all(batch.input_ids.numel() <= 200 for batch in batches)
     assert sum(batch.num_valid for batch in batches) == sum(t.n_total - 1 for t in traces)
     assert sum(batch.num_traces for batch in batches) == 30
-
-
-def test_sorting_by_length_keeps_padding_small():
-    batches = batches_of(make_traces(64), batch_tokens=400)
-
-    padded = sum(batch.input_ids.numel() for batch in batches)
-    assert sum(int(batch.attention_mask.sum()) for batch in batches) > 0.94 * padded
-
-
-def test_a_trace_longer_than_the_cap_goes_alone():
-    batches = batches_of([make_trace("long", 90), *make_traces(3)], batch_tokens=60)
-
-    assert batches[0].input_ids.shape == (1, 89)
 
 
 def test_every_trace_weighs_the_same_when_asked():

@@ -57,7 +57,7 @@ def test_targets_are_the_whole_distributions_of_the_tokens_that_count(teacher):
     assert taught.k.tolist() == [make_header().vocab_size] * batch.num_valid
     assert torch.equal(taught.realised_ids, batch.targets.realised_ids)
     with torch.no_grad():
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logits = model(input_ids=batch.input_ids).logits
     expected = logits.flatten(0, 1)[batch.hidden_index].softmax(-1)
     found = torch.zeros_like(expected).scatter(1, taught.top_ids, taught.top_logits.softmax(-1))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)

@@ -18,7 +18,13 @@ from student_train.data import open_data
 from student_train.errors import InterruptedRunError, NonFiniteLossError
 from student_train.loop import train
 from student_train.order import data_order
-from teacher_cache.format import CacheFormatError, CacheMismatchError, open_cache, seal_cache
+from teacher_cache.format import (
+    CacheFormatError,
+    CacheMismatchError,
+    Trace,
+    open_cache,
+    seal_cache,
+)
 
 TIMING = ("tokens_per_s", "data_wait_share", "bytes_read")  # a resumed run reads a shard again
 
@@ -428,17 +434,29 @@ def test_a_student_with_another_tokenizer_is_refused(config, tmp_path):
         train(config(student=student))
 
 
-def test_a_student_with_a_smaller_vocabulary_is_refused(config, tmp_path):
-    cache = make_cache(tmp_path / "cache", make_traces(2), vocab_size=64)
+def test_a_student_with_fewer_rows_than_tokens_is_refused(config, tmp_path):
+    student = make_student(tmp_path / "student", vocab_size=40, eos_token_id=0)
 
-    with pytest.raises(CacheMismatchError, match=r"vocab_size of 41, the cache's teacher.*64"):
-        train(config(cache=cache))
+    with pytest.raises(CacheMismatchError, match="has 40 ids, its tokenizer 41: it lacks tokens"):
+        train(config(student=student))
 
 
 def test_a_student_with_a_padded_vocabulary_trains(config, tmp_path):
     student = make_student(tmp_path / "student", vocab_size=64)
 
     assert math.isfinite(train(config(student=student, max_steps=1)).metrics["loss"])
+
+
+def test_a_cache_shifted_by_one_is_refused_before_a_step_is_made(config, tmp_path, monkeypatch):
+    shifted = [replace(trace, token_ids=np.roll(trace.token_ids, 1)) for trace in make_traces(1)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trace, "validate", lambda trace: None)
+        cache = make_cache(tmp_path / "cache", shifted)
+    settings = config(cache=cache)
+
+    with pytest.raises(CacheFormatError, match=r"w000.*token \d of trace 't0' .* other tokens"):
+        train(settings)
+    assert metrics_of(settings) == []
 
 
 def test_a_missing_shard_is_refused_by_name(config, tmp_path):

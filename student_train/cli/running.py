@@ -126,11 +126,20 @@ from student_train.selection import PARTS, WHOLES
 )  # fmt: skip
 @click.option(
     "--batch-tokens", type=int, default=TrainConfig.batch_tokens,
-    help="Cap of padded tokens per forward pass; lower it when memory runs out.",
+    help="Cap of tokens per forward pass, padding included; lower it when memory runs out.",
 )  # fmt: skip
 @click.option(
     "--dtype", type=click.Choice(DTYPES), default=TrainConfig.dtype,
     help="Precision of the matrix products; weights are float32.",
+)  # fmt: skip
+@click.option(
+    "--packing/--no-packing", default=TrainConfig.packing,
+    help="Let short traces share a row, where the student's attention can keep them apart.",
+)  # fmt: skip
+@click.option(
+    "--attention", default=TrainConfig.attention,
+    help="Backend by its name in transformers: sdpa, eager, flash_attention_2, ... Default: "
+    "FlashAttention where it is installed and --dtype is bf16, else the student's own.",
 )  # fmt: skip
 @click.option(
     "--gradient-checkpointing", is_flag=True, default=TrainConfig.gradient_checkpointing,

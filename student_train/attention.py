@@ -1,0 +1,86 @@
+"""How the student attends: with which backend, and whether traces may share a row."""
+
+import inspect
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
+
+# Chunks are counted from a row's first token, whatever its positions say: a probe that is shorter
+# than a chunk would not notice.
+_SEPARABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
+_PROBE_LENGTHS = (5, 7)
+_PROBE_TOLERANCE = 1e-4  # relative; rounding is below 1e-6, and what leaks is far above
+
+
+def prepare_attention(
+    model: PreTrainedModel, wanted: str | None, *, packing: bool, half_precision: bool
+) -> str:
+    """Choose the attention backend, and the layout of micro-batches that suits it.
+
+    Args:
+        model: On a device where the attention that it was loaded with runs.
+        wanted: A backend of `transformers`. None takes FlashAttention where it is installed and
+            can be used, else what the model was loaded with.
+        packing: Whether traces may share a row.
+        half_precision: Whether the matrix products are; FlashAttention knows no other.
+
+    Returns:
+        One of `packing.LAYOUTS`.
+
+    Raises:
+        ValueError: If the backend cannot be had, or would compute another model.
+    """
+    # Before FlashAttention is set, which runs on a GPU alone.
+    layout = "packed" if packing and keeps_traces_apart(model) else "alone"
+    if wanted is None and half_precision and model._supports_flash_attn:
+        wanted = "flash_attention_2" if is_flash_attn_2_available() else None
+    if wanted is None:
+        return layout
+    is_flash = "flash" in wanted
+    if is_flash and not half_precision:
+        raise ValueError(f"attention {wanted!r} works in half precision alone: add --dtype bf16")
+    if wanted == "sdpa" and caps_scores(model):
+        raise ValueError(
+            f"attention 'sdpa' leaves out the cap of attention scores that {type(model).__name__} "
+            "has: it would train another model. Use 'eager' or 'flash_attention_2'"
+        )
+    try:
+        model.set_attn_implementation(wanted)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"attention {wanted!r} cannot be used here: {reason}") from error
+    return "flat" if is_flash and layout == "packed" else layout
+
+
+def caps_scores(model: PreTrainedModel) -> bool:
+    """Whether attention scores go through a soft cap, as in Gemma 2."""
+    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
+@torch.no_grad()
+def keeps_traces_apart(model: PreTrainedModel) -> bool:
+    """Whether positions that begin again at 0 hide from a trace what stands before it in its row.
+
+    Attention in `transformers` does that; recurrent layers and older models do not.
+    """
+    body = model.base_model
+    if "position_ids" not in inspect.signature(body.forward).parameters:
+        return False
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if not set(layer_types) <= _SEPARABLE_LAYERS:
+        return False
+    was_training = model.training
+    model.train(mode=False)
+    device = next(body.parameters()).device
+    ids = torch.arange(sum(_PROBE_LENGTHS), device=device)[None]
+    ids = ids % model.get_input_embeddings().weight.shape[0]
+    positions = torch.cat([torch.arange(length, device=device) for length in _PROBE_LENGTHS])
+    packed = body(input_ids=ids, position_ids=positions[None], use_cache=False).last_hidden_state
+    parts = [
+        body(input_ids=part, use_cache=False).last_hidden_state
+        for part in ids.split(_PROBE_LENGTHS, dim=1)
+    ]
+    model.train(was_training)
+    alone = torch.cat(parts, dim=1)
+    return bool((packed - alone).norm() <= _PROBE_TOLERANCE * alone.norm())

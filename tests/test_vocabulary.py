@@ -1,0 +1,97 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fakes import VOCAB_SIZE, make_cache, make_trace, make_traces
+from reference import trace_losses
+from students import make_model, make_student
+
+from student_train.config import TrainConfig
+from student_train.loop import train
+from student_train.vocabulary import within_vocabulary
+from teacher_cache.format import CacheMismatchError, stored_logprobs
+
+TEACHER_IDS = 96  # of a teacher with padding above the tokens that it shares with the student
+
+
+def of_padded_teacher(trace):
+    """The same trace, with a third of what was kept in the padding: also likeliest ids."""
+    realised = np.repeat(trace.token_ids, trace.k) == trace.top_ids
+    moved = (trace.top_ids % 3 == 0) & ~realised
+    return replace(trace, top_ids=np.where(moved, trace.top_ids + 50, trace.top_ids).astype("i4"))
+
+
+def tail_mass(trace):
+    return 1 / (1 + np.exp(-trace.tail_logit.astype(np.float64)))
+
+
+def test_the_mass_of_absent_ids_joins_the_tail_and_nothing_else_changes():
+    trace = of_padded_teacher(make_trace("t", 60))
+    fitted = within_vocabulary(trace, VOCAB_SIZE)
+    fitted.validate()
+    held = trace.top_ids < VOCAB_SIZE
+    token = np.repeat(np.arange(60), trace.k)
+    probs = np.exp(stored_logprobs(trace.k, trace.top_logits, trace.tail_logit))
+    lost = np.bincount(token, weights=probs * ~held, minlength=60)
+
+    assert 0 < (lost > 0).sum() < 60
+    assert (lost > 0.3).any()
+    np.testing.assert_array_equal(fitted.top_ids, trace.top_ids[held])
+    found = np.exp(stored_logprobs(fitted.k, fitted.top_logits, fitted.tail_logit))
+    np.testing.assert_allclose(found, probs[held], rtol=1e-5)
+    has_entries = trace.k > 0
+    np.testing.assert_allclose(
+        tail_mass(fitted)[has_entries], (tail_mass(trace) + lost)[has_entries], rtol=1e-5
+    )
+    np.testing.assert_array_equal(fitted.tail_logit[lost == 0], trace.tail_logit[lost == 0])
+
+
+def test_a_trace_with_ids_that_the_student_has_stays_as_it_is():
+    trace = make_trace("t", 60)
+
+    assert within_vocabulary(trace, VOCAB_SIZE) is trace
+
+
+@pytest.mark.parametrize("place", [0, 7])
+def test_a_token_that_the_student_lacks_is_refused(place):
+    trace = make_trace("t", 20, without_entries=(place,))
+    trace.token_ids[place] = 93
+
+    with pytest.raises(CacheMismatchError, match=f"trace 't': its token {place} has the id 93"):
+        within_vocabulary(trace, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("teacher_ids", "student_ids"), [(TEACHER_IDS, VOCAB_SIZE), (TEACHER_IDS, 64), (VOCAB_SIZE, 64)]
+)
+def test_the_loss_between_padded_vocabularies_is_that_of_the_dense_definition(
+    tmp_path, caplog, teacher_ids, student_ids
+):
+    traces = make_traces(5)
+    if teacher_ids == TEACHER_IDS:
+        traces = [of_padded_teacher(trace) for trace in traces]
+    config = TrainConfig(
+        cache=(make_cache(tmp_path / "cache", traces, vocab_size=teacher_ids),),
+        student=make_student(tmp_path / "student", vocab_size=student_ids),
+        out=tmp_path / "run", max_steps=1,
+    )  # fmt: skip
+    train(config)
+    found = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+
+    model = make_model(student_ids).double()
+    with torch.no_grad():
+        losses = torch.cat(
+            [
+                trace_losses(
+                    model(torch.from_numpy(trace.token_ids).long()[None]).logits[0], trace, 0.5
+                )
+                for trace in traces
+            ]
+        )
+    assert found["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    num_absent = sum(int((trace.top_ids >= student_ids).sum()) for trace in traces)
+    assert found["num_absent_entries"] == num_absent
+    assert (num_absent > 0) == (student_ids < teacher_ids)
+    assert ("the student lacks; their mass was in the tail" in caplog.text) == (num_absent > 0)
