@@ -36,8 +36,13 @@ class MicroBatch:
     hidden_index: Tensor  # [N] int64, flat index into B x T of the position that predicts a token
     targets: TeacherTargets  # N rows
     token_weight: Tensor  # [N] float32, not yet divided by the step's normaliser
-    num_traces: int  # with a valid token
+    num_positions: tuple[int, ...]  # of each trace that has a valid token
     num_absent: int  # kept entries whose id the student lacks; they are in the tail
+
+    @property
+    def num_traces(self) -> int:
+        """With a valid token."""
+        return len(self.num_positions)
 
     @property
     def num_valid(self) -> int:
@@ -162,7 +167,7 @@ def empty_micro_batch() -> MicroBatch:
         hidden_index=nothing,
         targets=targets,
         token_weight=torch.zeros(0),
-        num_traces=0,
+        num_positions=(),
         num_absent=0,
     )
 
@@ -193,7 +198,7 @@ def _collate(rows: Sequence[Sequence[_Part]], *, per_trace: bool, is_flat: bool)
         hidden_index=torch.from_numpy(np.concatenate(hidden_index)),
         targets=_targets(parts),
         token_weight=torch.from_numpy(np.concatenate(weights)),
-        num_traces=len(parts),
+        num_positions=tuple(part.length for part in parts),
         num_absent=sum(part.num_absent for part in parts),
     )
 

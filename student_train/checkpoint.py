@@ -27,6 +27,9 @@ class Progress:
     bytes_read: int = 0  # from shards, by all ranks, in all processes of the run so far
     num_empty_steps: int = 0  # steps without a valid token
     num_absent: int = 0  # kept entries trained on whose id the student lacks
+    num_tokens: int = 0  # valid ones, so far
+    flops: int = 0  # by FlopFormula, so far
+    train_s: float = 0.0  # in the loop, so far
 
 
 def write_checkpoint(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from student_train.batch import MicroBatch
-from student_train.losses import sparse_kl
+from student_train.losses import SparseKLOutput, sparse_kl, sparse_kl_per_token
 from student_train.student import Head, output_layer
 
 # What StudentWithLoss sums over valid tokens, beside the loss.
@@ -33,12 +33,9 @@ class StudentWithLoss(nn.Module):
             The loss [], weighted and summed over valid tokens, and the detached sums over valid
             tokens [5] float64 of `SUMS`.
         """
-        hidden_BTD = self.model.base_model(
-            input_ids=batch.input_ids, use_cache=False, **_attention_arguments(batch)
-        ).last_hidden_state
         output = output_layer(self.model)
         result = sparse_kl(
-            hidden_BTD.flatten(0, 1).index_select(0, batch.hidden_index),
+            self._hidden(batch),
             output.weight,
             batch.targets,
             batch.token_weight,
@@ -49,6 +46,28 @@ class StudentWithLoss(nn.Module):
         )
         parts = (result.kl, result.ce, result.student_mass, result.teacher_mass, result.top1)
         return result.loss, torch.stack([part.double().sum() for part in parts])
+
+    @torch.no_grad()
+    def per_token(self, batch: MicroBatch) -> SparseKLOutput:
+        """What `forward` sums, token by token [N]; for measuring, not for training."""
+        output = output_layer(self.model)
+        return sparse_kl_per_token(
+            self._hidden(batch),
+            output.weight,
+            batch.targets,
+            bias=output.bias,
+            ce_weight=self._ce_weight,
+            softcap=self._head.softcap,
+            logit_scale=self._head.logit_scale,
+        )
+
+    def _hidden(self, batch: MicroBatch) -> Tensor:
+        """[N, D] at the positions that predict the valid tokens."""
+        hidden_BTD = self.model.base_model(
+            input_ids=batch.input_ids, use_cache=False, **_attention_arguments(batch)
+        ).last_hidden_state
+        hidden_ND: Tensor = hidden_BTD.flatten(0, 1).index_select(0, batch.hidden_index)
+        return hidden_ND
 
 
 def _attention_arguments(batch: MicroBatch) -> dict[str, Any]:

@@ -29,8 +29,10 @@ from student_train.checkpoint import (
 from student_train.config import TrainConfig
 from student_train.data import TrainingData, open_data
 from student_train.errors import InterruptedRunError, NonFiniteLossError
+from student_train.flops import FlopFormula
 from student_train.forward import SUMS, StudentWithLoss
 from student_train.live import LiveTeacher
+from student_train.memory import PeakMemory
 from student_train.model_folder import model_card, save_student
 from student_train.progress import TrainingProgress
 from student_train.run_folder import RunFolder, RunIdentity
@@ -79,6 +81,7 @@ def train(config: TrainConfig) -> TrainResult:
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=config.out, logging_dir=config.out),
     )
+    memory = PeakMemory(accelerator.device)
     data = open_data(
         config.cache,
         weights=config.cache_weights,
@@ -120,6 +123,7 @@ def train(config: TrainConfig) -> TrainResult:
     if packing and layout == "alone" and accelerator.is_main_process:
         logger.info("%s would mix traces in one row: each gets its own", type(model).__name__)
     student = StudentWithLoss(model, head, config.ce_weight)
+    formula = FlopFormula.of(model)
     optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr)
     # Not prepared by accelerate, which would advance it once per rank: a step is a step.
     scheduler = get_scheduler(
@@ -181,6 +185,7 @@ def train(config: TrainConfig) -> TrainResult:
     shown = TrainingProgress(num_steps, progress.step, enabled=accelerator.is_main_process)
     with _stop_signals() as stop, shown, stream:
         logged_s, logged_wait_s, logged_tokens = time.perf_counter(), 0.0, 0
+        step_began_s = logged_s
         for item in stream:
             progress = replace(progress, step=progress.step + 1, cursor=item.cursor)
 
@@ -218,23 +223,32 @@ def train(config: TrainConfig) -> TrainResult:
                 student.parameters(), config.clip_norm or math.inf
             )
 
+            flops = sum(formula.flops(b.num_positions, b.num_valid) for b in batches)
             totals = accelerator.reduce(
-                torch.cat([sums, sums.new_tensor([item.bytes_read, stop.received or 0])]), "sum"
+                torch.cat([sums, sums.new_tensor([flops, item.bytes_read, stop.received or 0])]),
+                "sum",
             ).tolist()
             metrics = dict(zip(("loss", *SUMS), totals, strict=False))
             if num_valid and not math.isfinite(metrics["loss"] + float(grad_norm)):
                 raise NonFiniteLossError(_non_finite(progress.step, metrics, grad_norm, item))
-            progress = replace(progress, bytes_read=bytes_before + int(totals[-2]))
+            progress = replace(
+                progress,
+                bytes_read=bytes_before + int(totals[-2]),
+                num_tokens=progress.num_tokens + num_valid,
+                flops=progress.flops + int(totals[-3]),
+            )
 
             lr = scheduler.get_last_lr()[0]
             prepared_optimizer.step()  # moves nothing where no token gave a gradient
             scheduler.step()
             prepared_optimizer.zero_grad()
 
+            now_s = time.perf_counter()
+            progress = replace(progress, train_s=progress.train_s + now_s - step_began_s)
+            step_began_s = now_s
             logged_tokens += num_valid
             is_end = progress.step == num_steps
             if progress.step % config.log_every == 0 or is_end:
-                now_s = time.perf_counter()
                 elapsed_s, waited_s = now_s - logged_s, stream.wait_s - logged_wait_s
                 metrics = {
                     "step": progress.step,
@@ -246,7 +260,11 @@ def train(config: TrainConfig) -> TrainResult:
                     "tokens": num_valid,
                     "num_empty_steps": progress.num_empty_steps,
                     "num_absent_entries": progress.num_absent,
+                    "tokens_trained": progress.num_tokens,
                     "bytes_read": progress.bytes_read,
+                    "flops": progress.flops,
+                    "peak_memory_bytes": memory.peak_bytes,
+                    "train_s": progress.train_s,
                     "tokens_per_s": logged_tokens / elapsed_s,
                     "data_wait_share": waited_s / elapsed_s,
                 }

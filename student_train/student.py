@@ -57,11 +57,9 @@ def load_model(
     Raises:
         ValueError: If it cannot be loaded, saying why in one line.
     """
-    if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
-        raise ValueError(f"model {name!r} cannot be loaded: there is no such folder")
+    tokenizer = load_tokenizer(name, revision=revision)
     try:
         with no_bars():
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
             model = AutoModelForCausalLM.from_pretrained(
                 name, revision=revision, dtype=dtype or "auto"
             )
@@ -71,6 +69,21 @@ def load_model(
     if caps_scores(model) and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")  # sdpa leaves the cap out, without a word
     return model, tokenizer
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        ValueError: If it cannot be loaded, saying why in one line.
+    """
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+        raise ValueError(f"model {name!r} cannot be loaded: there is no such folder")
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
 
 
 def check_student(

@@ -15,6 +15,7 @@ import pytest
 from fakes import make_cache, make_traces
 from students import make_student
 
+from student_train.cells import SweepConfig
 from student_train.cli import cli, main
 from student_train.config import EvaluateConfig, TrainConfig
 
@@ -59,7 +60,9 @@ def invoke(*args):
     return Done(exit_code, stdout.getvalue(), stderr.getvalue())
 
 
-@pytest.mark.parametrize(("name", "kind"), [("run", TrainConfig), ("evaluate", EvaluateConfig)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("run", TrainConfig), ("evaluate", EvaluateConfig), ("sweep", SweepConfig)]
+)
 def test_options_mirror_the_configuration(name, kind):
     options = [option for option in cli.commands[name].params if option.expose_value]
     options = [option for option in options if option.name != "as_json"]
@@ -67,12 +70,21 @@ def test_options_mirror_the_configuration(name, kind):
     assert [option.name for option in options] == [item.name for item in fields(kind)]
     for option, item in zip(options, fields(kind), strict=True):
         if not option.required:
-            default = ",".join(item.default) if item.name == "sections" else item.default
-            assert option.default == default
+            assert option.default == in_one_text(item.default)
             assert option.help
 
 
-@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["evaluate", "--help"]])
+def in_one_text(default):
+    """A default as a user writes it: names with commas, sets with plus signs."""
+    if not isinstance(default, tuple):
+        return default
+    texts = ["+".join(v) if isinstance(v, tuple) else v for v in default]
+    return ",".join(text if isinstance(text, str) else f"{text:g}" for text in texts)
+
+
+@pytest.mark.parametrize(
+    "args", [["--help"], ["run", "--help"], ["evaluate", "--help"], ["sweep", "--help"]]
+)
 def test_help_is_quick_to_load(args):
     code = (
         "import sys; from student_train.cli import cli; cli.main(standalone_mode=False); "
@@ -85,7 +97,7 @@ def test_help_is_quick_to_load(args):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("name", ["run", "evaluate"])
+@pytest.mark.parametrize("name", ["run", "evaluate", "sweep"])
 def test_help_has_a_summary_and_an_example_on_its_own_line(name):
     output = invoke(name, "--help").stdout
 
@@ -109,7 +121,7 @@ def test_run_says_where_the_student_is_and_evaluate_what_it_can(parts, tmp_path)
     options = ["--model", parts["out"] / "model", "--prompts", prompts, "--max-tokens", 5]
     assert re.match(r"accuracy \d+\.\d% \(95 %: ", invoke("evaluate", *options).stdout)
     figures = json.loads(invoke("evaluate", *options, "--json").stdout)
-    assert figures["num_prompts"] == 3
+    assert figures["answers"]["num_prompts"] == 3
 
 
 def test_a_toml_file_gives_defaults_that_options_override(parts, tmp_path):

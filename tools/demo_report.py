@@ -14,7 +14,7 @@ def main() -> None:
         ("run-1.0", "distilled, lead span 1.0"),
         ("run-0.5", "distilled, lead span 0.5"),
     ):
-        score = json.loads((out / f"{name}.json").read_text())
+        score = json.loads((out / f"{name}.json").read_text())["answers"]
         read, tokens = "-", "-"
         if (out / name / "metrics.jsonl").exists():
             lines = (out / name / "metrics.jsonl").read_text().splitlines()

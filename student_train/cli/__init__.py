@@ -7,6 +7,7 @@ import click
 
 from student_train.cli.evaluating import evaluate_command
 from student_train.cli.running import run_command
+from student_train.cli.sweeping import sweep_command
 from student_train.errors import InterruptedRunError, NonFiniteLossError
 from teacher_cache.format import CacheError
 
@@ -17,7 +18,7 @@ def cli() -> None:
     """Train students on a cached teacher, and see what they can do."""
 
 
-for _command in (run_command, evaluate_command):
+for _command in (run_command, evaluate_command, sweep_command):
     cli.add_command(_command)
 
 

@@ -19,6 +19,14 @@ from student_train.config import EvaluateConfig
     help="JSONL with `prompt` or `messages`, and `answer`.",
 )  # fmt: skip
 @click.option(
+    "--cache", default=EvaluateConfig.cache,
+    help="Cache of held-out traces: KL to the teacher and NLL on all of each, by section.",
+)  # fmt: skip
+@click.option(
+    "--samples", type=int, default=EvaluateConfig.samples,
+    help="Answers per prompt, for avg@n; needs a temperature.",
+)  # fmt: skip
+@click.option(
     "--max-tokens", type=int, default=EvaluateConfig.max_tokens,
     help="Tokens to generate at most; a longer answer counts as unfinished.",
 )  # fmt: skip
@@ -32,10 +40,22 @@ from student_train.config import EvaluateConfig
     "--temperature", type=float, default=EvaluateConfig.temperature,
     help="Of sampling; 0 takes the likeliest token.",
 )  # fmt: skip
+@click.option(
+    "--top-p", type=float, default=EvaluateConfig.top_p,
+    help="Sample from the likeliest tokens with this probability.",
+)  # fmt: skip
 @click.option("--seed", type=int, default=EvaluateConfig.seed, help="Of sampling.")
 @click.option(
     "--think-close", default=EvaluateConfig.think_close,
     help="The answer is what follows the last of this mark.",
+)  # fmt: skip
+@click.option(
+    "--group-by", default=EvaluateConfig.group_by,
+    help="Field of the prompts by which accuracy is told apart.",
+)  # fmt: skip
+@click.option(
+    "--completions", type=click.Path(path_type=Path), default=EvaluateConfig.completions,
+    help="Write every completion and its verdict to this JSONL file.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate_command(as_json: bool, **options: Any) -> None:  # noqa: ANN401  # EvaluateConfig's

@@ -1,0 +1,85 @@
+"""Floating point operations of training, by formula and by PyTorch's counter."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from student_train.batch import MicroBatch
+from student_train.forward import StudentWithLoss
+from student_train.student import output_layer
+
+FORMULA = (
+    "6 x weights x positions + 6 x layers x heads x head size x sum of (positions of a trace)^2 "
+    "+ 6 x vocabulary x hidden size x tokens in the loss"
+)
+
+
+@dataclass(frozen=True)
+class FlopFormula:
+    """Forward and backward of a decoder and its loss: a multiply and an add are 2 FLOPs.
+
+        6 P n + 6 A sum_i n_i^2 + 6 V D m
+
+    n_i positions of trace i are run, n of all traces; m tokens are in the loss. P are the weights
+    of the body's matrices, experts by the share that a token is sent to; A is layers x heads x head
+    size, half of each square being masked; the head's three products run on the tokens in the loss
+    alone. The backward counts as two forwards. Norms, softmax, optimiser, embedding lookup and
+    padding are left out.
+    """
+
+    body_weights: int
+    attention_width: int
+    head_weights: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "FlopFormula":
+        """The formula's constants of a model."""
+        config = model.config.get_text_config()
+        head_size = getattr(config, "head_dim", None)
+        head_size = head_size or config.hidden_size // config.num_attention_heads
+        experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+        embeddings = {id(model.get_input_embeddings().weight), id(output_layer(model).weight)}
+        body_weights = 0.0
+        for name, weight in model.named_parameters():
+            if weight.ndim >= 2 and id(weight) not in embeddings:
+                is_expert = experts and ".experts." in name
+                share = config.num_experts_per_tok / experts if is_expert else 1.0
+                body_weights += weight.numel() * share
+        return cls(
+            body_weights=round(body_weights),
+            attention_width=config.num_hidden_layers * config.num_attention_heads * head_size,
+            head_weights=output_layer(model).weight.numel(),
+        )
+
+    def flops(self, num_positions: Sequence[int], num_valid: int) -> int:
+        """Of a forward and backward.
+
+        Args:
+            num_positions: Of each trace.
+            num_valid: Tokens in the loss, of all of them.
+        """
+        return 6 * (
+            self.body_weights * sum(num_positions)
+            + self.attention_width * sum(n * n for n in num_positions)
+            + self.head_weights * num_valid
+        )
+
+
+def counted_flops(student: StudentWithLoss, batch: MicroBatch) -> int:
+    """What PyTorch counts in a forward and backward: whole squares of attention, and padding.
+
+    Use attn_implementation="eager" on the CPU, whose fused attention the counter does not know.
+    """
+    in_place = {torch.ops.aten.addmm_: _addmm_flops}  # of the head; the counter lacks this one
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        loss, _ = student(batch)
+        torch.autograd.backward(loss)
+    student.zero_grad()
+    return int(counter.get_total_flops())
+
+
+def _addmm_flops(total: torch.Size, left: torch.Size, right: torch.Size, **_others: object) -> int:
+    return 2 * left[0] * left[1] * right[1]
