@@ -2,78 +2,14 @@ import json
 
 import pytest
 import torch
-from fakes import VOCAB_SIZE
+from fakes import VOCAB_SIZE, make_cache, make_traces
 from students import make_model, make_student, make_tokenizer
 
 from student_train.config import EvaluateConfig
-from student_train.evaluate import (
-    evaluate,
-    extract_answer,
-    generate,
-    is_right,
-    read_prompts,
-    wilson_interval,
-)
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("<think>3+4=7</think>7<end>", "7"),
-        ("<think>a</think>b</think> 42 \n<end>", "42"),
-        ("no marks at all<end>", "no marks at all"),
-        ("<think>never closed", "<think>never closed"),
-        ("", ""),
-    ],
-)
-def test_the_answer_is_what_follows_the_last_closing_mark(text, answer):
-    assert extract_answer(text, "</think>", ["<end>"]) == answer
-
-
-def test_another_closing_mark_or_none_can_be_named():
-    assert extract_answer("x|SOLUTION|y", "|SOLUTION|", []) == "y"
-    assert extract_answer("x</think>y", "", []) == "x</think>y"
-
-
-@pytest.mark.parametrize(
-    ("found", "wanted", "right"),
-    [
-        ("190", "190", True),
-        (" 190\n", "190", True),
-        ("190.0", "190", True),
-        ("1,234", "1234", True),
-        ("-5", "- 5", False),
-        ("+7", "7", True),
-        ("191", "190", False),
-        ("", "0", False),
-        ("yes", "yes", True),
-        ("Yes", "yes", False),
-        ("nan", "inf", False),
-        ("1e3", "1000", False),  # not how answers are written
-    ],
-)
-def test_answers_compare_as_text_or_as_numbers(found, wanted, right):
-    assert is_right(found, wanted) is right
-
-
-@pytest.mark.parametrize(
-    ("num_right", "num_all", "low", "high"),
-    [
-        # Newcombe 1998, Statistics in Medicine 17, table I, method 3.
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0000, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilson_interval_agrees_with_published_values(num_right, num_all, low, high):
-    found = wilson_interval(num_right, num_all)
-
-    assert found == pytest.approx((low, high), abs=5e-5)
-
-
-def test_all_right_reaches_one():
-    assert wilson_interval(20, 20) == pytest.approx((1 - 0.1611, 1.0), abs=5e-5)
+from student_train.evaluate import evaluate
+from student_train.generation import generate
+from student_train.prompts import read_prompts, seen_in
+from teacher_cache.format import open_cache
 
 
 def config_of(**changes):
@@ -135,10 +71,11 @@ def test_an_evaluation_counts_right_answers(tmp_path):
     )
     result = evaluate(config_of(model=student, prompts=prompts, limit=2, think_close=""))
 
-    assert (result.num_prompts, result.num_right, result.accuracy) == (2, 1, 0.5)
-    assert result.accuracy_low < 0.5 < result.accuracy_high
-    assert result.mean_tokens == 12
-    assert result.unfinished_share == 1.0
+    answers = result.answers
+    assert (answers.num_prompts, answers.num_right, answers.accuracy) == (2, 1, 0.5)
+    assert answers.accuracy_low < 0.5 < answers.accuracy_high
+    assert answers.mean_tokens == 12
+    assert answers.unfinished_share == 1.0
     assert str(result).startswith("accuracy 50.0% (95 %: 9.5% to 90.5%), 1 of 2 right")
 
 
@@ -155,7 +92,9 @@ def test_messages_go_through_the_chat_template(tmp_path):
     message = {"role": "user", "content": "9"}
     prompts = write_prompts(tmp_path / "p.jsonl", {"messages": [message], "answer": done.text})
 
-    assert evaluate(config_of(model=student, prompts=prompts, think_close="")).num_right == 1
+    assert (
+        evaluate(config_of(model=student, prompts=prompts, think_close="")).answers.num_right == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,3 +128,76 @@ def test_a_model_that_does_not_exist_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="cannot be loaded") as error:
         evaluate(config_of(model=str(tmp_path / "nowhere"), prompts=prompts))
     assert "\n" not in str(error.value)
+
+
+def test_several_samples_give_avg_at_n_clustered_by_prompt(tmp_path):
+    student = make_student(tmp_path / "student")
+    prompts = write_prompts(
+        tmp_path / "p.jsonl",
+        *({"prompt": f"{n} 4", "answer": "x", "size": n % 2} for n in range(6)),
+    )
+    file = tmp_path / "completions.jsonl"
+    result = evaluate(
+        config_of(
+            model=student, prompts=prompts, samples=3, temperature=1.0, group_by="size",
+            completions=file,
+        )
+    )  # fmt: skip
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+
+    assert (result.answers.num_prompts, result.answers.num_samples) == (6, 3)
+    assert "avg@3" in str(result)
+    assert list(result.groups) == ["0", "1"]
+    assert result.groups["0"].num_prompts == 3
+    assert sorted(row["prompt"] for row in rows) == sorted([*range(6)] * 3)
+    texts = {row["prompt"]: set() for row in rows}
+    for row in rows:
+        texts[row["prompt"]].add(row["completion"]["text"])
+    assert any(len(different) > 1 for different in texts.values())
+
+
+def test_a_small_top_p_is_greedy():
+    model, tokenizer = make_model().eval(), make_tokenizer()
+    greedy = generate(model, tokenizer, [[5, 6]], config_of())
+    narrow = generate(model, tokenizer, [[5, 6]], config_of(temperature=1.0, top_p=1e-6))
+
+    assert narrow == greedy
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": 4}, "4 at temperature 0 would be the same"),
+        ({"samples": 0}, "samples: expected at least 1"),
+        ({"top_p": 0.0}, r"top_p: expected a probability in \(0, 1\]"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(**settings)
+
+
+def test_a_prompt_without_the_field_to_group_by_is_named(tmp_path):
+    prompts = write_prompts(tmp_path / "p.jsonl", {"prompt": "3", "answer": "4"})
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: no field 'size' to group by; there are"):
+        list(read_prompts(prompts, "size"))
+
+
+def test_held_out_figures_stand_beside_the_answers(tmp_path):
+    student = make_student(tmp_path / "student")
+    prompts = write_prompts(tmp_path / "p.jsonl", {"prompt": "3", "answer": "4"})
+    cache = make_cache(tmp_path / "cache", make_traces(5))
+    result = evaluate(config_of(model=student, prompts=prompts, cache=cache))
+
+    assert list(result.heldout) == ["prompt", "cot", "answer", "all"]
+    assert "held-out cot: KL " in str(result)
+
+
+def test_prompts_that_were_trained_on_are_found(tmp_path):
+    traces = make_traces(9)
+    cache = open_cache(make_cache(tmp_path / "cache", traces))
+    prompts = [traces[n].token_ids[: traces[n].cot_start].tolist() for n in (4, 7)]
+    opened = [*prompts[0], *cache.header.think_open_ids]
+
+    assert seen_in(cache, [[5, 6], prompts[0], prompts[0][:-1], prompts[1], opened]) == [1, 3, 4]
+    assert seen_in(cache, []) == []
