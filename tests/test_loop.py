@@ -26,7 +26,8 @@ from teacher_cache.format import (
     seal_cache,
 )
 
-TIMING = ("tokens_per_s", "data_wait_share", "bytes_read")  # a resumed run reads a shard again
+# A resumed run reads a shard again.
+TIMING = ("tokens_per_s", "train_s", "data_wait_share", "peak_memory_bytes", "bytes_read")
 
 
 @pytest.fixture(scope="module")
