@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from student_train.run_folder import RunFolder, fsync, publish_folder
+from student_train.run_folder import RunFolder, fsync, publish_folder, remove_folder
 from student_train.stream import Cursor
 
 _PROGRESS = "progress.json"
@@ -33,15 +33,21 @@ class Progress:
 
 
 def write_checkpoint(
-    run: RunFolder, progress: Progress, state: Mapping[str, Any], accelerator: Accelerator
+    run: RunFolder,
+    progress: Progress,
+    state: Mapping[str, Any],
+    accelerator: Accelerator,
+    *,
+    keep_last: int,
 ) -> None:
-    """Publish a checkpoint and take the one before away; all ranks call it together.
+    """Publish a checkpoint and take old ones away; all ranks call it together.
 
     Args:
         run: Its folder.
         progress: `metrics_bytes` is filled in here.
-        state: Name -> state dict; the same on all ranks.
+        state: Name -> state dict; the main process' is written.
         accelerator: Of the run.
+        keep_last: How many of the newest stay.
     """
     folder = run.checkpoints / f"step-{progress.step:09d}"
     temporary = folder.with_name(f".tmp-ranks-{folder.name}")
@@ -55,15 +61,14 @@ def write_checkpoint(
         fsync(run.metrics_file)
         size = run.metrics_file.stat().st_size
         values = {**asdict(progress), "metrics_bytes": size, "cursor": progress.cursor.to_json()}
-        before = list(run.checkpoints.glob("step-*"))
         with publish_folder(folder) as final:
             for file in temporary.iterdir():
                 file.rename(final / file.name)
             torch.save(dict(state), final / _STATE)
             (final / _PROGRESS).write_text(json.dumps(values), encoding="utf-8")
         temporary.rmdir()
-        for old in before:
-            shutil.rmtree(old)
+        for old in sorted(run.checkpoints.glob("step-*"))[:-keep_last]:
+            remove_folder(old)
     accelerator.wait_for_everyone()
 
 
@@ -75,7 +80,10 @@ def read_progress(folder: Path) -> Progress:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The state dicts of a checkpoint, on the CPU."""
-    state: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    # Mapped, not read: every process wants some of it, and they share the pages.
+    state: dict[str, Any] = torch.load(
+        folder / _STATE, map_location="cpu", mmap=True, weights_only=True
+    )
     return state
 
 

@@ -9,7 +9,9 @@ from student_train.selection import ALL_SECTIONS, TokenSelection
 from teacher_cache.format import PrefixCache, shown
 
 NORMALISATIONS = ("tokens", "traces")
-SCHEDULES = ("cosine", "linear", "constant")
+OPTIMIZERS = ("adamw", "adafactor", "adamw8bit")
+SCHEDULES = ("cosine", "linear", "constant", "onecycle")
+SHARDINGS = ("none", "full")
 DTYPES = ("float32", "bf16")
 
 # They say where things lie and how often something is written, or trade time for memory: a run
@@ -27,7 +29,9 @@ CHANGEABLE = frozenset(
         "packing",
         "attention",
         "gradient_checkpointing",
+        "sharding",
         "save_every",
+        "keep_last",
         "log_every",
     }
 )
@@ -58,6 +62,7 @@ class TrainConfig:
     mass: float | None = None  # as captured
     ce_weight: float = 0.5  # as in arXiv 2512.21002
     normalise: str = "tokens"
+    optimizer: str = "adamw"
     lr: float = 1e-5
     schedule: str = "cosine"
     warmup: float = 0.03
@@ -71,16 +76,20 @@ class TrainConfig:
     packing: bool = True
     attention: str | None = None  # FlashAttention where it can be used, else the model's own choice
     gradient_checkpointing: bool = False
+    sharding: str = "none"
     lanes: int = 8
     seed: int = 0
     save_every: int = 500
+    keep_last: int = 1
     log_every: int = 1
 
     def __post_init__(self) -> None:
         _ = self.selection  # refuses lead spans and sections that cannot be
         for name, choices in (
             ("normalise", NORMALISATIONS),
+            ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
+            ("sharding", SHARDINGS),
             ("dtype", DTYPES),
         ):
             if getattr(self, name) not in choices:
@@ -89,7 +98,7 @@ class TrainConfig:
                 )
         for name in (
             "epochs", "max_steps", "batch_traces", "batch_tokens", "lanes", "save_every",
-            "log_every", "prefix_cache_bytes",
+            "keep_last", "log_every", "prefix_cache_bytes",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:

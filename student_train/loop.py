@@ -3,10 +3,7 @@
 import logging
 import math
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from torch import Tensor, nn
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from student_train.attention import prepare_attention
 from student_train.batch import MicroBatch, empty_micro_batch, micro_batches, normaliser
@@ -34,9 +30,19 @@ from student_train.forward import SUMS, StudentWithLoss
 from student_train.live import LiveTeacher
 from student_train.memory import PeakMemory
 from student_train.model_folder import model_card, save_student
+from student_train.optimization import make_optimizer, make_schedule
+from student_train.placement import (
+    clip_gradients,
+    gathered_state,
+    gathered_weights,
+    place,
+    restore_state,
+    without_exchange,
+)
 from student_train.progress import TrainingProgress
 from student_train.run_folder import RunFolder, RunIdentity
 from student_train.selection import RandomMask, TokenSelection
+from student_train.stopping import stop_signals
 from student_train.stream import StreamStep, TraceStream
 from student_train.student import (
     check_student,
@@ -122,17 +128,13 @@ def train(config: TrainConfig) -> TrainResult:
     )
     if packing and layout == "alone" and accelerator.is_main_process:
         logger.info("%s would mix traces in one row: each gets its own", type(model).__name__)
-    student = StudentWithLoss(model, head, config.ce_weight)
-    formula = FlopFormula.of(model)
-    optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr)
-    # Not prepared by accelerate, which would advance it once per rank: a step is a step.
-    scheduler = get_scheduler(
-        "constant_with_warmup" if config.schedule == "constant" else config.schedule,
-        optimizer,
-        num_warmup_steps=round(config.warmup * num_steps),
-        num_training_steps=num_steps,
+    formula = FlopFormula.of(model)  # before its parameters are split
+    student = place(StudentWithLoss(model, head, config.ce_weight), accelerator, config.sharding)
+    # Neither is prepared by accelerate, which would advance the schedule once per rank.
+    optimizer = make_optimizer(
+        config.optimizer, model, lr=config.lr, weight_decay=config.weight_decay
     )
-    student, prepared_optimizer = accelerator.prepare(student, optimizer)
+    scheduler = make_schedule(config.schedule, optimizer, warmup=config.warmup, num_steps=num_steps)
     student.train()
     teacher = None
     if config.live_teacher is not None:
@@ -146,8 +148,7 @@ def train(config: TrainConfig) -> TrainResult:
     if checkpoint is not None:
         progress = read_progress(checkpoint)
         state = read_state(checkpoint)
-        model.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
+        restore_state(model, optimizer, state)
         scheduler.load_state_dict(state["scheduler"])
         restore_random_state(checkpoint, accelerator.process_index)
         if accelerator.is_main_process:
@@ -161,12 +162,8 @@ def train(config: TrainConfig) -> TrainResult:
     )
 
     def save() -> None:
-        state = {
-            "student": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-        }
-        write_checkpoint(run, progress, state, accelerator)
+        state = {**gathered_state(model, optimizer), "scheduler": scheduler.state_dict()}
+        write_checkpoint(run, progress, state, accelerator, keep_last=config.keep_last)
 
     # --- the loop ----------------------------------------------------------------------------
     stream = TraceStream(
@@ -183,7 +180,7 @@ def train(config: TrainConfig) -> TrainResult:
     bytes_before = progress.bytes_read
     num_ids = output_layer(model).weight.shape[0]
     shown = TrainingProgress(num_steps, progress.step, enabled=accelerator.is_main_process)
-    with _stop_signals() as stop, shown, stream:
+    with stop_signals() as stop, shown, stream:
         logged_s, logged_wait_s, logged_tokens = time.perf_counter(), 0.0, 0
         step_began_s = logged_s
         for item in stream:
@@ -214,14 +211,12 @@ def train(config: TrainConfig) -> TrainResult:
                 if teacher is not None:
                     batch = teacher.taught(batch)
                 is_last = index == num_batches - 1
-                with nullcontext() if is_last else accelerator.no_sync(student):
+                with without_exchange(student, accelerator, is_last=is_last):
                     loss, parts = student(batch)
                     # Ranks average their gradients; the loss is one sum over all of them.
                     accelerator.backward(loss * (accelerator.num_processes / divisor))
                 sums += torch.cat([loss.detach().double()[None] / divisor, parts.double()])
-            grad_norm = accelerator.clip_grad_norm_(
-                student.parameters(), config.clip_norm or math.inf
-            )
+            grad_norm = clip_gradients(student.parameters(), config.clip_norm)
 
             flops = sum(formula.flops(b.num_positions, b.num_valid) for b in batches)
             totals = accelerator.reduce(
@@ -229,7 +224,7 @@ def train(config: TrainConfig) -> TrainResult:
                 "sum",
             ).tolist()
             metrics = dict(zip(("loss", *SUMS), totals, strict=False))
-            if num_valid and not math.isfinite(metrics["loss"] + float(grad_norm)):
+            if num_valid and not math.isfinite(metrics["loss"] + grad_norm):
                 raise NonFiniteLossError(_non_finite(progress.step, metrics, grad_norm, item))
             progress = replace(
                 progress,
@@ -239,9 +234,9 @@ def train(config: TrainConfig) -> TrainResult:
             )
 
             lr = scheduler.get_last_lr()[0]
-            prepared_optimizer.step()  # moves nothing where no token gave a gradient
+            optimizer.step()  # moves nothing where no token gave a gradient
             scheduler.step()
-            prepared_optimizer.zero_grad()
+            optimizer.zero_grad()
 
             now_s = time.perf_counter()
             progress = replace(progress, train_s=progress.train_s + now_s - step_began_s)
@@ -255,7 +250,7 @@ def train(config: TrainConfig) -> TrainResult:
                     "epoch": progress.step / steps_per_epoch,
                     "loss": metrics["loss"],
                     **{name: metrics[name] / max(1, num_valid) for name in SUMS},
-                    "grad_norm": float(grad_norm),
+                    "grad_norm": grad_norm,
                     "lr": lr,
                     "tokens": num_valid,
                     "num_empty_steps": progress.num_empty_steps,
@@ -290,7 +285,7 @@ def train(config: TrainConfig) -> TrainResult:
 
     # --- the student -------------------------------------------------------------------------
     metrics = run.last_metrics()
-    accelerator.end_training()
+    weights = gathered_weights(model)
     if accelerator.is_main_process:
         if progress.num_absent:
             logger.warning(
@@ -307,10 +302,12 @@ def train(config: TrainConfig) -> TrainResult:
             model,
             tokenizer,
             run.model,
+            weights=weights,
             terminal_token_ids=data.terminal_token_ids,
             card=model_card(config, data, metrics),
         )
     accelerator.wait_for_everyone()
+    accelerator.end_training()  # and its processes' group
     return TrainResult(run.model, num_steps, metrics, was_finished=False)
 
 
@@ -342,17 +339,6 @@ def check_selection(data: TrainingData, selection: TokenSelection, model: PreTra
             )
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-
-
 def _global_counts(
     accelerator: Accelerator, batches: list[MicroBatch]
 ) -> tuple[int, int, int, int]:
@@ -364,42 +350,9 @@ def _global_counts(
     return num_valid, num_traces, num_absent, int(counts_R4[:, 3].max())
 
 
-def _non_finite(
-    step: int, metrics: dict[str, float], grad_norm: Tensor | float, item: StreamStep
-) -> str:
+def _non_finite(step: int, metrics: dict[str, float], grad_norm: float, item: StreamStep) -> str:
     return (
-        f"step {step}: the loss is {metrics['loss']} and its gradient's norm {float(grad_norm)}; "
+        f"step {step}: the loss is {metrics['loss']} and its gradient's norm {grad_norm}; "
         f"expected numbers. Its traces: {', '.join(item.trace_ids)}. Lower --lr, or look at these "
         "traces with cache-teacher inspect."
     )
-
-
-@dataclass
-class _Stop:
-    received: int | None = None
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """Note the first SIGINT or SIGTERM; a second one does what it always does."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals are the main thread's; whoever runs us elsewhere handles them
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: object) -> None:
-        stop.received = number
-        restore()
-        logger.info("stopping after this step (once more to stop at once)")
-
-    def restore() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    for number in handlers:
-        signal.signal(number, note)
-    try:
-        yield stop
-    finally:
-        restore()

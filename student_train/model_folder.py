@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from student_train.config import TrainConfig
@@ -19,6 +20,7 @@ def save_student(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
+    weights: Mapping[str, Tensor],
     terminal_token_ids: tuple[int, ...],
     card: str,
 ) -> None:
@@ -28,6 +30,7 @@ def save_student(
         model: Unwrapped.
         tokenizer: Of the student.
         folder: Where; must not exist.
+        weights: Of the model, whole.
         terminal_token_ids: Any of them ends a generation; the model's own where empty.
         card: The model card, Markdown.
     """
@@ -35,7 +38,7 @@ def save_student(
         # Base models often name another token, and would then never end as the traces do.
         model.generation_config.eos_token_id = list(terminal_token_ids)
     with publish_folder(folder) as temporary, no_bars():
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=dict(weights))
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
@@ -67,8 +70,8 @@ Trained with leadspan on a cache of the teacher's top-k logits; no teacher was i
 - trained on: {config.selection}
 - loss: {1 - config.ce_weight:g} KL(teacher || student) over the kept entries and one bucket for
   the tail + {config.ce_weight:g} cross entropy, every {config.normalise[:-1]} weighing the same
-- optimiser: AdamW, lr {config.lr:g} ({config.schedule}, warm-up {config.warmup:g}), weight decay
-  {config.weight_decay:g}, gradient norm at most {config.clip_norm:g}
+- optimiser: {config.optimizer}, lr {config.lr:g} ({config.schedule}, warm-up {config.warmup:g}),
+  weight decay {config.weight_decay:g}, gradient norm at most {config.clip_norm:g}
 - {metrics["step"]} steps of {config.batch_traces} traces, seed {config.seed}
 
 Last step, per token, in nats or as a proportion:

@@ -2,7 +2,7 @@
 
 config.json      the resolved configuration and what was trained on what
 metrics.jsonl    one object per logged step
-checkpoints/     the last one
+checkpoints/     the last ones
 tensorboard/     the same figures for TensorBoard
 model/           the student as a Hugging Face folder; there when the run is finished
 """
@@ -157,6 +157,13 @@ def publish_folder(folder: Path) -> Iterator[Path]:
         fsync(path)
     temporary.rename(folder)
     fsync(folder.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Take a folder away: its name goes first, so that under it there is all of it or nothing."""
+    hidden = folder.with_name(f".tmp-removed-{folder.name}")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def fsync(path: Path) -> None:

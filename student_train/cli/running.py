@@ -6,7 +6,14 @@ from typing import Any
 import click
 
 from student_train.cli.options import config_option, split_names, split_numbers
-from student_train.config import DTYPES, NORMALISATIONS, SCHEDULES, TrainConfig
+from student_train.config import (
+    DTYPES,
+    NORMALISATIONS,
+    OPTIMIZERS,
+    SCHEDULES,
+    SHARDINGS,
+    TrainConfig,
+)
 from student_train.selection import PARTS, WHOLES
 
 
@@ -96,10 +103,14 @@ from student_train.selection import PARTS, WHOLES
     "--normalise", type=click.Choice(NORMALISATIONS), default=TrainConfig.normalise,
     help="What weighs the same in a step: every valid token or every trace.",
 )  # fmt: skip
-@click.option("--lr", type=float, default=TrainConfig.lr, help="Peak learning rate of AdamW.")
+@click.option(
+    "--optimizer", type=click.Choice(OPTIMIZERS), default=TrainConfig.optimizer,
+    help="adamw8bit needs torchao or bitsandbytes.",
+)  # fmt: skip
+@click.option("--lr", type=float, default=TrainConfig.lr, help="Peak learning rate.")
 @click.option(
     "--schedule", type=click.Choice(SCHEDULES), default=TrainConfig.schedule,
-    help="Course of the learning rate after warm-up.",
+    help="Course of the learning rate after warm-up; onecycle is torch's, as in the paper.",
 )  # fmt: skip
 @click.option(
     "--warmup", type=float, default=TrainConfig.warmup,
@@ -107,7 +118,7 @@ from student_train.selection import PARTS, WHOLES
 )  # fmt: skip
 @click.option(
     "--weight-decay", type=float, default=TrainConfig.weight_decay,
-    help="AdamW's, on matrices only.",
+    help="On matrices only.",
 )  # fmt: skip
 @click.option(
     "--clip-norm", type=float, default=TrainConfig.clip_norm,
@@ -146,6 +157,10 @@ from student_train.selection import PARTS, WHOLES
     help="Compute activations twice instead of keeping them.",
 )  # fmt: skip
 @click.option(
+    "--sharding", type=click.Choice(SHARDINGS), default=TrainConfig.sharding,
+    help="full splits weights, gradients and optimiser over the processes (FSDP2).",
+)  # fmt: skip
+@click.option(
     "--lanes", type=int, default=TrainConfig.lanes,
     help="Lanes of the order; a multiple of the number of processes.",
 )  # fmt: skip
@@ -153,6 +168,7 @@ from student_train.selection import PARTS, WHOLES
 @click.option(
     "--save-every", type=int, default=TrainConfig.save_every, help="Steps between checkpoints."
 )
+@click.option("--keep-last", type=int, default=TrainConfig.keep_last, help="Checkpoints that stay.")
 @click.option(
     "--log-every", type=int, default=TrainConfig.log_every,
     help="Steps between lines of metrics.jsonl.",

@@ -1,0 +1,84 @@
+"""Optimisers and schedules by name."""
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from transformers import get_scheduler
+from transformers.optimization import Adafactor
+
+# Where 8-bit AdamW is found; the first that is installed is used.
+_EIGHT_BIT = ("torchao.optim", "bitsandbytes.optim")
+
+
+def make_optimizer(
+    name: str, model: nn.Module, *, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """An optimiser over the parameters that are trained.
+
+    Args:
+        name: One of `config.OPTIMIZERS`.
+        model: Where it will be trained.
+        lr: Peak learning rate, absolute for all of them.
+        weight_decay: Of matrices; norms and biases do not decay.
+
+    Raises:
+        ValueError: If what it comes from is not installed.
+    """
+    groups = _parameter_groups(model, weight_decay)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    optimizer: torch.optim.Optimizer
+    if name == "adafactor":
+        optimizer = Adafactor(groups, lr=lr, scale_parameter=False, relative_step=False)
+        return optimizer
+    for module in _EIGHT_BIT:
+        if importlib.util.find_spec(module.partition(".")[0]) is not None:
+            optimizer = importlib.import_module(module).AdamW8bit(groups, lr=lr)
+            return optimizer
+    raise ValueError(
+        f"optimizer {name}: neither torchao nor bitsandbytes is installed; pip install torchao"
+    )
+
+
+def make_schedule(
+    name: str, optimizer: torch.optim.Optimizer, *, warmup: float, num_steps: int
+) -> LRScheduler:
+    """The course of the learning rate over a run, one `step()` per optimiser's step.
+
+    Args:
+        name: One of `config.SCHEDULES`. "onecycle" is torch's `OneCycleLR`: from a 25th of the
+            peak up and down to almost nothing along cosines, AdamW's first beta the other way.
+        optimizer: With the peak learning rate.
+        warmup: Proportion of the steps in which the rate rises.
+        num_steps: Of the run.
+    """
+    if name == "onecycle":
+        num_cycle = max(2, num_steps)  # its two phases need a step each
+        return OneCycleLR(
+            optimizer,
+            max_lr=[group["lr"] for group in optimizer.param_groups],
+            total_steps=num_cycle,
+            pct_start=min(1.0, max(warmup, 2 / num_cycle)),
+            cycle_momentum="betas" in optimizer.defaults,
+        )
+    schedule: LRScheduler = get_scheduler(
+        "constant_with_warmup" if name == "constant" else name,
+        optimizer,
+        num_warmup_steps=round(warmup * num_steps),
+        num_training_steps=num_steps,
+    )
+    return schedule
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> Sequence[dict[str, Any]]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

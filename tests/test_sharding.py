@@ -1,0 +1,76 @@
+"""FSDP2 over two gloo processes: the same run as one process alone."""
+
+import json
+import socket
+from dataclasses import replace
+
+import pytest
+import torch
+import train_multiprocess
+from fakes import make_cache, make_traces
+from students import make_student
+from torch import multiprocessing
+from transformers import AutoModelForCausalLM
+
+from student_train.config import TrainConfig
+from student_train.loop import train
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run_sharded(config, *, stop_at=None):
+    multiprocessing.spawn(
+        train_multiprocess.sharded_run, (2, free_port(), config, stop_at), nprocs=2
+    )
+
+
+def metrics_of(config):
+    return [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_sharded_run_equals_one_process_and_is_gone_on_with_by_one(tmp_path, tied):
+    cache = make_cache(tmp_path / "cache", make_traces(40))
+    student = make_student(tmp_path / f"student{'-tied' if tied else ''}", tied=tied)
+    whole = TrainConfig(
+        cache=(cache,), student=student, out=tmp_path / "whole", lr=3e-3, batch_traces=4,
+        batch_tokens=100, clip_norm=0.5, sharding="none", save_every=1000,
+    )  # fmt: skip
+    sharded = replace(whole, out=tmp_path / "sharded", sharding="full")
+    moved = replace(sharded, sharding="none")
+    train(whole)
+    if tied:  # to the end by two, or five steps by two and the rest by one
+        run_sharded(sharded)
+    else:
+        run_sharded(sharded, stop_at=5)
+        assert len(metrics_of(sharded)) == 5
+        train(moved)
+
+    one, other = metrics_of(whole), metrics_of(sharded)
+    assert len(one) == len(other) == 10
+    for left, right in zip(one, other, strict=True):
+        assert left["tokens"] == right["tokens"]
+        for name in ("loss", "kl", "ce", "grad_norm", "student_mass", "lr"):
+            assert left[name] == pytest.approx(right[name], rel=1e-5), (left["step"], name)
+    assert one[0]["grad_norm"] > 0.5  # was clipped
+    students = [
+        AutoModelForCausalLM.from_pretrained(config.out / "model").state_dict()
+        for config in (whole, sharded)
+    ]
+    for name, value in students[0].items():
+        torch.testing.assert_close(value, students[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_sharding_over_one_process_is_refused(tmp_path):
+    cache = make_cache(tmp_path / "cache", make_traces(4))
+    config = TrainConfig(
+        cache=(cache,), student=make_student(tmp_path / "student"), out=tmp_path / "run",
+        sharding="full",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="there is one process; start several"):
+        train(config)
