@@ -1,10 +1,11 @@
 """Teachers and students for the tests of the loss."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
+import reference
 import torch
 
-from student_train.losses import TeacherTargets
+from student_train.losses import TeacherTargets, sparse_kl
 
 # Every objective that is allowed, with a mix away from the default where there is one.
 DIVERGENCES = [
@@ -73,3 +74,63 @@ def as_dtype(targets, dtype):
     return replace(
         targets, top_logits=targets.top_logits.to(dtype), tail_logit=targets.tail_logit.to(dtype)
     )
+
+
+def on_device(targets, device):
+    """The same teacher on another device."""
+    values = {item.name: getattr(targets, item.name).to(device) for item in fields(targets)}
+    return TeacherTargets(**values)
+
+
+def distillation_case(dtype, distance, sharpness, *, num_vocab=1003, seed=0):
+    """Operands in dtype, and a teacher at about this KL from the student before sharpening."""
+    num_rows, hidden_size = 48, 32
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_rows, hidden_size, generator=generator, dtype=torch.float64)
+    weight = torch.randn(num_vocab, hidden_size, generator=generator, dtype=torch.float64)
+    hidden, weight = hidden.to(dtype), (weight * 3 / hidden_size**0.5).to(dtype)
+    logits = hidden.double() @ weight.double().T
+    noise = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+    k = torch.randint(1, 65, (num_rows,), generator=generator)
+    # A second-order expansion: noise of variance v is a KL of v / 2.
+    targets = targets_of(logits + (2 * distance) ** 0.5 * noise, k)
+    return hidden, (weight.double() * sharpness).to(dtype), targets
+
+
+def errors_and_yardstick(hidden, weight, targets):
+    """Relative errors of our losses and their two gradients, and what each may be at most.
+
+    The yardstick is the plain formula in the same dtype on the same device.
+    """
+    token_weight = torch.full((len(hidden),), 1 / len(hidden), device=hidden.device)
+
+    def plain(hidden, weight):
+        losses = reference.plain_bucket_kl((hidden @ weight.T).float(), targets)
+        return losses, losses.mean()
+
+    def plain_float64(hidden, weight):
+        losses = reference.plain_bucket_kl(hidden @ weight.T, targets)
+        return losses, losses.mean()
+
+    def ours(hidden, weight):
+        output = sparse_kl(hidden, weight, targets, token_weight)
+        return output.kl, output.loss
+
+    truth = _losses_and_gradients(plain_float64, hidden.double(), weight.double())
+    yardstick = _relative_errors(_losses_and_gradients(plain, hidden, weight), truth)
+    errors = _relative_errors(_losses_and_gradients(ours, hidden, weight), truth)
+    return errors, [2 * error + torch.finfo(hidden.dtype).eps / 4 for error in yardstick]
+
+
+def _losses_and_gradients(function, hidden, weight):
+    hidden = hidden.detach().clone().requires_grad_()
+    weight = weight.detach().clone().requires_grad_()
+    losses, loss = function(hidden, weight)
+    return [losses.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+
+def _relative_errors(values, truths):
+    return [
+        float((value.double() - truth).norm() / truth.norm())
+        for value, truth in zip(values, truths, strict=True)
+    ]

@@ -96,7 +96,7 @@ def plain_bucket_kl(logits, targets):
 
     The yardstick of accuracy: dense log-softmax, tail by log-sum-exp over the masked rest.
     """
-    kept = torch.arange(targets.top_ids.shape[1]) < targets.k[:, None]
+    kept = torch.arange(targets.top_ids.shape[1], device=logits.device) < targets.k[:, None]
     log_q = torch.log_softmax(logits, dim=1)
     masked = log_q.clone()
     for n, k in enumerate(targets.k.tolist()):

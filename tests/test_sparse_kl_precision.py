@@ -6,70 +6,24 @@ would be too wide near the teacher and too narrow far from it.
 
 import loss_cases
 import pytest
-import reference
 import torch
 
 from student_train.losses import sparse_kl, sparse_kl_per_token
-
-NUM_ROWS, NUM_VOCAB, HIDDEN_SIZE = 48, 1003, 32
-
-
-def distillation_case(dtype, distance, sharpness, seed=0):
-    """Operands in dtype, and a teacher at about this KL from the student before sharpening."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(NUM_ROWS, HIDDEN_SIZE, generator=generator, dtype=torch.float64)
-    weight = torch.randn(NUM_VOCAB, HIDDEN_SIZE, generator=generator, dtype=torch.float64)
-    hidden, weight = hidden.to(dtype), (weight * 3 / HIDDEN_SIZE**0.5).to(dtype)
-    logits = hidden.double() @ weight.double().T
-    noise = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
-    k = torch.randint(1, 65, (NUM_ROWS,), generator=generator)
-    # A second-order expansion: noise of variance v is a KL of v / 2.
-    targets = loss_cases.targets_of(logits + (2 * distance) ** 0.5 * noise, k)
-    return hidden, (weight.double() * sharpness).to(dtype), targets
-
-
-def gradients_of(function, hidden, weight):
-    hidden = hidden.detach().clone().requires_grad_()
-    weight = weight.detach().clone().requires_grad_()
-    loss = function(hidden, weight).mean()
-    return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
-
-
-def relative_errors(values, truths):
-    return [
-        float((value.double() - truth).norm() / truth.norm())
-        for value, truth in zip(values, truths, strict=True)
-    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sharpness", [1, 3])
 @pytest.mark.parametrize("distance", [1, 1e-2, 1e-4])
 def test_error_is_at_most_twice_that_of_the_plain_formula(dtype, distance, sharpness):
-    hidden, weight, targets = distillation_case(dtype, distance, sharpness)
-    token_weight = torch.full((NUM_ROWS,), 1 / NUM_ROWS)
-
-    def plain(hidden, weight):
-        return reference.plain_bucket_kl((hidden @ weight.T).float(), targets)
-
-    def plain_float64(hidden, weight):
-        return reference.plain_bucket_kl(hidden @ weight.T, targets)
-
-    def ours(hidden, weight):
-        return sparse_kl(hidden, weight, targets, token_weight).loss
-
-    truth = gradients_of(plain_float64, hidden.double(), weight.double())
-    yardstick = relative_errors(gradients_of(plain, hidden, weight), truth)
-    errors = relative_errors(gradients_of(ours, hidden, weight), truth)
-    epsilon = torch.finfo(dtype).eps
-    for error, allowed in zip(errors, yardstick, strict=True):
-        assert error <= 2 * allowed + epsilon / 4
+    case = loss_cases.distillation_case(dtype, distance, sharpness)
+    errors, allowed = loss_cases.errors_and_yardstick(*case)
+    assert all(error <= limit for error, limit in zip(errors, allowed, strict=True))
     if dtype == torch.bfloat16:
         assert max(errors[1:]) < 3e-3  # the rounding of the results alone is 2e-3
 
 
 def test_a_small_divergence_is_not_drowned_by_rounding():
-    hidden, weight, targets = distillation_case(torch.float32, 1e-6, 1)
+    hidden, weight, targets = loss_cases.distillation_case(torch.float32, 1e-6, 1)
     got = sparse_kl_per_token(hidden, weight, targets).kl.double()
     truth = sparse_kl_per_token(
         hidden.double(), weight.double(), loss_cases.as_dtype(targets, torch.float64)
