@@ -225,6 +225,9 @@ ON_CUDA: dict[str, tuple[Variant, Variant | None]] = {
 }
 
 
+NEEDED = ("sparse_kl", "naive", "chunked_ce")  # for the ratios
+
+
 def available(device: str) -> dict[str, tuple[Variant, Variant | None]]:
     found = dict(VARIANTS)
     if not hasattr(F, "linear_cross_entropy"):
@@ -302,8 +305,10 @@ def in_float64(targets: TeacherTargets) -> TeacherTargets:
     return replace(targets, top_logits=top_logits, tail_logit=tail_logit)
 
 
-def measure(sizes: Sizes, repeats: int) -> list[dict[str, object]]:
-    case, variants = make_case(sizes), available(sizes.device)
+def measure(
+    sizes: Sizes, repeats: int, variants: dict[str, tuple[Variant, Variant | None]]
+) -> list[dict[str, object]]:
+    case = make_case(sizes)
     times: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + 1):
         for name, (step, _) in variants.items():
@@ -359,6 +364,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--kept", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    others = [name for name in (*VARIANTS, *ON_CUDA) if name not in NEEDED]
+    parser.add_argument("--without", nargs="+", choices=others, default=[], metavar="VARIANT")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # a CPU run starts itself with it
     return parser.parse_args()
@@ -369,6 +376,8 @@ def main() -> None:
     on_cuda = arguments.device == "cuda"
     dtype = arguments.dtype or ("bfloat16" if on_cuda else "float32")
     tokens = arguments.tokens or (8192 if on_cuda else 1024)
+    variants = available(arguments.device)
+    variants = {name: v for name, v in variants.items() if name not in arguments.without}
     hidden_sizes = arguments.hidden or ([1024, 2048, 4096] if on_cuda else [512])
     tables = []
     for hidden in hidden_sizes:
@@ -377,7 +386,7 @@ def main() -> None:
             step, _ = available(sizes.device)[arguments.memory_of]
             print(peak_extra_bytes(step, make_case(sizes)))
             return
-        rows = measure(sizes, arguments.repeats)
+        rows = measure(sizes, arguments.repeats, variants)
         print_table(sizes, rows)
         tables.append({**vars(sizes), "rows": rows})
     if arguments.json is not None:

@@ -1,0 +1,166 @@
+"""The report for a GPU machine: what is kept of steps that end badly, and that all of it works."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import gpu_report  # noqa: E402 (it lies beside the scripts that it runs)
+import gpu_report_parts  # noqa: E402
+
+Figure = gpu_report_parts.Figure
+
+
+def make_step(tmp_path, code, *, limit_s=60, **settings):
+    """A step that runs this code, `out` being where its results go."""
+    script = tmp_path / "step.py"
+    script.write_text(f"import sys, json\nout = sys.argv[-1]\n{code}\n")
+    return gpu_report_parts.Step(
+        "loss", "a step", str(script), (), limit_s, lambda result: [Figure("x", str(result["x"]))],
+        **settings,
+    )  # fmt: skip
+
+
+WRITES = "open(out, 'w').write(json.dumps({'x': 7}))"
+
+
+def test_a_step_that_ends_well_gives_its_figures(tmp_path):
+    outcome = gpu_report.run_step(make_step(tmp_path, WRITES), tmp_path, 100)
+    assert (outcome.status, outcome.figures) == ("done", [Figure("x", "7")])
+    assert outcome.result == {"x": 7}
+
+
+def test_a_result_may_come_on_stdout_after_other_lines(tmp_path):
+    step = make_step(tmp_path, """print('so'); print('{"x": 7}')""", is_json_on_stdout=True)
+    outcome = gpu_report.run_step(step, tmp_path, 100)
+    assert (outcome.status, outcome.figures) == ("done", [Figure("x", "7")])
+
+
+def test_a_crash_is_reported_by_its_last_line_and_keeps_what_was_written(tmp_path):
+    crash = f"{WRITES}\nprint('no memory', file=sys.stderr)\nimport os; os.abort()"
+    outcome = gpu_report.run_step(make_step(tmp_path, crash), tmp_path, 100)
+    assert outcome.status == "failed"
+    assert "no memory" in outcome.reason
+    assert outcome.figures == [Figure("x", "7")]
+
+
+def test_a_step_that_hangs_is_ended_with_its_children_and_keeps_what_was_written(tmp_path):
+    hang = (
+        f"{WRITES}\nimport subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        "open(out + '.pid', 'w').write(str(child.pid))\ntime.sleep(600)"
+    )
+    outcome = gpu_report.run_step(make_step(tmp_path, hang, limit_s=1), tmp_path, 100)
+    assert (outcome.status, outcome.figures) == ("out of time", [Figure("x", "7")])
+    (pid_file,) = tmp_path.glob("*.pid")
+    child = int(pid_file.read_text())
+    for _ in range(100):
+        if not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the child of the step lives on")
+
+
+def test_a_result_of_an_earlier_report_is_not_taken_for_one_of_this(tmp_path):
+    gpu_report.run_step(make_step(tmp_path, WRITES), tmp_path, 100)
+    outcome = gpu_report.run_step(make_step(tmp_path, "raise SystemExit(3)"), tmp_path, 100)
+    assert (outcome.status, outcome.figures) == ("failed", [])
+
+
+def test_a_step_that_ends_well_without_a_result_has_failed(tmp_path):
+    outcome = gpu_report.run_step(make_step(tmp_path, "pass"), tmp_path, 100)
+    assert outcome.status == "failed"
+    assert "result cannot be read" in outcome.reason
+
+
+def test_what_is_not_installed_or_has_no_time_left_is_said_and_not_run(tmp_path):
+    missing = make_step(tmp_path, WRITES, needs=("json", "no_such_module_here"))
+    outcome = gpu_report.run_step(missing, tmp_path, 100)
+    assert (outcome.status, outcome.reason) == ("not run", "no_such_module_here not installed")
+    outcome = gpu_report.run_step(make_step(tmp_path, WRITES), tmp_path, 2)
+    assert (outcome.status, outcome.reason) == ("not run", "no time left")
+
+
+def test_both_files_hold_every_figure_its_goal_and_what_went_wrong(tmp_path):
+    outcomes = [
+        gpu_report.Outcome("loss", "a", "done", figures=[Figure("ms", "30", "<= 27", False)]),
+        gpu_report.Outcome("train", "b", "out of time", "after 45 s"),
+    ]
+    gpu_report.write(tmp_path, {"device": "H200", "torch": "2.11"}, outcomes)
+    report = json.loads((tmp_path / "gpu_report.json").read_text())
+    assert report["about"] == {"device": "H200", "torch": "2.11"}
+    assert report["steps"][0]["figures"][0]["is_met"] is False
+    table = (tmp_path / "gpu_report.md").read_text().splitlines()
+    assert table[0] == "device H200, torch 2.11"
+    assert table[4:] == [
+        "| loss | ms | 30 | <= 27: MISSED |",
+        "| train | b | out of time: after 45 s |  |",
+    ]
+
+
+def test_every_option_that_a_gpu_machine_will_be_given_exists():
+    scripts = {}
+    for step in gpu_report_parts.steps(smoke=False):
+        options = {argument for argument in step.arguments if argument.startswith("--")}
+        scripts.setdefault(step.script, set()).update(options | {"--json"})
+    for script, options in scripts.items():
+        known = (ROOT / script).read_text()
+        assert {option for option in options if f'"{option}"' not in known} == set()
+    assert {step.part for step in gpu_report_parts.steps(smoke=False)} == set(gpu_report.PARTS)
+
+
+def test_goals_belong_to_the_sizes_they_were_set_for():
+    table = {"tokens": 8192, "hidden": 2048}
+    row = {"ms": 26.0, "peak_extra_bytes": 2**31, "grad_rel_error": 1e-3,
+           "time_ratio_vs_plain_ce": 1.0, "time_ratio_vs_naive": 0.5}  # fmt: skip
+    rows = [{"name": "sparse_kl", **row}, {"name": "naive", **row}]
+    full = gpu_report_parts._loss({"tables": [table | {"rows": rows}]})
+    assert [figure.is_met for figure in full] == [True, False, True, True, True]
+    other = gpu_report_parts._loss({"tables": [table | {"hidden": 1024, "rows": rows}]})
+    assert [figure.is_met for figure in other] == [None, None, True, True, True]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")
+def test_the_whole_report_runs_on_a_cpu_in_small(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "tools/gpu_report.py", "--smoke", "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    report = json.loads((tmp_path / "gpu_report.json").read_text())
+    assert {(s["part"], s["status"], s["reason"]) for s in report["steps"]} == {
+        (part, "done", "") for part in gpu_report.PARTS
+    }
+    assert all(step["figures"] for step in report["steps"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    for step in report["steps"]:
+        for figure in step["figures"]:
+            assert figure["is_met"] in (None, True), figure
+            assert figure["what"] in done.stdout.replace("\n", " ")
+
+
+def test_without_cuda_the_report_says_what_to_do():
+    done = subprocess.run(
+        [sys.executable, "tools/gpu_report.py", "--only", "checks"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--smoke runs small sizes on the CPU" in done.stderr
