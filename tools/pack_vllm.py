@@ -26,7 +26,6 @@ vLLM.
 from __future__ import annotations
 
 import argparse
-import base64
 import csv
 import fnmatch
 import hashlib
@@ -37,7 +36,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from email.parser import HeaderParser
 from pathlib import Path
@@ -58,13 +57,16 @@ LEFT_OUT_FILES = {
     "headers": ("vllm/third_party/*.h", "vllm/third_party/*.hpp", "vllm/third_party/*.cuh"),
 }
 
-# Kernels and compilers of attention, quantisation and experts that a dense bfloat16 model does not
-# reach, media, remote loading and tracing. vLLM imports each of them only where it is used.
+# What a dense bfloat16 model does not reach: kernels and compilers for attention, quantisation and
+# experts, media, other companies' interfaces, loading from afar, tracing. vLLM 0.32 imports each
+# of them only where it is used.
 LEFT_OUT_PACKAGES = (
-    "apache-tvm-ffi", "fastsafetensors", "flashinfer-cubin", "flashinfer-python",
-    "humming-kernels", "instanttensor", "nvidia-cudnn-frontend", "nvidia-cutlass-dsl",
-    "nvidia-cutlass-dsl-libs-base", "pynvvideocodec", "quack-kernels", "tilelang",
-    "tokenspeed-mla", "torch", "torchaudio", "torchcodec", "torchvision",
+    "anthropic", "fastsafetensors", "flashinfer-cubin", "flashinfer-python", "humming-kernels",
+    "instanttensor", "llvmlite", "mcp", "mistral-common", "numba", "nvidia-cudnn-frontend",
+    "nvidia-cutlass-dsl", "opencv-python-headless", "opentelemetry-api",
+    "opentelemetry-exporter-otlp", "opentelemetry-sdk", "opentelemetry-semantic-conventions-ai",
+    "pynvvideocodec", "quack-kernels", "tilelang", "tokenspeed-mla", "torch", "torchaudio",
+    "torchcodec", "torchvision",
 )  # fmt: skip
 
 
@@ -78,7 +80,7 @@ class Target:
 
     @property
     def pip_options(self) -> list[str]:
-        """pip takes platforms by name only, not as a range."""
+        """The platforms one by one: pip takes no range."""
         names = [f"manylinux_2_{n}_{self.machine}" for n in range(self.glibc_minor, 4, -1)]
         names += [f"manylinux2014_{self.machine}", f"manylinux1_{self.machine}"]
         platforms = [f"--platform={name}" for name in (*names, f"linux_{self.machine}")]

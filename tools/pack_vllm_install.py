@@ -15,12 +15,23 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import IO, Any
 
 HERE = Path(__file__).resolve().parent
-IMPORT = "import vllm, torch; print('vLLM', vllm.__version__, 'imports; torch', torch.__version__)"
+# `import vllm` alone loads next to nothing of it, and its kernels want the driver's library.
+IMPORT = """
+import torch, vllm
+from vllm import EngineArgs, LLMEngine, SamplingParams
+found = ["vLLM", vllm.__version__, "imports with torch", torch.__version__]
+if torch.cuda.is_available():
+    import vllm.platforms.cuda
+    torch.ops._C.rms_norm
+    found.append("and its kernels load")
+print(*found)
+"""
 
 
-def join(pieces, joined):
+def join(pieces: list[dict[str, Any]], joined: IO[bytes]) -> None:
     """Write the pieces one after the other into an open file, each checked."""
     for piece in pieces:
         file = HERE / piece["name"]
@@ -33,7 +44,7 @@ def join(pieces, joined):
     joined.seek(0)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=Path, help="folder to install into, for PYTHONPATH")
     target = parser.parse_args().target
