@@ -31,15 +31,17 @@ def test_the_kernels_equal_float64_and_pytorch_in_the_interpreter():
 
 # Triton says so of a default of its own.
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
-@pytest.mark.parametrize("out", ["bf16", "fp32"])
-def test_the_kernels_compile_for_a_gpu_that_is_not_here(monkeypatch, tmp_path, out):
+@pytest.mark.parametrize(
+    ("logits", "out"), [("fp32", "bf16"), ("fp32", "fp16"), ("fp32", "fp32"), ("fp64", "fp64")]
+)
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(monkeypatch, tmp_path, logits, out):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     hopper = GPUTarget("cuda", 90, 32)
     constants = {"temperature": 2.0, "softcap": 30.0, "block": 8192}
     types = {"out": f"*{out}", "stride": "i32", "out_stride": "i32", "width": "i32"}
     for kernel in (triton_rows._sum_tails, triton_rows._weight_softmax):
         used = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+        signature = {name: types.get(name, f"*{logits}") for name in kernel.arg_names}
         signature.update(dict.fromkeys(used, "constexpr"))
         source = ASTSource(kernel, signature, used)
         compiled = triton.compile(source, target=hopper, options={"num_warps": 16})

@@ -66,8 +66,10 @@ def run(
     wanted: Wanted,
 ) -> tuple[RowResults, Gradients]:
     """Results of all rows and, where `wanted`, gradients of their sum weighted by row_weight_N."""
-    # Products of chosen dtypes are made here; autocast must not round them once more.
-    with torch.autocast(hidden_ND.device.type, enabled=False):
+    # Products of chosen dtypes are made here; autocast must not round them once more. Unlike
+    # PyTorch, Triton launches on the current GPU, wherever its tensors are.
+    current = torch.cuda.device_of(hidden_ND)  # type: ignore[no-untyped-call]  # torch has no types
+    with current, torch.autocast(hidden_ND.device.type, enabled=False):
         head = Head(hidden_ND, weight_VD, bias_V, problem.compute_dtype, wanted)
         exponent = None
         if row_weight_N is not None:
