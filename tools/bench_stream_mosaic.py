@@ -1,0 +1,108 @@
+"""The part of bench_stream.py that needs `mosaicml-streaming`, numpy and pyarrow, none of ours.
+
+python bench_stream_mosaic.py write TRACES.arrow FOLDER [COMPRESSION]
+python bench_stream_mosaic.py read FOLDER LEAD_SPAN     # prints figures as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+COLUMNS = {
+    "token_ids": "int32", "k": "uint8", "top_ids": "int32", "top_logits": "float32",
+    "tail_logit": "float32",
+}  # fmt: skip
+
+
+class Delivered:
+    """Counts what a reader delivered, the same whatever its order."""
+
+    def __init__(self) -> None:
+        self.num_tokens = self.num_entries = self.checksum = 0
+
+    def add(self, arrays: dict[str, NDArray[Any]]) -> None:
+        """Take one trace's arrays."""
+        self.num_tokens += len(arrays["token_ids"])
+        self.num_entries += len(arrays["top_ids"])
+        # A part of every column is enough to tell that they are the right ones, and cheap.
+        for name, dtype in COLUMNS.items():
+            part = np.ascontiguousarray(arrays[name][-64:]).astype(dtype, copy=False)
+            self.checksum += zlib.crc32(part.tobytes())
+
+    def figures(self) -> dict[str, int]:
+        """What came, and the peak of this process's memory."""
+        status = Path("/proc/self/status").read_text()
+        return {
+            "num_tokens": self.num_tokens,
+            "num_entries": self.num_entries,
+            "checksum": self.checksum,
+            "peak_rss_bytes": int(status.partition("VmHWM:")[2].split()[0]) * 1024,
+        }
+
+
+def write(source: Path, folder: Path, compression: str | None) -> None:
+    from streaming import MDSWriter
+
+    columns = {name: f"ndarray:{dtype}" for name, dtype in COLUMNS.items()}
+    with (
+        pa.ipc.open_file(pa.memory_map(str(source))) as reader,
+        MDSWriter(out=str(folder), columns=columns, compression=compression) as writer,
+    ):
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            for row in range(batch.num_rows):
+                writer.write(
+                    {
+                        name: batch[name][row].values.to_numpy().astype(d)
+                        for name, d in COLUMNS.items()
+                    }
+                )
+
+
+def read(folder: Path, lead_span: float) -> dict[str, Any]:
+    from streaming import StreamingDataset
+
+    with tempfile.TemporaryDirectory() as local:
+        # As from a remote: what is compressed is copied and unpacked once, here.
+        compressed = any(folder.glob("*.zstd"))
+        place = {"remote": str(folder), "local": local} if compressed else {"local": str(folder)}
+        delivered = Delivered()
+        before, start_s, start_cpu_s = bytes_asked_for(), time.perf_counter(), time.process_time()
+        for sample in StreamingDataset(**place, batch_size=16, shuffle=False):
+            keep = max(1, int(len(sample["k"]) * lead_span))
+            num_entries = int(sample["k"][:keep].sum(dtype=np.int64))
+            per_entry = ("top_ids", "top_logits")
+            delivered.add(
+                {
+                    name: sample[name][: num_entries if name in per_entry else keep]
+                    for name in COLUMNS
+                }
+            )
+        return {
+            "wall_s": time.perf_counter() - start_s,
+            "cpu_s": time.process_time() - start_cpu_s,
+            "num_bytes": bytes_asked_for() - before,
+            **delivered.figures(),
+        }
+
+
+def bytes_asked_for() -> int:
+    return int(Path("/proc/self/io").read_text().partition("rchar: ")[2].split()[0])
+
+
+if __name__ == "__main__":
+    command, *arguments = sys.argv[1:]
+    if command == "write":
+        write(Path(arguments[0]), Path(arguments[1]), arguments[2] or None)
+    else:
+        print(json.dumps(read(Path(arguments[0]), float(arguments[1]))))
