@@ -133,6 +133,14 @@ def micro_batches(
     ]
 
 
+def one_micro_batch(traces: Sequence[Trace], selection: TokenSelection) -> MicroBatch:
+    """All traces in one micro-batch, a row each however unlike they are; every token weighs 1."""
+    parts = [_part(trace, selection, None, None) for trace in traces]
+    rows = [[part] for part in parts if len(part.valid)]
+    rows.sort(key=lambda row: -row[0].length)
+    return _collate(rows, per_trace=False, is_flat=False) if rows else empty_micro_batch()
+
+
 def _part(
     trace: Trace, selection: TokenSelection, mask: RandomMask | None, num_ids: int | None
 ) -> _Part:
