@@ -109,6 +109,18 @@ class SweepConfig:
         """What every evaluation is told."""
         return _read_options(self.evaluate_options, EvaluateConfig, _SET_BY_EVALUATION)
 
+    def command(self) -> list[str]:
+        """The command that makes this call, wherever and however its cells are run."""
+        words = ["train-student", "sweep"]
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value == item.default or item.name in ("worker", "parallel"):
+                continue
+            words.append(f"--{item.name.replace('_', '-')}")
+            if value is not True:
+                words.append(in_one_text(value))
+        return words
+
     def train_config(self, cell: "Cell") -> TrainConfig:
         """A cell's run, checked; its folder is the caller's."""
         options = {**self.train_options, **(cell.options or {}), "seed": cell.seed or 0}
@@ -160,6 +172,13 @@ class Cell:
                 if item.name in options
             }
         )
+
+
+def in_one_text(value: object) -> str:
+    """A value as the command line takes it: lists with commas, sets in them with plus signs."""
+    if isinstance(value, tuple):
+        return ",".join("+".join(v) if isinstance(v, tuple) else in_one_text(v) for v in value)
+    return str(value)
 
 
 def _group_name(options: Mapping[str, Any]) -> str:

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from student_train.batch import MicroBatch
+from student_train.batch import MicroBatch, micro_batches
 from student_train.forward import StudentWithLoss
-from student_train.student import output_layer
+from student_train.selection import TokenSelection
+from student_train.student import head_of, load_model, output_layer
+from teacher_cache.format import Cache
 
 FORMULA = (
     "6 x weights x positions + 6 x layers x heads x head size x sum of (positions of a trace)^2 "
@@ -79,6 +81,51 @@ def counted_flops(student: StudentWithLoss, batch: MicroBatch) -> int:
         torch.autograd.backward(loss)
     student.zero_grad()
     return int(counter.get_total_flops())
+
+
+@dataclass(frozen=True)
+class FlopComparison:
+    """The same forward and backward, by formula and as counted."""
+
+    num_positions: int
+    by_formula: int
+    counted: int
+
+
+def compare_flops(
+    name: str, cache: Cache, selections: Sequence[TokenSelection]
+) -> list[FlopComparison]:
+    """Count the work on the first trace of a cache, for every selection; on the CPU.
+
+    Args:
+        name: Of the student.
+        cache: With a trace.
+        selections: Of its tokens.
+    """
+    model, _ = load_model(name, dtype=torch.float32)
+    model.set_attn_implementation("eager")
+    student, formula = StudentWithLoss(model, head_of(model), ce_weight=0.5), FlopFormula.of(model)
+    shard, row = cache.traces[0]
+    whole = cache.num_held(cache.shards[shard].traces[row])
+    trace = cache.read(shard, {row: whole})[row]
+    compared = []
+    for selection in selections:
+        batches = micro_batches([trace], selection, batch_tokens=whole, normalise="tokens")
+        compared.append(
+            FlopComparison(
+                sum(sum(batch.num_positions) for batch in batches),
+                sum(formula.flops(batch.num_positions, batch.num_valid) for batch in batches),
+                sum(counted_flops(student, batch) for batch in batches),
+            )
+        )
+    return compared
+
+
+def count_parameters(name: str) -> int:
+    """Of a model, without its weights being loaded."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _addmm_flops(total: torch.Size, left: torch.Size, right: torch.Size, **_others: object) -> int:

@@ -1,40 +1,34 @@
-"""`train-student sweep`: runs the cells, each a normal run and its evaluation in its own folder.
+"""`train-student sweep`: which cells are to be run, and the report of all that are finished.
 
-OUT/sweep.json                 what all cells have in common
-OUT/cells/NAME/run/            a run, as `train-student run` makes it
-OUT/cells/NAME/log.txt         what it and its evaluation said
-OUT/cells/NAME/completions.jsonl, evaluation.json
-OUT/cells/NAME/result.json     all figures of the cell; there when it is finished
-OUT/cells/NAME/failed.txt      why the last try failed
+OUT/sweep.json      what all cells have in common, and the calls that were made
+OUT/flops.json      FLOPs by formula and as PyTorch counts them
+OUT/cells/NAME/     a cell; see cell_run
 OUT/results.csv, report.png, report.html
 """
 
 import hashlib
 import json
 import logging
-import shlex
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from student_train.cell_run import Children, cell_folder, is_finished, run_cell, write_json
 from student_train.cells import FULL, Cell, SweepConfig
-from student_train.costs import span_costs
 from student_train.data import open_data
 from student_train.errors import InterruptedRunError
+from student_train.flops import compare_flops, count_parameters
 from student_train.prompts import Prompt, prompt_ids, read_prompts, seen_in
+from student_train.report import write_report
+from student_train.selection import TokenSelection
 from student_train.student import load_tokenizer
 from teacher_cache.format import Cache, open_cache, parse_worker
 
 logger = logging.getLogger(__name__)
 
-PROGRAM = (sys.executable, "-m", "student_train.cli")
+_LARGEST_COUNTED = 1e9  # parameters
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,7 @@ class SweepResult:
 
     num_finished: int  # cells of this call, those of earlier calls included
     failed: tuple[str, ...]  # names
-    is_complete: bool  # no cell of this call is left to other workers
+    answer: str  # of all cells of the folder
 
 
 def sweep(config: SweepConfig) -> SweepResult:
@@ -62,6 +56,8 @@ def sweep(config: SweepConfig) -> SweepResult:
     )
     cache = data.sources[0].cache
     cells = list(config.cells(config.num_steps(data.num_traces)))
+    if not cells:
+        raise ValueError("nothing to run: no lead span, token budget or baseline is named")
     _check_cells(config, cells, cache)
     prompts = list(read_prompts(config.eval_prompts, config.eval_options.get("group_by")))
     if not prompts:
@@ -70,7 +66,7 @@ def sweep(config: SweepConfig) -> SweepResult:
         _refuse_seen_prompts(config, prompts, cache)
     _describe(config, cache)
     mine = _part(cells, config.worker)
-    unfinished = [cell for cell in mine if not _is_finished(config, cell)]
+    unfinished = [cell for cell in mine if not is_finished(config, cell)]
     where = "" if len(mine) == len(cells) else f" (worker {config.worker})"
     logger.info("%d cells, %d of them to run here%s", len(cells), len(unfinished), where)
     if not any(cell.group == FULL for cell in cells) and not _has_group(config, FULL):
@@ -79,12 +75,11 @@ def sweep(config: SweepConfig) -> SweepResult:
             "or full to --baselines"
         )
     _run_all(config, unfinished, cache)
-    left = [cell for cell in cells if not _is_finished(config, cell)]
-    failed = tuple(c.name for c in left if _folder(config, c).joinpath("failed.txt").exists())
-    return SweepResult(len(cells) - len(left), failed, is_complete=len(left) == len(failed))
-
-
-# --- before a cell runs ------------------------------------------------------------------------
+    left = [cell for cell in cells if not is_finished(config, cell)]
+    failed = tuple(c.name for c in left if cell_folder(config, c).joinpath("failed.txt").exists())
+    _compare_flops(config, cache)
+    answer = write_report(config.out, cache.header.to_json())
+    return SweepResult(len(cells) - len(left), failed, answer)
 
 
 def _check_cells(config: SweepConfig, cells: Sequence[Cell], cache: Cache) -> None:
@@ -130,17 +125,20 @@ def _describe(config: SweepConfig, cache: Cache) -> None:
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
         moved = {"cache", "student", "eval_prompts", "eval_cache"}  # they may lie elsewhere now
+        calls = before.get("calls", [])
         for name in facts.keys() - moved:
             if before.get(name) != facts[name]:
                 raise ValueError(
                     f"{config.out} holds another sweep ({name}: {before.get(name)!r} before, "
                     f"{facts[name]!r} now). Name another --out, or repeat that sweep's settings."
                 )
+        if config.command() not in calls:
+            write_json(file, {**before, "calls": [*calls, config.command()]})
         return
     if config.out.exists() and any(config.out.iterdir()):
         raise ValueError(f"{config.out}: expected an empty folder or a sweep's, found other files")
     config.out.mkdir(parents=True, exist_ok=True)
-    _write_json(file, facts)
+    write_json(file, {**facts, "calls": [config.command()]})
 
 
 def _part(cells: Sequence[Cell], worker: str) -> Sequence[Cell]:
@@ -154,41 +152,10 @@ def _has_group(config: SweepConfig, group: str) -> bool:
     return any((config.out / "cells").glob(f"{group}_seed-*/result.json"))
 
 
-def _is_finished(config: SweepConfig, cell: Cell) -> bool:
-    return (_folder(config, cell) / "result.json").exists()
-
-
-# --- a cell --------------------------------------------------------------------------------------
-
-
-def run_command(config: SweepConfig, cell: Cell) -> list[str]:
-    """Arguments of `train-student` for a cell's run."""
-    arguments = ["run", "--cache", config.cache, "--student", config.student]
-    arguments += ["--out", str(_folder(config, cell) / "run")]
-    if config.run_options is not None:
-        arguments += ["--config", str(config.run_options)]
-    for name, value in (cell.options or {}).items():
-        text = ",".join(value) if isinstance(value, tuple) else f"{value}"
-        arguments += [f"--{name.replace('_', '-')}", text]
-    return [*arguments, "--seed", str(cell.seed)]
-
-
-def evaluate_command(config: SweepConfig, cell: Cell) -> list[str]:
-    """Arguments of `train-student` for a cell's evaluation."""
-    folder = _folder(config, cell)
-    model = config.student if cell.options is None else str(folder / "run" / "model")
-    arguments = ["evaluate", "--model", model, "--prompts", str(config.eval_prompts), "--json"]
-    if config.eval_cache is not None:
-        arguments += ["--cache", config.eval_cache]
-    if config.evaluate_options is not None:
-        arguments += ["--config", str(config.evaluate_options)]
-    return [*arguments, "--completions", str(folder / "completions.jsonl")]
-
-
 def _run_all(config: SweepConfig, cells: Sequence[Cell], cache: Cache) -> None:
     started_s = time.monotonic()
-    with _Children() as children, ThreadPoolExecutor(config.parallel) as pool:
-        running = {pool.submit(_run_cell, config, cell, cache, children): cell for cell in cells}
+    with Children() as children, ThreadPoolExecutor(config.parallel) as pool:
+        running = {pool.submit(run_cell, config, cell, cache, children): cell for cell in cells}
         for number, done in enumerate(as_completed(running), start=1):
             if children.stopped_by:
                 continue
@@ -204,104 +171,15 @@ def _run_all(config: SweepConfig, cells: Sequence[Cell], cache: Cache) -> None:
         )
 
 
-def _run_cell(config: SweepConfig, cell: Cell, cache: Cache, children: "_Children") -> str:
-    """Run what is missing of a cell; a line that says what came of it."""
-    folder = _folder(config, cell)
-    folder.mkdir(parents=True, exist_ok=True)
-    commands = [evaluate_command(config, cell)]
-    if cell.options is not None:
-        commands.insert(0, run_command(config, cell))
-    with (
-        (folder / "log.txt").open("a", encoding="utf-8") as log,
-        (folder / "evaluation.json").open("w", encoding="utf-8") as answer,
-    ):
-        for command in commands:
-            out = log if command[0] == "run" else answer
-            if (code := children.run(command, log.fileno(), out.fileno())) != 0:
-                return _failed(folder, code)
-    result = _result(config, cell, cache, commands)
-    _write_json(folder / "result.json", result)
-    (folder / "failed.txt").unlink(missing_ok=True)
-    return f"accuracy {result['evaluation']['answers']['accuracy']:.1%}"
-
-
-def _failed(folder: Path, code: int) -> str:
-    lines = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()
-    reason = f"exit code {code}: {lines[-1] if lines else 'it said nothing'}"
-    (folder / "failed.txt").write_text(reason + "\n", encoding="utf-8")
-    return f"FAILED ({reason}); see {folder / 'log.txt'}"
-
-
-def _result(
-    config: SweepConfig, cell: Cell, cache: Cache, commands: Sequence[Sequence[str]]
-) -> dict[str, Any]:
-    folder = _folder(config, cell)
-    result: dict[str, Any] = {
-        "cell": cell.name,
-        "group": cell.group,
-        "kind": cell.kind,
-        "seed": cell.seed,
-        "options": cell.options,
-        "commands": [shlex.join(["train-student", *command]) for command in commands],
-        "evaluation": json.loads((folder / "evaluation.json").read_text(encoding="utf-8")),
-    }
-    if cell.options is not None:
-        lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        run = json.loads((folder / "run" / "config.json").read_text(encoding="utf-8"))
-        result["run"] = json.loads(lines[-1])
-        result["student_fingerprint"] = run["student_fingerprint"]
-        result["costs"] = span_costs(cache, cell.selection)
-    return result
-
-
-def _folder(config: SweepConfig, cell: Cell) -> Path:
-    return config.out / "cells" / cell.name
-
-
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(file)
-
-
-class _Children:
-    """The processes of a sweep: SIGINT and SIGTERM reach them, and no further one starts."""
-
-    def __init__(self) -> None:
-        self.stopped_by: int | None = None
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._lock = threading.Lock()
-
-    def run(self, arguments: Sequence[str], log: int, stdout: int) -> int:
-        """Run `train-student` with these arguments; its exit code, or -1 if it must not start."""
-        with self._lock:
-            if self.stopped_by:
-                return -1
-            child = subprocess.Popen(
-                [*PROGRAM, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=log,
-                start_new_session=True,  # a Ctrl-C would reach it twice
-            )
-            self._running.add(child)
-        code = child.wait()
-        with self._lock:
-            self._running.discard(child)
-        return code
-
-    def _stop(self, number: int, frame: object) -> None:
-        self.stopped_by = number
-        for child in list(self._running):
-            child.terminate()  # a run writes a checkpoint and ends
-
-    def __enter__(self) -> "_Children":
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._stop)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+def _compare_flops(config: SweepConfig, cache: Cache) -> None:
+    """Once per sweep: the formula's FLOPs beside those that PyTorch counts."""
+    file = config.out / "flops.json"
+    if file.exists():
+        return
+    spans = {span: TokenSelection(span) for span in sorted({*config.lead_spans, 1.0})}
+    if count_parameters(config.student) > _LARGEST_COUNTED:
+        logger.info("FLOPs are the formula's alone: the student is too large to count on a CPU")
+        return
+    compared = compare_flops(config.student, cache, list(spans.values()))
+    rows = [{"lead_span": span, **asdict(c)} for span, c in zip(spans, compared, strict=True)]
+    write_json(file, {"rows": rows})

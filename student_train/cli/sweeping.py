@@ -132,7 +132,8 @@ def sweep_command(**options: Any) -> None:  # noqa: ANN401  # mirrors SweepConfi
     from student_train.protocol import sweep
 
     result = sweep(config)
-    click.echo(f"{config.out}: {result.num_finished} cells finished")
+    click.echo(f"{config.out / 'report.html'}: {result.num_finished} cells of this call finished")
+    click.echo(result.answer)
     for name in result.failed:
         click.echo(f"train-student: cell {name} failed", err=True)
     if result.failed:

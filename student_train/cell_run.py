@@ -1,0 +1,191 @@
+"""One cell of a sweep: a run and its evaluation, as processes of their own.
+
+OUT/cells/NAME/run/            the run, as `train-student run` makes it
+OUT/cells/NAME/log.txt         what it and its evaluation said
+OUT/cells/NAME/completions.jsonl, evaluation.json
+OUT/cells/NAME/result.json     all figures of the cell; there when it is finished
+OUT/cells/NAME/failed.txt      why the last try failed
+OUT/cells/NAME/lock            held by the processes at work here
+"""
+
+import contextlib
+import fcntl
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from student_train.cells import Cell, SweepConfig, in_one_text
+from student_train.costs import span_costs
+from teacher_cache.format import Cache
+
+PROGRAM = (sys.executable, "-m", "student_train.cli")
+
+
+def cell_folder(config: SweepConfig, cell: Cell) -> Path:
+    """Where a cell lies."""
+    return config.out / "cells" / cell.name
+
+
+def is_finished(config: SweepConfig, cell: Cell) -> bool:
+    """Whether a cell has all its figures."""
+    return (cell_folder(config, cell) / "result.json").exists()
+
+
+def run_command(config: SweepConfig, cell: Cell) -> list[str]:
+    """Arguments of `train-student` for a cell's run."""
+    arguments = ["run", "--cache", config.cache, "--student", config.student]
+    arguments += ["--out", str(cell_folder(config, cell) / "run")]
+    if config.run_options is not None:
+        arguments += ["--config", str(config.run_options)]
+    for name, value in (cell.options or {}).items():
+        arguments += [f"--{name.replace('_', '-')}", in_one_text(value)]
+    return [*arguments, "--seed", str(cell.seed)]
+
+
+def evaluate_command(config: SweepConfig, cell: Cell) -> list[str]:
+    """Arguments of `train-student` for a cell's evaluation."""
+    folder = cell_folder(config, cell)
+    model = config.student if cell.options is None else str(folder / "run" / "model")
+    arguments = ["evaluate", "--model", model, "--prompts", str(config.eval_prompts), "--json"]
+    if config.eval_cache is not None:
+        arguments += ["--cache", config.eval_cache]
+    if config.evaluate_options is not None:
+        arguments += ["--config", str(config.evaluate_options)]
+    return [*arguments, "--completions", str(folder / "completions.jsonl")]
+
+
+class Children:
+    """The processes of a sweep: SIGINT and SIGTERM reach them, and no further one starts."""
+
+    def __init__(self) -> None:
+        self.stopped_by: int | None = None
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+
+    def run(self, arguments: Sequence[str], *, stdout: int, stderr: int, lock: int) -> int:
+        """Run `train-student` with these arguments and open files.
+
+        Returns:
+            Its exit code, -1 if it must not start any more.
+        """
+        with self._lock:
+            if self.stopped_by:
+                return -1
+            child = subprocess.Popen(
+                [*PROGRAM, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                pass_fds=[lock],  # held as long as the child lives, whatever becomes of us
+                start_new_session=True,  # a Ctrl-C would reach it twice
+            )
+            self._running.add(child)
+        code = child.wait()
+        with self._lock:
+            self._running.discard(child)
+        return code
+
+    def _stop(self, number: int, frame: object) -> None:
+        with self._lock:  # so that a child that is being started is among those that run
+            self.stopped_by = number
+            for child in self._running:
+                child.terminate()  # a run writes a checkpoint and ends
+
+    def __enter__(self) -> "Children":
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def run_cell(config: SweepConfig, cell: Cell, cache: Cache, children: Children) -> str:
+    """Run what is missing of a cell.
+
+    Returns:
+        A line that says what came of it. A failure also stands in failed.txt.
+    """
+    folder = cell_folder(config, cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    commands = [evaluate_command(config, cell)]
+    if cell.options is not None:
+        commands.insert(0, run_command(config, cell))
+    with (
+        _locked(folder / "lock") as lock,
+        (folder / "log.txt").open("a", encoding="utf-8") as log,
+        (folder / "evaluation.json").open("w", encoding="utf-8") as answer,
+    ):
+        if lock is None:
+            return _failed(folder, "another process is at work in its folder")
+        for command in commands:
+            out = log if command[0] == "run" else answer
+            code = children.run(command, stdout=out.fileno(), stderr=log.fileno(), lock=lock)
+            if children.stopped_by:
+                return "stopped"
+            if code != 0:
+                return _failed(folder, f"exit code {code}: {_last_line(folder / 'log.txt')}")
+    result = _result(config, cell, cache, commands)
+    write_json(folder / "result.json", result)
+    (folder / "failed.txt").unlink(missing_ok=True)
+    return f"accuracy {result['evaluation']['answers']['accuracy']:.1%}"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[int | None]:
+    """The open file of a lock, None if another process holds it."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+        else:
+            yield file.fileno()
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
+
+
+def _failed(folder: Path, reason: str) -> str:
+    (folder / "failed.txt").write_text(reason + "\n", encoding="utf-8")
+    return f"FAILED, {reason}; see {folder / 'log.txt'}"
+
+
+def _result(
+    config: SweepConfig, cell: Cell, cache: Cache, commands: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    folder = cell_folder(config, cell)
+    result: dict[str, Any] = {
+        "cell": cell.name,
+        "group": cell.group,
+        "kind": cell.kind,
+        "seed": cell.seed,
+        "options": cell.options,
+        "commands": [shlex.join(["train-student", *command]) for command in commands],
+        "evaluation": json.loads((folder / "evaluation.json").read_text(encoding="utf-8")),
+    }
+    if cell.options is not None:
+        lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        run = json.loads((folder / "run" / "config.json").read_text(encoding="utf-8"))
+        result["run"] = json.loads(lines[-1])
+        result["student_fingerprint"] = run["student_fingerprint"]
+        result["costs"] = span_costs(cache, cell.selection)
+    return result
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write a file that is whole or not there."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(file)

@@ -1,0 +1,72 @@
+"""Folders of finished sweeps, made up."""
+
+import json
+
+import numpy as np
+
+FACTS = {
+    "cache": "cache", "cache_fingerprint": "f" * 32, "student": "models/<tiny> & co",
+    "train_options": {"lr": 1e-3}, "eval_prompts": "p.jsonl", "eval_prompts_sha256": "0" * 64,
+    "eval_cache": None, "eval_cache_fingerprint": None, "eval_options": {},
+    "calls": [["train-student", "sweep", "--cache", "cache"]],
+}  # fmt: skip
+
+
+def make_sweep(out, cells, *, num_prompts=200):
+    """Write a sweep's folder.
+
+    Args:
+        out: The folder.
+        cells: (group, kind, seed, options, accuracy) of each.
+        num_prompts: That every cell answered.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "sweep.json").write_text(json.dumps(FACTS))
+    for cell in cells:
+        add_cell(out, *cell, num_prompts=num_prompts)
+    return out
+
+
+def add_cell(out, group, kind, seed, options, accuracy, *, num_prompts=200):
+    name = group if seed is None else f"{group}_seed-{seed}"
+    folder = out / "cells" / name
+    folder.mkdir(parents=True)
+    right = np.zeros(num_prompts, bool)
+    right[: round(accuracy * num_prompts)] = True
+    np.random.default_rng([len(name), seed or 0]).shuffle(right)
+    with (folder / "completions.jsonl").open("w") as file:
+        for prompt, is_right in enumerate(right.tolist()):
+            file.write(json.dumps({"prompt": prompt, "right": is_right}) + "\n")
+    answers = {
+        "num_prompts": num_prompts, "num_samples": 1, "num_right": int(right.sum()),
+        "accuracy": float(right.mean()), "accuracy_low": 0.0, "accuracy_high": 1.0,
+        "mean_tokens": 90.0, "unfinished_share": 0.25, "unclosed_share": 0.0,
+    }  # fmt: skip
+    heldout = {"cot": {"kl": 0.25, "nll": 1.5}, "all": {"kl": 0.125, "nll": 1.25}}
+    result = {
+        "cell": name, "group": group, "kind": kind, "seed": seed, "options": options,
+        "commands": [f"train-student run --out {name}"],
+        "evaluation": {"answers": answers, "groups": {"3": answers}, "heldout": heldout},
+    }  # fmt: skip
+    if options is not None:
+        span = options.get("lead_span", 1.0)
+        result["run"] = {
+            "step": 10, "epoch": 2.0, "tokens_trained": int(1000 * span), "bytes_read": 4000,
+            "flops": int(1e9 * span), "peak_memory_bytes": int(1e6 * (0.2 + span)), "train_s": 2.0,
+        }  # fmt: skip
+        result["student_fingerprint"] = "s" * 32
+        result["costs"] = {
+            "num_positions": int(500 * span), "cot_share": span, "trace_share": span,
+            "cache_bytes": 2000, "tokens_saved": 0, "num_tokens": 500,
+        }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def curve(accuracies, *, seeds=3, base=0.2):
+    """Cells of lead spans, with the untrained student; seeds differ by a percent."""
+    cells = [("base", "base", None, None, base)]
+    for span, accuracy in accuracies.items():
+        for seed in range(seeds):
+            own = accuracy + 0.01 * (seed - (seeds - 1) / 2)
+            cells.append((f"span-{span:g}", "span", seed, {"lead_span": span}, own))
+    return cells

@@ -1,0 +1,122 @@
+import itertools
+
+import pytest
+
+from student_train.cells import Cell, SweepConfig
+
+
+def config_of(**changes):
+    settings = {"cache": "c", "student": "s", "out": "o", "eval_prompts": "p", "seeds": 1}
+    return SweepConfig(**(settings | changes))
+
+
+def names(num_steps=100, **changes):
+    return [cell.name for cell in config_of(**changes).cells(num_steps)]
+
+
+def test_cells_come_seed_by_seed_and_each_once():
+    found = names(lead_spans=(0.5, 1.0), baselines=("base", "full", "sft"), seeds=2)
+
+    assert found == [
+        "base", "span-0.5_seed-0", "span-1_seed-0", "sft_seed-0",
+        "span-0.5_seed-1", "span-1_seed-1", "sft_seed-1",
+    ]  # fmt: skip
+
+
+def test_every_combination_of_the_lists_is_a_cell_with_a_name_of_its_own():
+    sections = (("prompt", "cot", "answer"), ("cot",))
+    found = names(
+        lead_spans=(0.5,), max_tokens_list=(64,), sections_list=sections,
+        supervise=("lead", "last"), baselines=(),
+    )  # fmt: skip
+    parts = itertools.product(("span-0.5", "tokens-64"), ("", "_last"), ("", "_cot"))
+
+    assert sorted(found) == sorted(f"{a}{b}{c}_seed-0" for a, b, c in parts)
+
+
+def test_middle_and_last_of_a_whole_trace_are_not_run_again():
+    found = names(lead_spans=(0.5, 1.0), supervise=("middle", "last"), baselines=())
+
+    assert found == ["span-0.5_middle_seed-0", "span-0.5_last_seed-0"]
+
+
+def test_masks_and_reasoning_are_told_apart_from_the_plain_curve():
+    assert names(lead_spans=(1.0,), random_mask=0.5, baselines=("full",)) == [
+        "span-1_mask-0.5_seed-0", "span-1_seed-0",
+    ]  # fmt: skip
+    assert names(lead_spans=(0.5,), span_of="reasoning", baselines=()) == [
+        "span-0.5_of-reasoning_seed-0"
+    ]
+
+
+def test_a_cell_tells_its_run_only_what_differs():
+    cell = Cell.of("span", 3, {"lead_span": 0.5, "supervise": "lead", "random_mask": 0.0})
+
+    assert cell.options == {"lead_span": 0.5}
+    assert cell.selection.lead_span == 0.5
+
+
+def test_baselines_of_half_the_computation_take_half_the_steps(tmp_path):
+    options = tmp_path / "run.toml"
+    options.write_text("heldout-share = 0.2\nepochs = 2\nbatch-traces = 10\n")
+    config = config_of(run_options=options, baselines=("half-traces", "half-steps"), lead_spans=())
+    assert config.num_steps(1001) == 202
+    by_kind = {cell.kind: cell.options for cell in config.cells(202)}
+
+    assert by_kind["half-steps"] == {"max_steps": 101}
+    assert by_kind["half-traces"]["max_steps"] == 101
+    assert by_kind["half-traces"]["heldout_share"] == pytest.approx(0.6)  # 0.4 of 0.8 are left
+
+
+def test_options_of_every_run_reach_its_configuration(tmp_path):
+    options = tmp_path / "run.toml"
+    options.write_text('lr = 1e-3\nbatch-traces = 4\nschedule = "linear"\n')
+    config = config_of(run_options=options)
+    run = config.train_config(Cell.of("sft", 2, {"ce_weight": 1.0}))
+
+    assert (run.lr, run.batch_traces, run.ce_weight, run.seed) == (1e-3, 4, 1.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lead-span = 0.5\n", "lead_span: the sweep sets it itself"),
+        ("learning-rate = 1\n", "learning_rate: there is no such option"),
+        ("lr = \n", "not TOML"),
+    ],
+)
+def test_options_that_a_sweep_cannot_pass_on_are_named(tmp_path, text, message):
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        config_of(run_options=file)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lead_spans": (0.5, 1.5)}, r"lead span: expected a proportion in \(0, 1\], got 1.5"),
+        ({"sections_list": (("cot", "thoughts"),)}, "got 'thoughts'"),
+        ({"baselines": ("best",)}, "baselines: expected some of base, sft, full"),
+        ({"baselines": ("live",)}, "live: expected the teacher as --live-teacher"),
+        ({"supervise": ("first",)}, "supervise: expected some of lead, middle, last"),
+        ({"supervise": ()}, "expected at least one each"),
+        ({"seeds": 0}, "seeds: expected at least 1"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_at_once(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(**settings)
+
+
+def test_the_command_names_what_differs_from_the_defaults():
+    config = config_of(
+        lead_spans=(0.5, 1.0), sections_list=(("cot", "answer"), ("cot",)), parallel=3,
+        allow_seen_prompts=True,
+    )  # fmt: skip
+
+    assert config.command() == [
+        "train-student", "sweep", "--cache", "c", "--student", "s", "--out", "o",
+        "--eval-prompts", "p", "--lead-spans", "0.5,1.0", "--sections-list", "cot+answer,cot",
+        "--seeds", "1", "--allow-seen-prompts",
+    ]  # fmt: skip

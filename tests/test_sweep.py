@@ -1,0 +1,140 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from fakes import TOKENS, make_cache, make_traces
+from students import make_student
+
+from student_train.cells import SweepConfig
+from student_train.protocol import sweep
+
+PROGRAM = [sys.executable, "-m", "student_train.cli", "sweep"]
+ENVIRONMENT = {
+    **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1",
+}  # fmt: skip
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """What a sweep is made of; its traces, to ask for what was trained on."""
+    traces = make_traces(12)
+    prompts = tmp_path / "p.jsonl"
+    write_prompts(prompts, ["3 4", "5 6 7"])
+    options = tmp_path / "run.toml"
+    options.write_text("max-steps = 40\nepochs = 20\nbatch-traces = 4\nsave-every = 2\n")
+    evaluation = tmp_path / "evaluate.toml"
+    evaluation.write_text("max-tokens = 5\n")
+    return {
+        "cache": make_cache(tmp_path / "cache", traces),
+        "student": make_student(tmp_path / "student"),
+        "out": tmp_path / "sweep",
+        "eval_prompts": prompts,
+        "run_options": options,
+        "evaluate_options": evaluation,
+    }, traces
+
+
+def write_prompts(path, texts):
+    path.write_text("".join(json.dumps({"prompt": t, "answer": "1"}) + "\n" for t in texts))
+
+
+def test_prompts_that_were_trained_on_are_refused_unless_forced(parts):
+    settings, traces = parts
+    own = " ".join(TOKENS[token] for token in traces[3].token_ids[: traces[3].cot_start])
+    write_prompts(settings["eval_prompts"], ["3 4", own])
+    with pytest.raises(ValueError, match=r"1 of 2 prompts stand in the training cache.*prompt 2: "):
+        sweep(SweepConfig(**settings))
+    assert not settings["out"].exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lead_spans": (), "baselines": ()}, "nothing to run"),
+        ({"worker": "late"}, "worker: expected i/n, got 'late'"),
+        ({"eval_prompts": None}, "expected at least one prompt, found none"),
+    ],
+)
+def test_a_sweep_that_has_nothing_to_do_is_refused(parts, changes, message):
+    settings, _ = parts
+    if changes.get("eval_prompts", "") is None:
+        settings["eval_prompts"].write_text("")
+        changes = {}
+    with pytest.raises(ValueError, match=message):
+        sweep(SweepConfig(**settings | changes))
+
+
+def test_sections_with_prompts_need_a_cache_that_has_them(parts, tmp_path):
+    settings, traces = parts
+    settings["cache"] = make_cache(tmp_path / "without", traces, capture_prompt=False)
+    sections = (("prompt", "cot"), ("cot",))
+    with pytest.raises(ValueError, match=r"sections prompt\+cot: .* has no distributions of prom"):
+        sweep(SweepConfig(**settings, sections_list=sections))
+
+
+def test_a_folder_of_something_else_or_of_another_sweep_is_refused(parts):
+    settings, _ = parts
+    settings["out"].mkdir()
+    (settings["out"] / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="expected an empty folder or a sweep's"):
+        sweep(SweepConfig(**settings))
+    (settings["out"] / "sweep.json").write_text(json.dumps({"cache_fingerprint": "other"}))
+    with pytest.raises(ValueError, match="holds another sweep"):
+        sweep(SweepConfig(**settings))
+
+
+def command(settings, *options):
+    named = [
+        word
+        for name, value in settings.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    return [*PROGRAM, *named, "--lead-spans", "0.5,1.0", "--seeds", "1", *options]
+
+
+@pytest.mark.slow
+def test_a_sweep_is_stopped_goes_on_reports_a_failed_cell_and_repeats_nothing(parts, tmp_path):
+    settings, _ = parts
+    wrong_teacher = make_student(tmp_path / "teacher", seed=4, initializer_range=1.0)
+    call = command(settings, "--baselines", "base,live", "--live-teacher", wrong_teacher)
+    cells = settings["out"] / "cells"
+    metrics = cells / "span-0.5_seed-0" / "run" / "metrics.jsonl"
+    with subprocess.Popen(call, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as running:
+        deadline_s = time.monotonic() + 200
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            assert running.poll() is None, running.stderr.read()
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        running.send_signal(signal.SIGTERM)
+        assert "run the same command again" in running.stderr.read()
+    assert running.returncode == 128 + signal.SIGTERM
+    assert not list(cells.glob("*/failed.txt"))
+
+    done = subprocess.run(
+        [*call, "--parallel", "2"], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "cell live_seed-0 failed" in done.stderr
+    assert "is not the one of the cache" in (cells / "live_seed-0" / "failed.txt").read_text()
+    assert "going on after step" in (cells / "span-0.5_seed-0" / "log.txt").read_text()
+    results = {f.parent.name: json.loads(f.read_text()) for f in cells.glob("*/result.json")}
+    assert sorted(results) == ["base", "span-0.5_seed-0", "span-1_seed-0"]
+    half, full = results["span-0.5_seed-0"]["run"], results["span-1_seed-0"]["run"]
+    assert half["step"] == full["step"] == 40
+    assert half["flops"] < 0.55 * full["flops"]
+    assert "Cell live_seed-0 failed" in (settings["out"] / "report.html").read_text()
+    assert len((settings["out"] / "results.csv").read_text().splitlines()) == 4
+
+    before = {file: file.stat().st_mtime_ns for file in cells.glob("*/result.json")}
+    again = subprocess.run(
+        command(settings, "--baselines", "base"), env=ENVIRONMENT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert "3 cells, 0 of them to run here" in again.stderr
+    assert "3 cells of this call finished" in again.stdout
+    assert {file: file.stat().st_mtime_ns for file in cells.glob("*/result.json")} == before
