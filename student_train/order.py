@@ -6,6 +6,7 @@ not depend on their number, and every shard is read by one rank.
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 
 from student_train.data import TrainingData
 from student_train.mixture import drawn
+
+logger = logging.getLogger(__name__)
 
 MIN_MIXED_SHARDS = 10
 
@@ -131,16 +134,23 @@ def epoch_order(
 
 
 def check_ranks(num_lanes: int, num_ranks: int) -> None:
-    """Refuse a number of ranks that cannot share the lanes evenly.
+    """Refuse more ranks than lanes, and say where ranks do not get equally many.
 
     Raises:
-        ValueError: If `num_ranks` does not divide `num_lanes`.
+        ValueError: If a rank would never have a trace.
     """
-    if num_lanes % num_ranks:
+    if num_ranks > num_lanes:
         raise ValueError(
-            f"lanes: {num_ranks} processes cannot share {num_lanes} lanes evenly; "
-            f"use a multiple of {num_ranks} for --lanes from the start of the run"
+            f"lanes: {num_ranks} processes cannot share {num_lanes} lanes; use a multiple of "
+            f"{num_ranks} for --lanes from the start of the run"
         )
+    if num_lanes % num_ranks:
+        most = -(-num_lanes // num_ranks)
+        logger.warning(
+            "%d processes share %d lanes unevenly: some have %d of a step's traces for %d of "
+            "others; a multiple of %d for --lanes from the start of a run would be even",
+            num_ranks, num_lanes, most, most - 1, num_ranks,
+        )  # fmt: skip
 
 
 def _generator(text: str) -> np.random.Generator:

@@ -76,13 +76,13 @@ class TraceStream:
             batch_traces: Traces of a global batch, over all ranks.
             num_epochs: Where the stream ends.
             seed: Of the order.
-            num_lanes: Of the order; a multiple of `num_ranks`.
+            num_lanes: Of the order; at least `num_ranks`, and best a multiple of it.
             rank: Whose part is yielded.
             num_ranks: How many share every global batch.
             cursor: Where to begin; the batches are those of an uninterrupted stream.
 
         Raises:
-            ValueError: If the ranks cannot share the lanes.
+            ValueError: If there are more ranks than lanes.
         """
         check_ranks(num_lanes, num_ranks)
         self._data = data

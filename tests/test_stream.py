@@ -1,8 +1,9 @@
 import threading
 from itertools import chain
 
+import numpy as np
 import pytest
-from fakes import make_cache, make_traces
+from fakes import make_cache, make_trace, make_traces
 
 from student_train.data import open_data
 from student_train.selection import TokenSelection
@@ -87,6 +88,51 @@ def test_ranks_together_read_the_bytes_of_one(cache_path):
     ranks = [steps_of(cache_path, num_epochs=1, rank=rank, num_ranks=4) for rank in range(4)]
 
     assert sum(rank[-1].bytes_read for rank in ranks) == one
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory):
+    """40 small shards of traces as uneven as 8 to 400 tokens."""
+    rng = np.random.default_rng(0)
+    lengths = np.exp(rng.uniform(np.log(8), np.log(400), 120)).astype(int)
+    traces = [make_trace(f"t{n}", int(length), seed=n) for n, length in enumerate(lengths)]
+    path = tmp_path_factory.mktemp("many") / "cache"
+    return make_cache(path, traces, traces_per_shard=3)
+
+
+def test_a_run_that_changes_its_number_of_ranks_sees_the_same_batches(many_shards):
+    whole = steps_of(many_shards, num_epochs=2, batch_traces=7)
+    cursor, done = Cursor(), []
+    for num_ranks, num_steps in ((8, 5), (2, 9), (5, 8), (1, 3), (3, 99)):
+        ranks = [
+            steps_of(
+                many_shards, num_epochs=2, batch_traces=7, rank=r, num_ranks=num_ranks,
+                cursor=cursor,
+            )[:num_steps]
+            for r in range(num_ranks)
+        ]  # fmt: skip
+        for parts in zip(*ranks, strict=True):
+            assert sorted(t.trace_id for part in parts for t in part.traces) == sorted(
+                parts[0].trace_ids
+            )
+            done.append(parts[0].trace_ids)
+        cursor = ranks[0][-1].cursor
+
+    assert done == [step.trace_ids for step in whole]
+    for epoch in (done[:18], done[18:]):
+        assert sorted(chain.from_iterable(epoch)) == sorted(f"t{n}" for n in range(120))
+
+
+@pytest.mark.parametrize("num_ranks", [3, 8])
+def test_many_ranks_read_hardly_more_than_one(many_shards, num_ranks):
+    half = TokenSelection(lead_span=0.5)
+    one = steps_of(many_shards, half, num_epochs=1)[-1].bytes_read
+    ranks = [
+        steps_of(many_shards, half, num_epochs=1, rank=rank, num_ranks=num_ranks)
+        for rank in range(num_ranks)
+    ]
+
+    assert sum(rank[-1].bytes_read for rank in ranks) <= 1.1 * one
 
 
 def test_truncation_changes_neither_order_nor_what_a_step_holds(cache_path):
