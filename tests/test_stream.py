@@ -1,5 +1,5 @@
 import threading
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -23,9 +23,9 @@ def stream_of(path, selection=WHOLE, *, data=None, **settings):
     return TraceStream(data or open_data([path]), selection, **settings)
 
 
-def steps_of(path, selection=WHOLE, **settings):
+def steps_of(path, selection=WHOLE, *, limit=None, **settings):
     with stream_of(path, selection, **settings) as stream:
-        return list(stream)
+        return list(islice(stream, limit))
 
 
 def ids(steps):
@@ -92,35 +92,29 @@ def test_ranks_together_read_the_bytes_of_one(cache_path):
 
 @pytest.fixture(scope="module")
 def many_shards(tmp_path_factory):
-    """40 small shards of traces as uneven as 8 to 400 tokens."""
-    rng = np.random.default_rng(0)
-    lengths = np.exp(rng.uniform(np.log(8), np.log(400), 120)).astype(int)
+    """30 small shards of traces as uneven as 8 to 400 tokens."""
+    lengths = np.exp(np.random.default_rng(0).uniform(np.log(8), np.log(400), 60)).astype(int)
     traces = [make_trace(f"t{n}", int(length), seed=n) for n, length in enumerate(lengths)]
     path = tmp_path_factory.mktemp("many") / "cache"
-    return make_cache(path, traces, traces_per_shard=3)
+    return make_cache(path, traces, traces_per_shard=2)
 
 
 def test_a_run_that_changes_its_number_of_ranks_sees_the_same_batches(many_shards):
-    whole = steps_of(many_shards, num_epochs=2, batch_traces=7)
+    settings = {"num_epochs": 2, "batch_traces": 7}
+    whole = steps_of(many_shards, **settings)
     cursor, done = Cursor(), []
-    for num_ranks, num_steps in ((8, 5), (2, 9), (5, 8), (1, 3), (3, 99)):
-        ranks = [
-            steps_of(
-                many_shards, num_epochs=2, batch_traces=7, rank=r, num_ranks=num_ranks,
-                cursor=cursor,
-            )[:num_steps]
-            for r in range(num_ranks)
-        ]  # fmt: skip
+    for num_ranks, num_steps in ((8, 3), (2, 4), (5, 5), (1, 2), (3, None)):
+        settings |= {"num_ranks": num_ranks, "limit": num_steps, "cursor": cursor}
+        ranks = [steps_of(many_shards, rank=rank, **settings) for rank in range(num_ranks)]
         for parts in zip(*ranks, strict=True):
-            assert sorted(t.trace_id for part in parts for t in part.traces) == sorted(
-                parts[0].trace_ids
-            )
+            together = [trace.trace_id for part in parts for trace in part.traces]
+            assert sorted(together) == sorted(parts[0].trace_ids)
             done.append(parts[0].trace_ids)
         cursor = ranks[0][-1].cursor
 
     assert done == [step.trace_ids for step in whole]
-    for epoch in (done[:18], done[18:]):
-        assert sorted(chain.from_iterable(epoch)) == sorted(f"t{n}" for n in range(120))
+    for epoch in (done[:9], done[9:]):
+        assert sorted(chain.from_iterable(epoch)) == sorted(f"t{n}" for n in range(60))
 
 
 @pytest.mark.parametrize("num_ranks", [3, 8])
