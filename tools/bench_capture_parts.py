@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import resource
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+from numpy.typing import NDArray
 
 from teacher_cache import worker
+from teacher_cache.engines import TeacherFacts, TeacherRequest, TeacherRows
 from teacher_cache.engines.vllm import rows
-from teacher_cache.format import journal, writer
+from teacher_cache.format import writer
 
 # Sizes of the published models; the weights are made up where they are asked for.
 SHAPES = {
@@ -49,26 +53,97 @@ def shaped_model(shape: str, folder: Path, tokenizer: Path) -> str:
     return str(folder)
 
 
-class PartTimes:
-    """CPU seconds of this process's own parts of a capture, by thread clocks.
+@dataclass
+class Recording:
+    """What the engine's front end gave to one capture, in order, to be given again without it.
 
-    Reading the clock takes about as long as the tap does for a token. So its messages are copied
-    while the capture runs, and played to it again in one go.
+    Every event is a message to the rows of one request, the rows' end, or a finished request.
     """
 
+    events: list[tuple[str, int, Any]] = field(default_factory=list)
+    widths: dict[int, int] = field(default_factory=dict)  # columns of a request's rows
+
+    @contextlib.contextmanager
+    def made(self) -> Iterator[None]:
+        """Note what passes inside the block."""
+        number_of: dict[rows.ArrayRows, int] = {}
+        add, arrays = rows.ArrayRows.add, rows.ArrayRows.arrays
+
+        def noting_add(kept: rows.ArrayRows, shipped: tuple[Any, ...]) -> None:
+            number = number_of.setdefault(kept, len(number_of))
+            self.widths[number] = kept.num_columns
+            copied = (np.array(shipped[0]), np.array(shipped[1]))  # they are views into a message
+            self.events.append(("message", number, copied))
+            add(kept, shipped)
+
+        def noting_arrays(kept: rows.ArrayRows) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+            self.events.append(("arrays", number_of[kept], None))
+            return arrays(kept)
+
+        with (
+            mock.patch.object(rows.ArrayRows, "add", noting_add),
+            mock.patch.object(rows.ArrayRows, "arrays", noting_arrays),
+        ):
+            yield
+
+    def note_finished(self, finished: TeacherRows) -> None:
+        """Note a finished request; its rows are those that ended since the last one."""
+        nothing = (finished.row_ids[:0], finished.row_logprobs[:0])
+        light = replace(finished, row_ids=nothing[0], row_logprobs=nothing[1])
+        self.events.append(("finished", 0, light))
+
+
+class ReplayedTeacher:
+    """Gives what was recorded to another capture of the same requests; a Teacher."""
+
+    def __init__(self, recording: Recording, facts: TeacherFacts, times: PartTimes) -> None:
+        self.facts = facts
+        self._recording = recording
+        self._times = times
+
+    def run(self, requests: Iterable[TeacherRequest]) -> Iterator[TeacherRows]:
+        """Every recorded request, in the recorded order."""
+        _ = list(requests)  # the caller notes what it has handed out
+        kept: dict[int, rows.ArrayRows] = {}
+        pieces = []
+        for event, events in itertools.groupby(self._recording.events, key=lambda each: each[0]):
+            if event == "message":
+                with self._times.counted("tap"):  # one clock for many messages
+                    for _, number, shipped in events:
+                        if number not in kept:
+                            kept[number] = rows.ArrayRows(self._recording.widths[number])
+                        kept[number].add(shipped)
+            elif event == "arrays":
+                with self._times.counted("rows together"):
+                    pieces += [kept.pop(number).arrays() for _, number, _ in events]
+            else:
+                for _, _, finished in events:
+                    with self._times.counted("rows together"):
+                        row_ids = np.concatenate([ids for ids, _ in pieces])
+                        row_logprobs = np.concatenate([logprobs for _, logprobs in pieces])
+                    pieces.clear()
+                    yield replace(finished, row_ids=row_ids, row_logprobs=row_logprobs)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class PartTimes:
+    """CPU seconds of this process's own parts of a capture, by thread clocks."""
+
     PARTS = (
-        ("rows together", rows.ArrayRows, "arrays"),
-        ("choosing entries", worker, "keep_entries"),
-        ("journal", journal.Journal, "append"),
+        ("choosing entries", worker, "finished_trace"),
+        ("checks and journal", writer.CacheWriter, "append"),
         ("compaction", writer, "compact"),
     )
-    MAX_MESSAGES = 50_000
 
     def __init__(self) -> None:
-        self.seconds = {"tap": 0.0, **{name: 0.0 for name, _, _ in self.PARTS}}
+        self.seconds = {
+            "tap": 0.0,
+            "rows together": 0.0,
+            **{name: 0.0 for name, _, _ in self.PARTS},
+        }
         self._lock = threading.Lock()
-        self._messages: list[tuple[int, int, tuple[Any, Any]]] = []  # whose, how wide, what
-        self._num_messages = 0
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:
@@ -77,36 +152,22 @@ class PartTimes:
             for name, owner, attribute in self.PARTS:
                 timed = self._timed(name, getattr(owner, attribute))
                 stack.enter_context(mock.patch.object(owner, attribute, timed))
-            add = rows.ArrayRows.add
-            stack.enter_context(mock.patch.object(rows.ArrayRows, "add", self._noting(add)))
             yield
-        self.seconds["tap"] = self._replay_s() / max(1, len(self._messages)) * self._num_messages
 
-    def _noting(self, add: Callable[..., None]) -> Callable[..., None]:
-        def noting(kept: rows.ArrayRows, shipped: tuple[Any, ...]) -> None:
-            self._num_messages += 1
-            if len(self._messages) < self.MAX_MESSAGES:
-                copied = (np.array(shipped[0]), np.array(shipped[1]))
-                self._messages.append((id(kept), kept._num_columns, copied))
-            add(kept, shipped)
-
-        return noting
-
-    def _replay_s(self) -> float:
-        kept = {owner: rows.ArrayRows(width) for owner, width, _ in self._messages}
+    @contextlib.contextmanager
+    def counted(self, name: str) -> Iterator[None]:
+        """Add what this thread takes inside the block to a part."""
         begun_s = time.thread_time()
-        for owner, _, shipped in self._messages:
-            kept[owner].add(shipped)
-        return time.thread_time() - begun_s
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.seconds[name] += time.thread_time() - begun_s
 
     def _timed(self, name: str, part: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: object, **named: object) -> object:
-            begun_s = time.thread_time()
-            try:
+            with self.counted(name):
                 return part(*arguments, **named)
-            finally:
-                with self._lock:
-                    self.seconds[name] += time.thread_time() - begun_s
 
         return timed
 

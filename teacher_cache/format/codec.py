@@ -104,25 +104,22 @@ def _num_kept(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """[R] how many of the first candidates [R, K] are kept, and their mass."""
     limit = min(policy.top_k, logprobs.shape[1])
-    num_top = np.zeros(len(logprobs), np.int64)
-    mass = np.zeros(len(logprobs))
-    rows = np.arange(len(logprobs))  # whose mass is not reached yet
-    begin = 0
-    for end in (min(_FEW, limit), limit):
-        part = logprobs[rows, begin:end]
-        probs = np.exp(part, dtype=np.float64)
-        probs[:, 0] += mass[rows]
+    few = min(_FEW, limit)
+    masses = np.cumsum(np.exp(logprobs[:, :few], dtype=np.float64), axis=1)
+    # Where the mass is reached, what reaches it is finite, and so is all before it.
+    num_top = (masses >= policy.mass).argmax(axis=1)
+    mass = masses[np.arange(len(masses)), num_top]
+    num_top += 1
+    rows = np.flatnonzero(masses[:, -1] < policy.mass)
+    if len(rows):
+        part = logprobs[rows, few:limit]
+        # The sum goes on where it stands, so that it is the same whatever `few` is.
+        probs = np.column_stack([masses[rows, -1], np.exp(part, dtype=np.float64)])
         masses = np.cumsum(probs, axis=1)
-        num_below = np.count_nonzero(masses < policy.mass, axis=1)
-        num_finite = np.count_nonzero(part > -np.inf, axis=1)
-        num_more = np.minimum(np.minimum(num_below + 1, end - begin), num_finite)
-        # Where there is no finite candidate in this part, the mass stays what it was.
-        mass[rows] = masses[np.arange(len(rows)), np.maximum(num_more, 1) - 1]
-        num_top[rows] += num_more
-        rows = rows[(num_below == end - begin) & (num_finite == end - begin)]
-        if len(rows) == 0 or end == limit:
-            break
-        begin = end
+        num_below = few + np.count_nonzero(masses[:, 1:] < policy.mass, axis=1)
+        num_finite = np.count_nonzero(logprobs[rows, :limit] > -np.inf, axis=1)
+        num_top[rows] = np.minimum(np.minimum(num_below + 1, limit), num_finite)
+        mass[rows] = masses[np.arange(len(rows)), np.maximum(num_top[rows] - few, 0)]
     return num_top, mass
 
 

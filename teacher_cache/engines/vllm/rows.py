@@ -15,49 +15,50 @@ from numpy.typing import NDArray
 
 from teacher_cache.engines import EngineError
 
-_BLOCK_ROWS = 256
+_PENDING = 32  # messages copied at a time: one call of numpy costs as much as many rows
 
 
 class ArrayRows:
-    """The rows of one request, [R, 1 + K]; grows by blocks, so that little is moved or unused."""
+    """The rows of one request, [R, 1 + K], copied out of the messages that bring them."""
 
     def __init__(self, num_columns: int) -> None:
         """Take the first `num_columns` of every row: a batch is as wide as its widest request."""
-        self._num_columns = num_columns
+        self.num_columns = num_columns
+        self._pending_ids: list[Any] = []
+        self._pending_logprobs: list[Any] = []
         self._ids: list[NDArray[np.int32]] = []
         self._logprobs: list[NDArray[np.float32]] = []
-        self._used = _BLOCK_ROWS  # rows of the last block
 
     def add(self, shipped: Sequence[Any]) -> None:
-        """Copy what one message brings: ids and logprobs [n, 1 + K or more] stand first in it.
+        """Take what one message brings: ids and logprobs [n, 1 + K or more] stand first in it.
 
-        The arrays are views into the message, which they would keep in memory.
+        The arrays are views into the message, which also holds the rows of all other requests of
+        its step, and which they keep in memory: for no longer than the next 32 messages.
         """
         ids, logprobs = shipped[0], shipped[1]
-        done = 0
-        while done < len(ids):
-            if self._used == _BLOCK_ROWS:
-                shape = (_BLOCK_ROWS, self._num_columns)
-                self._ids.append(np.empty(shape, np.int32))
-                self._logprobs.append(np.empty(shape, np.float32))
-                self._used = 0
-            count = min(len(ids) - done, _BLOCK_ROWS - self._used)
-            place = slice(self._used, self._used + count)
-            self._ids[-1][place] = ids[done : done + count, : self._num_columns]
-            self._logprobs[-1][place] = logprobs[done : done + count, : self._num_columns]
-            self._used += count
-            done += count
+        if ids.shape[1] > self.num_columns:
+            ids, logprobs = ids[:, : self.num_columns], logprobs[:, : self.num_columns]
+        self._pending_ids.append(ids)
+        self._pending_logprobs.append(logprobs)
+        if len(self._pending_ids) == _PENDING:
+            self._copy_pending()
+
+    def _copy_pending(self) -> None:
+        for pending, copied, dtype in (
+            (self._pending_ids, self._ids, np.int32),
+            (self._pending_logprobs, self._logprobs, np.float32),
+        ):
+            copied.append(np.concatenate(pending, dtype=dtype))
+            pending.clear()
 
     def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Ids and logprobs, [R, 1 + K] each."""
+        if self._pending_ids:
+            self._copy_pending()
         if not self._ids:
-            shape = (0, self._num_columns)
+            shape = (0, self.num_columns)
             return np.empty(shape, np.int32), np.empty(shape, np.float32)
-        last = slice(0, self._used)
-        return (
-            np.concatenate([*self._ids[:-1], self._ids[-1][last]]),
-            np.concatenate([*self._logprobs[:-1], self._logprobs[-1][last]]),
-        )
+        return np.concatenate(self._ids), np.concatenate(self._logprobs)
 
 
 def tap(processor: Any, top_k: int) -> None:  # noqa: ANN401 (vLLM is untyped here)
