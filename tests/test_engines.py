@@ -7,6 +7,7 @@ import itertools
 import subprocess
 import sys
 import time
+import weakref
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -332,12 +333,23 @@ def test_rows_that_come_in_messages_are_copied_cut_and_put_together():
     rows = ArrayRows(3)
     assert [part.shape for part in rows.arrays()] == [(0, 3), (0, 3)]
     expected = ids[:, :3].copy(), logprobs[:, :3].copy()
-    for begin, end in itertools.pairwise((0, 1, 2, 250, 257, 300, 700)):
+    for begin, end in itertools.pairwise((*range(100), 250, 257, 300, 700)):
         rows.add((ids[begin:end], logprobs[begin:end], None))
-        ids[begin:end] = logprobs[begin:end] = 0  # vLLM uses a message's memory again
     for part, right, kind in zip(rows.arrays(), expected, (np.int32, np.float32), strict=True):
         assert part.dtype == kind
         assert np.array_equal(part, right)
+
+
+def test_rows_let_go_of_the_messages_that_brought_them():
+    rows = ArrayRows(3)
+    messages = []
+    for num_rows in [1] * 100 + [50]:
+        ids, logprobs = np.zeros((num_rows, 5), np.int32), np.zeros((num_rows, 5), np.float32)
+        messages += [weakref.ref(ids), weakref.ref(logprobs)]
+        rows.add((ids, logprobs, None))
+        del ids, logprobs
+        assert sum(message() is not None for message in messages) <= 2 * 32
+    assert not any(message() is not None for message in messages)  # a message of many rows ends it
 
 
 def test_the_tap_is_checked_against_the_installed_vllm(monkeypatch):

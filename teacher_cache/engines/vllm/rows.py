@@ -33,14 +33,14 @@ class ArrayRows:
         """Take what one message brings: ids and logprobs [n, 1 + K or more] stand first in it.
 
         The arrays are views into the message, which also holds the rows of all other requests of
-        its step, and which they keep in memory: for no longer than the next 32 messages.
+        its step, and which they keep in memory: until _PENDING messages or rows are there.
         """
         ids, logprobs = shipped[0], shipped[1]
         if ids.shape[1] > self.num_columns:
             ids, logprobs = ids[:, : self.num_columns], logprobs[:, : self.num_columns]
         self._pending_ids.append(ids)
         self._pending_logprobs.append(logprobs)
-        if len(self._pending_ids) == _PENDING:
+        if len(self._pending_ids) == _PENDING or len(ids) >= _PENDING:
             self._copy_pending()
 
     def _copy_pending(self) -> None:
