@@ -38,6 +38,7 @@ from student_train.student import head_of
 from teacher_cache.format import Trace
 
 SHAPES = {  # hidden size, MLP size, layers, heads, key-value heads, head size, vocabulary
+    "tiny": (64, 128, 2, 2, 1, 32, 1024),
     "small": (512, 1536, 6, 8, 4, 64, 32_768),
     "0.6b": (1024, 3072, 28, 16, 8, 128, 151_936),
     "1.7b": (2048, 6144, 28, 16, 8, 128, 151_936),
@@ -45,7 +46,7 @@ SHAPES = {  # hidden size, MLP size, layers, heads, key-value heads, head size, 
 MIB = 2**20
 
 
-def make_model(shape: str, num_positions: int) -> Qwen3ForCausalLM:
+def make_model(shape: str, num_positions: int, device: torch.device) -> Qwen3ForCausalLM:
     hidden, mlp, layers, heads, key_value_heads, head, vocab = SHAPES[shape]
     torch.manual_seed(0)
     config = Qwen3Config(
@@ -53,7 +54,8 @@ def make_model(shape: str, num_positions: int) -> Qwen3ForCausalLM:
         num_attention_heads=heads, num_key_value_heads=key_value_heads, head_dim=head,
         vocab_size=vocab, tie_word_embeddings=True, max_position_embeddings=num_positions,
     )  # fmt: skip
-    return Qwen3ForCausalLM(config)
+    with device:  # billions of random numbers take a CPU the better part of a minute
+        return Qwen3ForCausalLM(config)
 
 
 def random_trace(name: str, num_tokens: int, vocab: int, kept: int) -> Trace:
@@ -81,10 +83,10 @@ class Step:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device = torch.device(arguments.device)
         self.libraries_bytes = resident_bytes("VmRSS") if arguments.device == "cpu" else 0
-        model = make_model(arguments.shape, arguments.tokens)
+        model = make_model(arguments.shape, arguments.tokens, self.device)
         if arguments.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.student = StudentWithLoss(model, head_of(model), ce_weight=0.5).to(self.device)
+        self.student = StudentWithLoss(model, head_of(model), ce_weight=0.5)
         self.student.train()
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-6)
         self.is_half = arguments.dtype == "bf16"

@@ -56,7 +56,7 @@ def steps(*, smoke: bool) -> list[Step]:
         arguments = (*device, "--hidden", str(hidden), *(small_loss if smoke else ()))
         name = f"hidden size {hidden}"
         found.append(Step("loss", name, "tools/bench_loss.py", arguments, 50, _loss))
-    for shape in ("small",) if smoke else ("0.6b", "1.7b"):
+    for shape in ("tiny",) if smoke else ("0.6b", "1.7b"):
         for tokens in (48,) if smoke else (8192, 4096):
             # One trace, so that a shorter lead span cannot fill its place with more of them.
             arguments = (
