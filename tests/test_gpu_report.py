@@ -83,6 +83,15 @@ def test_a_step_that_ends_well_without_a_result_has_failed(tmp_path):
     assert "result cannot be read" in outcome.reason
 
 
+def test_a_second_try_has_more_arguments_a_name_that_says_so_and_no_third(tmp_path):
+    code = f"assert '--eager' in sys.argv\n{WRITES}"
+    step = make_step(tmp_path, code, if_failed=("--eager",))
+    assert gpu_report.run_step(step, tmp_path, 100).status == "failed"
+    again = gpu_report.second_try(step)
+    assert (again.name, again.if_failed) == ("a step --eager", ())
+    assert gpu_report.run_step(again, tmp_path, 100).status == "done"
+
+
 def test_what_is_not_installed_or_has_no_time_left_is_said_and_not_run(tmp_path):
     missing = make_step(tmp_path, WRITES, needs=("json", "no_such_module_here"))
     outcome = gpu_report.run_step(missing, tmp_path, 100)
@@ -112,6 +121,7 @@ def test_every_option_that_a_gpu_machine_will_be_given_exists():
     scripts = {}
     for step in gpu_report_parts.steps(smoke=False):
         options = {argument for argument in step.arguments if argument.startswith("--")}
+        options.update(step.if_failed)
         scripts.setdefault(step.script, set()).update(options | {"--json"})
     for script, options in scripts.items():
         known = (ROOT / script).read_text()

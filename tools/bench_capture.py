@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--eager", action="store_true", help="a GPU without compiled graphs")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
     arguments = parser.parse_args()
@@ -110,6 +111,8 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model, engine_args = arguments.model, {"max_num_seqs": arguments.concurrency}
+    if arguments.eager:
+        engine_args["enforce_eager"] = True
     if arguments.shape:
         model = shaped_model(arguments.shape, folder / "model", TOOLS / "tiny-teacher")
         engine_args["load_format"] = "dummy"

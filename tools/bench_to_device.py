@@ -34,10 +34,13 @@ POLICY = KeepPolicy(top_k=64, mass=0.999)
 
 
 def dense(traces: Sequence[Trace], device: torch.device) -> TeacherTargets:
-    everything = sum(len(trace.k) for trace in traces)
-    # In one piece, whatever is thought of padding: only the teacher's rows are looked at here.
+    # In one row: only the teacher's rows are looked at here, whatever the student does with them.
     (batch,) = micro_batches(
-        traces, TokenSelection(), batch_tokens=everything * len(traces), normalise="tokens"
+        traces,
+        TokenSelection(),
+        batch_tokens=sum(len(trace.k) for trace in traces),
+        normalise="tokens",
+        layout="flat",
     )
     return batch.to(device).targets
 

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -89,6 +89,16 @@ def run_step(step: Step, out: Path, left_s: float) -> Outcome:
         outcome.status = "done"
     _read_figures(step, outcome, result_file)
     return outcome
+
+
+def second_try(step: Step) -> Step:
+    """The same with the arguments that may help, under a name that tells them."""
+    return replace(
+        step,
+        name=f"{step.name} {' '.join(step.if_failed)}",
+        arguments=(*step.arguments, *step.if_failed),
+        if_failed=(),
+    )
 
 
 def _exit_code(command: Sequence[str], stdout: IO[str], log: IO[str], limit_s: float) -> int | None:
@@ -224,12 +234,14 @@ def main() -> None:
     # Narrower than its contents a table is unreadable, and a file has no width.
     console = Console(width=None if sys.stdout.isatty() else 160)
     facts, outcomes = about(), []
-    for step in steps(smoke=arguments.smoke):
-        if arguments.only and step.part not in arguments.only:
-            continue
+    queue = [s for s in steps(smoke=arguments.smoke) if s.part in (arguments.only or PARTS)]
+    while queue:
+        step = queue.pop(0)
         left_s = arguments.minutes * 60 - (time.monotonic() - began_s)
         outcome = run_step(step, arguments.out.resolve(), left_s)
         outcomes.append(outcome)
+        if outcome.status == "failed" and step.if_failed:
+            queue.insert(0, second_try(step))
         write(arguments.out, facts, outcomes)
         console.print(
             f"{step.part}: {step.name}: {outcome.status} {outcome.seconds:.0f} s "
