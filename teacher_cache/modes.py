@@ -91,6 +91,7 @@ class GenerateConfig(CaptureConfig):
     top_p: float | None = None
     sample_top_k: int | None = None
     max_tokens: int | None = None
+    stop_at_tokens: int | None = None
     seed: int = 0
     samples_per_prompt: int = 1
     capture_prompt: bool = False
@@ -139,9 +140,10 @@ def generate(config: GenerateConfig) -> CaptureReport:
         top_k=own.top_k if config.sample_top_k is None else config.sample_top_k,
     )
     context = files.context_length(config.max_model_len)
+    longest = min(context, config.stop_at_tokens or context)
 
     def requests(item: SourceTrace) -> list[TeacherRequest]:
-        room = context - len(item.token_ids)
+        room = longest - len(item.token_ids)
         names = [item.trace_id]
         if config.samples_per_prompt > 1:
             names = [f"{item.trace_id}#{sample}" for sample in range(config.samples_per_prompt)]
@@ -157,7 +159,9 @@ def generate(config: GenerateConfig) -> CaptureReport:
         ]
 
     recorded = {**asdict(sampling), "max_tokens": config.max_tokens, "seed": config.seed}
-    render = PromptRenderer(tokenizer, context, files.vocab_size(), _layout(config))
+    if config.stop_at_tokens is not None:
+        recorded["stop_at_tokens"] = config.stop_at_tokens
+    render = PromptRenderer(tokenizer, longest, files.vocab_size(), _layout(config))
     return _capture(
         config,
         _job(config, files, tokenizer, config.prompts, render, requests, sampling, recorded),

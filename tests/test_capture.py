@@ -267,6 +267,26 @@ def test_a_cut_chain_of_thought_is_kept_and_counted(config, asked):
         assert trace.answer_start == trace.n_total
 
 
+def test_generation_stops_at_a_budget_that_counts_the_prompt(config, asked):
+    with config.prompts.open("a") as file:
+        file.write('{"id": "long", "prompt": "a 1 2 3 4 5 6 7"}\n')
+    report = generate(replace(config, stop_at_tokens=6, max_tokens=None))
+    cache = open_cache(str(config.out))
+    traces = read_all(cache)
+
+    assert report.num_unfinished == len(traces) == 6  # the long prompt leaves no room
+    assert {trace.n_total for trace in traces.values()} == {6}
+    assert all(trace.finish_reason == "length" for trace in traces.values())
+    assert cache.header.sampling["stop_at_tokens"] == 6
+    with pytest.raises(CacheMismatchError, match="stop_at_tokens"):
+        generate(replace(config, stop_at_tokens=7, max_tokens=None))
+
+
+def test_the_smaller_of_two_budgets_counts(config, asked):
+    generate(replace(config, stop_at_tokens=30, max_tokens=4))
+    assert {request.max_new_tokens for request in asked} == {4}
+
+
 def test_a_bad_row_stops_a_strict_capture_before_the_teacher_starts(config, asked):
     asked.teacher = None
     with config.prompts.open("a") as file:

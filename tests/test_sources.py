@@ -211,7 +211,10 @@ BAD = {
     "bad-messages": ({"messages": []}, "at least one message"),
     "bad-messages ": ({"messages": [{"content": "a"}]}, "a `role` or a `from`"),
     "unknown-role": ({"messages": [{"from": "cat", "value": "a"}]}, "no role for `from` 'cat'"),
-    "prompt-too-long": ({"prompt": "a " * 10}, "prompt of 10 tokens; the teacher's context of 10"),
+    "prompt-too-long": (
+        {"prompt": "a " * 10},
+        "prompt of 10 tokens; 10 of prompt and answer together fit",
+    ),
     "duplicate-id": ({"id": "1", "prompt": "b"}, "id '1' stands in "),
     "not-utf-8": ('{"prompt": "a \\ud83d"}', "no character"),
     "bad-id": ({"id": [], "prompt": "b"}, "`id` must be text or an integer"),

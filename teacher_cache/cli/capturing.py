@@ -131,6 +131,11 @@ def _capture_options(command: _Command) -> _Command:
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Default: the model's.")
 @click.option("--sample-top-k", type=click.IntRange(0), help="The sampler's cut-off; 0 for none.")
 @click.option("--max-tokens", type=click.IntRange(1), help="New tokens per trace, at most.")
+@click.option(
+    "--stop-at-tokens",
+    type=click.IntRange(2),
+    help="Tokens per trace, at most, the prompt included: what a student with --max-tokens reads.",
+)
 @click.option("--seed", type=int, default=GenerateConfig.seed, show_default=True)
 @click.option(
     "--samples-per-prompt",

@@ -33,8 +33,8 @@ class PromptRenderer:
         if len(ids) >= self.max_tokens:
             raise BadRow(
                 Reason.PROMPT_TOO_LONG,
-                f"prompt of {len(ids)} tokens; the teacher's context of {self.max_tokens} leaves "
-                "no room for an answer",
+                f"prompt of {len(ids)} tokens; {self.max_tokens} of prompt and answer together fit "
+                "(the teacher's context, or --stop-at-tokens)",
             )
         _check_vocabulary(ids, self.vocab_size)
         own = _own_fields(row, self.layout.id_field, *exchange.used)
