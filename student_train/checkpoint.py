@@ -1,6 +1,7 @@
 """Checkpoints: everything that the next step depends on, whole or absent."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -30,6 +31,8 @@ class Progress:
     num_tokens: int = 0  # valid ones, so far
     flops: int = 0  # by FlopFormula, so far
     train_s: float = 0.0  # in the loop, so far
+    best_step: int = 0  # 0: not evaluated yet
+    best_kl: float = math.inf  # on held-out traces, after that step
 
 
 def write_checkpoint(
@@ -47,9 +50,9 @@ def write_checkpoint(
         progress: `metrics_bytes` is filled in here.
         state: Name -> state dict; the main process' is written.
         accelerator: Of the run.
-        keep_last: How many of the newest stay.
+        keep_last: How many of the newest stay, beside the best one.
     """
-    folder = run.checkpoints / f"step-{progress.step:09d}"
+    folder = run.checkpoint_of(progress.step)
     temporary = folder.with_name(f".tmp-ranks-{folder.name}")
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -67,8 +70,10 @@ def write_checkpoint(
             torch.save(dict(state), final / _STATE)
             (final / _PROGRESS).write_text(json.dumps(values), encoding="utf-8")
         temporary.rmdir()
+        best = run.checkpoint_of(progress.best_step)
         for old in sorted(run.checkpoints.glob("step-*"))[:-keep_last]:
-            remove_folder(old)
+            if old != best:
+                remove_folder(old)
     accelerator.wait_for_everyone()
 
 

@@ -12,6 +12,8 @@ NORMALISATIONS = ("tokens", "traces")
 OPTIMIZERS = ("adamw", "adafactor", "adamw8bit")
 SCHEDULES = ("cosine", "linear", "constant", "onecycle")
 SHARDINGS = ("none", "full")
+SELECTIONS = ("last", "heldout")
+TRACKERS = ("tensorboard", "wandb", "none")
 DTYPES = ("float32", "bf16")
 
 # They say where things lie and how often something is written, or trade time for memory: a run
@@ -30,6 +32,8 @@ CHANGEABLE = frozenset(
         "attention",
         "gradient_checkpointing",
         "sharding",
+        "eval_cache",
+        "tracker",
         "save_every",
         "keep_last",
         "log_every",
@@ -79,9 +83,14 @@ class TrainConfig:
     sharding: str = "none"
     lanes: int = 8
     seed: int = 0
+    eval_every: int | None = None  # at the end
+    eval_cache: str | None = None
+    eval_traces: int = 256
+    select: str = "last"
     save_every: int = 500
     keep_last: int = 1
     log_every: int = 1
+    tracker: str = "tensorboard"
 
     def __post_init__(self) -> None:
         _ = self.selection  # refuses lead spans and sections that cannot be
@@ -90,6 +99,8 @@ class TrainConfig:
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
             ("sharding", SHARDINGS),
+            ("select", SELECTIONS),
+            ("tracker", TRACKERS),
             ("dtype", DTYPES),
         ):
             if getattr(self, name) not in choices:
@@ -98,7 +109,7 @@ class TrainConfig:
                 )
         for name in (
             "epochs", "max_steps", "batch_traces", "batch_tokens", "lanes", "save_every",
-            "keep_last", "log_every", "prefix_cache_bytes",
+            "keep_last", "log_every", "eval_every", "eval_traces", "prefix_cache_bytes",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -115,6 +126,10 @@ class TrainConfig:
             raise ValueError(f"heldout_share: expected 0 to below 1, got {self.heldout_share}")
         if not 0.0 <= self.random_mask < 1.0:
             raise ValueError(f"random_mask: expected a share in [0, 1), got {self.random_mask}")
+        has_heldout = self.heldout_share > 0 or self.eval_cache is not None
+        if not has_heldout and (self.eval_every is not None or self.select == "heldout"):
+            name = "select heldout" if self.eval_every is None else "eval_every"
+            raise ValueError(f"{name}: give held-out traces: a heldout_share or an eval_cache")
         for name in ("lr", "weight_decay", "clip_norm", "seed"):
             if not getattr(self, name) >= 0:  # NaN too
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
@@ -139,6 +154,7 @@ class TrainConfig:
             **asdict(self),
             "cache": [shown(path) for path in self.cache],  # without credentials
             "out": str(self.out),
+            "eval_cache": self.eval_cache and shown(self.eval_cache),
             "prefix_cache": self.prefix_cache and str(self.prefix_cache),
             "sections": list(self.sections),
             "cache_weights": self.cache_weights and list(self.cache_weights),

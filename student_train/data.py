@@ -78,6 +78,11 @@ class TrainingData:
         """Traces that are never trained on."""
         return sum(len(source.heldout) for source in self.sources)
 
+    def heldout_infos(self) -> list[TraceInfo]:
+        """What is known of the held-out traces without reading a shard."""
+        places = [(s.cache, *place) for s in self.sources for place in s.heldout]
+        return [cache.shards[shard].traces[row] for cache, shard, row in places]
+
     @property
     def snapshots(self) -> list[ShardList | None]:
         """`Cache.snapshot` of every cache: with them the same traces are opened again."""

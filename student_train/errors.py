@@ -5,6 +5,10 @@ class NonFiniteLossError(Exception):
     """The loss or its gradient is no number any more; the message names the step's traces."""
 
 
+class OutOfMemoryError(Exception):
+    """The device or the machine has no memory left; the message says what to lower."""
+
+
 class InterruptedRunError(Exception):
     """The run was asked to stop and has written a checkpoint.
 

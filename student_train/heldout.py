@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from student_train.batch import micro_batches
+from student_train.batch import empty_micro_batch, micro_batches
 from student_train.forward import StudentWithLoss
 from student_train.selection import ALL_SECTIONS, TokenSelection
 from student_train.student import output_layer
@@ -37,19 +37,41 @@ def heldout_figures(
     Returns:
         By section, those without a token left out, and "all".
     """
+    return section_figures(heldout_sums(student, traces, device))
+
+
+def heldout_sums(
+    student: StudentWithLoss, traces: Iterable[Trace | None], device: torch.device
+) -> NDArray[np.float64]:
+    """[3, 4] sums over the tokens of each section: count, KL, NLL, agreement.
+
+    Args:
+        student: As of `heldout_figures`.
+        traces: As many in every process of a sharded student, filled up with None.
+        device: Where to compute.
+    """
     num_ids = output_layer(student.model).weight.shape[0]
     sums = np.zeros((len(ALL_SECTIONS), 4))
     for trace in traces:
         # One by one: a micro-batch does not say which trace and section a token is of.
-        for batch in micro_batches(
-            [trace], TokenSelection(), batch_tokens=1, normalise="tokens", num_ids=num_ids
-        ):
-            result = student.per_token(batch.to(device))
-            parts = torch.stack([result.kl.double(), result.ce.double(), result.top1.double()])
-            section = _sections(trace, (batch.hidden_index + 1).numpy())
-            counted = np.concatenate([np.ones((1, len(section))), parts.cpu().numpy()])
-            for index in range(len(ALL_SECTIONS)):
-                sums[index] += counted[:, section == index].sum(axis=1)
+        batches = micro_batches(
+            [] if trace is None else [trace],
+            TokenSelection(), batch_tokens=1, normalise="tokens", num_ids=num_ids,
+        )  # fmt: skip
+        batch = batches[0] if batches else empty_micro_batch()
+        result = student.per_token(batch.to(device))
+        if trace is None:
+            continue
+        parts = torch.stack([result.kl.double(), result.ce.double(), result.top1.double()])
+        section = _sections(trace, (batch.hidden_index + 1).numpy())
+        counted = np.concatenate([np.ones((1, len(section))), parts.cpu().numpy()])
+        for index in range(len(ALL_SECTIONS)):
+            sums[index] += counted[:, section == index].sum(axis=1)
+    return sums
+
+
+def section_figures(sums: NDArray[np.float64]) -> dict[str, SectionFigures]:
+    """The means of `heldout_sums`, by section and of "all"."""
     figures = {name: _figures(row) for name, row in zip(ALL_SECTIONS, sums, strict=True) if row[0]}
     return {**figures, "all": _figures(sums.sum(axis=0))} if figures else {}
 

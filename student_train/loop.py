@@ -1,5 +1,7 @@
 """One training run, from an open cache to a finished student, to be read from top to bottom."""
 
+import hashlib
+import importlib.util
 import logging
 import math
 import signal
@@ -28,7 +30,7 @@ from student_train.errors import InterruptedRunError, NonFiniteLossError
 from student_train.flops import FlopFormula
 from student_train.forward import SUMS, StudentWithLoss
 from student_train.live import LiveTeacher
-from student_train.memory import PeakMemory
+from student_train.memory import PeakMemory, advice_when_out_of_memory
 from student_train.model_folder import model_card, save_student
 from student_train.optimization import make_optimizer, make_schedule
 from student_train.placement import (
@@ -37,6 +39,7 @@ from student_train.placement import (
     gathered_weights,
     place,
     restore_state,
+    restore_weights,
     without_exchange,
 )
 from student_train.progress import TrainingProgress
@@ -51,6 +54,7 @@ from student_train.student import (
     output_layer,
     student_fingerprint,
 )
+from student_train.validation import Validation, check_positions, heldout_data, num_trained_too
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +86,11 @@ def train(config: TrainConfig) -> TrainResult:
     """
     # --- what is trained on what -------------------------------------------------------------
     run = RunFolder(config.out)
+    if importlib.util.find_spec(config.tracker) is None and config.tracker != "none":
+        raise ValueError(f"tracker: {config.tracker} is not installed; pip install it")
     accelerator = Accelerator(
         mixed_precision="bf16" if config.dtype == "bf16" else "no",
-        log_with="tensorboard",
+        log_with=None if config.tracker == "none" else config.tracker,
         project_config=ProjectConfiguration(project_dir=config.out, logging_dir=config.out),
     )
     memory = PeakMemory(accelerator.device)
@@ -105,14 +111,31 @@ def train(config: TrainConfig) -> TrainResult:
     for source in data.sources:
         check_student(config.student, model, tokenizer, source.cache.header)
     check_selection(data, config.selection, model)
-    identity = RunIdentity(config, data.fingerprint, student_fingerprint(model), data.snapshots)
+    heldout = heldout_data(config, data)
+    if heldout is not None:
+        for source in heldout.sources:
+            check_student(config.student, model, tokenizer, source.cache.header)
+        check_positions(heldout, model)
+    identity = RunIdentity(
+        config,
+        data.fingerprint,
+        student_fingerprint(model),
+        None if heldout is None else heldout.fingerprint,
+        data.snapshots,
+    )
     run.check_identity(identity)
     if run.finished:
         metrics = run.last_metrics()
         return TrainResult(run.model, metrics["step"], metrics, was_finished=True)
 
+    all_infos = [info for source in data.sources for info in source.train_infos()]
+    cot_share = config.selection.cot_share(all_infos)
     if accelerator.is_main_process:
         logger.info("%s", data.summary)
+        logger.info("%s: %.1f %% of the chains of thought", config.selection, 100 * cot_share)
+        num_known = 0 if heldout is None else num_trained_too(heldout, data)
+        if num_known:
+            logger.warning("%d held-out traces are trained on too", num_known)
 
     # --- student, optimiser, schedule --------------------------------------------------------
     set_seed(config.seed, device_specific=True)
@@ -129,13 +152,18 @@ def train(config: TrainConfig) -> TrainResult:
     if packing and layout == "alone" and accelerator.is_main_process:
         logger.info("%s would mix traces in one row: each gets its own", type(model).__name__)
     formula = FlopFormula.of(model)  # before its parameters are split
-    student = place(StudentWithLoss(model, head, config.ce_weight), accelerator, config.sharding)
+    with_loss = StudentWithLoss(model, head, config.ce_weight)
+    with advice_when_out_of_memory(config):
+        student = place(with_loss, accelerator, config.sharding)
     # Neither is prepared by accelerate, which would advance the schedule once per rank.
     optimizer = make_optimizer(
         config.optimizer, model, lr=config.lr, weight_decay=config.weight_decay
     )
     scheduler = make_schedule(config.schedule, optimizer, warmup=config.warmup, num_steps=num_steps)
     student.train()
+    validation = None
+    if heldout is not None:
+        validation = Validation(with_loss, heldout, accelerator, limit=config.eval_traces)
     teacher = None
     if config.live_teacher is not None:
         teacher = LiveTeacher(
@@ -150,6 +178,7 @@ def train(config: TrainConfig) -> TrainResult:
         state = read_state(checkpoint)
         restore_state(model, optimizer, state)
         scheduler.load_state_dict(state["scheduler"])
+        del state  # which is mapped from a file that will be removed
         restore_random_state(checkpoint, accelerator.process_index)
         if accelerator.is_main_process:
             logger.info("going on after step %s of %s", f"{progress.step:,}", f"{num_steps:,}")
@@ -158,7 +187,8 @@ def train(config: TrainConfig) -> TrainResult:
         run.begin(identity, progress.metrics_bytes)
     accelerator.wait_for_everyone()
     accelerator.init_trackers(
-        "tensorboard", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}}
+        "tensorboard" if config.tracker == "tensorboard" else "leadspan",
+        init_kwargs=_tracker_settings(config, progress),
     )
 
     def save() -> None:
@@ -180,7 +210,7 @@ def train(config: TrainConfig) -> TrainResult:
     bytes_before = progress.bytes_read
     num_ids = output_layer(model).weight.shape[0]
     shown = TrainingProgress(num_steps, progress.step, enabled=accelerator.is_main_process)
-    with stop_signals() as stop, shown, stream:
+    with stop_signals() as stop, shown, stream, advice_when_out_of_memory(config):
         logged_s, logged_wait_s, logged_tokens = time.perf_counter(), 0.0, 0
         step_began_s = logged_s
         for item in stream:
@@ -240,10 +270,20 @@ def train(config: TrainConfig) -> TrainResult:
 
             now_s = time.perf_counter()
             progress = replace(progress, train_s=progress.train_s + now_s - step_began_s)
-            step_began_s = now_s
             logged_tokens += num_valid
             is_end = progress.step == num_steps
-            if progress.step % config.log_every == 0 or is_end:
+
+            figures: dict[str, float] = {}
+            is_turn = config.eval_every is not None and progress.step % config.eval_every == 0
+            if validation is not None and (is_end or is_turn):
+                figures = validation.measure()
+                if figures["heldout_kl"] < progress.best_kl:
+                    progress = replace(
+                        progress, best_step=progress.step, best_kl=figures["heldout_kl"]
+                    )
+            is_best = config.select == "heldout" and progress.best_step == progress.step
+
+            if progress.step % config.log_every == 0 or is_end or figures:
                 elapsed_s, waited_s = now_s - logged_s, stream.wait_s - logged_wait_s
                 metrics = {
                     "step": progress.step,
@@ -262,8 +302,10 @@ def train(config: TrainConfig) -> TrainResult:
                     "train_s": progress.train_s,
                     "tokens_per_s": logged_tokens / elapsed_s,
                     "data_wait_share": waited_s / elapsed_s,
+                    "cot_share": cot_share,
+                    **figures,
                 }
-                logged_s, logged_wait_s, logged_tokens = now_s, stream.wait_s, 0
+                logged_s, logged_wait_s, logged_tokens = time.perf_counter(), stream.wait_s, 0
                 if accelerator.is_main_process:
                     run.append_metrics(metrics)
                 accelerator.log(
@@ -272,7 +314,8 @@ def train(config: TrainConfig) -> TrainResult:
                 shown.update(metrics)
 
             is_asked_to_stop = totals[-1] > 0
-            if is_end or is_asked_to_stop or progress.step % config.save_every == 0:
+            is_turn = progress.step % config.save_every == 0
+            if is_end or is_asked_to_stop or is_best or is_turn:
                 save()
             if is_asked_to_stop and not is_end:
                 raise InterruptedRunError(
@@ -282,9 +325,20 @@ def train(config: TrainConfig) -> TrainResult:
                 )
             if is_end:
                 break
+            step_began_s = time.perf_counter()
 
     # --- the student -------------------------------------------------------------------------
     metrics = run.last_metrics()
+    of_student = metrics
+    if config.select == "heldout" and progress.best_step != num_steps:
+        restore_weights(model, read_state(run.checkpoint_of(progress.best_step))["student"])
+        of_student = run.metrics_of(progress.best_step)
+        if accelerator.is_main_process:
+            logger.info(
+                "the student after step %d is taken, with a held-out KL of %.4f",
+                progress.best_step,
+                progress.best_kl,
+            )
     weights = gathered_weights(model)
     if accelerator.is_main_process:
         if progress.num_absent:
@@ -304,7 +358,7 @@ def train(config: TrainConfig) -> TrainResult:
             run.model,
             weights=weights,
             terminal_token_ids=data.terminal_token_ids,
-            card=model_card(config, data, metrics),
+            card=model_card(config, data, of_student, num_steps),
         )
     accelerator.wait_for_everyone()
     accelerator.end_training()  # and its processes' group
@@ -348,6 +402,18 @@ def _global_counts(
     counts_R4 = accelerator.gather(local.sum(dim=0, keepdim=True))
     num_valid, num_traces, num_absent, _ = counts_R4.sum(dim=0).tolist()
     return num_valid, num_traces, num_absent, int(counts_R4[:, 3].max())
+
+
+def _tracker_settings(config: TrainConfig, progress: Progress) -> dict[str, dict[str, Any]]:
+    """What makes a tracker go on with a run instead of beginning another."""
+    name = hashlib.sha256(str(config.out.resolve()).encode()).hexdigest()[:16]
+    return {
+        "tensorboard": {"purge_step": progress.step + 1},
+        "wandb": {
+            "id": name, "name": config.out.name, "resume": "allow", "dir": str(config.out),
+            "config": config.to_json(),
+        },
+    }  # fmt: skip
 
 
 def _non_finite(step: int, metrics: dict[str, float], grad_norm: float, item: StreamStep) -> str:

@@ -1,8 +1,13 @@
-"""The most memory that a run has held at one time."""
+"""The most memory that a run has held at one time, and what to say when there is none left."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from student_train.config import TrainConfig
+from student_train.errors import OutOfMemoryError
 
 
 class PeakMemory:
@@ -28,6 +33,32 @@ class PeakMemory:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return max(0, resident_bytes("VmHWM") - self._before_bytes)
+
+
+@contextmanager
+def advice_when_out_of_memory(config: TrainConfig) -> Iterator[None]:
+    """Say what to lower when memory runs out.
+
+    Raises:
+        OutOfMemoryError: In place of PyTorch's and Python's own errors.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # PyTorch's CPU allocator has no class of its own.
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and (
+            "can't allocate memory" not in str(error)
+        ):
+            raise
+        remedies = [f"lower --batch-tokens (now {config.batch_tokens:,}) or --lead-span"]
+        if not config.gradient_checkpointing:
+            remedies.append("add --gradient-checkpointing")
+        if config.dtype != "bf16":
+            remedies.append("use --dtype bf16")
+        if config.sharding == "none":
+            remedies.append("split the student over several processes with --sharding full")
+        reason = str(error).strip().partition("\n")[0]
+        raise OutOfMemoryError(f"out of memory: {'; '.join(remedies)} ({reason})") from error
 
 
 def resident_bytes(name: str) -> int:

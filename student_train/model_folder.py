@@ -43,38 +43,42 @@ def save_student(
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(config: TrainConfig, data: TrainingData, metrics: Mapping[str, Any]) -> str:
+def model_card(
+    config: TrainConfig, data: TrainingData, metrics: Mapping[str, Any], num_steps: int
+) -> str:
     """What the student was made of, in Markdown.
 
     Args:
         config: Of the run.
         data: What it was trained on.
-        metrics: The last step's.
+        metrics: Of the step whose weights these are.
+        num_steps: Of the run.
     """
-    rows = "\n".join(f"| {name} | {metrics[name]:.4f} |" for name in ("loss", *SUMS))
+    names = [name for name in metrics if name in ("loss", *SUMS) or name.startswith("heldout_")]
+    rows = "\n".join(f"| {name} | {metrics[name]:.4f} |" for name in names)
     caches = [source.cache for source in data.sources]
     teachers = "\n".join(_teacher_and_cache(cache) for cache in caches)
-    names = " and ".join(dict.fromkeys(Path(cache.header.teacher).name for cache in caches))
+    teacher_names = " and ".join(dict.fromkeys(Path(cache.header.teacher).name for cache in caches))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [distillation, leadspan]
 ---
 
-# {Path(config.student).name}, distilled from {names}
+# {Path(config.student).name}, distilled from {teacher_names}
 
 Trained with leadspan on a cache of the teacher's top-k logits; no teacher was in memory.
 
 - student: `{config.student}`
 {teachers}
-- trained on: {config.selection}
+- trained on: {config.selection}; {metrics["cot_share"]:.1%} of the chains of thought
 - loss: {1 - config.ce_weight:g} KL(teacher || student) over the kept entries and one bucket for
   the tail + {config.ce_weight:g} cross entropy, every {config.normalise[:-1]} weighing the same
 - optimiser: {config.optimizer}, lr {config.lr:g} ({config.schedule}, warm-up {config.warmup:g}),
   weight decay {config.weight_decay:g}, gradient norm at most {config.clip_norm:g}
-- {metrics["step"]} steps of {config.batch_traces} traces, seed {config.seed}
+- {num_steps} steps of {config.batch_traces} traces, seed {config.seed}
 
-Last step, per token, in nats or as a proportion:
+After step {metrics["step"]}, per token, in nats or as a proportion:
 
 | metric | value |
 | --- | --- |

@@ -58,12 +58,12 @@ def make_schedule(
         num_steps: Of the run.
     """
     if name == "onecycle":
-        num_cycle = max(2, num_steps)  # its two phases need a step each
+        num_cycle = max(3, num_steps)  # neither of its two phases may be empty
         return OneCycleLR(
             optimizer,
             max_lr=[group["lr"] for group in optimizer.param_groups],
             total_steps=num_cycle,
-            pct_start=min(1.0, max(warmup, 2 / num_cycle)),
+            pct_start=min(1 - 1 / num_cycle, max(warmup, 2 / num_cycle)),
             cycle_momentum="betas" in optimizer.defaults,
         )
     schedule: LRScheduler = get_scheduler(

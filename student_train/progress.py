@@ -64,9 +64,11 @@ class TrainingProgress:
 
 def describe(metrics: Mapping[str, Any]) -> str:
     """The figures of a step in one line."""
+    heldout = f" | held-out kl {metrics['heldout_kl']:.4f}" if "heldout_kl" in metrics else ""
     return (
         f"loss {metrics['loss']:.4f} | kl {metrics['kl']:.4f} | ce {metrics['ce']:.4f} | "
         f"mass {metrics['student_mass']:.3f} of {metrics['teacher_mass']:.3f} | "
         f"top-1 {metrics['top1_agreement']:.1%} | lr {metrics['lr']:.1e} | "
-        f"{metrics['tokens_per_s']:,.0f} tok/s | data {metrics['data_wait_share']:.0%}"
+        f"{metrics['tokens_per_s']:,.0f} tok/s | data {metrics['data_wait_share']:.0%} | "
+        f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB{heldout}"
     )

@@ -2,7 +2,7 @@
 
 config.json      the resolved configuration and what was trained on what
 metrics.jsonl    one object per logged step
-checkpoints/     the last ones
+checkpoints/     the last ones, and the best
 tensorboard/     the same figures for TensorBoard
 model/           the student as a Hugging Face folder; there when the run is finished
 """
@@ -29,6 +29,7 @@ class RunIdentity:
     config: TrainConfig
     cache_fingerprint: str
     student_fingerprint: str
+    eval_fingerprint: str | None  # of the held-out traces' cache
     snapshots: Sequence[ShardList | None]  # of caches that were not complete when the run began
 
     def to_json(self) -> dict[str, Any]:
@@ -38,6 +39,7 @@ class RunIdentity:
             "config": self.config.to_json(),
             "cache_fingerprint": self.cache_fingerprint,
             "student_fingerprint": self.student_fingerprint,
+            "eval_fingerprint": self.eval_fingerprint,
             "snapshots": self.snapshots,
         }
 
@@ -90,6 +92,10 @@ class RunFolder:
         """The newest whole checkpoint."""
         return max(self.checkpoints.glob("step-*"), default=None)
 
+    def checkpoint_of(self, step: int) -> Path:
+        """Where the checkpoint after a step is, if there is one."""
+        return self.checkpoints / f"step-{step:09d}"
+
     def check_identity(self, identity: RunIdentity) -> None:
         """Refuse to go on with a run that was another one.
 
@@ -101,7 +107,7 @@ class RunFolder:
         now = identity.to_json()
         differences = [
             f"{name}: {self._before.get(name)!r} before, {now[name]!r} now"
-            for name in ("cache_fingerprint", "student_fingerprint")
+            for name in ("cache_fingerprint", "student_fingerprint", "eval_fingerprint")
             if self._before.get(name) != now[name]
         ]
         before_config = self._before.get("config", {})
@@ -141,9 +147,15 @@ class RunFolder:
 
     def last_metrics(self) -> dict[str, Any]:
         """The last line of `metrics.jsonl`."""
+        return self._metrics()[-1]
+
+    def metrics_of(self, step: int) -> dict[str, Any]:
+        """The line of a step that was logged."""
+        return next(values for values in self._metrics() if values["step"] == step)
+
+    def _metrics(self) -> list[dict[str, Any]]:
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-        last: dict[str, Any] = json.loads(lines[-1])
-        return last
+        return [json.loads(line) for line in lines]
 
 
 @contextlib.contextmanager

@@ -93,6 +93,16 @@ class TokenSelection:
         """Whether a token of any of these traces is trained on."""
         return any(self.ranges(t.n_total, t.cot_start, t.answer_start) for t in traces)
 
+    def cot_share(self, traces: Iterable[TraceInfo]) -> float:
+        """Share of all tokens of the chains of thought that are trained on; 0 without any."""
+        num_selected = num_all = 0
+        for info in traces:
+            first, end = max(1, info.cot_start), info.answer_start
+            num_all += max(0, end - first)
+            for left, right in self.ranges(info.n_total, info.cot_start, info.answer_start):
+                num_selected += max(0, min(right, end) - max(left, first))
+        return num_selected / max(1, num_all)
+
 
 @dataclass(frozen=True)
 class RandomMask:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fakes import TOKENS, make_cache, make_trace, make_traces, write_shards
+from same_bits import assert_bitwise_equal
 from students import make_model, make_student
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import student_train.loop as loop
 from student_train.config import TrainConfig
 from student_train.data import open_data
-from student_train.errors import InterruptedRunError, NonFiniteLossError
+from student_train.errors import InterruptedRunError, NonFiniteLossError, OutOfMemoryError
 from student_train.loop import train
+from student_train.optimization import make_optimizer, make_schedule
 from student_train.order import data_order
 from teacher_cache.format import (
     CacheFormatError,
@@ -67,20 +69,6 @@ def weights_of(config):
 def last_state(config):
     (checkpoint,) = (config.out / "checkpoints").iterdir()
     return torch.load(checkpoint / "state.pt", weights_only=True)
-
-
-def assert_bitwise_equal(one, other):
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_bitwise_equal(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        for left, right in zip(one, other, strict=True):
-            assert_bitwise_equal(left, right)
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    else:
-        assert one == other
 
 
 def stop_after(monkeypatch, step, number=signal.SIGINT):
@@ -353,6 +341,8 @@ def test_bf16_and_gradient_checkpointing_train_too(config, tmp_path):
         ("constant", [0.0, 5e-4, 1e-3, 1e-3, 1e-3]),
         ("linear", [0.0, 5e-4, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3]),
         ("cosine", [0.0, 5e-4, 1e-3, 7.5e-4, 2.5e-4]),
+        # Up from a 25th and down to a 250,000th along half cosines, the peak in the second step.
+        ("onecycle", [4e-5, 1e-3, 7.50001e-4, 2.50003e-4, 4e-9]),
     ],
 )
 def test_the_learning_rate_follows_the_schedule(config, schedule, expected):
@@ -360,6 +350,107 @@ def test_the_learning_rate_follows_the_schedule(config, schedule, expected):
     train(settings)
 
     assert [m["lr"] for m in metrics_of(settings)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 1.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_one_cycle_of_a_few_steps_can_be_run(num_steps, warmup):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = make_schedule("onecycle", optimizer, warmup=warmup, num_steps=num_steps)
+    rates = []
+    for _ in range(num_steps):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.04, 1.0, 4e-6][:num_steps])
+
+
+def test_one_cycle_moves_the_momentum_and_goes_on_bit_for_bit(config, tmp_path, monkeypatch):
+    whole = config(out=tmp_path / "whole", schedule="onecycle", warmup=0.3)
+    parts = config(out=tmp_path / "parts", schedule="onecycle", warmup=0.3)
+    train(whole)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(InterruptedRunError):
+            train(parts)
+    (group, _) = last_state(parts)["optimizer"]["param_groups"]
+    assert group["betas"][0] < 0.95
+    train(parts)
+
+    assert_bitwise_equal(last_state(whole), last_state(parts))
+
+
+def test_adafactor_trains_and_goes_on_bit_for_bit(config, tmp_path, monkeypatch):
+    whole = config(out=tmp_path / "whole", optimizer="adafactor", max_steps=4)
+    parts = config(out=tmp_path / "parts", optimizer="adafactor", max_steps=4)
+    train(whole)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(InterruptedRunError):
+            train(parts)
+    train(parts)
+
+    assert_bitwise_equal(last_state(whole), last_state(parts))
+    state = last_state(whole)["optimizer"]["state"]["model.embed_tokens.weight"]
+    assert state["exp_avg_sq_row"].ndim == 1  # not a moment per weight
+
+
+def test_an_optimiser_that_is_not_installed_is_refused(config, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="neither torchao nor bitsandbytes is installed"):
+        make_optimizer("adamw8bit", torch.nn.Linear(2, 2), lr=1e-3, weight_decay=0.0)
+
+
+def test_as_many_checkpoints_stay_as_asked(config):
+    settings = config(save_every=2, keep_last=3)
+    train(settings)
+
+    names = sorted(path.name for path in (settings.out / "checkpoints").iterdir())
+    assert names == ["step-000000006", "step-000000008", "step-000000010"]
+
+
+def test_running_out_of_memory_says_what_to_lower(config, monkeypatch):
+    def forward(self, batch):
+        return torch.empty(2**60, dtype=torch.uint8)  # which no machine has
+
+    monkeypatch.setattr(loop.StudentWithLoss, "forward", forward)
+    with pytest.raises(OutOfMemoryError, match="lower --batch-tokens \\(now 150\\) or") as error:
+        train(config())
+    assert "add --gradient-checkpointing" in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(OutOfMemoryError) as error:
+        train(config(gradient_checkpointing=True))
+    assert "add --gradient-checkpointing" not in str(error.value)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(config, monkeypatch):
+    def forward(self, batch):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(loop.StudentWithLoss, "forward", forward)
+    with pytest.raises(RuntimeError, match="mat1"):
+        train(config())
+
+
+def test_weights_and_biases_gets_the_metrics(config, monkeypatch):
+    logged = []
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(
+        "accelerate.tracking.WandBTracker.log",
+        lambda self, values, step=None, **_: logged.append((step, values)),
+    )
+    settings = config(max_steps=2, tracker="wandb")
+    train(settings)
+
+    assert [step for step, _ in logged] == [1, 2]
+    assert logged[1][1]["loss"] == metrics_of(settings)[1]["loss"]
+    assert not (settings.out / "tensorboard").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_refused(config, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="wandb is not installed"):
+        train(config(tracker="wandb"))
 
 
 def test_weight_decay_and_clipping_change_the_weights(config, tmp_path):
@@ -527,7 +618,7 @@ def test_handlers_of_signals_are_put_back(config):
         ({"epochs": 0}, "epochs: expected at least 1, got 0"),
         ({"lr": -1.0}, "lr: expected at least 0"),
         ({"ce_weight": 1.2}, "ce_weight: expected 0 to 1"),
-        ({"schedule": "zigzag"}, "schedule: expected one of cosine, linear, constant"),
+        ({"schedule": "zigzag"}, "schedule: expected one of cosine, linear, constant, onecycle"),
         ({"dtype": "int8"}, "dtype: expected one of float32, bf16"),
         ({"normalise": "words"}, "normalise: expected one of tokens, traces"),
     ],

@@ -40,6 +40,7 @@ def test_a_sharded_run_equals_one_process_and_is_gone_on_with_by_one(tmp_path, t
     whole = TrainConfig(
         cache=(cache,), student=student, out=tmp_path / "whole", lr=3e-3, batch_traces=4,
         batch_tokens=100, clip_norm=0.5, sharding="none", save_every=1000,
+        heldout_share=0.25, eval_every=2, epochs=2, max_steps=10,
     )  # fmt: skip
     sharded = replace(whole, out=tmp_path / "sharded", sharding="full")
     moved = replace(sharded, sharding="none")
@@ -57,7 +58,9 @@ def test_a_sharded_run_equals_one_process_and_is_gone_on_with_by_one(tmp_path, t
         assert left["tokens"] == right["tokens"]
         for name in ("loss", "kl", "ce", "grad_norm", "student_mass", "lr"):
             assert left[name] == pytest.approx(right[name], rel=1e-5), (left["step"], name)
+        assert left.get("heldout_kl", 0) == pytest.approx(right.get("heldout_kl", 0), rel=1e-5)
     assert one[0]["grad_norm"] > 0.5  # was clipped
+    assert [values["step"] for values in one if "heldout_kl" in values] == [2, 4, 6, 8, 10]
     students = [
         AutoModelForCausalLM.from_pretrained(config.out / "model").state_dict()
         for config in (whole, sharded)

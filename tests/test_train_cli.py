@@ -9,10 +9,13 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields
+from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from fakes import make_cache, make_traces
+from same_bits import assert_bitwise_equal
 from students import make_student
 
 from student_train.cells import SweepConfig
@@ -141,6 +144,22 @@ def test_a_toml_file_gives_defaults_that_options_override(parts, tmp_path):
     assert config["ce_weight"] == TrainConfig.ce_weight
 
 
+def test_the_papers_recipe_can_be_used(parts):
+    recipe = Path(__file__).parent.parent / "tools/paper.toml"
+    # A process keeps one precision, and the other tests of this one use float32.
+    options = ("--config", recipe, "--lead-span", 0.5, "--max-steps", 2, "--dtype", "float32")
+    done = invoke("run", *[f"--{k}={v}" for k, v in parts.items()], *options)
+
+    assert done.exit_code == 0, done.stderr
+    config = json.loads((parts["out"] / "config.json").read_text())["config"]
+    stated = {
+        "lr": 4e-6, "schedule": "onecycle", "weight_decay": 0.05, "clip_norm": 1.0, "epochs": 2,
+        "batch_traces": 4, "ce_weight": 0.5, "normalise": "traces", "lead_span": 0.5,
+    }  # fmt: skip
+    assert {name: config[name] for name in stated} == stated
+    assert metrics_of(parts["out"])[0]["lr"] == pytest.approx(4e-6 / 25)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("learning-rate = 1\n", "no option 'learning_rate'"), ("lr = \n", "not TOML")],
@@ -237,11 +256,66 @@ def test_a_killed_run_goes_on_to_the_same_student(uninterrupted, tmp_path, numbe
     subprocess.run([*PROGRAM, *command(parts, *LONG_RUN)], env=ENVIRONMENT, check=True)
 
     folders = (parts["out"], uninterrupted["out"])
-    weights = [folder / "model/model.safetensors" for folder in folders]
+    assert_same_run(*folders)
+    assert len(metrics_of(parts["out"])) == 120
+
+
+def assert_same_run(one, other):
+    """Weights, optimiser, schedule, random numbers, order of the traces and every loss."""
+    weights = [folder / "model/model.safetensors" for folder in (one, other)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    losses = [[values["loss"] for values in metrics_of(folder)] for folder in folders]
-    assert len(losses[0]) == 120
-    assert losses[0] == losses[1]
+    for name in ("state.pt", "random-00000.pt"):
+        files = [max(folder.glob(f"checkpoints/step-*/{name}")) for folder in (one, other)]
+        assert_bitwise_equal(*[torch.load(file, weights_only=True) for file in files])
+    figures = [
+        [
+            (values["step"], values["loss"], values["tokens"], values["grad_norm"])
+            for values in found
+        ]
+        for found in (metrics_of(one), metrics_of(other))
+    ]
+    assert figures[0] == figures[1]
+
+
+KILLED_IN_A_CHECKPOINT = """
+import os, signal, sys, torch
+
+save, num_calls = torch.save, 0
+
+def killed_save(state, file):
+    global num_calls
+    save(state, file)
+    num_calls += 1
+    if num_calls == 6:  # the third checkpoint's weights: half of them are on the disk
+        os.truncate(file, os.path.getsize(file) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = killed_save
+from student_train.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(
+    uninterrupted, tmp_path
+):
+    parts = {**uninterrupted, "out": tmp_path / "run"}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_A_CHECKPOINT, *command(parts, *LONG_RUN)],
+        env=ENVIRONMENT, check=False,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL
+    assert len(metrics_of(parts["out"])) == 21
+    assert [path.name for path in (parts["out"] / "checkpoints").glob("step-*")] == [
+        "step-000000014"
+    ]
+    done = subprocess.run(
+        [*PROGRAM, *command(parts, *LONG_RUN)],
+        env=ENVIRONMENT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "going on after step 14 of 120" in done.stderr
+    assert_same_run(parts["out"], uninterrupted["out"])
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import click
 from student_train.cli.evaluating import evaluate_command
 from student_train.cli.running import run_command
 from student_train.cli.sweeping import sweep_command
-from student_train.errors import InterruptedRunError, NonFiniteLossError
+from student_train.errors import InterruptedRunError, NonFiniteLossError, OutOfMemoryError
 from teacher_cache.format import CacheError
 
 
@@ -43,6 +43,6 @@ def main() -> None:
             err=True,
         )
         sys.exit(1)
-    except (CacheError, NonFiniteLossError, ValueError, OSError) as error:
+    except (CacheError, NonFiniteLossError, OutOfMemoryError, ValueError, OSError) as error:
         click.echo(f"train-student: {' '.join(str(error).split())}", err=True)
         sys.exit(1)

@@ -11,7 +11,9 @@ from student_train.config import (
     NORMALISATIONS,
     OPTIMIZERS,
     SCHEDULES,
+    SELECTIONS,
     SHARDINGS,
+    TRACKERS,
     TrainConfig,
 )
 from student_train.selection import PARTS, WHOLES
@@ -166,12 +168,32 @@ from student_train.selection import PARTS, WHOLES
 )  # fmt: skip
 @click.option("--seed", type=int, default=TrainConfig.seed, help="Of order and dropout.")
 @click.option(
+    "--eval-every", type=int, default=TrainConfig.eval_every,
+    help="Steps between measurements on held-out traces, whole ones; otherwise at the end.",
+)  # fmt: skip
+@click.option(
+    "--eval-cache", default=TrainConfig.eval_cache,
+    help="Cache whose traces are the held-out ones, instead of --heldout-share.",
+)  # fmt: skip
+@click.option(
+    "--eval-traces", type=int, default=TrainConfig.eval_traces,
+    help="Measure on at most so many; they are kept in memory.",
+)  # fmt: skip
+@click.option(
+    "--select", type=click.Choice(SELECTIONS), default=TrainConfig.select,
+    help="The student that is written: after the last step, or with the lowest held-out KL.",
+)  # fmt: skip
+@click.option(
     "--save-every", type=int, default=TrainConfig.save_every, help="Steps between checkpoints."
 )
 @click.option("--keep-last", type=int, default=TrainConfig.keep_last, help="Checkpoints that stay.")
 @click.option(
     "--log-every", type=int, default=TrainConfig.log_every,
     help="Steps between lines of metrics.jsonl.",
+)  # fmt: skip
+@click.option(
+    "--tracker", type=click.Choice(TRACKERS), default=TrainConfig.tracker,
+    help="Where the metrics go beside metrics.jsonl.",
 )  # fmt: skip
 def run_command(**options: Any) -> None:  # noqa: ANN401  # mirrors TrainConfig
     """Distil a cached teacher into a student.
