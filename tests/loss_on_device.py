@@ -306,8 +306,11 @@ def main():
         print(found)  # noqa: T201 (a script, when it runs alone)
         results.append(found)
         if arguments.json is not None:
-            kernels = chunks.passes_type(arguments.device).__name__
-            arguments.json.write_text(json.dumps({"kernels": kernels, "checks": results}, indent=2))
+            about = {
+                "device": arguments.device,
+                "kernels": chunks.passes_type(arguments.device).__name__,
+            }
+            arguments.json.write_text(json.dumps({**about, "checks": results}, indent=2))
     raise SystemExit(any(result["error"] for result in results))
 
 

@@ -140,6 +140,16 @@ def test_goals_belong_to_the_sizes_they_were_set_for():
     assert [figure.is_met for figure in other] == [None, None, True, True, True]
 
 
+def test_a_gpu_that_runs_without_its_kernels_is_pointed_out():
+    for device, kernels, is_met in (
+        ("cuda", "TritonPasses", True),
+        ("cuda", "TorchPasses", False),
+        ("cpu", "TorchPasses", None),
+    ):
+        result = {"device": device, "kernels": kernels, "checks": []}
+        assert gpu_report_parts._checks(result)[0].is_met is is_met
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")
 def test_the_whole_report_runs_on_a_cpu_in_small(tmp_path):
