@@ -72,6 +72,7 @@ Trained with leadspan on a cache of the teacher's top-k logits; no teacher was i
 - student: `{config.student}`
 {teachers}
 - trained on: {config.selection}; {metrics["cot_share"]:.1%} of the chains of thought
+- traces: {data.summary}{f", where `{config.where}`" if config.where else ""}
 - loss: {1 - config.ce_weight:g} KL(teacher || student) over the kept entries and one bucket for
   the tail + {config.ce_weight:g} cross entropy, every {config.normalise[:-1]} weighing the same
 - optimiser: {config.optimizer}, lr {config.lr:g} ({config.schedule}, warm-up {config.warmup:g}),

@@ -46,7 +46,7 @@ from bench_stream_mosaic import COLUMNS, Delivered
 from numpy.typing import NDArray
 
 from student_train.data import open_data
-from student_train.order import epoch_order
+from student_train.order import EpochOrder, data_order, epoch_order
 from student_train.selection import TokenSelection
 from student_train.stream import TraceStream
 from teacher_cache.format import (
@@ -63,7 +63,7 @@ LEAD_SPAN = 0.5
 BATCH_TRACES = 16
 OURS, ROWS, TABLES = "leadspan", "datasets, numpy rows", "datasets, tables by hand"
 MOSAIC = {"MosaicML, zstd": "zstd:1", "MosaicML, uncompressed": ""}
-SHARDS_OF_QUALITY = (20, 100, 1000)  # of 100 traces each
+SHARDS_OF_QUALITY = (20, 100, 1000)
 
 
 def main() -> None:
@@ -273,6 +273,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             "bytes_on_disk": whole[name],
             "peak_rss_bytes": median["peak_rss_bytes"],
         }
+    order = data_order(open_data([folder / "cache"]), seed=0, epoch=0, num_lanes=8)
     waits = run_child("wait", folder, arguments)
     ours = results[OURS]
     rivals = [item["tokens_per_s"] for name, item in results.items() if name != OURS]
@@ -284,8 +285,10 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "train_tokens_per_s": arguments.train_tokens_per_s,
         "num_tokens": expected["num_tokens"],
         "num_shards": len(open_cache(folder / "cache").shards),
-        "shuffle_quality": shuffle_quality(SHARDS_OF_QUALITY[0]),
-        "shuffle_quality_by_shards": {str(n): shuffle_quality(n) for n in SHARDS_OF_QUALITY},
+        "shuffle_quality": shuffle_quality(order),
+        "shuffle_quality_by_shards": {
+            str(n): shuffle_quality(order_of(n)) for n in SHARDS_OF_QUALITY
+        },
         "results": results,
     }
 
@@ -315,18 +318,19 @@ def size_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def shuffle_quality(num_shards: int, traces_per_shard: int = 100, num_lanes: int = 8) -> float:
+def shuffle_quality(order: EpochOrder) -> float:
     """Mean distance in an epoch of neighbours in a shard, relative to a full permutation's."""
-    shard = np.repeat(np.arange(num_shards), traces_per_shard)
-    row = np.tile(np.arange(traces_per_shard), num_shards)
+    by_place = np.lexsort((order.row, order.shard))  # the epoch's places, shard by shard
+    neighbours = np.diff(order.shard[by_place]) == 0
+    distances = np.abs(np.diff(by_place))[neighbours]
+    return float(distances.mean() / ((len(order) + 1) / 3))  # the mean over all permutations
+
+
+def order_of(num_shards: int) -> EpochOrder:
+    """The order of a cache of this many shards of 100 traces."""
+    shard, row = np.divmod(np.arange(num_shards * 100), 100)
     lengths = np.random.default_rng(0).integers(500, 9000, len(shard))
-    order = epoch_order(
-        shard, row, lengths, seed=0, epoch=0, fingerprint="bench", num_lanes=num_lanes
-    )
-    place = np.empty(len(shard))
-    place[order.shard * traces_per_shard + order.row] = np.arange(len(shard))
-    distances = np.abs(np.diff(place.reshape(num_shards, traces_per_shard), axis=1))
-    return float(distances.mean() / ((len(shard) + 1) / 3))  # the mean over all permutations
+    return epoch_order(shard, row, lengths, seed=0, epoch=0, fingerprint="bench", num_lanes=8)
 
 
 def show(found: dict[str, Any]) -> None:
@@ -345,7 +349,10 @@ def show(found: dict[str, Any]) -> None:
         f"and {found['first_step_s']:.2f} s for the first step"
     )
     qualities = found["shuffle_quality_by_shards"].items()
-    print("shuffle quality: " + ", ".join(f"{v:.2f} of {name} shards" for name, v in qualities))
+    print(
+        f"shuffle quality {found['shuffle_quality']:.2f}, of caches of 100 traces per shard: "
+        + ", ".join(f"{value:.2f} with {name} shards" for name, value in qualities)
+    )
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ from student_train.selection import PARTS, WHOLES
 )  # fmt: skip
 @click.option(
     "--lanes", type=int, default=TrainConfig.lanes,
-    help="Lanes of the order; a multiple of the number of processes.",
+    help="Lanes of the order, fixed for a run; best a multiple of the number of processes.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=TrainConfig.seed, help="Of order and dropout.")
 @click.option(
