@@ -120,11 +120,11 @@ class TrainingData:
     def heldout_traces(
         self, *, rank: int = 0, num_ranks: int = 1, limit: int | None = None
     ) -> Iterator[Trace]:
-        """Read the held-out traces, whole (as far as their cache holds them), shard by shard.
+        """Read the held-out traces, whole and with all entries that their cache holds.
 
-        Always the same traces in the same order. May run while a stream over the same data does;
-        what it reads does not count in `bytes_read`. A trace costs its whole shard, so keep them
-        in memory where they are used often.
+        A yardstick that no option moves: always the same traces in the same order. May run while a
+        stream over the same data does; what it reads does not count in `bytes_read`. A trace costs
+        its whole shard, so keep them in memory where they are used often.
 
         Args:
             rank: Whose part is read; ranks take whole shards, some perhaps none.
@@ -143,7 +143,7 @@ class TrainingData:
             cache = replace(source.cache, bytes_read=0)  # counts for itself
             infos = cache.shards[shard].traces
             keep = {row: cache.num_held(infos[row]) for row in rows}
-            yield from cache.read(shard, keep, source.view).values()
+            yield from cache.read(shard, keep).values()
 
 
 def open_data(

@@ -25,7 +25,7 @@ def trained_ids(data, **settings):
 
 def test_heldout_traces_are_whole_and_never_trained_on(path):
     traces = {trace.trace_id: trace for trace in make_traces(60)}
-    data = open_data([path], heldout_share=0.3)
+    data = open_data([path], heldout_share=0.3, top_k=2)  # which only training is narrowed by
     heldout = {trace.trace_id: trace for trace in data.heldout_traces()}
 
     assert 8 < len(heldout) == data.num_heldout < 30
