@@ -15,6 +15,7 @@ SHARDINGS = ("none", "full")
 SELECTIONS = ("last", "heldout")
 TRACKERS = ("tensorboard", "wandb", "none")
 DTYPES = ("float32", "bf16")
+LORA_OUTPUTS = ("merged", "adapter")
 
 # They say where things lie and how often something is written, or trade time for memory: a run
 # may go on with other values. Cache and student are compared by fingerprint instead of by name.
@@ -34,11 +35,23 @@ CHANGEABLE = frozenset(
         "sharding",
         "eval_cache",
         "tracker",
+        "compile",
+        "lora_output",
         "save_every",
         "keep_last",
         "log_every",
     }
 )
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Which adapters are trained beside frozen weights."""
+
+    rank: int
+    alpha: int  # their output is multiplied by alpha / rank
+    targets: tuple[str, ...]  # names of layers, such as q_proj, or "all-linear"
+    seed: int  # of their first weights, the same in every process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +94,11 @@ class TrainConfig:
     attention: str | None = None  # FlashAttention where it can be used, else the model's own choice
     gradient_checkpointing: bool = False
     sharding: str = "none"
+    compile: bool = False
+    lora_rank: int | None = None  # all weights are trained
+    lora_alpha: int = 32
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    lora_output: str = "merged"
     lanes: int = 8
     seed: int = 0
     eval_every: int | None = None  # at the end
@@ -102,6 +120,7 @@ class TrainConfig:
             ("select", SELECTIONS),
             ("tracker", TRACKERS),
             ("dtype", DTYPES),
+            ("lora_output", LORA_OUTPUTS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -110,6 +129,7 @@ class TrainConfig:
         for name in (
             "epochs", "max_steps", "batch_traces", "batch_tokens", "lanes", "save_every",
             "keep_last", "log_every", "eval_every", "eval_traces", "prefix_cache_bytes",
+            "lora_rank", "lora_alpha",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -130,6 +150,8 @@ class TrainConfig:
         if not has_heldout and (self.eval_every is not None or self.select == "heldout"):
             name = "select heldout" if self.eval_every is None else "eval_every"
             raise ValueError(f"{name}: give held-out traces: a heldout_share or an eval_cache")
+        if not self.lora_targets:
+            raise ValueError("lora_targets: expected names of layers, got none")
         for name in ("lr", "weight_decay", "clip_norm", "seed"):
             if not getattr(self, name) >= 0:  # NaN too
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
@@ -140,6 +162,13 @@ class TrainConfig:
         return TokenSelection(
             self.lead_span, self.max_tokens, self.sections, self.supervise, self.span_of
         )
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters, or None where all weights are trained."""
+        if self.lora_rank is None:
+            return None
+        return Lora(self.lora_rank, self.lora_alpha, self.lora_targets, self.seed)
 
     @property
     def kept_prefixes(self) -> PrefixCache | None:
@@ -157,6 +186,7 @@ class TrainConfig:
             "eval_cache": self.eval_cache and shown(self.eval_cache),
             "prefix_cache": self.prefix_cache and str(self.prefix_cache),
             "sections": list(self.sections),
+            "lora_targets": list(self.lora_targets),
             "cache_weights": self.cache_weights and list(self.cache_weights),
         }
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -28,8 +29,8 @@ class FlopFormula:
     n_i positions of trace i are run, n of all traces; m tokens are in the loss. P are the weights
     of the body's matrices, experts by the share that a token is sent to; A is layers x heads x head
     size, half of each square being masked; the head's three products run on the tokens in the loss
-    alone. The backward counts as two forwards. Norms, softmax, optimiser, embedding lookup and
-    padding are left out.
+    alone. The backward counts as two forwards, or as one for frozen weights. Norms, softmax,
+    optimiser, embedding lookup and padding are left out.
     """
 
     body_weights: int
@@ -43,17 +44,18 @@ class FlopFormula:
         head_size = getattr(config, "head_dim", None)
         head_size = head_size or config.hidden_size // config.num_attention_heads
         experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-        embeddings = {id(model.get_input_embeddings().weight), id(output_layer(model).weight)}
+        head = output_layer(model).weight
+        embeddings = {id(model.get_input_embeddings().weight), id(head)}
         body_weights = 0.0
         for name, weight in model.named_parameters():
             if weight.ndim >= 2 and id(weight) not in embeddings:
                 is_expert = experts and ".experts." in name
                 share = config.num_experts_per_tok / experts if is_expert else 1.0
-                body_weights += weight.numel() * share
+                body_weights += weight.numel() * share * _products(weight) / 3
         return cls(
             body_weights=round(body_weights),
             attention_width=config.num_hidden_layers * config.num_attention_heads * head_size,
-            head_weights=output_layer(model).weight.numel(),
+            head_weights=head.numel() * _products(head) // 3,
         )
 
     def flops(self, num_positions: Sequence[int], num_valid: int) -> int:
@@ -68,6 +70,11 @@ class FlopFormula:
             + self.attention_width * sum(n * n for n in num_positions)
             + self.head_weights * num_valid
         )
+
+
+def _products(weight: Tensor) -> int:
+    """Of a matrix, forward and backward: outputs, gradients of inputs, gradient of its own."""
+    return 3 if weight.requires_grad else 2
 
 
 def counted_flops(student: StudentWithLoss, batch: MicroBatch) -> int:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from transformers import PreTrainedModel
 
+from student_train.adapters import add_adapters, count_trained, with_trained_adapters
 from student_train.attention import prepare_attention
 from student_train.batch import MicroBatch, empty_micro_batch, micro_batches, normaliser
 from student_train.checkpoint import (
@@ -49,6 +50,7 @@ from student_train.stopping import stop_signals
 from student_train.stream import StreamStep, TraceStream
 from student_train.student import (
     check_student,
+    compile_layers,
     head_of,
     load_model,
     output_layer,
@@ -151,6 +153,12 @@ def train(config: TrainConfig) -> TrainResult:
     )
     if packing and layout == "alone" and accelerator.is_main_process:
         logger.info("%s would mix traces in one row: each gets its own", type(model).__name__)
+    if config.lora is not None:
+        add_adapters(model, config.lora)
+        if accelerator.is_main_process:
+            logger.info("%s of %s weights are trained", *map("{:,}".format, count_trained(model)))
+    if config.compile:
+        compile_layers(model)
     formula = FlopFormula.of(model)  # before its parameters are split
     with_loss = StudentWithLoss(model, head, config.ce_weight)
     with advice_when_out_of_memory(config):
@@ -339,7 +347,7 @@ def train(config: TrainConfig) -> TrainResult:
                 progress.best_step,
                 progress.best_kl,
             )
-    weights = gathered_weights(model)
+    weights = gathered_weights(model)  # of adapters, where only they were trained
     if accelerator.is_main_process:
         if progress.num_absent:
             logger.warning(
@@ -352,6 +360,13 @@ def train(config: TrainConfig) -> TrainResult:
                 progress.num_empty_steps,
                 num_steps,
             )
+        if config.lora is not None:
+            model, _ = load_model(
+                config.student, revision=config.student_revision, dtype=torch.float32
+            )
+            is_merged = config.lora_output == "merged"
+            model = with_trained_adapters(model, config.lora, weights, merged=is_merged)
+            weights = model.state_dict()
         save_student(
             model,
             tokenizer,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,9 +14,12 @@ from student_train.run_folder import publish_folder
 from student_train.student import no_bars
 from teacher_cache.format import Cache
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 def save_student(
-    model: PreTrainedModel,
+    model: "PreTrainedModel | PeftModel",
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
@@ -27,7 +30,7 @@ def save_student(
     """Write a Hugging Face model folder; it is whole, or not there under its name.
 
     Args:
-        model: Unwrapped.
+        model: Unwrapped; or adapters, of which the folder then holds nothing else.
         tokenizer: Of the student.
         folder: Where; must not exist.
         weights: Of the model, whole.
@@ -38,7 +41,8 @@ def save_student(
         # Base models often name another token, and would then never end as the traces do.
         model.generation_config.eos_token_id = list(terminal_token_ids)
     with publish_folder(folder) as temporary, no_bars():
-        model.save_pretrained(temporary, state_dict=dict(weights))
+        model.save_pretrained(str(temporary), state_dict=dict(weights))
+        model.generation_config.save_pretrained(temporary)  # beside adapters there would be none
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
@@ -58,9 +62,17 @@ def model_card(
     rows = "\n".join(f"| {name} | {metrics[name]:.4f} |" for name in names)
     caches = [source.cache for source in data.sources]
     teachers = "\n".join(_teacher_and_cache(cache) for cache in caches)
+    is_adapter = config.lora_rank is not None and config.lora_output == "adapter"
+    weights = "all"
+    if config.lora_rank is not None:
+        weights = (
+            f"LoRA of rank {config.lora_rank}, alpha {config.lora_alpha}, on "
+            f"{', '.join(config.lora_targets)}; {config.lora_output}"
+        )
     teacher_names = " and ".join(dict.fromkeys(Path(cache.header.teacher).name for cache in caches))
     return f"""---
-library_name: transformers
+library_name: {"peft" if is_adapter else "transformers"}
+base_model: {config.student}
 pipeline_tag: text-generation
 tags: [distillation, leadspan]
 ---
@@ -75,6 +87,7 @@ Trained with leadspan on a cache of the teacher's top-k logits; no teacher was i
 - traces: {data.summary}{f", where `{config.where}`" if config.where else ""}
 - loss: {1 - config.ce_weight:g} KL(teacher || student) over the kept entries and one bucket for
   the tail + {config.ce_weight:g} cross entropy, every {config.normalise[:-1]} weighing the same
+- weights trained: {weights}
 - optimiser: {config.optimizer}, lr {config.lr:g} ({config.schedule}, warm-up {config.warmup:g}),
   weight decay {config.weight_decay:g}, gradient norm at most {config.clip_norm:g}
 - {num_steps} steps of {config.batch_traces} traces, seed {config.seed}

@@ -94,11 +94,16 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest_norm: float) -> f
 
 
 def gathered_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The whole weights on the CPU of the main process, {} in others; all call it together."""
+    """The whole weights on the CPU of the main process, {} in others; all call it together.
+
+    Without those that are frozen, where only adapters are trained.
+    """
     weights: dict[str, Any] = get_model_state_dict(model, options=_whole())
     first_name: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in weights:  # what is tied is one tensor again
+        if not parameter.requires_grad:
+            weights.pop(name, None)  # what is tied to a frozen one
+        elif name in weights:  # what is tied is one tensor again
             weights[name] = weights[first_name.setdefault(id(parameter), name)]
     return weights
 
@@ -120,7 +125,9 @@ def gathered_state(
 
 def restore_weights(model: PreTrainedModel, weights: dict[str, Any]) -> None:
     """Set what `gathered_weights` gave; every process has it."""
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+    has_frozen = any(not parameter.requires_grad for parameter in model.parameters())
+    options = StateDictOptions(full_state_dict=True, strict=not has_frozen)
+    set_model_state_dict(model, weights, options=options)
 
 
 def restore_state(
@@ -133,4 +140,4 @@ def restore_state(
 
 
 def _whole() -> StateDictOptions:
-    return StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)

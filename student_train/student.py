@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -66,6 +67,8 @@ def load_model(
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
+    if (Path(name) / "adapter_config.json").is_file():  # else that of the model below the adapters
+        model.generation_config = GenerationConfig.from_pretrained(name)
     if caps_scores(model) and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")  # sdpa leaves the cap out, without a word
     return model, tokenizer
@@ -96,7 +99,13 @@ def check_student(
 
     Raises:
         CacheMismatchError: Naming both sides.
+        ValueError: If the student is an adapter.
     """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"student {name!r} is an adapter, and what was trained below it would be lost: merge "
+            "it into its model first (peft: merge_and_unload), or train with --lora-output merged"
+        )
     vocabulary = tokenizer.get_vocab()
     fingerprint = tokenizer_fingerprint(vocabulary)
     if fingerprint != header.tokenizer_fingerprint:
@@ -168,6 +177,28 @@ def _check_head(model: PreTrainedModel, head: Head) -> None:
             f"logit_scale={head.logit_scale} and softcap={head.softcap} from its config (they "
             f"differ by {error:.1%}); the loss would train another model. This is not supported."
         )
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated blocks of a model, in order."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Let `torch.compile` take every block, in place; lengths may differ from batch to batch.
+
+    Blocks are alike, so that one compilation serves all, and what stands around them (masks,
+    checkpointing, the loss) stays as it is.
+
+    Raises:
+        ValueError: If the model does not say what its blocks are.
+    """
+    layers = decoder_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} does not name its layers: leave --compile out")
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def student_fingerprint(model: PreTrainedModel) -> str:

@@ -79,3 +79,28 @@ def test_a_steps_loss_and_gradient_are_those_of_the_dense_definition(family, tmp
     norm = torch.nn.utils.get_total_norm(gradients)
     assert found["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert found["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own ways
+@pytest.mark.parametrize(
+    ("family", "changes"), [("qwen3", {}), ("gemma3", {"gradient_checkpointing": True})]
+)
+def test_a_compiled_student_trains_as_it_would_without(family, changes, tmp_path):
+    make_family(family).save_pretrained(tmp_path / "student")
+    make_tokenizer().save_pretrained(tmp_path / "student")
+    cache = make_cache(tmp_path / "cache", make_traces(12, lengths=(9, 40)))
+    curves = []
+    for name in ("plain", "compiled"):
+        config = TrainConfig(
+            cache=(cache,), student=str(tmp_path / "student"), out=tmp_path / name, lr=1e-3,
+            batch_traces=4, batch_tokens=100, compile=name == "compiled", **changes,
+        )  # fmt: skip
+        train(config)
+        lines = (config.out / "metrics.jsonl").read_text().splitlines()
+        curves.append([(json.loads(line)["loss"], json.loads(line)["grad_norm"]) for line in lines])
+        assert (config.out / "model/model.safetensors").exists()
+
+    assert len(curves[0]) == 3
+    for plain, compiled in zip(*curves, strict=True):
+        assert compiled == pytest.approx(plain, rel=1e-3)

@@ -113,10 +113,11 @@ def test_the_finished_student_loads_and_ends_where_the_traces_end(config):
         assert fact in card
 
 
-def test_ten_steps_equal_five_a_stop_and_five_more(config, tmp_path, monkeypatch):
-    whole = config(out=tmp_path / "whole")
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}], ids=["all weights", "adapters"])
+def test_ten_steps_equal_five_a_stop_and_five_more(config, tmp_path, monkeypatch, changes):
+    whole = config(out=tmp_path / "whole", **changes)
     train(whole)
-    parts = config(out=tmp_path / "parts")
+    parts = config(out=tmp_path / "parts", **changes)
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
         with pytest.raises(InterruptedRunError, match="after step 5 of 10") as stopped:

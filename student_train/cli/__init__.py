@@ -38,8 +38,9 @@ def main() -> None:
         click.echo(f"train-student: {error}", err=True)
         sys.exit(128 + error.signal_number)
     except ModuleNotFoundError as error:
+        extra = "peft" if error.name == "peft" else "student"
         click.echo(
-            f"train-student: {error.name} is not installed; pip install 'leadspan[student]'",
+            f"train-student: {error.name} is not installed; pip install 'leadspan[{extra}]'",
             err=True,
         )
         sys.exit(1)

@@ -8,6 +8,7 @@ import click
 from student_train.cli.options import config_option, split_names, split_numbers
 from student_train.config import (
     DTYPES,
+    LORA_OUTPUTS,
     NORMALISATIONS,
     OPTIMIZERS,
     SCHEDULES,
@@ -161,6 +162,27 @@ from student_train.selection import PARTS, WHOLES
 @click.option(
     "--sharding", type=click.Choice(SHARDINGS), default=TrainConfig.sharding,
     help="full splits weights, gradients and optimiser over the processes (FSDP2).",
+)  # fmt: skip
+@click.option(
+    "--compile", is_flag=True, default=TrainConfig.compile,
+    help="Compile the student's layers with torch.compile; takes a minute at first.",
+)  # fmt: skip
+@click.option(
+    "--lora-rank", type=int, default=TrainConfig.lora_rank,
+    help="Train adapters of this rank beside frozen weights, instead of all weights.",
+)  # fmt: skip
+@click.option(
+    "--lora-alpha", type=int, default=TrainConfig.lora_alpha,
+    help="Adapters are multiplied by alpha / rank.",
+)  # fmt: skip
+@click.option(
+    "--lora-targets", type=click.UNPROCESSED, callback=split_names,
+    default=",".join(TrainConfig.lora_targets),
+    help="Layers to adapt, as q_proj,v_proj; all-linear is all but the head.",
+)  # fmt: skip
+@click.option(
+    "--lora-output", type=click.Choice(LORA_OUTPUTS), default=TrainConfig.lora_output,
+    help="What RUN/model holds: the whole student, or the adapter alone for peft.",
 )  # fmt: skip
 @click.option(
     "--lanes", type=int, default=TrainConfig.lanes,
