@@ -4,10 +4,11 @@
     python tools/bench_loss.py --device cuda --json bench_loss.json
 
 A step is forward and backward with gradients of hidden states and weight. Times are medians of
-steps of all variants in turn; a variant that takes over ten times ours is run twice only. Memory is the peak above inputs and teacher data, gradients
-included: the allocator's on CUDA, and on the CPU the peak resident size of a fresh process in its
-second step. The error is that of both gradients against float64, relative and by norm, over 64
-tokens. Ratios are to the dense formula (naive) and to plain cross entropy in our own chunk loop.
+steps of all variants in turn; a variant that takes over ten times ours is run twice only. Memory
+is the peak above inputs and teacher data, gradients included: the allocator's on CUDA, and on the
+CPU the peak resident size of a fresh process in its second step. The error is that of both
+gradients against float64, relative and by norm, over 64 tokens. Ratios are to the dense formula
+(naive) and to plain cross entropy in our own chunk loop.
 """
 
 from __future__ import annotations
