@@ -6,7 +6,6 @@ S traces.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor
 from student_train.losses import TeacherTargets
 from student_train.packing import plan_micro_batches
 from student_train.selection import RandomMask, TokenSelection
+from student_train.targets import targets_of
 from student_train.vocabulary import within_vocabulary
 from teacher_cache.format import Trace
-
-_Value = TypeVar("_Value", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -133,9 +131,14 @@ def micro_batches(
     ]
 
 
-def one_micro_batch(traces: Sequence[Trace], selection: TokenSelection) -> MicroBatch:
-    """All traces in one micro-batch, a row each however unlike they are; every token weighs 1."""
-    parts = [_part(trace, selection, None, None) for trace in traces]
+def one_micro_batch(
+    traces: Sequence[Trace], selection: TokenSelection, *, num_ids: int | None = None
+) -> MicroBatch:
+    """All traces in one micro-batch, a row each however unlike they are; every token weighs 1.
+
+    `num_ids` is that of `micro_batches`.
+    """
+    parts = [_part(trace, selection, None, num_ids) for trace in traces]
     rows = [[part] for part in parts if len(part.valid)]
     rows.sort(key=lambda row: -row[0].length)
     return _collate(rows, per_trace=False, is_flat=False) if rows else empty_micro_batch()
@@ -204,58 +207,8 @@ def _collate(rows: Sequence[Sequence[_Part]], *, per_trace: bool, is_flat: bool)
         trace_ends=torch.from_numpy(trace_ends) if is_flat else None,
         longest=max(part.length for part in parts),
         hidden_index=torch.from_numpy(np.concatenate(hidden_index)),
-        targets=_targets(parts),
+        targets=targets_of([(part.trace, part.valid) for part in parts]),
         token_weight=torch.from_numpy(np.concatenate(weights)),
         num_positions=tuple(part.length for part in parts),
         num_absent=sum(part.num_absent for part in parts),
     )
-
-
-def _targets(parts: Sequence[_Part]) -> TeacherTargets:
-    k, tails, realised, ids, logits = [], [], [], [], []
-    for part in parts:
-        trace, valid = part.trace, part.valid
-        k.append(trace.k[valid])
-        tails.append(trace.tail_logit[valid])
-        realised.append(trace.token_ids[valid])
-        entries = _entries_of(trace, valid)
-        ids.append(trace.top_ids[entries])
-        logits.append(trace.top_logits[entries])
-    k_N = np.concatenate(k).astype(np.int64)
-    places, shape = _places(k_N), (len(k_N), int(k_N.max()))
-    return TeacherTargets(
-        top_ids=torch.from_numpy(_padded(np.concatenate(ids), places, shape)),
-        top_logits=torch.from_numpy(_padded(np.concatenate(logits), places, shape)),
-        k=torch.from_numpy(k_N),
-        tail_logit=torch.from_numpy(np.concatenate(tails)),
-        realised_ids=torch.from_numpy(np.concatenate(realised).astype(np.int64)),
-    )
-
-
-def _entries_of(trace: Trace, valid: NDArray[np.int64]) -> slice | NDArray[np.bool_]:
-    """Where the entries of these tokens stand: a slice, unless others lie between them."""
-    first, last = valid[0], valid[-1]
-    ends = np.cumsum(trace.k, dtype=np.int64)
-    between = slice(int(ends[first]) - int(trace.k[first]), int(ends[last]))
-    if between.stop - between.start == trace.k[valid].sum(dtype=np.int64):
-        return between
-    is_valid = np.zeros(len(trace.k), np.bool_)
-    is_valid[valid] = True
-    return np.repeat(is_valid, trace.k)
-
-
-def _places(k_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[E] where each entry of ragged rows stands in the flat [N, K] that holds them."""
-    row_starts = np.arange(len(k_N)) * k_N.max()
-    places = np.repeat(row_starts - (np.cumsum(k_N) - k_N), k_N)
-    places += np.arange(len(places))
-    return places
-
-
-def _padded(
-    flat: NDArray[_Value], places: NDArray[np.int64], shape: tuple[int, int]
-) -> NDArray[_Value]:
-    """[N, K] with the values at their places and zeros elsewhere."""
-    padded = np.zeros(shape, flat.dtype)
-    padded.ravel()[places] = flat
-    return padded

@@ -35,8 +35,12 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         seed: int = 0,
         num_lanes: int = 8,
         cursor: Cursor | None = None,
+        num_ids: int | None = None,
     ) -> None:
-        """Arguments are those of `TraceStream`; ranks are torch.distributed's where it runs."""
+        """Arguments are those of `TraceStream`; ranks are torch.distributed's where it runs.
+
+        A student that may have fewer ids than the teacher needs `num_ids`: see `micro_batches`.
+        """
         super().__init__()
         self._data = data
         self._selection = selection
@@ -45,6 +49,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         self._seed = seed
         self._num_lanes = num_lanes
         self._cursor = cursor or Cursor()
+        self._num_ids = num_ids
 
     def __len__(self) -> int:
         """Global batches from the cursor to the end."""
@@ -65,7 +70,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
             rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         with self._stream(rank=rank, num_ranks=num_ranks) as stream:
             for step in stream:
-                batch = one_micro_batch(step.traces, self._selection)
+                batch = one_micro_batch(step.traces, self._selection, num_ids=self._num_ids)
                 labels = nn.functional.pad(batch.targets.realised_ids, (1, 0), value=-100)
                 yield {"batch": batch, "labels": labels}
 

@@ -30,6 +30,7 @@ from torch.distributed.fsdp import (
 from transformers import PreTrainedModel
 
 from student_train.forward import StudentWithLoss
+from student_train.student import decoder_layers
 
 
 def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> nn.Module:
@@ -61,10 +62,8 @@ def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> 
         reduce_dtype=torch.float32 if is_half else None,  # sums over ranks keep their digits
     )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    layers = set(student.model._no_split_modules or ())
-    for module in list(student.modules()):
-        if type(module).__name__ in layers:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+    for layer in decoder_layers(student.model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(student, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(student, "per_token")
     return student

@@ -9,7 +9,10 @@ from reference import trace_losses
 from students import make_model, make_student
 
 from student_train.config import TrainConfig
+from student_train.data import open_data
+from student_train.dataset import DistillationDataset
 from student_train.loop import train
+from student_train.selection import TokenSelection
 from student_train.vocabulary import within_vocabulary
 from teacher_cache.format import CacheMismatchError, stored_logprobs
 
@@ -52,6 +55,19 @@ def test_a_trace_with_ids_that_the_student_has_stays_as_it_is():
     trace = make_trace("t", 60)
 
     assert within_vocabulary(trace, VOCAB_SIZE) is trace
+
+
+def test_a_dataset_for_other_trainers_can_be_told_of_the_students_ids(tmp_path):
+    cache = make_cache(
+        tmp_path, [of_padded_teacher(trace) for trace in make_traces(3)], vocab_size=TEACHER_IDS
+    )
+    data, settings = open_data((cache,)), {"batch_traces": 3}
+    (whole,) = DistillationDataset(data, TokenSelection(), **settings)
+    (fitted,) = DistillationDataset(data, TokenSelection(), **settings, num_ids=VOCAB_SIZE)
+
+    assert whole["batch"].targets.top_ids.max() >= VOCAB_SIZE
+    assert fitted["batch"].targets.top_ids.max() < VOCAB_SIZE
+    assert fitted["batch"].num_absent > 0
 
 
 @pytest.mark.parametrize("place", [0, 7])

@@ -1,0 +1,66 @@
+"""What the teacher said of some tokens: ragged in a trace, a rectangle for the loss.
+
+Letters: N tokens, E kept entries of all of them, K of the widest.
+"""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from student_train.losses import TeacherTargets
+from teacher_cache.format import Trace
+
+_Value = TypeVar("_Value", bound=np.generic)
+
+
+def targets_of(tokens: Sequence[tuple[Trace, NDArray[np.int64]]]) -> TeacherTargets:
+    """Targets of these tokens of these traces, at least one token in all; each has entries."""
+    k, tails, realised, ids, logits = [], [], [], [], []
+    for trace, valid in tokens:
+        k.append(trace.k[valid])
+        tails.append(trace.tail_logit[valid])
+        realised.append(trace.token_ids[valid])
+        entries = _entries_of(trace, valid)
+        ids.append(trace.top_ids[entries])
+        logits.append(trace.top_logits[entries])
+    k_N = np.concatenate(k).astype(np.int64)
+    places, shape = _places(k_N), (len(k_N), int(k_N.max()))
+    return TeacherTargets(
+        top_ids=torch.from_numpy(_padded(np.concatenate(ids), places, shape)),
+        top_logits=torch.from_numpy(_padded(np.concatenate(logits), places, shape)),
+        k=torch.from_numpy(k_N),
+        tail_logit=torch.from_numpy(np.concatenate(tails)),
+        realised_ids=torch.from_numpy(np.concatenate(realised).astype(np.int64)),
+    )
+
+
+def _entries_of(trace: Trace, valid: NDArray[np.int64]) -> slice | NDArray[np.bool_]:
+    """Where the entries of these tokens stand: a slice, unless others lie between them."""
+    first, last = valid[0], valid[-1]
+    ends = np.cumsum(trace.k, dtype=np.int64)
+    between = slice(int(ends[first]) - int(trace.k[first]), int(ends[last]))
+    if between.stop - between.start == trace.k[valid].sum(dtype=np.int64):
+        return between
+    is_valid = np.zeros(len(trace.k), np.bool_)
+    is_valid[valid] = True
+    return np.repeat(is_valid, trace.k)
+
+
+def _places(k_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[E] where each entry of ragged rows stands in the flat [N, K] that holds them."""
+    row_starts = np.arange(len(k_N)) * k_N.max()
+    places = np.repeat(row_starts - (np.cumsum(k_N) - k_N), k_N)
+    places += np.arange(len(places))
+    return places
+
+
+def _padded(
+    flat: NDArray[_Value], places: NDArray[np.int64], shape: tuple[int, int]
+) -> NDArray[_Value]:
+    """[N, K] with the values at their places and zeros elsewhere."""
+    padded = np.zeros(shape, flat.dtype)
+    padded.ravel()[places] = flat
+    return padded
