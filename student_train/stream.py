@@ -19,6 +19,7 @@ from student_train.selection import TokenSelection
 from teacher_cache.format import Trace
 
 PREFETCH_STEPS = 4
+CLOSE_S = 10.0  # far more than reading a shard takes
 
 
 @dataclass(frozen=True)
@@ -220,4 +221,5 @@ class _Prefetch(Iterator[StreamStep]):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        # A store that does not answer is tried for minutes; nobody who leaves waits for that.
+        self._thread.join(CLOSE_S)

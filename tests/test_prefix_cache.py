@@ -110,7 +110,8 @@ def test_a_full_disk_costs_only_the_keeping(path, tmp_path, caplog, monkeypatch)
     assert list(kept.folder.glob("*.prefix")) + list(kept.folder.glob(".tmp-*")) == []
 
 
-def test_threads_and_processes_that_want_the_same_fetch_it_once(path, tmp_path):
+@pytest.mark.slow
+def test_processes_that_want_the_same_fetch_it_once(path, tmp_path):
     kept = tmp_path / "kept"
     script = f"""
 import json, sys

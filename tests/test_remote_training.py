@@ -14,6 +14,8 @@ from teacher_cache.format import CacheFormatError, seal_cache
 from teacher_cache.format import store as store_module
 from teacher_cache.format.store import Store
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS = 6
 
 
@@ -73,7 +75,6 @@ def test_a_run_from_a_failing_store_gives_the_student_of_a_local_one(
     assert list(kept.glob("*.prefix"))
 
 
-@pytest.mark.slow
 def test_a_store_that_goes_away_stops_the_run_and_the_next_goes_on(
     remote, tmp_path, quick_retries, monkeypatch
 ):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from fakes import make_cache, make_trace, make_traces
 
+import student_train.stream as stream_module
 from student_train.data import open_data
 from student_train.selection import TokenSelection
 from student_train.stream import Cursor, TraceStream
@@ -198,6 +199,19 @@ def test_an_error_of_the_consumer_ends_the_thread(cache_path):
     with pytest.raises(KeyboardInterrupt), stream_of(cache_path, num_epochs=1000) as stream:
         for _ in stream:
             raise KeyboardInterrupt
+    assert not stream_threads()
+
+
+def test_leaving_does_not_wait_for_a_store_that_does_not_answer(cache_path, monkeypatch):
+    monkeypatch.setattr(stream_module, "CLOSE_S", 0.1)
+    data = open_data([cache_path])
+    answer = threading.Event()
+    data.sources[0].cache.read = lambda *args: answer.wait(60) and {}
+    with stream_of(cache_path, data=data):
+        assert stream_threads()
+    assert stream_threads()  # still waiting; it ends with the process
+    answer.set()
+    stream_threads()[0].join(10)
     assert not stream_threads()
 
 
