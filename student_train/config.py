@@ -16,6 +16,7 @@ SELECTIONS = ("last", "heldout")
 TRACKERS = ("tensorboard", "wandb", "none")
 DTYPES = ("float32", "bf16")
 LORA_OUTPUTS = ("merged", "adapter")
+ENGINES = ("transformers", "vllm")
 
 # They say where things lie and how often something is written, or trade time for memory: a run
 # may go on with other values. Cache and student are compared by fingerprint instead of by name.
@@ -198,6 +199,7 @@ class EvaluateConfig:
     model: str
     prompts: Path
     cache: str | None = None
+    engine: str = "transformers"
     samples: int = 1
     max_tokens: int = 512
     batch_size: int = 32
@@ -214,6 +216,8 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine: expected {' or '.join(ENGINES)}, got {self.engine!r}")
         if not self.temperature >= 0.0:
             raise ValueError(f"temperature: expected at least 0, got {self.temperature}")
         if not 0.0 < self.top_p <= 1.0:

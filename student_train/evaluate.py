@@ -7,18 +7,17 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from student_train.answers import extract_answer, has_math_verify, is_right
 from student_train.config import EvaluateConfig
-from student_train.data import open_data
 from student_train.forward import StudentWithLoss
 from student_train.generation import Completion, generate
 from student_train.heldout import SectionFigures, heldout_figures
 from student_train.intervals import clustered_interval
 from student_train.prompts import Prompt, prompt_ids, read_prompts
-from student_train.student import check_student, head_of, load_model
-from teacher_cache.format import Cache
+from student_train.student import check_student, head_of, load_model, load_tokenizer
+from teacher_cache.format import Cache, open_cache
 
 
 @dataclass(frozen=True)
@@ -90,15 +89,13 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     prompts = list(islice(read_prompts(config.prompts, config.group_by), config.limit))
     if not prompts:
         raise ValueError(f"{config.prompts}: expected at least one prompt, found none")
-    model, tokenizer = load_model(config.model)
-    cache = None
-    if config.cache is not None:
-        cache = open_data([config.cache]).sources[0].cache
-        check_student(config.model, model, tokenizer, cache.header)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).eval()
-    end_ids = cache.header.terminal_token_ids if cache else ()
-    checked = _checked_samples(model, tokenizer, prompts, end_ids, config)
+    tokenizer = load_tokenizer(config.model)
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    cache = None if config.cache is None else open_cache(config.cache)
+    heldout = {} if cache is None else _heldout(config.model, cache)
+    end_ids = () if cache is None else cache.header.terminal_token_ids
+    samples = _samples(tokenizer, ids, end_ids, config)
+    checked = _check(tokenizer, prompts, samples, config)
     if config.completions is not None:
         _write_completions(config.completions, checked)
     groups: dict[str, list[_Checked]] = {}
@@ -110,23 +107,36 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         checker="exact, numeric, boxed" + (", math-verify" if has_math_verify() else ""),
         answers=_answers(checked, config.samples),
         groups={name: _answers(groups[name], config.samples) for name in sorted(groups)},
-        heldout={} if cache is None else _heldout(model, cache, device),
+        heldout=heldout,
     )
 
 
-def _checked_samples(
-    model: PreTrainedModel,
+def _samples(
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    ids: Sequence[Sequence[int]],
     end_ids: Sequence[int],
     config: EvaluateConfig,
+) -> list[list[Completion]]:
+    """By sample, the completions of all prompts."""
+    if config.engine == "vllm":
+        from student_train.generation_vllm import generate_with_vllm
+
+        return generate_with_vllm(tokenizer, ids, config, end_ids)
+    model, _ = load_model(config.model)
+    model.to(_device()).eval()
+    seeds = range(config.seed * config.samples, (config.seed + 1) * config.samples)
+    return [generate(model, tokenizer, ids, replace(config, seed=seed), end_ids) for seed in seeds]
+
+
+def _check(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    samples: Sequence[Sequence[Completion]],
+    config: EvaluateConfig,
 ) -> list[_Checked]:
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     with_math = has_math_verify()
     checked = []
-    for sample in range(config.samples):
-        seeded = replace(config, seed=config.seed * config.samples + sample)
-        completions = generate(model, tokenizer, ids, seeded, end_ids)
+    for completions in samples:
         for index, (prompt, done) in enumerate(zip(prompts, completions, strict=True)):
             found = extract_answer(done.text, config.think_close, tokenizer.all_special_tokens)
             right = is_right(found, prompt.answer, with_math=with_math)
@@ -160,9 +170,10 @@ def _write_completions(path: Path, checked: Sequence[_Checked]) -> None:
             file.write(json.dumps(asdict(sample)) + "\n")
 
 
-def _heldout(
-    model: PreTrainedModel, cache: Cache, device: torch.device
-) -> dict[str, SectionFigures]:
+def _heldout(name: str, cache: Cache) -> dict[str, SectionFigures]:
+    model, tokenizer = load_model(name, dtype=torch.float32)
+    check_student(name, model, tokenizer, cache.header)
+    student = StudentWithLoss(model, head_of(model), ce_weight=0.5).to(_device()).eval()
     rows_of_shard: dict[int, list[int]] = {}
     for shard, row in cache.traces:
         rows_of_shard.setdefault(shard, []).append(row)
@@ -173,5 +184,8 @@ def _heldout(
             shard, {row: cache.num_held(cache.shards[shard].traces[row]) for row in rows}
         ).values()
     )
-    student = StudentWithLoss(model.float(), head_of(model), ce_weight=0.5)
-    return heldout_figures(student, traces, device)
+    return heldout_figures(student, traces, _device())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -201,3 +204,27 @@ def test_prompts_that_were_trained_on_are_found(tmp_path):
 
     assert seen_in(cache, [[5, 6], prompts[0], prompts[0][:-1], prompts[1], opened]) == [1, 3, 4]
     assert seen_in(cache, []) == []
+
+
+@pytest.mark.slow
+def test_vllm_writes_what_transformers_does(tmp_path):
+    # vLLM on a CPU has no kernel for smaller heads.
+    make_student(tmp_path / "student", initializer_range=0.5, head_dim=32)
+    records = [{"prompt": f"{n} 4", "answer": "x"} for n in range(8)]
+    prompts = write_prompts(tmp_path / "p.jsonl", *records)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    written = {}
+    for engine in ("transformers", "vllm"):
+        options = ["--model", tmp_path / "student", "--prompts", prompts, "--max-tokens", "12"]
+        options += ["--engine", engine, "--json", "--completions", tmp_path / engine]
+        done = subprocess.run(
+            [sys.executable, "-m", "student_train.cli", "evaluate", *map(str, options)],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["answers"]["num_prompts"] == 8
+        rows = [json.loads(line) for line in (tmp_path / engine).read_text().splitlines()]
+        written[engine] = [row["completion"] for row in rows]
+
+    same = [a == b for a, b in zip(written["transformers"], written["vllm"], strict=True)]
+    assert sum(same) >= 7  # greedy, but a tie may be broken the other way

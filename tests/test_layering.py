@@ -40,6 +40,11 @@ RULES = [
     ("teacher_cache", {"teacher_cache"}, set()),
     ("student_train.losses.triton_rows", {"student_train.losses"}, {"torch", "triton"}),
     ("student_train.losses", {"student_train.losses"}, {"torch"}),
+    (
+        "student_train.generation_vllm",
+        {"student_train", "teacher_cache.format"},
+        {"torch", "transformers", "vllm"},
+    ),
     ("student_train.cli", {"student_train", "teacher_cache.format"}, {"click"}),
     (
         "student_train",

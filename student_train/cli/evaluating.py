@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from student_train.cli.options import config_option
-from student_train.config import EvaluateConfig
+from student_train.config import ENGINES, EvaluateConfig
 
 
 @click.command("evaluate")
@@ -23,6 +23,10 @@ from student_train.config import EvaluateConfig
     help="Cache of held-out traces: KL to the teacher and NLL on all of each, by section.",
 )  # fmt: skip
 @click.option(
+    "--engine", type=click.Choice(ENGINES), default=EvaluateConfig.engine,
+    help="What generates; vllm must be installed, and pays for many prompts or a large student.",
+)  # fmt: skip
+@click.option(
     "--samples", type=int, default=EvaluateConfig.samples,
     help="Answers per prompt, for avg@n; needs a temperature.",
 )  # fmt: skip
@@ -31,7 +35,10 @@ from student_train.config import EvaluateConfig
     help="Tokens to generate at most; a longer answer counts as unfinished.",
 )  # fmt: skip
 @click.option(
-    "--batch-size", type=int, default=EvaluateConfig.batch_size, help="Prompts per batch."
+    "--batch-size",
+    type=int,
+    default=EvaluateConfig.batch_size,
+    help="Prompts per batch of transformers.",
 )
 @click.option(
     "--limit", type=int, default=EvaluateConfig.limit, help="Use the first so many prompts."
