@@ -91,7 +91,7 @@ class TrainConfig:
     batch_traces: int = 16
     batch_tokens: int = 16_384
     dtype: str = "float32"
-    packing: bool = True
+    packing: bool | None = None  # on a GPU; a CPU is faster without
     attention: str | None = None  # FlashAttention where it can be used, else the model's own choice
     gradient_checkpointing: bool = False
     sharding: str = "none"
@@ -153,6 +153,8 @@ class TrainConfig:
             raise ValueError(f"{name}: give held-out traces: a heldout_share or an eval_cache")
         if not self.lora_targets:
             raise ValueError("lora_targets: expected names of layers, got none")
+        if self.packing and self.live_teacher is not None:
+            raise ValueError("packing: a live teacher reads rows of one trace; leave it out")
         for name in ("lr", "weight_decay", "clip_norm", "seed"):
             if not getattr(self, name) >= 0:  # NaN too
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
@@ -163,6 +165,12 @@ class TrainConfig:
         return TokenSelection(
             self.lead_span, self.max_tokens, self.sections, self.supervise, self.span_of
         )
+
+    def packs_on(self, device_type: str) -> bool:
+        """Whether traces may share rows on such a device."""
+        if self.live_teacher is not None:  # reads rows of one trace
+            return False
+        return device_type != "cpu" if self.packing is None else self.packing
 
     @property
     def lora(self) -> Lora | None:

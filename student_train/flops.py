@@ -41,8 +41,8 @@ class FlopFormula:
     def of(cls, model: PreTrainedModel) -> "FlopFormula":
         """The formula's constants of a model."""
         config = model.config.get_text_config()
-        head_size = getattr(config, "head_dim", None)
-        head_size = head_size or config.hidden_size // config.num_attention_heads
+        num_heads = getattr(config, "num_attention_heads", 0)  # recurrent models have none
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // max(1, num_heads)
         experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
         head = output_layer(model).weight
         embeddings = {id(model.get_input_embeddings().weight), id(head)}
@@ -54,7 +54,7 @@ class FlopFormula:
                 body_weights += weight.numel() * share * _products(weight) / 3
         return cls(
             body_weights=round(body_weights),
-            attention_width=config.num_hidden_layers * config.num_attention_heads * head_size,
+            attention_width=config.num_hidden_layers * num_heads * head_size,
             head_weights=head.numel() * _products(head) // 3,
         )
 

@@ -147,7 +147,7 @@ def train(config: TrainConfig) -> TrainResult:
     num_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
     num_steps = int(num_steps)
     head = head_of(model)
-    packing = config.packing and config.live_teacher is None  # which reads rows of one trace
+    packing = config.packs_on(accelerator.device.type)
     layout = prepare_attention(
         model, config.attention, packing=packing, half_precision=config.dtype == "bf16"
     )

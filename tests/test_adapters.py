@@ -85,7 +85,7 @@ def test_an_adapter_as_the_student_is_refused_for_what_would_be_lost(config):
 
 def test_checkpointing_and_packing_change_nothing_of_adapters(config):
     plain = config("plain", packing=False, max_steps=3)
-    other = config("other", gradient_checkpointing=True, max_steps=3)
+    other = config("other", packing=True, gradient_checkpointing=True, max_steps=3)
     for settings in (plain, other):
         train(settings)
 

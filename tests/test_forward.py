@@ -60,7 +60,8 @@ def test_a_steps_loss_and_gradient_are_those_of_the_dense_definition(family, tmp
     traces = make_traces(7, lengths=(9, 40))
     config = TrainConfig(
         cache=(make_cache(tmp_path / "cache", traces),), student=str(tmp_path / "student"),
-        out=tmp_path / "run", normalise="traces", batch_traces=7, batch_tokens=150, max_steps=1,
+        out=tmp_path / "run", normalise="traces", batch_traces=7, batch_tokens=150, packing=True,
+        max_steps=1,
     )  # fmt: skip
     train(config)
     found = json.loads((tmp_path / "run/metrics.jsonl").read_text())
@@ -94,7 +95,7 @@ def test_a_compiled_student_trains_as_it_would_without(family, changes, tmp_path
     for name in ("plain", "compiled"):
         config = TrainConfig(
             cache=(cache,), student=str(tmp_path / "student"), out=tmp_path / name, lr=1e-3,
-            batch_traces=4, batch_tokens=100, compile=name == "compiled", **changes,
+            batch_traces=4, batch_tokens=100, packing=True, compile=name == "compiled", **changes,
         )  # fmt: skip
         train(config)
         lines = (config.out / "metrics.jsonl").read_text().splitlines()

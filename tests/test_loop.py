@@ -9,9 +9,9 @@ import pytest
 import torch
 from fakes import TOKENS, make_cache, make_trace, make_traces, write_shards
 from same_bits import assert_bitwise_equal
-from students import make_model, make_student
+from students import make_model, make_student, make_tokenizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 import student_train.loop as loop
 from student_train.config import TrainConfig
@@ -285,6 +285,23 @@ def test_accumulation_does_not_change_the_result(config, tmp_path):
             assert one[name] == pytest.approx(other[name], rel=1e-4)
     for name, value in weights_of(whole).items():
         torch.testing.assert_close(value, weights_of(parts)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_packing_is_for_accelerators_unless_asked_for(config):
+    assert [config().packs_on(device) for device in ("cpu", "cuda")] == [False, True]
+    assert config(packing=True).packs_on("cpu")
+    assert not config(packing=False).packs_on("cuda")
+    assert not config(live_teacher="t").packs_on("cuda")
+
+
+def test_a_student_that_would_mix_traces_says_so_and_trains(config, tmp_path, caplog):
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=41, hidden_size=16, num_hidden_layers=1))
+    mamba.save_pretrained(tmp_path / "student")
+    make_tokenizer().save_pretrained(tmp_path / "student")
+    caplog.set_level("INFO")
+    train(config(student=str(tmp_path / "student"), packing=True, max_steps=1))
+
+    assert "MambaForCausalLM would mix traces in one row: each gets its own" in caplog.text
 
 
 @pytest.mark.parametrize("normalise", ["tokens", "traces"])
@@ -621,6 +638,7 @@ def test_handlers_of_signals_are_put_back(config):
         ({"ce_weight": 1.2}, "ce_weight: expected 0 to 1"),
         ({"schedule": "zigzag"}, "schedule: expected one of cosine, linear, constant, onecycle"),
         ({"dtype": "int8"}, "dtype: expected one of float32, bf16"),
+        ({"packing": True, "live_teacher": "t"}, "packing: a live teacher reads rows of one"),
         ({"normalise": "words"}, "normalise: expected one of tokens, traces"),
     ],
 )

@@ -148,7 +148,8 @@ from student_train.selection import PARTS, WHOLES
 )  # fmt: skip
 @click.option(
     "--packing/--no-packing", default=TrainConfig.packing,
-    help="Let short traces share a row, where the student's attention can keep them apart.",
+    help="Let short traces share a row, where the student's attention can keep them apart. "
+    "Default: on a GPU, where few long rows are faster than many short ones.",
 )  # fmt: skip
 @click.option(
     "--attention", default=TrainConfig.attention,
