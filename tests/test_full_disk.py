@@ -108,6 +108,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_job_and_nothing_finished_is_lost(small_disk):
     cache = small_disk / "cache"
     filler = small_disk / "filler"
@@ -124,6 +125,7 @@ def test_a_full_disk_stops_the_job_and_nothing_finished_is_lost(small_disk):
     assert_goes_on(cache, appended, 150)
 
 
+@pytest.mark.slow
 def test_a_file_system_that_turns_read_only_stops_the_job(small_disk):
     cache = small_disk / "cache"
     done = run_writer(cache, 20)
@@ -136,6 +138,7 @@ def test_a_file_system_that_turns_read_only_stops_the_job(small_disk):
     assert_goes_on(cache, [f"t{number}" for number in range(20)], 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit_bytes", [15_000, 32_000], ids=["the journal", "the shard"])
 def test_a_file_that_may_not_grow_stops_the_job(tmp_path, limit_bytes):
     done = run_writer(tmp_path / "cache", 200, limit_bytes)
@@ -144,6 +147,7 @@ def test_a_file_that_may_not_grow_stops_the_job(tmp_path, limit_bytes):
     assert_goes_on(tmp_path / "cache", done.stdout.split(), 200)
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_not_be_written_stops_the_job(tmp_path):
     cache = tmp_path / "cache"
     assert run_writer(cache, 5).returncode == 0

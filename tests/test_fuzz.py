@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import soak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_thousand_changed_files_are_refused_or_read_right(tmp_path, seed):
     outcomes, findings = soak.fuzz(1000, seed, tmp_path)
@@ -55,6 +56,7 @@ def changed_values(data, commit, case, seed=5):
     return data[:begin] + soak.changed_bytes(data[begin:], np.random.default_rng([seed, case]))
 
 
+@pytest.mark.slow
 def test_changed_values_of_every_column_are_refused_or_hold_every_promise(tmp_path):
     target = soak.Target(tmp_path / "cache")
     data, commit = uncompressed(target)
@@ -92,6 +94,7 @@ def parts(folder):
     return cache, commit, (folder / "shards" / f"{commit.name}.arrow").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_shard_cut_at_every_byte_is_refused(folder):
     cache, commit, data = parts(folder)
     end = commit.prefix_bytes(len(commit.blocks))
@@ -101,6 +104,7 @@ def test_a_shard_cut_at_every_byte_is_refused(folder):
     decode_bands(pa.py_buffer(data[:end]), commit, 3, cache.header, "shard")
 
 
+@pytest.mark.slow
 def test_a_buffer_that_declares_a_huge_length_is_refused_before_it_is_allocated(folder):
     cache, commit, data = parts(folder)
     declared = declared_bytes(memoryview(data)[8:], 3)
@@ -120,6 +124,7 @@ def test_a_buffer_that_declares_a_huge_length_is_refused_before_it_is_allocated(
     assert pa.default_memory_pool().max_memory() < 1 << 32
 
 
+@pytest.mark.slow
 def test_a_dictionary_that_changes_behind_the_first_band_is_refused(folder):
     cache, commit, data = parts(folder)
     sink, ends = pa.BufferOutputStream(), [8]
@@ -146,6 +151,7 @@ def resealed(folder, manifest):
     (folder / "cache.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["../w000-00000", "..", "a/b", "", "a\0b", "/etc/passwd"])
 def test_a_shards_name_that_leads_elsewhere_is_refused(folder, name):
     manifest = json.loads((folder / "cache.json").read_text())
@@ -155,6 +161,7 @@ def test_a_shards_name_that_leads_elsewhere_is_refused(folder, name):
         open_cache(str(folder))
 
 
+@pytest.mark.slow
 def test_a_shard_listed_twice_is_refused(folder):
     manifest = json.loads((folder / "cache.json").read_text())
     manifest["seal"]["shards"] *= 2
@@ -163,6 +170,7 @@ def test_a_shard_listed_twice_is_refused(folder):
         open_cache(str(folder))
 
 
+@pytest.mark.slow
 def test_a_symbolic_link_to_the_shard_is_read_and_one_to_anything_else_is_refused(folder):
     _, commit, _ = parts(folder)
     file = folder / "shards" / f"{commit.name}.arrow"
@@ -178,6 +186,7 @@ def test_a_symbolic_link_to_the_shard_is_read_and_one_to_anything_else_is_refuse
         file.unlink()
 
 
+@pytest.mark.slow
 def test_ids_that_stand_twice_in_a_token_are_not_written(tmp_path):
     (trace,) = make_traces(1)
     at = int(np.flatnonzero(trace.k > 2)[0])
@@ -192,6 +201,7 @@ def test_ids_that_stand_twice_in_a_token_are_not_written(tmp_path):
         writer.append(FinishedTrace(type(trace)(**{**vars(trace), "top_ids": ids}), "source"))
 
 
+@pytest.mark.slow
 def test_a_journal_that_would_decompress_without_bound_ends_there(tmp_path):
     header = json.dumps({"header_fingerprint": "f"}).encode()
     file = tmp_path / "x.journal"

@@ -85,6 +85,7 @@ def stop_after(monkeypatch, step, number=signal.SIGINT):
     monkeypatch.setattr(loop, "micro_batches", micro_batches)
 
 
+@pytest.mark.slow
 def test_the_student_learns_the_table(config):
     settings = config(epochs=8)
     result = train(settings)

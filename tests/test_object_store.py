@@ -69,6 +69,7 @@ def assert_holds(uri, traces):
         assert_same(trace, found[trace.trace_id])
 
 
+@pytest.mark.slow
 def test_a_remote_cache_holds_the_bytes_of_a_local_one(uri, tmp_path):
     traces = make_traces(12)
     for place in (uri, tmp_path / "local"):
@@ -84,6 +85,7 @@ def test_a_remote_cache_holds_the_bytes_of_a_local_one(uri, tmp_path):
     assert verify_cache(uri).errors == []
 
 
+@pytest.mark.slow
 def test_failing_requests_are_tried_again(uri, proxy, tmp_path):
     traces = make_traces(16)
     proxy.fault_share = 0.15
@@ -94,6 +96,7 @@ def test_failing_requests_are_tried_again(uri, proxy, tmp_path):
     assert all(proxy.num_faults[kind] > before[kind] for kind in before), proxy.num_faults
 
 
+@pytest.mark.slow
 def test_an_outage_stops_the_capture_and_the_next_run_goes_on(uri, proxy, tmp_path, monkeypatch):
     traces = make_traces(20)
     write(uri, traces[:8], tmp_path / "journal", finish=False)
@@ -182,6 +185,7 @@ def invoke(*arguments):
     return done.output
 
 
+@pytest.mark.slow
 def test_every_command_takes_a_uri(uri, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     write(uri, make_traces(6), None, finish=False)

@@ -54,6 +54,7 @@ def assert_same_student(one, other):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.slow
 def test_a_run_from_a_failing_store_gives_the_student_of_a_local_one(
     remote, tmp_path, quick_retries
 ):

@@ -46,6 +46,7 @@ def kept_mass(probs, targets):
     return torch.where(kept, probs.gather(1, targets.top_ids.clamp(min=0)), 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mix"), [d for d in loss_cases.DIVERGENCES if d[0] != "tvd"], ids=str
 )
@@ -58,6 +59,7 @@ def test_a_student_converges_to_the_teacher_the_mass_of_its_tail_included(name, 
     torch.testing.assert_close(*tails, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", ["renormalise", "zero"])
 def test_without_a_bucket_the_students_tail_is_trained_away(tail):
     probs, targets = teacher(5)
@@ -69,6 +71,7 @@ def test_without_a_bucket_the_students_tail_is_trained_away(tail):
     )
 
 
+@pytest.mark.slow
 def test_with_cross_entropy_the_student_converges_to_the_mixture():
     probs, targets = teacher(29)
     student = trained_student(targets, ce_weight=0.25)

@@ -100,6 +100,7 @@ def many_shards(tmp_path_factory):
     return make_cache(path, traces, traces_per_shard=2)
 
 
+@pytest.mark.slow
 def test_a_run_that_changes_its_number_of_ranks_sees_the_same_batches(many_shards):
     settings = {"num_epochs": 2, "batch_traces": 7}
     whole = steps_of(many_shards, **settings)
@@ -241,6 +242,7 @@ def test_a_budget_or_sections_read_up_to_the_last_band_that_a_trace_needs(tmp_pa
     assert (needed == 20) == (selection.max_tokens == 1000)
 
 
+@pytest.mark.slow
 def test_no_more_steps_than_agreed_are_read_ahead(tmp_path):
     path = make_cache(tmp_path / "cache", make_traces(40), traces_per_shard=1)
     data = open_data([path])

@@ -15,6 +15,7 @@ from student_train.losses import chunks, triton_rows
 from student_train.losses.rows import TorchPasses
 
 
+@pytest.mark.slow
 def test_the_kernels_equal_float64_and_pytorch_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(

@@ -115,6 +115,7 @@ def test_an_unsealed_cache_is_verified_with_its_journal(tmp_path):
     assert found.num_traces + found.num_journalled == 8
 
 
+@pytest.mark.slow
 def test_each_of_200_flipped_bits_is_found_in_its_file(folder):
     flips = soak_flips.flip_bits(folder, num_flips=200, seed=0)
     assert len(flips.by_file) > 4
