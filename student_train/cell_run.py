@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from student_train.cells import Cell, SweepConfig, in_one_text
-from student_train.costs import span_costs
-from teacher_cache.format import Cache
 
 PROGRAM = (sys.executable, "-m", "student_train.cli")
 
@@ -109,7 +107,7 @@ class Children:
             signal.signal(number, handler)
 
 
-def run_cell(config: SweepConfig, cell: Cell, cache: Cache, children: Children) -> str:
+def run_cell(config: SweepConfig, cell: Cell, children: Children) -> str:
     """Run what is missing of a cell.
 
     Returns:
@@ -134,7 +132,7 @@ def run_cell(config: SweepConfig, cell: Cell, cache: Cache, children: Children) 
                 return "stopped"
             if code != 0:
                 return _failed(folder, f"exit code {code}: {_last_line(folder / 'log.txt')}")
-    result = _result(config, cell, cache, commands)
+    result = _result(config, cell, commands)
     write_json(folder / "result.json", result)
     (folder / "failed.txt").unlink(missing_ok=True)
     return f"accuracy {result['evaluation']['answers']['accuracy']:.1%}"
@@ -162,9 +160,7 @@ def _failed(folder: Path, reason: str) -> str:
     return f"FAILED, {reason}; see {folder / 'log.txt'}"
 
 
-def _result(
-    config: SweepConfig, cell: Cell, cache: Cache, commands: Sequence[Sequence[str]]
-) -> dict[str, Any]:
+def _result(config: SweepConfig, cell: Cell, commands: Sequence[Sequence[str]]) -> dict[str, Any]:
     folder = cell_folder(config, cell)
     result: dict[str, Any] = {
         "cell": cell.name,
@@ -180,7 +176,6 @@ def _result(
         run = json.loads((folder / "run" / "config.json").read_text(encoding="utf-8"))
         result["run"] = json.loads(lines[-1])
         result["student_fingerprint"] = run["student_fingerprint"]
-        result["costs"] = span_costs(cache, cell.selection)
     return result
 
 

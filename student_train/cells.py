@@ -121,17 +121,17 @@ class SweepConfig:
                 words.append(in_one_text(value))
         return words
 
-    def train_config(self, cell: "Cell") -> TrainConfig:
-        """A cell's run, checked; its folder is the caller's."""
-        options = {**self.train_options, **(cell.options or {}), "seed": cell.seed or 0}
-        for name in ("sections", "where"):
-            if isinstance(options.get(name), list):
-                options[name] = tuple(options[name])
+    def train_config(self, own: Mapping[str, Any]) -> TrainConfig:
+        """The run with a cell's own options, checked; seed and folder are the caller's."""
+        options = {**self.train_options, **own}
+        for name, value in options.items():
+            if isinstance(value, list):
+                options[name] = tuple(value)
         return TrainConfig(cache=(self.cache,), student=self.student, out=self.out, **options)
 
     def num_steps(self, num_traces: int) -> int:
         """Of a full-length run on so many traces."""
-        config = self.train_config(Cell.of("span", 0, {"lead_span": 1.0}))
+        config = self.train_config({})
         in_epochs = config.epochs * -(-num_traces // config.batch_traces)
         return int(min(in_epochs, config.max_steps or math.inf))
 

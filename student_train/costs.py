@@ -1,13 +1,12 @@
 """What a lead span costs and saves, counted on a cache's commit records; nothing is read."""
 
-from typing import Any
-
+from student_train.data import Source
 from student_train.selection import TokenSelection
-from teacher_cache.format import Cache, num_bands_needed
+from teacher_cache.format import num_bands_needed
 
 
-def span_costs(cache: Cache, selection: TokenSelection) -> dict[str, Any]:
-    """Figures of one pass over a cache.
+def span_costs(source: Source, selection: TokenSelection) -> dict[str, float]:
+    """Figures of one epoch, and of the cache that it takes.
 
     Returns:
         num_positions: Tokens that the student sees, labelled or not.
@@ -16,9 +15,9 @@ def span_costs(cache: Cache, selection: TokenSelection) -> dict[str, Any]:
         cache_bytes: Size of a cache that holds just what is read: the shards' leading bands.
         tokens_saved: Tokens of the traces behind the last one needed; a teacher that stopped
             there would not have generated them.
-        num_tokens: Tokens of the whole traces.
+        num_captured: Tokens of all traces of the cache, those not trained on too.
     """
-    infos = [cache.shards[shard].traces[row] for shard, row in cache.traces]
+    cache, infos = source.cache, source.train_infos()
     labels = in_cot = cot = num_read = 0
     for info in infos:
         ranges = selection.ranges(info.n_total, info.cot_start, info.answer_start)
@@ -40,5 +39,5 @@ def span_costs(cache: Cache, selection: TokenSelection) -> dict[str, Any]:
         "trace_share": labels / num_tokens,
         "cache_bytes": cache_bytes,
         "tokens_saved": num_tokens - num_read,
-        "num_tokens": num_tokens,
+        "num_captured": sum(cache.shards[s].traces[row].n_total for s, row in cache.traces),
     }

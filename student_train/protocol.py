@@ -10,14 +10,16 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 from student_train.cell_run import Children, cell_folder, is_finished, run_cell, write_json
 from student_train.cells import FULL, Cell, SweepConfig
-from student_train.data import open_data
+from student_train.costs import span_costs
+from student_train.data import Source, open_data
 from student_train.errors import InterruptedRunError
 from student_train.flops import compare_flops, count_parameters
 from student_train.prompts import Prompt, prompt_ids, read_prompts, seen_in
@@ -49,13 +51,9 @@ def sweep(config: SweepConfig) -> SweepResult:
             prompts were trained on.
         InterruptedRunError: After SIGINT or SIGTERM; the runs in progress have stopped.
     """
-    data = open_data(
-        [config.cache],
-        where=config.train_options.get("where"),
-        heldout_share=config.train_options.get("heldout_share", 0.0),
-    )
-    cache = data.sources[0].cache
-    cells = list(config.cells(config.num_steps(data.num_traces)))
+    source = _source(config, {})
+    cache = source.cache
+    cells = list(config.cells(config.num_steps(len(source.train))))
     if not cells:
         raise ValueError("nothing to run: no lead span, token budget or baseline is named")
     _check_cells(config, cells, cache)
@@ -74,18 +72,29 @@ def sweep(config: SweepConfig) -> SweepResult:
             "no full-length cell: retention has no base and is left out; add 1.0 to --lead-spans "
             "or full to --baselines"
         )
-    _run_all(config, unfinished, cache)
+    _run_all(config, unfinished)
     left = [cell for cell in cells if not is_finished(config, cell)]
     failed = tuple(c.name for c in left if cell_folder(config, c).joinpath("failed.txt").exists())
     _compare_flops(config, cache)
-    answer = write_report(config.out, cache.header.to_json())
+    answer = write_report(config.out, cache.header.to_json(), partial(_costs, config))
     return SweepResult(len(cells) - len(left), failed, answer)
+
+
+def _source(config: SweepConfig, options: Mapping[str, Any]) -> Source:
+    """What a run with these options trains on."""
+    run = config.train_config(options)
+    data = open_data(run.cache, where=run.where, heldout_share=run.heldout_share)
+    return data.sources[0]
+
+
+def _costs(config: SweepConfig, options: Mapping[str, Any]) -> dict[str, float]:
+    return span_costs(_source(config, options), config.train_config(options).selection)
 
 
 def _check_cells(config: SweepConfig, cells: Sequence[Cell], cache: Cache) -> None:
     for cell in cells:
         if cell.options is not None:
-            config.train_config(cell)
+            config.train_config(cell.options)
             sections = cell.options.get("sections", ())
             if "prompt" in sections and not cache.header.capture_prompt:
                 raise ValueError(
@@ -117,9 +126,7 @@ def _describe(config: SweepConfig, cache: Cache) -> None:
         "eval_prompts_sha256": hashlib.sha256(config.eval_prompts.read_bytes()).hexdigest(),
         "eval_cache": config.eval_cache,
         "eval_cache_fingerprint": config.eval_cache and open_cache(config.eval_cache).fingerprint,
-        "eval_options": {
-            k: str(v) if isinstance(v, Path) else v for k, v in config.eval_options.items()
-        },
+        "eval_options": config.eval_options,
     }
     file = config.out / "sweep.json"
     if file.exists():
@@ -152,10 +159,10 @@ def _has_group(config: SweepConfig, group: str) -> bool:
     return any((config.out / "cells").glob(f"{group}_seed-*/result.json"))
 
 
-def _run_all(config: SweepConfig, cells: Sequence[Cell], cache: Cache) -> None:
+def _run_all(config: SweepConfig, cells: Sequence[Cell]) -> None:
     started_s = time.monotonic()
     with Children() as children, ThreadPoolExecutor(config.parallel) as pool:
-        running = {pool.submit(run_cell, config, cell, cache, children): cell for cell in cells}
+        running = {pool.submit(run_cell, config, cell, children): cell for cell in cells}
         for number, done in enumerate(as_completed(running), start=1):
             if children.stopped_by:
                 continue

@@ -13,7 +13,15 @@ from student_train.answer import COSTS, answer, percent, share_of_full
 from student_train.cells import FULL
 from student_train.flops import FORMULA
 from student_train.picture import draw
-from student_train.results import CellResult, Estimate, Group, csv_rows, group_cells, read_cells
+from student_train.results import (
+    CellResult,
+    Costs,
+    Estimate,
+    Group,
+    csv_rows,
+    group_cells,
+    read_cells,
+)
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
@@ -27,17 +35,18 @@ img { max-width: 100%; }
 """
 
 
-def write_report(out: Path, header: Mapping[str, Any]) -> str:
+def write_report(out: Path, header: Mapping[str, Any], costs: Costs) -> str:
     """Write the report of every finished cell of a sweep's folder; return the answer.
 
     Args:
         out: The sweep's folder.
         header: Provenance of the cache.
+        costs: From the options of a cell's run to `span_costs`.
 
     Raises:
         ValueError: If its cells do not belong together.
     """
-    cells = read_cells(out)
+    cells = read_cells(out, costs)
     groups = group_cells(cells)
     _write_csv(out / "results.csv", cells)
     draw(groups, out / "report.png")

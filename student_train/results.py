@@ -4,7 +4,7 @@ Letters: S seeds, P prompts, R draws of the bootstrap.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,15 @@ class Group:
         return None if None in values else sum(values) / len(values)
 
 
-def read_cells(out: Path) -> list[CellResult]:
+Costs = Callable[[Mapping[str, Any]], Mapping[str, float]]
+
+
+def read_cells(out: Path, costs: Costs) -> list[CellResult]:
     """Every finished cell of a sweep's folder, by name.
+
+    Args:
+        out: The folder.
+        costs: From the options of a cell's run to `span_costs`.
 
     Raises:
         ValueError: If they started from different students or answered different prompts.
@@ -90,7 +97,9 @@ def read_cells(out: Path) -> list[CellResult]:
     cells = []
     for file in sorted(out.glob("cells/*/result.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
-        result["break_even_runs"] = break_even_runs(result)
+        if result["options"] is not None:
+            result["costs"] = costs(result["options"])
+            result["break_even_runs"] = break_even_runs(result)
         cells.append(CellResult(result, _right(file.with_name("completions.jsonl"))))
     students = {cell.result.get("student_fingerprint") for cell in cells} - {None}
     if len(students) > 1:
@@ -210,7 +219,7 @@ def _csv_row(result: Mapping[str, Any]) -> dict[str, Any]:
         "cot_share": costs.get("cot_share", ""),
         "cache_bytes": costs.get("cache_bytes", ""),
         "teacher_tokens_saved": costs.get("tokens_saved", ""),
-        "break_even_runs": result["break_even_runs"] or "",
+        "break_even_runs": result.get("break_even_runs", ""),
     }
     for name, figures in heldout.items():
         if name != "all":
@@ -220,13 +229,11 @@ def _csv_row(result: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def break_even_runs(result: Mapping[str, Any]) -> float | None:
+def break_even_runs(result: Mapping[str, Any]) -> float:
     """After how many such runs the capture has cost the teacher less than standing beside them.
 
     Tokens of the whole capture, prompts included, over the tokens that a live teacher would be run
     on in one run. The traces themselves are needed in any case.
     """
-    costs, run = result.get("costs"), result.get("run")
-    if costs is None or run is None:
-        return None
-    return float(costs["num_tokens"] / (costs["num_positions"] * run["epoch"]))
+    costs = result["costs"]
+    return float(costs["num_captured"] / (costs["num_positions"] * result["run"]["epoch"]))

@@ -72,9 +72,9 @@ def test_options_of_every_run_reach_its_configuration(tmp_path):
     options = tmp_path / "run.toml"
     options.write_text('lr = 1e-3\nbatch-traces = 4\nschedule = "linear"\n')
     config = config_of(run_options=options)
-    run = config.train_config(Cell.of("sft", 2, {"ce_weight": 1.0}))
+    run = config.train_config({"ce_weight": 1.0, "sections": ["cot"]})
 
-    assert (run.lr, run.batch_traces, run.ce_weight, run.seed) == (1e-3, 4, 1.0, 2)
+    assert (run.lr, run.batch_traces, run.ce_weight, run.sections) == (1e-3, 4, 1.0, ("cot",))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from students import make_model, make_student
 
 from student_train.batch import micro_batches
 from student_train.costs import span_costs
+from student_train.data import open_data
 from student_train.flops import FlopFormula, compare_flops, count_parameters, counted_flops
 from student_train.forward import StudentWithLoss
 from student_train.memory import PeakMemory
@@ -58,14 +59,17 @@ def test_flops_are_compared_for_every_span(tmp_path):
 
 
 def test_a_span_costs_the_bands_that_hold_it(tmp_path):
-    cache = open_cache(make_cache(tmp_path / "cache", make_traces(12, lengths=(60, 200))))
-    full = span_costs(cache, TokenSelection())
-    half = span_costs(cache, TokenSelection(0.5))
+    (source,) = open_data(
+        [make_cache(tmp_path / "cache", make_traces(12, lengths=(60, 200)))]
+    ).sources
+    cache = source.cache
+    full = span_costs(source, TokenSelection())
+    half = span_costs(source, TokenSelection(0.5))
 
     assert full["cot_share"] == 1.0
     assert full["tokens_saved"] == 0
     assert full["cache_bytes"] <= sum(shard.size_bytes for shard in cache.shards)
-    assert half["tokens_saved"] + half["num_positions"] == full["num_tokens"]
+    assert half["tokens_saved"] + half["num_positions"] == full["num_captured"]
     # The chain of thought is the second and third quarter.
     assert half["cot_share"] == pytest.approx(0.5, abs=0.02)
     truncate_cache(cache, str(tmp_path / "half"), lead_span=0.5)
@@ -75,9 +79,9 @@ def test_a_span_costs_the_bands_that_hold_it(tmp_path):
 
 
 def test_labels_of_the_last_part_alone_still_cost_the_whole_trace(tmp_path):
-    cache = open_cache(make_cache(tmp_path / "cache", make_traces(5)))
-    last = span_costs(cache, TokenSelection(0.25, supervise="last"))
-    full = span_costs(cache, TokenSelection())
+    (source,) = open_data([make_cache(tmp_path / "cache", make_traces(5))]).sources
+    last = span_costs(source, TokenSelection(0.25, supervise="last"))
+    full = span_costs(source, TokenSelection())
 
     assert last["num_positions"] == full["num_positions"]
     assert last["trace_share"] == pytest.approx(0.25, abs=0.02)
@@ -92,3 +96,13 @@ def test_memory_that_was_held_and_given_back_is_remembered():
 
     assert 190 * 2**20 < memory.peak_bytes < 400 * 2**20
     assert PeakMemory(torch.device("cpu")).peak_bytes < 100 * 2**20
+
+
+def test_traces_that_are_held_out_cost_their_capture_and_no_training(tmp_path):
+    path = make_cache(tmp_path / "cache", make_traces(40))
+    (all_of_it,) = open_data([path]).sources
+    (half,) = open_data([path], heldout_share=0.5).sources
+    costs = [span_costs(source, TokenSelection()) for source in (all_of_it, half)]
+
+    assert costs[0]["num_captured"] == costs[1]["num_captured"] == costs[0]["num_positions"]
+    assert costs[1]["num_positions"] == sum(info.n_total for info in half.train_infos())

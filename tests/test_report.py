@@ -6,7 +6,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from sweeps import curve, make_sweep
+from sweeps import costs, curve, make_sweep
 
 from student_train.report import write_report
 
@@ -26,7 +26,7 @@ def report(tmp_path_factory):
     (out / "cells" / "span-0.5_seed-9" / "failed.txt").write_text("exit code 1: <oops>\n")
     rows = [{"lead_span": 1.0, "num_positions": 9, "by_formula": 100, "counted": 103}]
     (out / "flops.json").write_text(json.dumps({"rows": rows}))
-    return out, write_report(out, HEADER)
+    return out, write_report(out, HEADER, costs)
 
 
 class Page(HTMLParser):
@@ -95,7 +95,7 @@ def test_table_and_picture_lie_beside_the_page(report):
 def test_a_sweep_without_any_finished_cell_has_a_report_too(tmp_path):
     make_sweep(tmp_path, [])
 
-    assert "no full-length cell" in write_report(tmp_path, HEADER)
+    assert "no full-length cell" in write_report(tmp_path, HEADER, costs)
     assert (tmp_path / "report.html").exists()
 
 

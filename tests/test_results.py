@@ -1,13 +1,15 @@
 import numpy as np
 import pytest
-from sweeps import curve, make_sweep
+from sweeps import costs, curve, make_sweep
 
 from student_train.answer import answer
 from student_train.results import csv_rows, group_cells, read_cells
 
 
 def groups_of(folder, cells, **settings):
-    return {g.name: g for g in group_cells(read_cells(make_sweep(folder, cells, **settings)))}
+    return {
+        g.name: g for g in group_cells(read_cells(make_sweep(folder, cells, **settings), costs))
+    }
 
 
 def test_retention_is_told_both_ways(tmp_path):
@@ -73,15 +75,15 @@ def test_cells_of_different_students_or_prompts_are_not_put_together(tmp_path):
     file = tmp_path / "cells" / "span-1_seed-1" / "result.json"
     file.write_text(file.read_text().replace("s" * 32, "t" * 32))
     with pytest.raises(ValueError, match="started from 2 different students"):
-        read_cells(tmp_path)
+        read_cells(tmp_path, costs)
     file.with_name("completions.jsonl").write_text('{"prompt": 0, "right": true}\n')
     file.write_text(file.read_text().replace("t" * 32, "s" * 32))
     with pytest.raises(ValueError, match="different numbers of prompts"):
-        read_cells(tmp_path)
+        read_cells(tmp_path, costs)
 
 
 def test_a_row_per_run_has_what_was_measured(tmp_path):
-    rows = csv_rows(read_cells(make_sweep(tmp_path, curve({0.5: 0.6, 1.0: 0.8}))))
+    rows = csv_rows(read_cells(make_sweep(tmp_path, curve({0.5: 0.6, 1.0: 0.8})), costs))
     by_cell = {row["cell"]: row for row in rows}
     half = by_cell["span-0.5_seed-2"]
 
@@ -98,7 +100,7 @@ def test_a_row_per_run_has_what_was_measured(tmp_path):
 
 
 def said(folder, cells):
-    return answer(group_cells(read_cells(make_sweep(folder, cells))))
+    return answer(group_cells(read_cells(make_sweep(folder, cells), costs)))
 
 
 def test_the_answer_names_the_shortest_span_that_keeps_enough(tmp_path):
