@@ -147,6 +147,11 @@ class TrainConfig:
             raise ValueError(f"heldout_share: expected 0 to below 1, got {self.heldout_share}")
         if not 0.0 <= self.random_mask < 1.0:
             raise ValueError(f"random_mask: expected a share in [0, 1), got {self.random_mask}")
+        if self.sharding == "full" and self.optimizer == "adafactor":
+            raise ValueError(
+                "sharding full: adafactor works on whole matrices; use --optimizer adamw, or "
+                "adamw8bit with torchao"
+            )
         has_heldout = self.heldout_share > 0 or self.eval_cache is not None
         if not has_heldout and (self.eval_every is not None or self.select == "heldout"):
             name = "select heldout" if self.eval_every is None else "eval_every"

@@ -271,7 +271,7 @@ def train(config: TrainConfig) -> TrainResult:
                 flops=progress.flops + int(totals[-3]),
             )
 
-            lr = scheduler.get_last_lr()[0]
+            lr = float(scheduler.get_last_lr()[0])  # torchao has it in a tensor
             optimizer.step()  # moves nothing where no token gave a gradient
             scheduler.step()
             optimizer.zero_grad()

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
 # Where 8-bit AdamW is found; the first that is installed is used.
 _EIGHT_BIT = ("torchao.optim", "bitsandbytes.optim")
+_EIGHT_BIT_SHARDED = ("torchao.optim",)
 
 
 def make_optimizer(
@@ -36,13 +38,14 @@ def make_optimizer(
     if name == "adafactor":
         optimizer = Adafactor(groups, lr=lr, scale_parameter=False, relative_step=False)
         return optimizer
-    for module in _EIGHT_BIT:
+    is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    modules = _EIGHT_BIT_SHARDED if is_sharded else _EIGHT_BIT
+    for module in modules:
         if importlib.util.find_spec(module.partition(".")[0]) is not None:
             optimizer = importlib.import_module(module).AdamW8bit(groups, lr=lr)
             return optimizer
-    raise ValueError(
-        f"optimizer {name}: neither torchao nor bitsandbytes is installed; pip install torchao"
-    )
+    wanted = " or ".join(module.partition(".")[0] for module in modules)
+    raise ValueError(f"optimizer {name}: needs {wanted}; pip install torchao")
 
 
 def make_schedule(

@@ -60,6 +60,7 @@ def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> 
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if is_half else None,
         reduce_dtype=torch.float32 if is_half else None,  # sums over ranks keep their digits
+        cast_forward_inputs=False,  # the teacher's logits and the tokens' weights stay float32
     )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for layer in decoder_layers(student.model):

@@ -75,6 +75,26 @@ def test_a_sharded_run_equals_one_process_and_is_gone_on_with_by_one(
         torch.testing.assert_close(value, students[1][name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_sharded_bf16_stays_near_float32(tmp_path):
+    cache = make_cache(tmp_path / "cache", make_traces(40))
+    whole = TrainConfig(
+        cache=(cache,), student=make_student(tmp_path / "student-tied"), out=tmp_path / "whole",
+        lr=3e-3, batch_traces=4, max_steps=5,
+    )  # fmt: skip
+    train(whole)
+    half = replace(whole, out=tmp_path / "half", sharding="full", dtype="bf16")
+    run_sharded(half)
+
+    one, other = metrics_of(whole), metrics_of(half)
+    for left, right in zip(one, other, strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=2e-2)
+        assert left["loss"] != right["loss"]
+        assert left["teacher_mass"] == pytest.approx(right["teacher_mass"], rel=1e-6)
+    weights = AutoModelForCausalLM.from_pretrained(half.out / "model").state_dict()
+    assert all(value.dtype == torch.float32 for value in weights.values())
+
+
 def test_sharding_over_one_process_is_refused(tmp_path):
     cache = make_cache(tmp_path / "cache", make_traces(4))
     config = TrainConfig(
