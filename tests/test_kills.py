@@ -1,4 +1,4 @@
-"""A capture killed at random and at aimed moments loses, repeats and changes nothing."""
+"""Captures and training runs killed again and again end as if nothing had happened."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import soak_kills
+import train_kills
 
 pytestmark = pytest.mark.slow
 
@@ -20,3 +21,10 @@ def test_killed_captures_end_with_every_trace_once(tmp_path, num_workers, num_ki
     assert outcome.stops > 0  # SIGTERM and Ctrl-C, answered with 143 and 130
     assert outcome.restarts >= num_kills
     assert (outcome.lost, outcome.duplicated, outcome.changed) == (0, 0, 0)
+
+
+def test_killed_trainings_end_with_the_same_student(tmp_path):
+    outcome = train_kills.kill_trainings(tmp_path, 4, seed=1)
+    assert outcome.findings == []
+    assert outcome.num_kills == 4
+    assert outcome.num_runs >= 1
