@@ -79,9 +79,7 @@ def test_a_token_that_the_student_lacks_is_refused(place):
         within_vocabulary(trace, VOCAB_SIZE)
 
 
-@pytest.mark.parametrize(
-    ("teacher_ids", "student_ids"), [(TEACHER_IDS, VOCAB_SIZE), (TEACHER_IDS, 64), (VOCAB_SIZE, 64)]
-)
+@pytest.mark.parametrize(("teacher_ids", "student_ids"), [(TEACHER_IDS, 64), (VOCAB_SIZE, 64)])
 def test_the_loss_between_padded_vocabularies_is_that_of_the_dense_definition(
     tmp_path, caplog, teacher_ids, student_ids
 ):
