@@ -16,6 +16,8 @@ _BASELINE_COLOURS = {
     "live": "tab:green",
 }  # fmt: skip
 
+_COST_COLOURS = ("tab:orange", "tab:red", "tab:green", "tab:purple")
+
 
 def draw(groups: Sequence[Group], file: Path) -> None:
     """Write the picture; panels without anything to show are left out."""
@@ -59,10 +61,11 @@ def _draw_costs(axes: Axes, curve: Sequence[Group]) -> None:
     name = "accuracy gain" if full.gain_retention else "accuracy"
     if all(kept):
         _error_bars(axes, spans, [k for k in kept if k], "tab:blue", f"{name} kept")
-    for label, path in COSTS:
+    for (label, path), colour in zip(COSTS, _COST_COLOURS, strict=True):
         shares = [share_of_full(group, full, path) for group in curve]
         if None not in shares:
-            axes.plot(spans, [share or 0.0 for share in shares], marker=".", label=label)
+            known = [share or 0.0 for share in shares]
+            axes.plot(spans, known, color=colour, marker=".", linewidth=1, label=label)
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, zorder=0)
     axes.set(xlabel="lead span", ylabel="share of full length", title="What it keeps and costs")
     axes.legend(fontsize=8)
@@ -70,14 +73,16 @@ def _draw_costs(axes: Axes, curve: Sequence[Group]) -> None:
 
 
 def _draw_others(axes: Axes, others: Sequence[Group], groups: Sequence[Group]) -> None:
-    shown = [*others, *(group for group in groups if group.name == FULL)]
+    spans = {group.options.get("lead_span") for group in others}  # whose plain cells stand beside
+    shown = [*others, *(g for g in groups if g.is_plain_span and g.options["lead_span"] in spans)]
+    shown.sort(key=lambda group: (group.options.get("lead_span", 0.0), not group.is_plain_span))
     places = list(range(len(shown)))
     values = [group.accuracy.value for group in shown]
     errors = [
         [group.accuracy.value - group.accuracy.low for group in shown],
         [group.accuracy.high - group.accuracy.value for group in shown],
     ]
-    colours = ["tab:blue" if group.name == FULL else "tab:cyan" for group in shown]
+    colours = ["tab:blue" if group.is_plain_span else "tab:cyan" for group in shown]
     axes.barh(places, values, xerr=errors, color=colours, ecolor="0.3", capsize=2)
     axes.set_yticks(places, [group.name.replace("_", " ") for group in shown])
     axes.set(xlabel="accuracy", xlim=(0, 1), title="Sections, parts, masks")
