@@ -1,6 +1,6 @@
 import pytest
 
-from student_train.answers import boxed, extract_answer, is_right
+from student_train.evaluation.answers import boxed, extract_answer, is_right
 
 
 @pytest.mark.parametrize(

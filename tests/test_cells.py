@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from student_train.cells import Cell, SweepConfig
+from student_train.sweep.cells import Cell, SweepConfig
 
 
 def config_of(**changes):

@@ -7,13 +7,13 @@ from fakes import make_cache, make_trace, make_traces
 from students import make_model, make_student
 
 from student_train.batch import micro_batches
-from student_train.costs import span_costs
 from student_train.data import open_data
 from student_train.flops import FlopFormula, compare_flops, count_parameters, counted_flops
 from student_train.forward import StudentWithLoss
 from student_train.memory import PeakMemory
 from student_train.selection import TokenSelection
 from student_train.student import head_of
+from student_train.sweep.costs import span_costs
 from teacher_cache.format import open_cache
 from teacher_cache.truncate import truncate_cache
 

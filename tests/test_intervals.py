@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from student_train.intervals import clustered_interval, wilson_interval
+from student_train.evaluation.intervals import clustered_interval, wilson_interval
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ RULES = [
     ("student_train.losses.triton_rows", {"student_train.losses"}, {"torch", "triton"}),
     ("student_train.losses", {"student_train.losses"}, {"torch"}),
     (
-        "student_train.generation_vllm",
+        "student_train.evaluation.generation_vllm",
         {"student_train", "teacher_cache.format"},
         {"torch", "transformers", "vllm"},
     ),
@@ -70,6 +70,7 @@ LOW_TO_HIGH = {  # within a stage: a module must not import one that stands afte
         "plan",
         "cli",
     ],
+    "student_train": ["losses", "selection", "loop", "evaluation", "sweep", "cli"],
     "teacher_cache.sources": [
         *("row", "rejects", "tables", "text", "files", "trace", "slices", "sections"),
         *("thinking", "chat", "shapes", "turns", "render", "source"),

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from sweeps import costs, curve, make_sweep
 
-from student_train.report import write_report
+from student_train.sweep.report import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium"))), None)
 HEADER = {"teacher": "Teacher <32B>", "engine": "vllm"}

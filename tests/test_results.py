@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from sweeps import costs, curve, make_sweep
 
-from student_train.answer import answer
-from student_train.results import csv_rows, group_cells, read_cells
+from student_train.sweep.conclusion import conclusion
+from student_train.sweep.results import csv_rows, group_cells, read_cells
 
 
 def groups_of(folder, cells, **settings):
@@ -100,7 +100,7 @@ def test_a_row_per_run_has_what_was_measured(tmp_path):
 
 
 def said(folder, cells):
-    return answer(group_cells(read_cells(make_sweep(folder, cells), costs)))
+    return conclusion(group_cells(read_cells(make_sweep(folder, cells), costs)))
 
 
 def test_the_answer_names_the_shortest_span_that_keeps_enough(tmp_path):

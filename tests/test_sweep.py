@@ -9,8 +9,8 @@ import pytest
 from fakes import TOKENS, make_cache, make_traces
 from students import make_student
 
-from student_train.cells import SweepConfig
-from student_train.protocol import sweep
+from student_train.sweep.cells import SweepConfig
+from student_train.sweep.protocol import sweep
 
 PROGRAM = [sys.executable, "-m", "student_train.cli", "sweep"]
 ENVIRONMENT = {

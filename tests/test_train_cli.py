@@ -18,9 +18,9 @@ from fakes import make_cache, make_traces
 from same_bits import assert_bitwise_equal
 from students import make_student
 
-from student_train.cells import SweepConfig
 from student_train.cli import cli, main
 from student_train.config import EvaluateConfig, TrainConfig
+from student_train.sweep.cells import SweepConfig
 
 PROGRAM = [sys.executable, "-m", "student_train.cli"]
 ENVIRONMENT = {

@@ -73,7 +73,7 @@ def evaluate_command(as_json: bool, **options: Any) -> None:  # noqa: ANN401  # 
       train-student evaluate --model run/model --prompts held-out.jsonl --max-tokens 512
     """
     config = EvaluateConfig(**options)
-    from student_train.evaluate import evaluate
+    from student_train.evaluation.evaluate import evaluate
 
     result = evaluate(config)
     click.echo(json.dumps(asdict(result)) if as_json else str(result))

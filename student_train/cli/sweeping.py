@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from student_train.cells import BASELINES, SweepConfig
 from student_train.cli.options import config_option, split_names
 from student_train.selection import PARTS, WHOLES, TokenSelection
+from student_train.sweep.cells import BASELINES, SweepConfig
 
 
 def split_numbers(
@@ -129,7 +129,7 @@ def sweep_command(**options: Any) -> None:  # noqa: ANN401  # mirrors SweepConfi
     """
     options["baselines"] = tuple(name for name in options["baselines"] if name)
     config = SweepConfig(**options)
-    from student_train.protocol import sweep
+    from student_train.sweep.protocol import sweep
 
     result = sweep(config)
     click.echo(f"{config.out / 'report.html'}: {result.num_finished} cells of this call finished")

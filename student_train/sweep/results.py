@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from student_train.cells import FULL
+from student_train.sweep.cells import FULL
 
 NUM_DRAWS = 4000
 

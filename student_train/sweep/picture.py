@@ -7,9 +7,9 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from student_train.answer import COSTS, share_of_full
-from student_train.cells import FULL
-from student_train.results import Estimate, Group
+from student_train.sweep.cells import FULL
+from student_train.sweep.conclusion import COSTS, share_of_full
+from student_train.sweep.results import Estimate, Group
 
 _BASELINE_COLOURS = {
     "base": "0.5", "sft": "tab:red", "half-traces": "tab:purple", "half-steps": "tab:brown",

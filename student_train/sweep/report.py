@@ -9,11 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from student_train.answer import COSTS, answer, percent, share_of_full
-from student_train.cells import FULL
 from student_train.flops import FORMULA
-from student_train.picture import draw
-from student_train.results import (
+from student_train.sweep.cells import FULL
+from student_train.sweep.conclusion import COSTS, conclusion, percent, share_of_full
+from student_train.sweep.picture import draw
+from student_train.sweep.results import (
     CellResult,
     Costs,
     Estimate,
@@ -50,7 +50,7 @@ def write_report(out: Path, header: Mapping[str, Any], costs: Costs) -> str:
     groups = group_cells(cells)
     _write_csv(out / "results.csv", cells)
     draw(groups, out / "report.png")
-    sentence = answer(groups)
+    sentence = conclusion(groups)
     page = _page(out, cells, groups, sentence, header)
     temporary = out / "report.html.tmp"
     temporary.write_text(page, encoding="utf-8")

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from student_train.answers import extract_answer, has_math_verify, is_right
 from student_train.config import EvaluateConfig
+from student_train.evaluation.answers import extract_answer, has_math_verify, is_right
+from student_train.evaluation.generation import Completion, generate
+from student_train.evaluation.intervals import clustered_interval
+from student_train.evaluation.prompts import Prompt, prompt_ids, read_prompts
 from student_train.forward import StudentWithLoss
-from student_train.generation import Completion, generate
 from student_train.heldout import SectionFigures, heldout_figures
-from student_train.intervals import clustered_interval
-from student_train.prompts import Prompt, prompt_ids, read_prompts
 from student_train.student import check_student, head_of, load_model, load_tokenizer
 from teacher_cache.format import Cache, open_cache
 
@@ -119,7 +119,7 @@ def _samples(
 ) -> list[list[Completion]]:
     """By sample, the completions of all prompts."""
     if config.engine == "vllm":
-        from student_train.generation_vllm import generate_with_vllm
+        from student_train.evaluation.generation_vllm import generate_with_vllm
 
         return generate_with_vllm(tokenizer, ids, config, end_ids)
     model, _ = load_model(config.model)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from student_train.config import EvaluateConfig
-from student_train.generation import Completion
+from student_train.evaluation.generation import Completion
 
 
 def generate_with_vllm(

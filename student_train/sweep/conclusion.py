@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from student_train.cells import FULL
-from student_train.results import Estimate, Group
+from student_train.sweep.cells import FULL
+from student_train.sweep.results import Estimate, Group
 
 ENOUGH = 0.9  # of the gain
 COSTS = (
@@ -20,7 +20,7 @@ def share_of_full(group: Group, full: Group, path: tuple[str, ...]) -> float | N
     return own / whole if own is not None and whole else None
 
 
-def answer(groups: Sequence[Group]) -> str:
+def conclusion(groups: Sequence[Group]) -> str:
     """The smallest lead span that keeps ENOUGH, or the best there is, and what it costs."""
     full = next((group for group in groups if group.name == FULL), None)
     if full is None:
