@@ -1,4 +1,4 @@
-"""The order of an epoch: a pure function of seed, epoch, cache and number of lanes.
+"""The order of an epoch: a pure function of seed, epoch, the traces chosen and number of lanes.
 
 Shards are dealt to lanes, balanced by tokens; each lane shuffles its traces through a window of
 shards; the lanes are interleaved into one sequence. Ranks take whole lanes, so the sequence does
