@@ -113,9 +113,9 @@ def gathered_state(
 ) -> dict[str, dict[str, Any]]:
     """Weights and optimiser state by parameter name, as `gathered_weights`.
 
-    Whole tensors in one file, so that a run can go on with another number of processes, split or
-    not, and on one that has only seen the main process' disk. The price: the main process' memory
-    holds them all while they are written.
+    Whole tensors in one file and not torch's sharded format, so that a run can go on with another
+    number of processes, split or not. The price: the main process' memory holds them all while
+    they are written.
     """
     return {
         "student": gathered_weights(model),

@@ -275,9 +275,11 @@ def test_a_folder_of_something_else_is_refused(config, tmp_path):
         train(config())
 
 
-def test_accumulation_does_not_change_the_result(config, tmp_path):
-    whole = config(out=tmp_path / "whole", batch_traces=8, batch_tokens=10_000, max_steps=3)
-    parts = config(out=tmp_path / "parts", batch_traces=8, batch_tokens=1, max_steps=3)
+@pytest.mark.parametrize("normalise", ["tokens", "traces"])
+def test_accumulation_does_not_change_the_result(config, tmp_path, normalise):
+    settings = {"batch_traces": 8, "max_steps": 3, "normalise": normalise}
+    whole = config(out=tmp_path / "whole", batch_tokens=10_000, **settings)
+    parts = config(out=tmp_path / "parts", batch_tokens=1, **settings)
     train(whole)
     train(parts)
 
