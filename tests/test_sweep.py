@@ -4,11 +4,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from fakes import TOKENS, make_cache, make_traces
 from students import make_student
+from sweeps import add_cell
 
+from student_train.sweep import protocol
 from student_train.sweep.cells import SweepConfig
 from student_train.sweep.protocol import sweep
 
@@ -85,6 +88,49 @@ def test_a_folder_of_something_else_or_of_another_sweep_is_refused(parts):
     (settings["out"] / "sweep.json").write_text(json.dumps({"cache_fingerprint": "other"}))
     with pytest.raises(ValueError, match="holds another sweep"):
         sweep(SweepConfig(**settings))
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Cells that were run, without their processes."""
+    names = []
+
+    def run(config, cell, children):
+        names.append(cell.name)
+        add_cell(config.out, cell.group, cell.kind, cell.seed, cell.options, 0.5, num_prompts=2)
+        return "done"
+
+    monkeypatch.setattr(protocol, "run_cell", run)
+    return names
+
+
+def test_workers_share_the_cells_and_the_last_call_reports_all_of_them(parts, ran):
+    settings, _ = parts
+    config = SweepConfig(**settings, lead_spans=(0.5, 1.0), baselines=("base", "sft"), seeds=2)
+    results = [sweep(replace(config, worker=worker)) for worker in ("1/2", "0/2")]
+
+    assert sorted(ran) == sorted(cell.name for cell in config.cells(40))
+    assert [result.num_finished for result in results] == [3, 7]
+    assert len((config.out / "results.csv").read_text().splitlines()) == 8
+    sweep(config)
+    assert len(ran) == 7
+    calls = json.loads((config.out / "sweep.json").read_text())["calls"]
+    assert calls == [config.command()]  # however its cells were shared
+
+
+def test_another_call_adds_cells_and_one_without_a_full_length_says_so(parts, ran, caplog):
+    settings, _ = parts
+    caplog.set_level("WARNING")
+    short = SweepConfig(**settings, lead_spans=(0.5,), baselines=(), seeds=1)
+    assert "no full-length cell" in sweep(short).answer
+    assert "no full-length cell: retention has no base" in caplog.text
+    caplog.clear()
+    sweep(replace(short, lead_spans=(1.0,)))
+    sweep(replace(short, lead_spans=(0.25,)))
+
+    assert not caplog.text
+    assert ran == ["span-0.5_seed-0", "span-1_seed-0", "span-0.25_seed-0"]
+    assert len((short.out / "results.csv").read_text().splitlines()) == 4
 
 
 def command(settings, *options):
