@@ -152,6 +152,8 @@ class TrainConfig:
                 "sharding full: adafactor works on whole matrices; use --optimizer adamw, or "
                 "adamw8bit with torchao"
             )
+        if self.sharding == "full" and self.compile:
+            raise ValueError("sharding full: compiled layers cannot be split; leave out --compile")
         has_heldout = self.heldout_share > 0 or self.eval_cache is not None
         if not has_heldout and (self.eval_every is not None or self.select == "heldout"):
             name = "select heldout" if self.eval_every is None else "eval_every"

@@ -640,6 +640,7 @@ def test_handlers_of_signals_are_put_back(config):
         ({"lr": -1.0}, "lr: expected at least 0"),
         ({"ce_weight": 1.2}, "ce_weight: expected 0 to 1"),
         ({"schedule": "zigzag"}, "schedule: expected one of cosine, linear, constant, onecycle"),
+        ({"sharding": "full", "compile": True}, "leave out --compile"),
         ({"sharding": "full", "optimizer": "adafactor"}, "sharding full: adafactor works on whole"),
         ({"dtype": "int8"}, "dtype: expected one of float32, bf16"),
         ({"packing": True, "live_teacher": "t"}, "packing: a live teacher reads rows of one"),
