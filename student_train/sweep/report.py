@@ -106,8 +106,8 @@ untrained student. It is left out where the full-length gain is not above zero f
 {_cost_table(groups)}
 <p>FLOPs = {escape(FORMULA)}. Memory is the process' growth on a CPU, the allocator's peak on a GPU;
 both hold weights and optimiser too. Disk is that of a cache of the bands read. Saved tokens are
-those behind the span, which a teacher that stopped there would not generate. Break-even: runs after
-which a live teacher would have been run on more tokens than the capture was.</p>
+those behind the span, which a teacher that stopped there would not generate.{_captured(groups)}
+Break-even: runs after which a live teacher would have been run on more tokens than that.</p>
 {_flop_table(out / "flops.json")}
 <h2>Held-out traces, all of each</h2>
 {_heldout_table(groups)}
@@ -178,6 +178,11 @@ def _cost_table(groups: Sequence[Group]) -> str:
     columns = ["cell", "tokens trained", "of the CoT", "FLOPs", "peak memory, B", "time, s"]
     columns += ["bytes read", "disk, B", "teacher tokens saved", "break-even, runs"]
     return _table(columns, rows)
+
+
+def _captured(groups: Sequence[Group]) -> str:
+    tokens = {group.mean("costs", "num_captured") for group in groups} - {None}
+    return "".join(f" The capture ran the teacher once on {n:,.0f} tokens." for n in tokens)
 
 
 def _flop_table(file: Path) -> str:
