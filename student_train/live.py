@@ -25,7 +25,10 @@ class LiveTeacher:
         CacheMismatchError: If it has another tokenizer or another width than a cache's teacher.
     """
 
-    def __init__(self, name: str, headers: Sequence[CacheHeader], device: torch.device) -> None:
+    def __init__(
+        self, name: str, headers: Sequence[CacheHeader], device: torch.device, *, num_ids: int
+    ) -> None:
+        """Load it; `num_ids` is the student's, which may be padded to another width."""
         model, tokenizer = load_model(name, dtype=torch.float32)
         width = output_layer(model).weight.shape[0]
         for header in headers:
@@ -36,12 +39,13 @@ class LiveTeacher:
                     f"{header.teacher!r} {header.vocab_size}"
                 )
         self._name = name
+        self._num_ids = num_ids
         self._model = model.to(device).eval()
         self._is_checked = False
 
     @torch.no_grad()
     def taught(self, batch: MicroBatch) -> MicroBatch:
-        """The batch with every entry of the teacher's distributions, N x V of them.
+        """The batch with the teacher's whole distributions over the ids that the student has.
 
         Args:
             batch: In the layout "alone": each row is one trace.
@@ -53,7 +57,8 @@ class LiveTeacher:
             return batch
         logits_BTV = self._model(input_ids=batch.input_ids, use_cache=False).logits
         logits_NV = logits_BTV.flatten(0, 1).index_select(0, batch.hidden_index).float()
-        top_logits, top_ids = logits_NV.sort(dim=-1, descending=True)
+        of_student, beyond = logits_NV[:, : self._num_ids], logits_NV[:, self._num_ids :]
+        top_logits, top_ids = of_student.sort(dim=-1, descending=True)
         if not self._is_checked:
             self._check(batch.targets, logits_NV)
             self._is_checked = True
@@ -61,7 +66,8 @@ class LiveTeacher:
             top_ids=top_ids,
             top_logits=top_logits - top_logits[:, :1],
             k=torch.full_like(batch.targets.k, top_ids.shape[1]),
-            tail_logit=torch.zeros_like(batch.targets.tail_logit),  # nothing is outside
+            # What the student lacks, as from a cache; -inf where it lacks nothing.
+            tail_logit=beyond.logsumexp(dim=-1) - of_student.logsumexp(dim=-1),
             realised_ids=batch.targets.realised_ids,
         )
         return replace(batch, targets=targets)

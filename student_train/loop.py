@@ -172,10 +172,14 @@ def train(config: TrainConfig) -> TrainResult:
     validation = None
     if heldout is not None:
         validation = Validation(with_loss, heldout, accelerator, limit=config.eval_traces)
+    num_ids = output_layer(model).weight.shape[0]
     teacher = None
     if config.live_teacher is not None:
         teacher = LiveTeacher(
-            config.live_teacher, [s.cache.header for s in data.sources], accelerator.device
+            config.live_teacher,
+            [s.cache.header for s in data.sources],
+            accelerator.device,
+            num_ids=num_ids,
         )
 
     # --- go on from a checkpoint, if there is one --------------------------------------------
@@ -216,7 +220,6 @@ def train(config: TrainConfig) -> TrainResult:
         cursor=progress.cursor,
     )
     bytes_before = progress.bytes_read
-    num_ids = output_layer(model).weight.shape[0]
     shown = TrainingProgress(num_steps, progress.step, enabled=accelerator.is_main_process)
     with stop_signals() as stop, shown, stream, advice_when_out_of_memory(config):
         logged_s, logged_wait_s, logged_tokens = time.perf_counter(), 0.0, 0

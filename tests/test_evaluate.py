@@ -126,6 +126,11 @@ def test_missing_and_empty_prompt_files_are_refused(tmp_path):
         evaluate(config_of(prompts=write_prompts(tmp_path / "empty.jsonl")))
 
 
+def test_completions_without_a_folder_are_refused_before_anything_is_generated(tmp_path):
+    with pytest.raises(ValueError, match="completions: there is no folder .*nowhere"):
+        evaluate(config_of(completions=tmp_path / "nowhere" / "c.jsonl"))
+
+
 def test_a_model_that_does_not_exist_is_refused_in_one_line(tmp_path):
     prompts = write_prompts(tmp_path / "p.jsonl", {"prompt": "3", "answer": "4"})
     with pytest.raises(ValueError, match="cannot be loaded") as error:

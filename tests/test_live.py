@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from fakes import POLICY, make_header, make_trace
+from fakes import POLICY, VOCAB_SIZE, make_header, make_trace
 from students import make_model, make_student
 
 from student_train.batch import empty_micro_batch, micro_batches
 from student_train.live import LiveTeacher
+from student_train.losses import sparse_kl
 from student_train.selection import TokenSelection
 from teacher_cache.format import CacheMismatchError, Trace, keep_entries
 
@@ -38,7 +41,8 @@ def trace_of(model, trace_id, num_tokens, seed):
 @pytest.fixture
 def teacher(tmp_path):
     name = make_student(tmp_path / "teacher", seed=3)
-    return LiveTeacher(name, [make_header()], CPU), make_model(seed=3).eval()
+    live = LiveTeacher(name, [make_header()], CPU, num_ids=VOCAB_SIZE)
+    return live, make_model(seed=3).eval()
 
 
 def batch_of(model):
@@ -79,4 +83,34 @@ def test_another_teacher_than_the_captured_one_is_refused(teacher):
 def test_another_width_is_refused(tmp_path):
     name = make_student(tmp_path / "wide", vocab_size=48)
     with pytest.raises(CacheMismatchError, match="has 48 outputs, the cache's teacher 'table' 41"):
-        LiveTeacher(name, [make_header()], CPU)
+        LiveTeacher(name, [make_header()], CPU, num_ids=VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("num_ids", [VOCAB_SIZE, VOCAB_SIZE + 7, VOCAB_SIZE - 3])
+def test_students_padded_to_another_width_get_the_same_distribution(tmp_path, num_ids):
+    name = make_student(tmp_path / "teacher", seed=3, initializer_range=0.5)
+    live = LiveTeacher(name, [make_header()], CPU, num_ids=num_ids)
+    model = make_model(seed=3, initializer_range=0.5).eval()
+    trace = trace_of(model, "t", 12, 0)
+    trace = replace(trace, token_ids=trace.token_ids.clip(max=num_ids - 1))
+    (batch,) = micro_batches(
+        [trace], TokenSelection(), batch_tokens=100, normalise="tokens", num_ids=num_ids
+    )
+    live._check = lambda *_: None  # the clipped trace is not the one that was captured
+    targets = live.taught(batch).targets
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(batch.num_valid, 8), torch.randn(num_ids, 8)
+    found = sparse_kl(hidden, weight, targets, batch.token_weight)
+
+    log_q = (hidden @ weight.T).double().log_softmax(-1)
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.hidden_index]
+    log_p = logits.double().log_softmax(-1)
+    shared = min(num_ids, VOCAB_SIZE)
+    p, q = log_p[:, :shared].exp(), log_q[:, :shared].exp()
+    kl = (p * (p.log() - q.log())).sum(-1)
+    if num_ids >= VOCAB_SIZE:
+        torch.testing.assert_close(found.kl.double(), kl, rtol=1e-4, atol=1e-5)
+        assert found.teacher_mass.tolist() == [1.0] * batch.num_valid
+    else:  # the student cannot have the teacher's mass there: its tail is empty
+        torch.testing.assert_close(found.teacher_mass.double(), p.sum(-1), rtol=1e-4, atol=1e-5)

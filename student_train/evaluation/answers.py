@@ -21,15 +21,15 @@ def extract_answer(text: str, think_close: str, special_tokens: Sequence[str]) -
 
 def boxed(text: str) -> str | None:
     r"""Content of the last ``\boxed{...}`` whose braces close, None where there is none."""
-    start = text.rfind(_BOXED)
-    if start < 0:
-        return None
-    depth, first = 1, start + len(_BOXED)
-    for place in range(first, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[first:place].strip()
-    return boxed(text[:start])
+    end = len(text)
+    while (start := text.rfind(_BOXED, 0, end)) >= 0:
+        depth, first = 1, start + len(_BOXED)
+        for place in range(first, end):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            if depth == 0:
+                return text[first:place].strip()
+        end = start  # it never closes: the one before, in what stands before it
+    return None
 
 
 def is_right(found: str, wanted: str, *, with_math: bool = False) -> bool:

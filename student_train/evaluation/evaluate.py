@@ -83,9 +83,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """Generate answers to every prompt and count the right ones; measure on held-out traces.
 
     Raises:
-        ValueError: If the model cannot be loaded, or a prompt line is wrong (file and line).
+        ValueError: If the model cannot be loaded, a prompt line is wrong (file and line), or
+            completions have no folder to go to.
         CacheError: If the cache cannot be read or does not fit the model.
     """
+    if config.completions is not None and not config.completions.parent.is_dir():
+        raise ValueError(f"completions: there is no folder {config.completions.parent}")
     prompts = list(islice(read_prompts(config.prompts, config.group_by), config.limit))
     if not prompts:
         raise ValueError(f"{config.prompts}: expected at least one prompt, found none")
