@@ -58,7 +58,7 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     accelerator.wait_for_everyone()
-    torch.save(_random_state(), temporary / _random_file(accelerator.process_index))
+    _save(_random_state(), temporary / _random_file(accelerator.process_index))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         fsync(run.metrics_file)
@@ -67,7 +67,7 @@ def write_checkpoint(
         with publish_folder(folder) as final:
             for file in temporary.iterdir():
                 file.rename(final / file.name)
-            torch.save(dict(state), final / _STATE)
+            _save(dict(state), final / _STATE)
             (final / _PROGRESS).write_text(json.dumps(values), encoding="utf-8")
         temporary.rmdir()
         best = run.checkpoint_of(progress.best_step)
@@ -101,6 +101,17 @@ def restore_random_state(folder: Path, rank: int) -> None:
     torch.set_rng_state(state["cpu"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _save(state: Mapping[str, Any], file: Path) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:  # PyTorch's word for a full disk
+        reason = str(error).partition("\n")[0]
+        raise OSError(
+            f"{file}: the checkpoint cannot be written ({reason}); is the disk full? The last "
+            "whole one stays: run the same command again when there is room"
+        ) from error
 
 
 def _random_state() -> dict[str, Any]:

@@ -32,7 +32,7 @@ from student_train.flops import FlopFormula
 from student_train.forward import SUMS, StudentWithLoss
 from student_train.live import LiveTeacher
 from student_train.memory import PeakMemory, advice_when_out_of_memory
-from student_train.model_folder import model_card, save_student
+from student_train.model_folder import make_savable, model_card, save_student
 from student_train.optimization import make_optimizer, make_schedule
 from student_train.placement import (
     clip_gradients,
@@ -112,6 +112,7 @@ def train(config: TrainConfig) -> TrainResult:
     )
     for source in data.sources:
         check_student(config.student, model, tokenizer, source.cache.header)
+    make_savable(config.student, model)
     check_selection(data, config.selection, model)
     heldout = heldout_data(config, data)
     if heldout is not None:
@@ -367,6 +368,7 @@ def train(config: TrainConfig) -> TrainResult:
             model, _ = load_model(
                 config.student, revision=config.student_revision, dtype=torch.float32
             )
+            make_savable(config.student, model)
             is_merged = config.lora_output == "merged"
             model = with_trained_adapters(model, config.lora, weights, merged=is_merged)
             weights = model.state_dict()

@@ -20,6 +20,7 @@ from student_train.config import CHANGEABLE, TrainConfig
 from teacher_cache.format import ShardList
 
 _RUN_VERSION = 1
+_CONFIG_TEMPORARY = "config.json.tmp"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path}: expected a folder for the run, found a file")
         self._before = self._read_config()
-        if self._before is None and path.exists() and any(path.iterdir()):
+        if self._before is None and path.exists() and not _holds_nothing(path):
             raise ValueError(
                 f"{path}: expected a new or empty folder, or one of an earlier run, found other "
                 "files; name another one"
@@ -129,14 +130,15 @@ class RunFolder:
             identity: Of the run.
             metrics_bytes: Length of `metrics.jsonl` at the checkpoint, 0 for a new run.
         """
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         for left_over in [*self.path.glob(".tmp-*"), *self.checkpoints.glob(".tmp-*")]:
             shutil.rmtree(left_over)
         text = json.dumps(identity.to_json(), indent=1) + "\n"
-        temporary = self.path / "config.json.tmp"
+        temporary = self.path / _CONFIG_TEMPORARY
         temporary.write_text(text, encoding="utf-8")
         fsync(temporary)
         temporary.replace(self.config_file)
+        self.checkpoints.mkdir(exist_ok=True)  # second: without config.json they are a stranger's
         with self.metrics_file.open("ab") as file:
             file.truncate(metrics_bytes)
 
@@ -156,6 +158,11 @@ class RunFolder:
     def _metrics(self) -> list[dict[str, Any]]:
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
+
+
+def _holds_nothing(folder: Path) -> bool:
+    """Nothing, or what a run left that was killed, or had no disk, as it began."""
+    return all(path.name == _CONFIG_TEMPORARY for path in folder.iterdir())
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 import json
 import math
+import resource
 import signal
 import threading
 from dataclasses import replace
@@ -273,6 +274,48 @@ def test_a_folder_of_something_else_is_refused(config, tmp_path):
 
     with pytest.raises(ValueError, match="expected a new or empty folder"):
         train(config())
+
+
+def test_a_run_whose_disk_was_full_when_it_began_begins(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json.tmp").write_text("")
+
+    assert train(config(max_steps=1)).num_steps == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_which_can_go_on(config):
+    settings = config(max_steps=1, tracker="none")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # half of what it needs
+    try:
+        with pytest.raises(OSError, match="the checkpoint cannot be written"):
+            train(settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (settings.out / "model").exists()
+    assert not train(settings).was_finished
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}])
+def test_a_generation_config_that_transformers_would_not_write_is_mended(
+    config, tmp_path, caplog, changes
+):
+    student = make_student(tmp_path / "student")
+    file = tmp_path / "student/generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.6}))
+    result = train(config(student=student, max_steps=1, **changes))
+
+    written = json.loads((result.model / "generation_config.json").read_text())
+    assert (written["do_sample"], written["temperature"]) == (True, 0.6)
+    assert "asks for sampling without do_sample" in caplog.text
+
+
+def test_a_generation_config_that_cannot_be_mended_is_refused_before_a_step(config, tmp_path):
+    student = make_student(tmp_path / "student")
+    file = tmp_path / "student/generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"early_stopping": True}))
+    with pytest.raises(ValueError, match=r"mend its generation_config\.json"):
+        train(config(student=student, max_steps=1))
 
 
 @pytest.mark.parametrize("normalise", ["tokens", "traces"])
