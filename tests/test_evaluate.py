@@ -127,7 +127,7 @@ def test_missing_and_empty_prompt_files_are_refused(tmp_path):
 
 
 def test_completions_without_a_folder_are_refused_before_anything_is_generated(tmp_path):
-    with pytest.raises(ValueError, match="completions: there is no folder .*nowhere"):
+    with pytest.raises(ValueError, match=r"completions: there is no folder .*nowhere"):
         evaluate(config_of(completions=tmp_path / "nowhere" / "c.jsonl"))
 
 
