@@ -27,6 +27,7 @@ class Progress:
     metrics_bytes: int = 0  # length of metrics.jsonl
     bytes_read: int = 0  # from shards, by all ranks, in all processes of the run so far
     num_empty_steps: int = 0  # steps without a valid token
+    num_empty_traces: int = 0  # times that a trace had none
     num_absent: int = 0  # kept entries trained on whose id the student lacks
     num_tokens: int = 0  # valid ones, so far
     flops: int = 0  # by FlopFormula, so far

@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from student_train.adapters import add_adapters, count_trained, with_trained_adapters
@@ -241,7 +243,12 @@ def train(config: TrainConfig) -> TrainResult:
                 num_ids=num_ids,
             )
             num_valid, num_traces, num_absent, num_batches = _global_counts(accelerator, batches)
-            progress = replace(progress, num_absent=progress.num_absent + num_absent)
+            num_empty_traces = len(item.trace_ids) - num_traces
+            progress = replace(
+                progress,
+                num_absent=progress.num_absent + num_absent,
+                num_empty_traces=progress.num_empty_traces + num_empty_traces,
+            )
             if num_valid == 0:
                 progress = replace(progress, num_empty_steps=progress.num_empty_steps + 1)
             divisor = max(1, normaliser(num_valid, num_traces, config.normalise))
@@ -306,6 +313,7 @@ def train(config: TrainConfig) -> TrainResult:
                     "lr": lr,
                     "tokens": num_valid,
                     "num_empty_steps": progress.num_empty_steps,
+                    "num_empty_traces": progress.num_empty_traces,
                     "num_absent_entries": progress.num_absent,
                     "tokens_trained": progress.num_tokens,
                     "bytes_read": progress.bytes_read,
@@ -353,14 +361,17 @@ def train(config: TrainConfig) -> TrainResult:
             )
     weights = gathered_weights(model)  # of adapters, where only they were trained
     if accelerator.is_main_process:
+        _check_weights(weights)
         if progress.num_absent:
             logger.warning(
                 "%s kept entries had ids that the student lacks; their mass was in the tail",
                 f"{progress.num_absent:,}",
             )
-        if progress.num_empty_steps:
+        if progress.num_empty_traces:
             logger.warning(
-                "%d of %d steps had no valid token and changed nothing",
+                "%s times a trace had no valid token and taught nothing; %d of %d steps had only "
+                "such traces and changed nothing",
+                f"{progress.num_empty_traces:,}",
                 progress.num_empty_steps,
                 num_steps,
             )
@@ -410,6 +421,20 @@ def check_selection(data: TrainingData, selection: TokenSelection, model: PreTra
                 f"{path}: {selection.num_read(longest):,} tokens of trace {longest.trace_id!r} "
                 f"are selected, the student has {limit:,} positions; use --max-tokens {limit + 1} "
                 "or a smaller lead span"
+            )
+
+
+def _check_weights(weights: Mapping[str, Tensor]) -> None:
+    """Refuse to write a student that the last step broke: no later loss would show it.
+
+    Raises:
+        NonFiniteLossError: Naming the first weight that is no finite number.
+    """
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise NonFiniteLossError(
+                f"the last step left {name} without finite numbers, so no student is written. "
+                "Lower --lr and begin again in another --out."
             )
 
 

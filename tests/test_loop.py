@@ -564,8 +564,34 @@ def test_steps_without_a_valid_token_are_counted_and_change_nothing(config, tmp_
 
     metrics = metrics_of(settings)
     assert sorted(m["tokens"] for m in metrics) == [0, 0, 0, 29]
-    assert metrics[-1]["num_empty_steps"] == 3
-    assert "3 of 4 steps had no valid token" in caplog.text
+    assert metrics[-1]["num_empty_steps"] == metrics[-1]["num_empty_traces"] == 3
+    assert "3 times a trace had no valid token" in caplog.text
+    assert "3 of 4 steps" in caplog.text
+
+
+def test_traces_without_a_valid_token_are_counted_beside_others(config, tmp_path, caplog):
+    bare = [make_trace(f"bare{n}", 30, without_entries=range(30)) for n in range(3)]
+    cache = make_cache(tmp_path / "cache", [*bare, make_trace("full", 30)])
+    settings = config(cache=cache, batch_traces=4, epochs=2)
+    train(settings)
+
+    assert [m["num_empty_traces"] for m in metrics_of(settings)] == [3, 6]
+    assert metrics_of(settings)[-1]["num_empty_steps"] == 0
+    assert "6 times a trace had no valid token" in caplog.text
+
+
+def test_a_student_that_the_last_step_broke_is_not_written(config, monkeypatch):
+    real = loop.gathered_weights
+
+    def broken(model):
+        weights = real(model)
+        return {name: weight / 0 for name, weight in weights.items()}
+
+    monkeypatch.setattr(loop, "gathered_weights", broken)
+    settings = config(max_steps=1)
+    with pytest.raises(NonFiniteLossError, match=r"the last step left .* without finite numbers"):
+        train(settings)
+    assert not (settings.out / "model").exists()
 
 
 def test_a_loss_that_is_no_number_stops_the_run_naming_its_traces(config, cache):
