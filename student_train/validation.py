@@ -72,14 +72,24 @@ class Validation:
             heldout: Of which the held-out traces are read.
             accelerator: Of the run.
             limit: Measure at most so many traces.
+
+        Raises:
+            ValueError: If no token of theirs has a distribution.
         """
         self._student = student
         self._accelerator = accelerator
         rank, num_ranks = accelerator.process_index, accelerator.num_processes
         mine = list(heldout.heldout_traces(rank=rank, num_ranks=num_ranks, limit=limit))
-        counts = accelerator.gather(torch.tensor([len(mine)], device=accelerator.device))
+        num_tokens = sum(int((trace.k > 0).sum()) for trace in mine)
+        local = torch.tensor([[len(mine), num_tokens]], device=accelerator.device)
+        counts_R2 = accelerator.gather(local)
+        if not counts_R2[:, 1].any():
+            raise ValueError(
+                f"none of {int(counts_R2[:, 0].sum()):,} held-out traces has a token with a "
+                "distribution, so they measure nothing; hold more out or name another --eval-cache"
+            )
         # A sharded student's forward needs every process.
-        self._traces = [*mine, *[None] * (int(counts.max()) - len(mine))]
+        self._traces = [*mine, *[None] * (int(counts_R2[:, 0].max()) - len(mine))]
 
     def measure(self) -> dict[str, float]:
         """Means over whole traces: `heldout_kl` and so on, also by section: `heldout_kl_cot`."""

@@ -122,6 +122,14 @@ def test_a_cache_that_is_trained_on_measures_nothing(base, tmp_path):
         train(config)
 
 
+def test_heldout_traces_without_a_distribution_are_refused(base, tmp_path):
+    bare = [make_trace(f"bare{n}", 30, without_entries=range(30)) for n in range(3)]
+    empty = str(make_cache(tmp_path / "bare", bare))
+    config = replace(base, out=tmp_path / "run", heldout_share=0.0, eval_cache=empty)
+    with pytest.raises(ValueError, match="none of 3 held-out traces has a token with a distrib"):
+        train(config)
+
+
 def test_heldout_traces_longer_than_the_student_are_refused(base, tmp_path):
     student = make_student(tmp_path / "student", max_position_embeddings=32)
     config = replace(base, out=tmp_path / "run", student=student, max_tokens=10)
