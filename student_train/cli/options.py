@@ -19,13 +19,16 @@ def split_names(
 def split_numbers(
     ctx: click.Context, param: click.Parameter, value: str | list[float] | None
 ) -> tuple[float, ...] | None:
-    """Split `3,1`; a TOML list comes as it is."""
+    """Split `3,1`; a TOML list comes as it is. Empty text is no number."""
     if value is None:
         return None
+    numbers = value.split(",") if isinstance(value, str) else value
     try:
-        return tuple(float(n) for n in (value.split(",") if isinstance(value, str) else value))
+        return tuple(float(number) for number in numbers if str(number).strip())
     except (TypeError, ValueError) as error:
-        raise click.BadParameter(f"expected numbers, got {value!r}", ctx, param) from error
+        raise click.BadParameter(
+            f"expected numbers with commas, got {value!r}", ctx, param
+        ) from error
 
 
 def read_defaults(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:

@@ -6,27 +6,16 @@ from typing import Any
 
 import click
 
-from student_train.cli.options import config_option, split_names
+from student_train.cli.options import config_option, split_names, split_numbers
 from student_train.selection import PARTS, WHOLES, TokenSelection
 from student_train.sweep.cells import BASELINES, SweepConfig
 
 
-def split_numbers(
-    ctx: click.Context, param: click.Parameter, value: str | list[float] | None
-) -> tuple[float, ...]:
-    """Split `0.1,0.5`; a TOML list comes as it is. Empty text is no number."""
-    numbers = value.split(",") if isinstance(value, str) else value or []
-    try:
-        return tuple(float(number) for number in numbers if str(number).strip())
-    except ValueError as error:
-        raise click.BadParameter(f"expected numbers with commas, got {value!r}") from error
-
-
 def split_counts(
-    ctx: click.Context, param: click.Parameter, value: str | list[int] | None
+    ctx: click.Context, param: click.Parameter, value: str | list[float] | None
 ) -> tuple[int, ...]:
     """Split `64,128`."""
-    numbers = split_numbers(ctx, param, value)  # type: ignore[arg-type]  # of whole numbers
+    numbers = split_numbers(ctx, param, value) or ()
     if any(number != int(number) for number in numbers):
         raise click.BadParameter(f"expected whole numbers, got {value!r}")
     return tuple(int(number) for number in numbers)

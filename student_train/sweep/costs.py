@@ -18,15 +18,10 @@ def span_costs(source: Source, selection: TokenSelection) -> dict[str, float]:
         num_captured: Tokens of all traces of the cache, those not trained on too.
     """
     cache, infos = source.cache, source.train_infos()
-    labels = in_cot = cot = num_read = 0
+    labels = num_read = 0
     for info in infos:
         ranges = selection.ranges(info.n_total, info.cot_start, info.answer_start)
         labels += sum(end - first for first, end in ranges)
-        in_cot += sum(
-            max(0, min(end, info.answer_start) - max(first, info.cot_start))
-            for first, end in ranges
-        )
-        cot += info.answer_start - info.cot_start
         num_read += selection.num_read(info)
     num_tokens = sum(info.n_total for info in infos)
     cache_bytes = 0
@@ -35,7 +30,7 @@ def span_costs(source: Source, selection: TokenSelection) -> dict[str, float]:
         cache_bytes += shard.prefix_bytes(num_bands_needed(spans, len(shard.blocks)))
     return {
         "num_positions": num_read,
-        "cot_share": in_cot / cot if cot else 0.0,
+        "cot_share": selection.cot_share(infos),
         "trace_share": labels / num_tokens,
         "cache_bytes": cache_bytes,
         "tokens_saved": num_tokens - num_read,
