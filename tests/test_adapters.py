@@ -7,11 +7,12 @@ from peft import PeftModel
 from students import make_model, make_student
 from transformers import AutoModelForCausalLM
 
-from student_train.adapters import add_adapters
-from student_train.config import Lora, TrainConfig
-from student_train.flops import FlopFormula
-from student_train.loop import train
-from student_train.student import load_model
+from student_train.model.adapters import add_adapters
+from student_train.model.flops import FlopFormula
+from student_train.model.load import load_model
+from student_train.model.lora import Lora
+from student_train.run.config import TrainConfig
+from student_train.run.loop import train
 
 IDS = torch.arange(20)[None]
 

@@ -19,12 +19,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-import student_train.attention as attention
-from student_train.attention import keeps_traces_apart, prepare_attention
-from student_train.batch import micro_batches
-from student_train.forward import StudentWithLoss
-from student_train.selection import TokenSelection
-from student_train.student import head_of, load_model
+import student_train.model.attention as attention
+from student_train.batch.micro_batch import micro_batches
+from student_train.data.tokens import TokenSelection
+from student_train.model.attention import keeps_traces_apart, prepare_attention
+from student_train.model.forward import StudentWithLoss
+from student_train.model.load import head_of, load_model
 
 TRACES = make_traces(12, lengths=(9, 40))
 MIXING = {

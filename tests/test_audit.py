@@ -16,14 +16,14 @@ from test_capture import (  # noqa: F401 (fixtures)
     row_over,
 )
 
-from teacher_cache import audit as audit_module
-from teacher_cache.audit import AuditConfig, audit, sample_traces
+from teacher_cache.capture.generate import generate
 from teacher_cache.cli import cli
 from teacher_cache.engines import TeacherRows
-from teacher_cache.fidelity import LiveRows, cut_loss, divergence, logprobs_at, tails
+from teacher_cache.examine import audit as audit_module
+from teacher_cache.examine.audit import AuditConfig, audit, sample_traces
+from teacher_cache.examine.fidelity import LiveRows, cut_loss, divergence, logprobs_at, tails
 from teacher_cache.format import CacheError, CacheMismatchError, open_cache
-from teacher_cache.modes import generate
-from teacher_cache.truncate import truncate_cache
+from teacher_cache.transform.truncate import truncate_cache
 
 
 class WideTable(TableTeacher):

@@ -4,9 +4,9 @@ import torch
 from fakes import make_trace, make_traces
 from students import segments_of
 
-from student_train.batch import empty_micro_batch, micro_batches, valid_positions
-from student_train.packing import LAYOUTS
-from student_train.selection import TokenSelection
+from student_train.batch.micro_batch import empty_micro_batch, micro_batches, valid_positions
+from student_train.batch.packing import LAYOUTS
+from student_train.data.tokens import TokenSelection
 from teacher_cache.format import TraceInfo
 
 WHOLE = TokenSelection()

@@ -18,7 +18,8 @@ from test_format import read_all
 from test_sources import CHAT, make_teacher
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from teacher_cache import cli, modes
+from teacher_cache import cli
+from teacher_cache.capture import configs
 from teacher_cache.format import open_cache
 
 COMMAND = [sys.executable, "-c", "from teacher_cache.cli import program; program()"]
@@ -86,8 +87,8 @@ def invoke(*args):
 
 def test_options_are_the_fields_of_the_configurations():
     for command, config, source in (
-        (cli.capturing.generate_command, modes.GenerateConfig, "prompts"),
-        (cli.capturing.score_command, modes.ScoreConfig, "traces"),
+        (cli.capturing.generate_command, configs.GenerateConfig, "prompts"),
+        (cli.capturing.score_command, configs.ScoreConfig, "traces"),
     ):
         required = {"model": "m", "out": "o", source: "s"}
         line = [word for name, value in required.items() for word in (f"--{name}", value)]

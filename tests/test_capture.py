@@ -12,8 +12,11 @@ import pytest
 from test_format import read_all
 from test_sources import CHAT, make_teacher
 
-from teacher_cache import capture as capture_module
-from teacher_cache import modes
+from teacher_cache.capture import prepare
+from teacher_cache.capture import run as capture_module
+from teacher_cache.capture.configs import GenerateConfig, ScoreConfig
+from teacher_cache.capture.generate import generate
+from teacher_cache.capture.score import score
 from teacher_cache.engines import EngineError, TeacherFacts, TeacherRows
 from teacher_cache.format import (
     CacheMismatchError,
@@ -23,7 +26,6 @@ from teacher_cache.format import (
     stored_logprobs,
     writer,
 )
-from teacher_cache.modes import GenerateConfig, ScoreConfig, generate, score
 from teacher_cache.sources import SourceError
 
 VOCAB_SIZE = 50
@@ -100,7 +102,7 @@ def asked(monkeypatch):
         teacher = TableTeacher
 
     requests = Asked()
-    monkeypatch.setattr(modes, "_start", lambda *_: requests.teacher(requests))
+    monkeypatch.setattr(prepare, "_start", lambda *_: requests.teacher(requests))
     return requests
 
 

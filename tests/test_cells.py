@@ -2,7 +2,8 @@ import itertools
 
 import pytest
 
-from student_train.sweep.cells import Cell, SweepConfig
+from student_train.sweep.cells import Cell
+from student_train.sweep.config import SweepConfig
 
 
 def config_of(**changes):

@@ -6,16 +6,16 @@ import torch
 from fakes import make_cache, make_trace, make_traces
 from students import make_model, make_student
 
-from student_train.batch import micro_batches
-from student_train.data import open_data
-from student_train.flops import FlopFormula, compare_flops, count_parameters, counted_flops
-from student_train.forward import StudentWithLoss
-from student_train.memory import PeakMemory
-from student_train.selection import TokenSelection
-from student_train.student import head_of
+from student_train.batch.micro_batch import micro_batches
+from student_train.data.tokens import TokenSelection
+from student_train.data.traces import open_data
+from student_train.model.flops import FlopFormula, compare_flops, count_parameters, counted_flops
+from student_train.model.forward import StudentWithLoss
+from student_train.model.load import head_of
+from student_train.run.memory import PeakMemory
 from student_train.sweep.costs import span_costs
 from teacher_cache.format import open_cache
-from teacher_cache.truncate import truncate_cache
+from teacher_cache.transform.truncate import truncate_cache
 
 TRACES = [make_trace(f"t{n}", 40, seed=n) for n in range(3)]
 

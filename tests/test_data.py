@@ -6,9 +6,9 @@ import pytest
 from fakes import make_cache, make_header, make_traces
 from test_format import assert_same
 
-from student_train.data import is_heldout, open_data
-from student_train.selection import TokenSelection
-from student_train.stream import TraceStream
+from student_train.data.stream import TraceStream
+from student_train.data.tokens import TokenSelection
+from student_train.data.traces import is_heldout, open_data
 from teacher_cache.format import CacheMismatchError, CacheWriter, FinishedTrace, seal_cache
 
 

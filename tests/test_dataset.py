@@ -14,13 +14,13 @@ from students import make_student
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from student_train.batch import empty_micro_batch, valid_positions
-from student_train.data import open_data
-from student_train.dataset import DistillationDataset
-from student_train.forward import StudentWithLoss
-from student_train.selection import TokenSelection
-from student_train.stream import Cursor, TraceStream
-from student_train.student import head_of
+from student_train.batch.micro_batch import empty_micro_batch, valid_positions
+from student_train.batch.torch_dataset import DistillationDataset
+from student_train.data.stream import Cursor, TraceStream
+from student_train.data.tokens import TokenSelection
+from student_train.data.traces import open_data
+from student_train.model.forward import StudentWithLoss
+from student_train.model.load import head_of
 
 EXAMPLE = Path(__file__).parent.parent / "tools" / "example_trainer.py"
 SELECTION = TokenSelection(lead_span=0.5)

@@ -8,7 +8,7 @@ import torch
 from fakes import VOCAB_SIZE, make_cache, make_traces
 from students import make_model, make_student, make_tokenizer
 
-from student_train.config import EvaluateConfig
+from student_train.evaluation.config import EvaluateConfig
 from student_train.evaluation.evaluate import evaluate
 from student_train.evaluation.generation import generate
 from student_train.evaluation.prompts import read_prompts, seen_in

@@ -28,8 +28,8 @@ from teacher_cache.format import (
     seal_cache,
     stored_logprobs,
 )
+from teacher_cache.format.bands import band_start
 from teacher_cache.format.codec import round_to_bfloat16
-from teacher_cache.format.span import band_start
 
 ARRAYS = ("token_ids", "k", "top_ids", "top_logits", "tail_logit")
 VOCAB_SIZE = 600

@@ -16,12 +16,12 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from student_train.batch import micro_batches
-from student_train.config import TrainConfig
-from student_train.forward import StudentWithLoss
-from student_train.loop import train
-from student_train.selection import TokenSelection
-from student_train.student import head_of
+from student_train.batch.micro_batch import micro_batches
+from student_train.data.tokens import TokenSelection
+from student_train.model.forward import StudentWithLoss
+from student_train.model.load import head_of
+from student_train.run.config import TrainConfig
+from student_train.run.loop import train
 
 HEADS = {
     "tied": lambda: make_model(),

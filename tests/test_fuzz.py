@@ -15,10 +15,10 @@ from fakes import make_cache, make_header, make_traces
 
 from teacher_cache.format import CacheFormatError, CacheWriter, FinishedTrace, open_cache
 from teacher_cache.format.commit import block_of
-from teacher_cache.format.decode import decode_bands
 from teacher_cache.format.header import content_hash
-from teacher_cache.format.ipc import declared_bytes
-from teacher_cache.format.journal import read_journal
+from teacher_cache.format.reading.decode import decode_bands
+from teacher_cache.format.reading.ipc import declared_bytes
+from teacher_cache.format.writing.journal import read_journal
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import soak

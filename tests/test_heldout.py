@@ -4,9 +4,9 @@ import torch
 from fakes import make_trace
 from students import make_model
 
-from student_train.forward import StudentWithLoss
-from student_train.heldout import heldout_figures
-from student_train.student import head_of
+from student_train.model.forward import StudentWithLoss
+from student_train.model.heldout import heldout_figures
+from student_train.model.load import head_of
 from teacher_cache.format import stored_logprobs
 
 CPU = torch.device("cpu")

@@ -97,7 +97,7 @@ def test_it_reads_a_truncated_cache_too(tmp_path):
     from test_format import read_all
 
     from teacher_cache.format import open_cache
-    from teacher_cache.truncate import truncate_cache
+    from teacher_cache.transform.truncate import truncate_cache
 
     full = open_cache(make_cache(tmp_path / "full", make_traces(5)))
     truncate_cache(full, tmp_path / "part", lead_span=0.3)

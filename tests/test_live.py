@@ -6,10 +6,10 @@ import torch
 from fakes import POLICY, VOCAB_SIZE, make_header, make_trace
 from students import make_model, make_student
 
-from student_train.batch import empty_micro_batch, micro_batches
-from student_train.live import LiveTeacher
+from student_train.batch.micro_batch import empty_micro_batch, micro_batches
+from student_train.data.tokens import TokenSelection
 from student_train.losses import sparse_kl
-from student_train.selection import TokenSelection
+from student_train.model.live_teacher import LiveTeacher
 from teacher_cache.format import CacheMismatchError, Trace, keep_entries
 
 CPU = torch.device("cpu")

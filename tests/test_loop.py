@@ -14,13 +14,13 @@ from students import make_model, make_student, make_tokenizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
-import student_train.loop as loop
-from student_train.config import TrainConfig
-from student_train.data import open_data
+import student_train.run.loop as loop
+from student_train.data.order import data_order
+from student_train.data.traces import open_data
 from student_train.errors import InterruptedRunError, NonFiniteLossError, OutOfMemoryError
-from student_train.loop import train
-from student_train.optimization import make_optimizer, make_schedule
-from student_train.order import data_order
+from student_train.run.config import TrainConfig
+from student_train.run.loop import train
+from student_train.run.optimizers import make_optimizer, make_schedule
 from teacher_cache.format import (
     CacheFormatError,
     CacheMismatchError,
@@ -174,7 +174,7 @@ def failing_at(call, function):
     return wrapper
 
 
-@pytest.mark.parametrize("victim", ["torch.save", "publish"])
+@pytest.mark.parametrize("victim", ["torch.save", "fsync"])
 def test_a_death_while_writing_a_checkpoint_keeps_the_one_before(config, monkeypatch, victim):
     settings = config(save_every=3)
     with monkeypatch.context() as patch:
@@ -182,7 +182,7 @@ def test_a_death_while_writing_a_checkpoint_keeps_the_one_before(config, monkeyp
             patch.setattr("torch.save", failing_at(4, torch.save))
         else:
             fsync = failing_at(8, lambda path: None)
-            patch.setattr("student_train.run_folder.fsync", fsync)
+            patch.setattr("teacher_cache.format.files.fsync", fsync)
         with pytest.raises(OSError, match="disk"):
             train(settings)
     assert [path.name for path in (settings.out / "checkpoints").glob("step-*")] == [
@@ -278,7 +278,7 @@ def test_a_folder_of_something_else_is_refused(config, tmp_path):
 
 def test_a_run_whose_disk_was_full_when_it_began_begins(config, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.json.tmp").write_text("")
+    (tmp_path / "run/.tmp-config.json-0123abcd").write_text("")
 
     assert train(config(max_steps=1)).num_steps == 1
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_train.mixture import drawn, shares_of_epoch
+from student_train.data.mixture import drawn, shares_of_epoch
 
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=5)
 

@@ -25,9 +25,9 @@ from teacher_cache.format import (
     seal_cache,
 )
 from teacher_cache.format import store as store_module
+from teacher_cache.format.checking.verify import verify_cache
 from teacher_cache.format.records import committed_names
 from teacher_cache.format.store import Store
-from teacher_cache.format.verify import verify_cache
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import soak_kills

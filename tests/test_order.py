@@ -4,8 +4,8 @@ from fakes import make_cache, make_traces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.data import open_data
-from student_train.order import MIN_MIXED_SHARDS, check_ranks, data_order, epoch_order
+from student_train.data.order import MIN_MIXED_SHARDS, check_ranks, data_order, epoch_order
+from student_train.data.traces import open_data
 from teacher_cache.format import open_cache
 
 shard_sizes = st.lists(st.integers(1, 12), min_size=1, max_size=30)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from student_train.packing import LAYOUTS, MAX_PADDING, plan_micro_batches
+from student_train.batch.packing import LAYOUTS, MAX_PADDING, plan_micro_batches
 
 CAP = 16_384
 MIXES = {

@@ -11,11 +11,11 @@ from test_cache_cli import COMMAND, arguments, make_small_model, write_rows
 from test_capture import TableTeacher, asked, config, model, names, write_prompts  # noqa: F401
 from test_format import read_all
 
+from teacher_cache.capture.generate import generate
+from teacher_cache.cli.report_text import report_line
 from teacher_cache.engines import EngineError
 from teacher_cache.format import CacheMismatchError, Part, open_cache, seal_cache
-from teacher_cache.format.parts import parse_worker
-from teacher_cache.messages import report_line
-from teacher_cache.modes import generate
+from teacher_cache.format.shares import parse_worker
 
 
 def test_every_row_is_exactly_one_workers_whatever_rows_there_are():

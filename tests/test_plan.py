@@ -7,11 +7,10 @@ import pytest
 from click.testing import CliRunner
 from fakes import make_cache, make_traces
 
-from teacher_cache import messages
-from teacher_cache.cli import cli
+from teacher_cache.cli import cli, report_text
+from teacher_cache.examine.plan import PlanConfig, Step, plan
 from teacher_cache.format import CacheError, CacheMismatchError, open_cache
-from teacher_cache.plan import PlanConfig, Step, plan
-from teacher_cache.truncate import truncate_cache
+from teacher_cache.transform.truncate import truncate_cache
 
 
 def values(**settings):
@@ -117,7 +116,7 @@ def test_the_options_are_the_fields_of_the_configuration():
     ],
 )
 def test_figures_are_said_with_their_units(value, unit, said):
-    assert said in messages.step_line(Step("name", value, unit, "given"))
+    assert said in report_text.step_line(Step("name", value, unit, "given"))
 
 
 def test_the_command_prints_its_arithmetic_and_json():

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pytest
 from fakes import make_cache, make_traces
 
-from student_train.data import open_data
-from student_train.selection import TokenSelection
-from student_train.stream import TraceStream
+from student_train.data.stream import TraceStream
+from student_train.data.tokens import TokenSelection
+from student_train.data.traces import open_data
 from teacher_cache.format import CacheFormatError, PrefixCache, open_cache
 
 TRACES = make_traces(16, lengths=(150, 250))

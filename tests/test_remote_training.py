@@ -8,8 +8,8 @@ from students import make_student
 from test_object_store import write
 from transformers import AutoModelForCausalLM
 
-from student_train.config import TrainConfig
-from student_train.loop import train
+from student_train.run.config import TrainConfig
+from student_train.run.loop import train
 from teacher_cache.format import CacheFormatError, seal_cache
 from teacher_cache.format import store as store_module
 from teacher_cache.format.store import Store

@@ -9,10 +9,10 @@ import pytest
 from test_capture import TableTeacher, asked, config, model, names, write_prompts  # noqa: F401
 from test_format import read_all
 
-from teacher_cache import cluster
+from teacher_cache.capture import ray_driver
+from teacher_cache.capture.generate import generate
 from teacher_cache.engines import EngineDiedError, EngineError
 from teacher_cache.format import open_cache
-from teacher_cache.modes import generate
 
 
 class ActorDied(Exception):
@@ -105,8 +105,8 @@ class FailingTeacher(TableTeacher):
 def threads(config, asked, monkeypatch):
     """A capture of 100 traces by two replicas in threads."""
     ray = ThreadRay(num_gpus=0)
-    monkeypatch.setattr(cluster, "_connected", lambda _: ray)
-    monkeypatch.setattr(cluster.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(ray_driver, "_connected", lambda _: ray)
+    monkeypatch.setattr(ray_driver.os, "dup2", lambda *_: None)
     write_prompts(config.prompts, 100)
     return ray, replace(config, workers=2)
 

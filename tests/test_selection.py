@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from fakes import make_trace
 
-from student_train.batch import valid_positions
-from student_train.selection import RandomMask, TokenSelection
+from student_train.batch.micro_batch import valid_positions
+from student_train.data.tokens import RandomMask, TokenSelection
 
 TRACE = make_trace("t", 40)  # prompt to 10, chain of thought to 30, answer to 40
 

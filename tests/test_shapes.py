@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from teacher_cache.sources import BadRow, Layout, PromptRenderer, TraceRenderer, find_sections
-from teacher_cache.tokenizer import ModelFiles, TeacherTokenizer, ThinkMarks
+from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer, ThinkMarks
 
 MARKS = ThinkMarks("<think>", "</think>")
 TURNS = "{% for m in messages %}<|start|>{{ m.role }}\n{{ CONTENT }}<|end|>\n{% endfor %}"

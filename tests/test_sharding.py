@@ -12,8 +12,8 @@ from students import make_student
 from torch import multiprocessing
 from transformers import AutoModelForCausalLM
 
-from student_train.config import TrainConfig
-from student_train.loop import train
+from student_train.run.config import TrainConfig
+from student_train.run.loop import train
 
 
 def free_port():

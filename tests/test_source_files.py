@@ -14,7 +14,7 @@ import pytest
 import zstandard
 
 from teacher_cache.sources import Input, SourceError, read_ids
-from teacher_cache.sources.text import parse_line
+from teacher_cache.sources.json_files import parse_line
 
 ROWS = [
     {
@@ -85,7 +85,7 @@ CONTAINERS = {
 
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_every_container_gives_the_same_rows(tmp_path, name, monkeypatch):
-    monkeypatch.setattr("teacher_cache.sources.text._CHUNK_BYTES", 100)
+    monkeypatch.setattr("teacher_cache.sources.json_files._CHUNK_BYTES", 100)
     CONTAINERS[name](tmp_path / name)
     found = list(Input(tmp_path / name))
     values = [

@@ -21,7 +21,7 @@ from teacher_cache.sources import (
     find_last,
     find_sections,
 )
-from teacher_cache.tokenizer import ModelFiles, TeacherTokenizer, ThinkMarks
+from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer, ThinkMarks
 
 VOCAB_SIZE = 60
 MARKS = ThinkMarks("<think>", "</think>")

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from fakes import make_cache, make_trace, make_traces
 
-import student_train.stream as stream_module
-from student_train.data import open_data
-from student_train.selection import TokenSelection
-from student_train.stream import Cursor, TraceStream
+import student_train.data.stream as stream_module
+from student_train.data.stream import Cursor, TraceStream
+from student_train.data.tokens import TokenSelection
+from student_train.data.traces import open_data
 from teacher_cache.format import CacheFormatError, open_cache
 
 WHOLE = TokenSelection()

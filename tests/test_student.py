@@ -1,7 +1,7 @@
 import pytest
 from students import make_model, make_tokenizer
 
-from student_train.student import head_of, student_fingerprint
+from student_train.model.load import head_of, student_fingerprint
 
 
 def test_a_head_that_is_more_than_the_config_says_is_refused():

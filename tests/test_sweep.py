@@ -12,7 +12,7 @@ from students import make_student
 from sweeps import add_cell
 
 from student_train.sweep import protocol
-from student_train.sweep.cells import SweepConfig
+from student_train.sweep.config import SweepConfig
 from student_train.sweep.protocol import sweep
 
 PROGRAM = [sys.executable, "-m", "student_train.cli", "sweep"]

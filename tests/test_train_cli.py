@@ -19,8 +19,9 @@ from same_bits import assert_bitwise_equal
 from students import make_student
 
 from student_train.cli import cli, main
-from student_train.config import EvaluateConfig, TrainConfig
-from student_train.sweep.cells import SweepConfig
+from student_train.evaluation.config import EvaluateConfig
+from student_train.run.config import TrainConfig
+from student_train.sweep.config import SweepConfig
 
 PROGRAM = [sys.executable, "-m", "student_train.cli"]
 ENVIRONMENT = {

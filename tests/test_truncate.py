@@ -18,7 +18,7 @@ from teacher_cache.format import (
     narrowed,
     open_cache,
 )
-from teacher_cache.truncate import truncate_cache
+from teacher_cache.transform.truncate import truncate_cache
 
 
 def captured(ids, logprobs, policy):
@@ -179,7 +179,7 @@ def test_the_command_says_what_it_made(source, tmp_path):
 
 
 def test_inspect_shows_what_a_truncated_cache_holds(tmp_path):
-    from teacher_cache.inspection import inspect_cache, read_first_shard
+    from teacher_cache.examine.inspection import inspect_cache, read_first_shard
 
     traces = make_traces(4)
     make_cache(tmp_path / "whole", traces)

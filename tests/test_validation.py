@@ -11,10 +11,10 @@ from fakes import make_cache, make_trace, make_traces
 from students import make_student
 from transformers import AutoModelForCausalLM
 
-from student_train.config import TrainConfig
-from student_train.data import open_data
-from student_train.loop import train
-from student_train.selection import TokenSelection
+from student_train.data.tokens import TokenSelection
+from student_train.data.traces import open_data
+from student_train.run.config import TrainConfig
+from student_train.run.loop import train
 from teacher_cache.format import open_cache, stored_logprobs
 
 

@@ -20,6 +20,7 @@ from fakes import make_cache, make_header, make_trace, make_traces
 from test_capture import asked, config, model  # noqa: F401 (fixtures)
 from test_format import ARRAYS, read_all
 
+from teacher_cache.capture.generate import generate
 from teacher_cache.cli import cli
 from teacher_cache.format import (
     CacheMismatchError,
@@ -32,12 +33,11 @@ from teacher_cache.format import (
 )
 from teacher_cache.format import repair as repair_module
 from teacher_cache.format import verify as verify_module
-from teacher_cache.format.parts import Part, PartRecord, publish_part
-from teacher_cache.format.repair import repair_cache
-from teacher_cache.format.shard import encode_shard
+from teacher_cache.format.checking.repair import repair_cache
+from teacher_cache.format.checking.verify import verify_cache
+from teacher_cache.format.shares import Part, PartRecord, publish_part
 from teacher_cache.format.store import Store, open_store
-from teacher_cache.format.verify import verify_cache
-from teacher_cache.modes import generate
+from teacher_cache.format.writing.shard import encode_shard
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import soak_flips

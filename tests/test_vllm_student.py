@@ -11,8 +11,8 @@ from fakes import END_ID, make_cache, make_traces
 from students import make_student
 from transformers import AutoModelForCausalLM
 
-from student_train.config import TrainConfig
-from student_train.loop import train
+from student_train.run.config import TrainConfig
+from student_train.run.loop import train
 
 pytestmark = pytest.mark.slow
 

@@ -8,12 +8,12 @@ from fakes import VOCAB_SIZE, make_cache, make_trace, make_traces
 from reference import trace_losses
 from students import make_model, make_student
 
-from student_train.config import TrainConfig
-from student_train.data import open_data
-from student_train.dataset import DistillationDataset
-from student_train.loop import train
-from student_train.selection import TokenSelection
-from student_train.vocabulary import within_vocabulary
+from student_train.batch.torch_dataset import DistillationDataset
+from student_train.batch.vocabulary import within_vocabulary
+from student_train.data.tokens import TokenSelection
+from student_train.data.traces import open_data
+from student_train.run.config import TrainConfig
+from student_train.run.loop import train
 from teacher_cache.format import CacheMismatchError, stored_logprobs
 
 TEACHER_IDS = 96  # of a teacher with padding above the tokens that it shares with the student

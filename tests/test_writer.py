@@ -26,7 +26,7 @@ from teacher_cache.format import (
     seal_cache,
 )
 from teacher_cache.format import writer as writer_module
-from teacher_cache.format.journal import Journal, read_journal
+from teacher_cache.format.writing.journal import Journal, read_journal
 
 
 def append_all(writer, traces):

@@ -23,8 +23,8 @@ from fakes import make_cache, make_traces
 from same_bits import assert_bitwise_equal
 from students import make_student
 
-from student_train.config import TrainConfig
-from student_train.loop import train
+from student_train.run.config import TrainConfig
+from student_train.run.loop import train
 
 RUNS = multiprocessing.get_context("forkserver")  # a process that has imported all this forks
 RUNS.set_forkserver_preload(["train_kills"])

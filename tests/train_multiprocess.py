@@ -6,7 +6,7 @@ import signal
 import torch
 import torch.distributed as dist
 
-import student_train.loop as loop
+import student_train.run.loop as loop
 from student_train.errors import InterruptedRunError
 
 

@@ -44,7 +44,9 @@ from bench_capture_parts import (
     shaped_model,
 )
 
-from teacher_cache import modes
+from teacher_cache.capture import prepare
+from teacher_cache.capture.configs import GenerateConfig
+from teacher_cache.capture.generate import generate
 from teacher_cache.engines import TeacherRequest, TeacherRows
 from teacher_cache.engines.vllm import VllmTeacher
 from teacher_cache.engines.vllm.rows import tap
@@ -116,7 +118,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if arguments.shape:
         model = shaped_model(arguments.shape, folder / "model", TOOLS / "tiny-teacher")
         engine_args["load_format"] = "dummy"
-    config = modes.GenerateConfig(
+    config = GenerateConfig(
         model=model,
         prompts=arguments.prompts,
         out=folder / "unused",
@@ -125,7 +127,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         limit=arguments.num_prompts,
         engine_arg=engine_args,
     )
-    start = modes._start
+    start = prepare._start
     shared: list[Shared] = []
 
     def start_once(*call: object) -> Shared:
@@ -133,7 +135,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             shared.append(Shared(start(*call)))
         return shared[0]
 
-    modes._start = start_once
+    prepare._start = start_once
     try:
         captures = itertools.count()
 
@@ -141,12 +143,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if shared:
                 shared[0].teacher._is_tapped = is_tapped
             name = folder / f"cache-{next(captures)}"
-            modes.generate(replace(config, out=name))
+            generate(replace(config, out=name))
 
         capture(True)  # starts the engine, warms it up, and yields the requests
         return run_ways(arguments, shared[0], capture, folder)
     finally:
-        modes._start = start
+        prepare._start = start
         for each in shared:
             each.teacher.close()
 

@@ -18,7 +18,6 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache import worker
 from teacher_cache.engines import TeacherFacts, TeacherRequest, TeacherRows
 from teacher_cache.engines.vllm import rows
 from teacher_cache.format import writer
@@ -132,7 +131,7 @@ class PartTimes:
     """CPU seconds of this process's own parts of a capture, by thread clocks."""
 
     PARTS = (
-        ("choosing entries", worker, "finished_trace"),
+        ("choosing entries", worker_loop, "finished_trace"),
         ("checks and journal", writer.CacheWriter, "append"),
         ("compaction", writer, "compact"),
     )

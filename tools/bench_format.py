@@ -41,8 +41,8 @@ from bench_format_rivals import BUDGET, RECOMMENDED, Stored, plain_arrow
 from bench_format_teachers import TEACHERS, VOCAB_SIZE, Rows, traces
 from numpy.typing import NDArray
 
-from student_train.batch import micro_batches
-from student_train.selection import TokenSelection
+from student_train.batch.micro_batch import micro_batches
+from student_train.data.tokens import TokenSelection
 from teacher_cache.format import (
     Cache,
     CacheHeader,
@@ -57,7 +57,7 @@ from teacher_cache.format import (
     seal_cache,
     stored_logprobs,
 )
-from teacher_cache.format.shard import encode_shard
+from teacher_cache.format.writing.shard import encode_shard
 
 LEAD_SPANS = (0.1, 0.25, 0.5, 0.75)
 RIVAL_CANDIDATES = 128  # the widest rival's

@@ -45,10 +45,10 @@ from bench_format_teachers import TEACHERS, traces
 from bench_stream_mosaic import COLUMNS, Delivered
 from numpy.typing import NDArray
 
-from student_train.data import open_data
-from student_train.order import EpochOrder, data_order, epoch_order
-from student_train.selection import TokenSelection
-from student_train.stream import TraceStream
+from student_train.data.order import EpochOrder, data_order, epoch_order
+from student_train.data.stream import TraceStream
+from student_train.data.tokens import TokenSelection
+from student_train.data.traces import open_data
 from teacher_cache.format import (
     CacheWriter,
     FinishedTrace,
@@ -58,7 +58,7 @@ from teacher_cache.format import (
     open_cache,
     seal_cache,
 )
-from teacher_cache.format.writer import SHARD_BYTES
+from teacher_cache.format.writing.writer import SHARD_BYTES
 
 LEAD_SPAN = 0.5
 BATCH_TRACES = 16

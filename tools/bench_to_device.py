@@ -25,9 +25,9 @@ from bench_format import make_trace
 from bench_format_teachers import REASONING
 from bench_format_teachers import traces as synthetic_traces
 
-from student_train.batch import micro_batches
+from student_train.batch.micro_batch import micro_batches
+from student_train.data.tokens import TokenSelection
 from student_train.losses import TeacherTargets
-from student_train.selection import TokenSelection
 from teacher_cache.format import KeepPolicy, Trace, keep_entries
 
 POLICY = KeepPolicy(top_k=64, mass=0.999)

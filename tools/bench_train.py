@@ -30,11 +30,11 @@ import torch
 from bench_loss import resident_bytes
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-import student_train.forward as forward_module
-from student_train.batch import micro_batches, normaliser
-from student_train.forward import StudentWithLoss
-from student_train.selection import TokenSelection
-from student_train.student import head_of
+import student_train.model.forward as forward_module
+from student_train.batch.micro_batch import micro_batches, normaliser
+from student_train.data.tokens import TokenSelection
+from student_train.model.forward import StudentWithLoss
+from student_train.model.load import head_of
 from teacher_cache.format import Trace
 
 SHAPES = {  # hidden size, MLP size, layers, heads, key-value heads, head size, vocabulary

@@ -5,10 +5,10 @@ import sys
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from student_train.data import open_data
-from student_train.dataset import DistillationDataset
+from student_train.batch.torch_dataset import DistillationDataset
+from student_train.data.tokens import TokenSelection
+from student_train.data.traces import open_data
 from student_train.losses import sparse_kl
-from student_train.selection import TokenSelection
 
 
 class DistillationTrainer(Trainer):

@@ -40,10 +40,10 @@ from teacher_cache.format import (
     seal_cache,
 )
 from teacher_cache.format.commit import ShardCommit, check_commit, parse_commit
-from teacher_cache.format.decode import assemble, decode_bands
 from teacher_cache.format.header import content_hash
-from teacher_cache.format.journal import read_journal
 from teacher_cache.format.manifest import parse_manifest
+from teacher_cache.format.reading.decode import assemble, decode_bands
+from teacher_cache.format.writing.journal import read_journal
 
 VOCAB_SIZE = 300
 NASTY: tuple[Any, ...] = (

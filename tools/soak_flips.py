@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from soak import Target
 
-from teacher_cache.format.verify import verify_cache
+from teacher_cache.format.checking.verify import verify_cache
 
 
 @dataclass

@@ -28,14 +28,14 @@ from typing import Any
 
 import numpy as np
 
-from teacher_cache import capture as capture_module
 from teacher_cache import cli
-from teacher_cache.capture import capture
+from teacher_cache.capture import run as capture_module
+from teacher_cache.capture.job import ONLY_WORKER, Job
+from teacher_cache.capture.run import capture
 from teacher_cache.cli import capturing
 from teacher_cache.engines import TeacherFacts, TeacherRequest, TeacherRows
 from teacher_cache.format import CacheHeader, CachePath, CacheWriter, Trace, open_cache, seal_cache
-from teacher_cache.format.verify import verify_cache
-from teacher_cache.job import ONLY_WORKER, Job
+from teacher_cache.format.checking.verify import verify_cache
 from teacher_cache.sources import Rejects, SourceTrace
 
 VOCAB_SIZE = 64

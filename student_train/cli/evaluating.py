@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from student_train.cli.options import config_option
-from student_train.config import ENGINES, EvaluateConfig
+from student_train.evaluation.config import ENGINES, EvaluateConfig
 
 
 @click.command("evaluate")

@@ -6,7 +6,8 @@ from typing import Any
 import click
 
 from student_train.cli.options import config_option, split_names, split_numbers
-from student_train.config import (
+from student_train.data.tokens import PARTS, WHOLES
+from student_train.run.config import (
     DTYPES,
     LORA_OUTPUTS,
     NORMALISATIONS,
@@ -17,7 +18,6 @@ from student_train.config import (
     TRACKERS,
     TrainConfig,
 )
-from student_train.selection import PARTS, WHOLES
 
 
 @click.command("run")
@@ -229,7 +229,7 @@ def run_command(**options: Any) -> None:  # noqa: ANN401  # mirrors TrainConfig
     `accelerate launch -m student_train.cli run ...` to use several devices.
     """
     config = TrainConfig(**options)
-    from student_train.loop import train
+    from student_train.run.loop import train
 
     result = train(config)
     if result.was_finished:

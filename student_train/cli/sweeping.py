@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from student_train.cli.options import config_option, split_names, split_numbers
-from student_train.selection import PARTS, WHOLES, TokenSelection
-from student_train.sweep.cells import BASELINES, SweepConfig
+from student_train.data.tokens import PARTS, WHOLES, TokenSelection
+from student_train.sweep.config import BASELINES, SweepConfig
 
 
 def split_counts(

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from student_train.config import EvaluateConfig
 from student_train.evaluation.answers import extract_answer, has_math_verify, is_right
+from student_train.evaluation.config import EvaluateConfig
 from student_train.evaluation.generation import Completion, generate
 from student_train.evaluation.intervals import clustered_interval
 from student_train.evaluation.prompts import Prompt, prompt_ids, read_prompts
-from student_train.forward import StudentWithLoss
-from student_train.heldout import SectionFigures, heldout_figures
-from student_train.student import check_student, head_of, load_model, load_tokenizer
+from student_train.model.forward import StudentWithLoss
+from student_train.model.heldout import SectionFigures, heldout_figures
+from student_train.model.load import check_student, head_of, load_model, load_tokenizer
 from teacher_cache.format import Cache, open_cache
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from student_train.config import EvaluateConfig
+from student_train.evaluation.config import EvaluateConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from student_train.config import EvaluateConfig
+from student_train.evaluation.config import EvaluateConfig
 from student_train.evaluation.generation import Completion
 
 

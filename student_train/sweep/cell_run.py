@@ -20,7 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from student_train.sweep.cells import Cell, SweepConfig, in_one_text
+from student_train.sweep.cells import Cell, in_one_text
+from student_train.sweep.config import SweepConfig
 
 PROGRAM = (sys.executable, "-m", "student_train.cli")
 

@@ -1,7 +1,7 @@
 """What a lead span costs and saves, counted on a cache's commit records; nothing is read."""
 
-from student_train.data import Source
-from student_train.selection import TokenSelection
+from student_train.data.tokens import TokenSelection
+from student_train.data.traces import Source
 from teacher_cache.format import num_bands_needed
 
 

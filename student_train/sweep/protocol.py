@@ -16,14 +16,15 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from student_train.data import Source, open_data
+from student_train.data.tokens import TokenSelection
+from student_train.data.traces import Source, open_data
 from student_train.errors import InterruptedRunError
 from student_train.evaluation.prompts import Prompt, prompt_ids, read_prompts, seen_in
-from student_train.flops import compare_flops, count_parameters
-from student_train.selection import TokenSelection
-from student_train.student import load_tokenizer
+from student_train.model.flops import compare_flops, count_parameters
+from student_train.model.load import load_tokenizer
 from student_train.sweep.cell_run import Children, cell_folder, is_finished, run_cell, write_json
-from student_train.sweep.cells import FULL, Cell, SweepConfig
+from student_train.sweep.cells import FULL, Cell
+from student_train.sweep.config import SweepConfig
 from student_train.sweep.costs import span_costs
 from student_train.sweep.report import write_report
 from teacher_cache.format import Cache, open_cache, parse_worker

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from student_train.flops import FORMULA
+from student_train.model.flops import FORMULA
 from student_train.sweep.cells import FULL
 from student_train.sweep.conclusion import COSTS, conclusion, percent, share_of_full
 from student_train.sweep.picture import draw

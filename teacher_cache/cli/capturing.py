@@ -7,13 +7,15 @@ from typing import Any, TypeVar
 
 import click
 
-from teacher_cache import messages
-from teacher_cache.capture import CaptureReport
+from teacher_cache.capture.configs import GenerateConfig, ScoreConfig
+from teacher_cache.capture.generate import generate
+from teacher_cache.capture.run import CaptureReport
+from teacher_cache.capture.score import score
+from teacher_cache.cli import report_text
 from teacher_cache.cli.options import FILE, FOLDER, NamedValue, named, read_config
 from teacher_cache.cli.source_options import source_options, trace_options
 from teacher_cache.engines.start import ENGINES
 from teacher_cache.format import open_cache, seal_cache, shown
-from teacher_cache.modes import GenerateConfig, ScoreConfig, generate, score
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -203,9 +205,9 @@ def seal_command(cache: str, journal: Path | None, allow_missing: bool) -> None:
 
 def _say_report(report: CaptureReport, out: str) -> None:
     if report.stopped_by:
-        click.echo(messages.stopped_line(report, shown(out)), err=True)
+        click.echo(report_text.stopped_line(report, shown(out)), err=True)
         sys.exit(128 + report.stopped_by)
-    click.echo(messages.report_line(report, shown(out)))
+    click.echo(report_text.report_line(report, shown(out)))
     if report.survey.num_taken < report.survey.num_wanted and report.num_traces:
         cache = open_cache(out, allow_unsealed=True)
-        click.echo(messages.estimate_line(report, cache))
+        click.echo(report_text.estimate_line(report, cache))

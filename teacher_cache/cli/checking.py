@@ -9,13 +9,13 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from teacher_cache import messages
-from teacher_cache.audit import AuditConfig, audit
+from teacher_cache.cli import report_text
 from teacher_cache.cli.options import NamedValue, named
 from teacher_cache.engines.start import ENGINES
-from teacher_cache.format.findings import Verification
-from teacher_cache.format.repair import repair_cache
-from teacher_cache.format.verify import verify_cache
+from teacher_cache.examine.audit import AuditConfig, audit
+from teacher_cache.format.checking.findings import Verification
+from teacher_cache.format.checking.repair import repair_cache
+from teacher_cache.format.checking.verify import verify_cache
 
 
 @click.command("verify")
@@ -43,15 +43,15 @@ def verify_command(cache: str, repair: bool, as_json: bool) -> None:
         click.echo(json.dumps({"ok": not found.errors, **figures, "repair": repaired}))
     else:
         for finding in found.notes:
-            click.echo(f"note: {messages.finding_line(finding)}", err=True)
+            click.echo(f"note: {report_text.finding_line(finding)}", err=True)
         for finding in found.errors:
-            click.echo(messages.finding_line(finding))
-        click.echo(messages.verified_line(found))
+            click.echo(report_text.finding_line(finding))
+        click.echo(report_text.verified_line(found))
         if done is not None:
-            for line in messages.repair_lines(done, found.path):
+            for line in report_text.repair_lines(done, found.path):
                 click.echo(line)
         elif found.errors:
-            click.echo(messages.verify_hint(found), err=True)
+            click.echo(report_text.verify_hint(found), err=True)
     if found.errors and done is None:
         sys.exit(1)
 
@@ -114,7 +114,7 @@ def audit_command(as_json: bool, **options: Any) -> None:  # noqa: ANN401 (click
     if as_json:
         click.echo(json.dumps({"passed": found.passed, **asdict(found)}))
     else:
-        for line in messages.audit_lines(found):
+        for line in report_text.audit_lines(found):
             click.echo(line)
     if not found.passed:
         sys.exit(1)

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from teacher_cache import messages
-from teacher_cache.plan import PlanConfig, plan
+from teacher_cache.cli import report_text
+from teacher_cache.examine.plan import PlanConfig, plan
 
 _POSITIVE = click.FloatRange(0, min_open=True)
 
@@ -83,4 +83,4 @@ def plan_command(as_json: bool, **options: Any) -> None:  # noqa: ANN401 (click'
         click.echo(json.dumps({"steps": [asdict(step) for step in steps]}))
         return
     for step in steps:
-        click.echo(messages.step_line(step))
+        click.echo(report_text.step_line(step))

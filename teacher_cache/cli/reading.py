@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from teacher_cache import inspection, messages
+from teacher_cache.cli import report_text
 from teacher_cache.cli.options import FILE
 from teacher_cache.engines import EngineError
+from teacher_cache.examine import inspection
 from teacher_cache.format import CacheError, CacheHeader, open_cache, shown
 
 if TYPE_CHECKING:
-    from teacher_cache.tokenizer import TeacherTokenizer
+    from teacher_cache.sources.tokenizer import TeacherTokenizer
 
 
 @click.command("inspect")
@@ -32,7 +33,7 @@ def inspect_command(cache: str, trace_id: str | None, model: str | None, as_json
     if as_json:
         click.echo(json.dumps(inspection.to_json(figures, opened.header)))
         return
-    for line in messages.figures_lines(figures, opened.header.to_json(), opened.path):
+    for line in report_text.figures_lines(figures, opened.header.to_json(), opened.path):
         click.echo(line)
     if not traces:
         return
@@ -40,7 +41,7 @@ def inspect_command(cache: str, trace_id: str | None, model: str | None, as_json
     tokenizer = _tokenizer_to_show(opened.header, model)
     click.echo(f"\ntrace {trace.trace_id} ({trace.finish_reason}) {json.dumps(dict(trace.fields))}")
     for token in inspection.show_tokens(trace, tokenizer):
-        click.echo(messages.token_line(token))
+        click.echo(report_text.token_line(token))
 
 
 @click.command("export")
@@ -77,8 +78,8 @@ def export_command(
     cache-teacher export cache look.jsonl --limit 3 --lead-span 0.1 --text --logprobs
     cache-teacher export cache tokens.parquet --parquet
     """
-    from teacher_cache.export import Slice, export_parquet, export_traces
-    from teacher_cache.tokenizer import load_tokenizer
+    from teacher_cache.sources.tokenizer import load_tokenizer
+    from teacher_cache.transform.export import Slice, export_parquet, export_traces
 
     if parquet and (text or logprobs):
         raise click.UsageError(
@@ -112,7 +113,7 @@ def truncate_command(source: str, out: str, lead_span: float, top_k: int | None)
     \b
     cache-teacher truncate cache half --lead-span 0.5 --top-k 16
     """
-    from teacher_cache.truncate import truncate_cache
+    from teacher_cache.transform.truncate import truncate_cache
 
     seal = truncate_cache(open_cache(source), out, lead_span=lead_span, top_k=top_k).seal
     if seal is not None:
@@ -121,7 +122,7 @@ def truncate_command(source: str, out: str, lead_span: float, top_k: int | None)
 
 def _tokenizer_to_show(header: CacheHeader, model: str | None) -> "TeacherTokenizer | None":
     """The teacher's tokenizer; without one, ids are shown instead of text."""
-    from teacher_cache.tokenizer import load_tokenizer
+    from teacher_cache.sources.tokenizer import load_tokenizer
 
     try:
         return load_tokenizer(header, model)

@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 import click
 
+from teacher_cache.capture.configs import GenerateConfig
 from teacher_cache.cli.options import FILE
-from teacher_cache.modes import GenerateConfig
 from teacher_cache.sources import PROMPT_TURNS
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])

@@ -1,5 +1,6 @@
 """The cache on disk: numpy, pyarrow and zstandard only. SPEC.md describes the bytes."""
 
+from teacher_cache.format.bands import lead_span_length, num_bands_needed
 from teacher_cache.format.codec import (
     LOGIT_GRID,
     TAIL_FLOOR,
@@ -11,9 +12,12 @@ from teacher_cache.format.codec import (
 from teacher_cache.format.commit import ShardCommit, TraceInfo
 from teacher_cache.format.errors import CacheError, CacheFormatError, CacheMismatchError
 from teacher_cache.format.header import CacheHeader, content_hash, tokenizer_fingerprint
-from teacher_cache.format.journal import FinishedTrace
 from teacher_cache.format.manifest import Manifest, Seal, ShardList
-from teacher_cache.format.parts import (
+from teacher_cache.format.reading.prefix_cache import PrefixCache
+from teacher_cache.format.reading.reader import Cache, open_cache
+from teacher_cache.format.reading.view import narrowed
+from teacher_cache.format.records import read_manifest
+from teacher_cache.format.shares import (
     Part,
     PartRecord,
     parse_worker,
@@ -21,15 +25,11 @@ from teacher_cache.format.parts import (
     publish_part,
     read_parts,
 )
-from teacher_cache.format.prefix_cache import PrefixCache
-from teacher_cache.format.reader import Cache, open_cache
-from teacher_cache.format.records import read_manifest
-from teacher_cache.format.sealing import compact_journals, seal_cache
-from teacher_cache.format.span import lead_span_length, num_bands_needed
 from teacher_cache.format.store import CachePath, Store, open_store, shown
 from teacher_cache.format.trace import MAX_K, Trace
-from teacher_cache.format.view import narrowed
-from teacher_cache.format.writer import CacheWriter
+from teacher_cache.format.writing.journal import FinishedTrace
+from teacher_cache.format.writing.sealing import compact_journals, seal_cache
+from teacher_cache.format.writing.writer import CacheWriter
 
 __all__ = [
     "LOGIT_GRID",

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from teacher_cache.format.bands import band_start
 from teacher_cache.format.errors import CacheFormatError, CacheMismatchError
 from teacher_cache.format.header import FORMAT_VERSION, UNUSABLE_JSON, CacheHeader, content_hash
-from teacher_cache.format.span import band_start
 
 _T = TypeVar("_T")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z")

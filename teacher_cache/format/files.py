@@ -1,6 +1,7 @@
-"""Local files that are either whole or absent: written beside, verified, renamed."""
+"""Local files and folders that are either whole or absent: written beside, verified, renamed."""
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,13 +29,16 @@ def publish(path: Path, data: bytes | memoryview) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        fsync_folder(path.parent)
+        fsync(path.parent)
 
 
 def remove_unpublished(folder: Path, prefix: str = "") -> None:
     """Remove what dead processes left half written under names that begin so."""
-    for file in folder.glob(f".tmp-{prefix}*"):
-        file.unlink(missing_ok=True)
+    for path in folder.glob(f".tmp-{prefix}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:
@@ -42,16 +46,7 @@ def make_folder(folder: Path) -> None:
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        fsync_folder(folder.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        fsync(folder.parent)
 
 
 @contextmanager
@@ -63,3 +58,32 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
+
+
+@contextmanager
+def publish_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill, then put it under its name; whole, or not there at all."""
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    for path in [*temporary.rglob("*"), temporary]:
+        fsync(path)
+    temporary.rename(folder)
+    fsync(folder.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Take a folder away: its name goes first, so that under it there is all of it or nothing."""
+    hidden = folder.with_name(f".tmp-removed-{folder.name}")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def fsync(path: Path) -> None:
+    """Force a file, or the names in a folder, onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

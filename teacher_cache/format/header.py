@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+from teacher_cache.format.bands import lead_span_length
 from teacher_cache.format.errors import CacheFormatError
-from teacher_cache.format.span import lead_span_length
 
 FORMAT_NAME = "leadspan-cache"
 FORMAT_VERSION = 1

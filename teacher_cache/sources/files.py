@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from teacher_cache.sources.json_files import text_rows
 from teacher_cache.sources.rejects import SourceError
 from teacher_cache.sources.row import Row
 from teacher_cache.sources.tables import (
@@ -17,7 +18,6 @@ from teacher_cache.sources.tables import (
     saved_dataset_files,
     table_rows,
 )
-from teacher_cache.sources.text import text_rows
 
 logger = logging.getLogger(__name__)
 

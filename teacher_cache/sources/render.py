@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from teacher_cache.format import content_hash
-from teacher_cache.sources.chat import Message, rendered, with_own_history
+from teacher_cache.sources.columns import Exchange, Layout, read_prompt, read_trace
+from teacher_cache.sources.conversations import Message, rendered, with_own_history
+from teacher_cache.sources.marks_in_text import continued, response_of
+from teacher_cache.sources.marks_in_tokens import find_sections, left_open
+from teacher_cache.sources.prompt_turns import tokens_of_others
 from teacher_cache.sources.rejects import BadRow, Reason
-from teacher_cache.sources.sections import find_sections, left_open
-from teacher_cache.sources.shapes import Exchange, Layout, read_prompt, read_trace
 from teacher_cache.sources.slices import Slice
-from teacher_cache.sources.thinking import continued, response_of
+from teacher_cache.sources.tokenizer import TeacherTokenizer
 from teacher_cache.sources.trace import SourceTrace, Spans
-from teacher_cache.sources.turns import tokens_of_others
-from teacher_cache.tokenizer import TeacherTokenizer
 
 
 @dataclass(frozen=True)

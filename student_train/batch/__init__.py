@@ -1,0 +1,1 @@
+"""Traces become tensors: micro-batches, packed rows, dense targets."""

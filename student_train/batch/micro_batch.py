@@ -1,0 +1,214 @@
+"""Traces -> micro-batches with the teacher's targets: where numpy becomes torch.
+
+Letters: B rows, T positions, N valid tokens of a micro-batch, K kept entries of the widest,
+S traces.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from student_train.batch.dense_targets import targets_of
+from student_train.batch.packing import plan_micro_batches
+from student_train.batch.vocabulary import within_vocabulary
+from student_train.data.tokens import RandomMask, TokenSelection
+from student_train.losses import TeacherTargets
+from teacher_cache.format import Trace
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass takes."""
+
+    input_ids: Tensor  # [B, T] int64, padded on the right with 0
+    # [B, T] int64, from 0 in every trace; None where each row is one trace. Padding goes on with
+    # the row's last trace: no token looks ahead, so no mask is needed for it.
+    position_ids: Tensor | None
+    # [S + 1] int32, where each trace begins and the last ends; in the layout "flat" only.
+    trace_ends: Tensor | None
+    longest: int  # tokens of the longest trace
+    hidden_index: Tensor  # [N] int64, flat index into B x T of the position that predicts a token
+    targets: TeacherTargets  # N rows
+    token_weight: Tensor  # [N] float32, not yet divided by the step's normaliser
+    num_positions: tuple[int, ...]  # of each trace that has a valid token
+    num_absent: int  # kept entries whose id the student lacks; they are in the tail
+
+    @property
+    def num_traces(self) -> int:
+        """With a valid token."""
+        return len(self.num_positions)
+
+    @property
+    def num_valid(self) -> int:
+        """N."""
+        return len(self.hidden_index)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on another device."""
+        targets = {
+            item.name: getattr(self.targets, item.name).to(device)
+            for item in fields(TeacherTargets)
+        }
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
+            trace_ends=None if self.trace_ends is None else self.trace_ends.to(device),
+            hidden_index=self.hidden_index.to(device),
+            targets=TeacherTargets(**targets),
+            token_weight=self.token_weight.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A trace and what of it enters the loss."""
+
+    trace: Trace
+    valid: NDArray[np.int64]  # [n] tokens
+    num_absent: int
+
+    @property
+    def length(self) -> int:
+        """Positions needed: up to the one that predicts the last valid token."""
+        return int(self.valid[-1])
+
+
+def valid_positions(
+    trace: Trace, selection: TokenSelection, mask: RandomMask | None = None
+) -> NDArray[np.int64]:
+    """Tokens of a trace that enter the loss: selected, with a distribution, not masked."""
+    selected = np.zeros(len(trace.k), np.bool_)
+    for first, end in selection.ranges(trace.n_total, trace.cot_start, trace.answer_start):
+        selected[first:end] = True
+    valid = np.flatnonzero(selected & (trace.k > 0))
+    return valid if mask is None else valid[mask.kept(trace.trace_id, len(valid))]
+
+
+def micro_batches(
+    traces: Sequence[Trace],
+    selection: TokenSelection,
+    *,
+    batch_tokens: int,
+    normalise: str,
+    mask: RandomMask | None = None,
+    layout: str = "alone",
+    num_ids: int | None = None,
+) -> list[MicroBatch]:
+    """Cut a rank's part of a global batch into micro-batches, the longest traces first.
+
+    Traces without a valid token are left out: they have nothing to learn from.
+
+    Args:
+        traces: Holding at least the selected tokens.
+        selection: Which tokens enter the loss.
+        batch_tokens: Cap of B x T; a trace longer than that is alone in its micro-batch.
+        normalise: "tokens" (every valid token weighs the same) or "traces" (every trace does).
+        mask: Leaves some of the selected tokens out of the loss.
+        layout: How traces share rows; see `packing.LAYOUTS`.
+        num_ids: Of the student, if it may have fewer than the teacher.
+
+    Returns:
+        Micro-batches whose loss, summed and divided by `normaliser`, is the batch's loss.
+
+    Raises:
+        CacheMismatchError: If a trace holds a token that the student lacks.
+    """
+    parts = [_part(trace, selection, mask, num_ids) for trace in traces]
+    parts = [part for part in parts if len(part.valid)]
+    plan = plan_micro_batches([part.length for part in parts], batch_tokens, layout)
+    return [
+        _collate(
+            [[parts[index] for index in row] for row in rows],
+            per_trace=normalise == "traces",
+            is_flat=layout == "flat",
+        )
+        for rows in plan
+    ]
+
+
+def one_micro_batch(
+    traces: Sequence[Trace], selection: TokenSelection, *, num_ids: int | None = None
+) -> MicroBatch:
+    """All traces in one micro-batch, a row each however unlike they are; every token weighs 1.
+
+    `num_ids` is that of `micro_batches`.
+    """
+    parts = [_part(trace, selection, None, num_ids) for trace in traces]
+    rows = [[part] for part in parts if len(part.valid)]
+    rows.sort(key=lambda row: -row[0].length)
+    return _collate(rows, per_trace=False, is_flat=False) if rows else empty_micro_batch()
+
+
+def _part(
+    trace: Trace, selection: TokenSelection, mask: RandomMask | None, num_ids: int | None
+) -> _Part:
+    valid = valid_positions(trace, selection, mask)
+    if num_ids is None:
+        return _Part(trace, valid, 0)
+    fitted = within_vocabulary(trace, num_ids)
+    num_absent = trace.k[valid].sum(dtype=np.int64) - fitted.k[valid].sum(dtype=np.int64)
+    return _Part(fitted, valid, int(num_absent))
+
+
+def normaliser(num_valid: int, num_traces: int, normalise: str) -> int:
+    """What a step's summed loss is divided by: its valid tokens, or its traces that have any."""
+    return num_traces if normalise == "traces" else num_valid
+
+
+def empty_micro_batch() -> MicroBatch:
+    """One position and no valid token: keeps a rank without traces in step with the others."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    targets = TeacherTargets(
+        top_ids=nothing[:, None].expand(0, 1),
+        top_logits=torch.zeros(0, 1),
+        k=nothing,
+        tail_logit=torch.zeros(0),
+        realised_ids=nothing,
+    )
+    return MicroBatch(
+        input_ids=torch.zeros(1, 1, dtype=torch.int64),
+        position_ids=None,
+        trace_ends=None,
+        longest=1,
+        hidden_index=nothing,
+        targets=targets,
+        token_weight=torch.zeros(0),
+        num_positions=(),
+        num_absent=0,
+    )
+
+
+def _collate(rows: Sequence[Sequence[_Part]], *, per_trace: bool, is_flat: bool) -> MicroBatch:
+    width = max(sum(part.length for part in row) for row in rows)
+    input_ids_BT = np.zeros((len(rows), width), np.int64)
+    position_ids_BT = np.zeros((len(rows), width), np.int64)
+    hidden_index, weights = [], []
+    for number, row in enumerate(rows):
+        begin = 0
+        for part in row:
+            end = begin + part.length
+            input_ids_BT[number, begin:end] = part.trace.token_ids[: part.length]
+            position_ids_BT[number, begin:] = np.arange(width - begin)
+            # Entry t is predicted at t - 1.
+            hidden_index.append(number * width + begin + part.valid - 1)
+            weight = 1 / len(part.valid) if per_trace else 1.0
+            weights.append(np.full(len(part.valid), weight, np.float32))
+            begin = end
+    parts = [part for row in rows for part in row]
+    trace_ends = np.cumsum([0, *(part.length for part in parts)], dtype=np.int32)
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids_BT),
+        position_ids=torch.from_numpy(position_ids_BT) if len(parts) > len(rows) else None,
+        trace_ends=torch.from_numpy(trace_ends) if is_flat else None,
+        longest=max(part.length for part in parts),
+        hidden_index=torch.from_numpy(np.concatenate(hidden_index)),
+        targets=targets_of([(part.trace, part.valid) for part in parts]),
+        token_weight=torch.from_numpy(np.concatenate(weights)),
+        num_positions=tuple(part.length for part in parts),
+        num_absent=sum(part.num_absent for part in parts),
+    )

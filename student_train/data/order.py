@@ -1,0 +1,182 @@
+"""The order of an epoch: a pure function of seed, epoch, the traces chosen and number of lanes.
+
+Shards are dealt to lanes, balanced by tokens; each lane shuffles its traces through a window of
+shards; the lanes are interleaved into one sequence. Ranks take whole lanes, so the sequence does
+not depend on their number, and every shard is read by one rank.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from student_train.data.mixture import drawn
+from student_train.data.traces import TrainingData
+
+logger = logging.getLogger(__name__)
+
+MIN_MIXED_SHARDS = 10
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """One epoch's sequence of n traces; the arrays run parallel."""
+
+    # [n] the trace's shard, counted through all caches; S shards further on each time that a mixed
+    # cache is gone through again, since it is then read again.
+    shard: NDArray[np.int64]
+    row: NDArray[np.int64]  # [n] its row there
+    lane: NDArray[np.int64]  # [n]
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def of_rank(self, rank: int, num_ranks: int) -> NDArray[np.bool_]:
+        """[n] which traces belong to a rank: those of lanes rank, rank + num_ranks, ..."""
+        mine: NDArray[np.bool_] = self.lane % num_ranks == rank
+        return mine
+
+
+def data_order(data: TrainingData, *, seed: int, epoch: int, num_lanes: int) -> EpochOrder:
+    """The order of an epoch over the traces that are trained on; reads nothing."""
+    shard, row = _epoch_places(data, seed, epoch)
+    infos = (
+        data.info(s % data.num_shards, r) for s, r in zip(shard.tolist(), row.tolist(), strict=True)
+    )
+    # Whole traces, whatever the lead span: truncation must not change what a step holds.
+    num_tokens = np.array([info.n_total for info in infos], np.int64)
+    return epoch_order(
+        shard,
+        row,
+        num_tokens,
+        seed=seed,
+        epoch=epoch,
+        fingerprint=data.fingerprint,
+        num_lanes=num_lanes,
+    )
+
+
+def _epoch_places(
+    data: TrainingData, seed: int, epoch: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Shard and row of every trace of an epoch; see EpochOrder for how shards are counted."""
+    shards, rows, first = [], [], 0
+    for source, share in zip(data.sources, data.shares_of_epoch, strict=True):
+        places = np.array(source.train, np.int64)
+        turn = np.zeros(len(places), np.int64)
+        if data.weights is not None:
+            rng = _generator(f"mixture/{seed}/{source.cache.fingerprint}")
+            draw = drawn(places[:, 0], share, epoch, rng)
+            places, turn = places[draw.index], draw.turn
+        shards.append(first + places[:, 0] + turn * data.num_shards)
+        rows.append(places[:, 1])
+        first += len(source.cache.shards)
+    return np.concatenate(shards), np.concatenate(rows)
+
+
+def epoch_order(
+    shard: NDArray[np.int64],
+    row: NDArray[np.int64],
+    num_tokens: NDArray[np.int64],
+    *,
+    seed: int,
+    epoch: int,
+    fingerprint: str,
+    num_lanes: int,
+) -> EpochOrder:
+    """Shuffle traces so that at any time at least MIN_MIXED_SHARDS shards are mixed.
+
+    Args:
+        shard: [n] each trace's shard.
+        row: [n] its row in that shard.
+        num_tokens: [n] its length, by which lanes are balanced.
+        seed: Of the run.
+        epoch: From 0.
+        fingerprint: Of the data.
+        num_lanes: Number of lanes; every rank takes whole ones.
+
+    Returns:
+        Every trace exactly once; the same for the same arguments, on every machine.
+    """
+    rng = _generator(f"{seed}/{epoch}/{fingerprint}/{num_lanes}")
+    shards, shard_of_trace = np.unique(shard, return_inverse=True)
+    shard_tokens = np.zeros(len(shards), np.int64)
+    np.add.at(shard_tokens, shard_of_trace, num_tokens)
+    lanes = _deal(shard_tokens, num_lanes, rng)
+    window = _window([len(lane) for lane in lanes])
+
+    lane_of_shard = np.zeros(len(shards), np.int64)
+    uniform = rng.random(len(shard))
+    starts = np.zeros(len(shards), np.float64)
+    widths = np.zeros(len(shards), np.float64)
+    for number, lane in enumerate(lanes):
+        lane_of_shard[lane] = number
+        # A shard's traces lie evenly over 2 * window - 1 places around its own, moved inwards at
+        # the ends: everywhere at least `window` shards are mixed, with equal weights.
+        width = min(2 * window - 1, len(lane))
+        starts[lane] = np.clip(np.arange(len(lane)) - width // 2, 0, len(lane) - width)
+        widths[lane] = width
+    keys = starts[shard_of_trace] + widths[shard_of_trace] * uniform  # a time in its lane
+    lane_of_trace = lane_of_shard[shard_of_trace]
+
+    # Interleave in proportion, so that all lanes last to the end of the epoch.
+    offsets = rng.random(num_lanes)
+    by_lane = np.lexsort((keys, lane_of_trace))
+    lengths = np.bincount(lane_of_trace, minlength=num_lanes)
+    place_in_lane = np.arange(len(shard)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    sorted_lane = lane_of_trace[by_lane]
+    times = (place_in_lane + offsets[sorted_lane]) / lengths[sorted_lane]
+    order = by_lane[np.argsort(times, kind="stable")]
+    return EpochOrder(shard[order], row[order], lane_of_trace[order])
+
+
+def check_ranks(num_lanes: int, num_ranks: int) -> None:
+    """Refuse more ranks than lanes, and say where ranks do not get equally many.
+
+    Raises:
+        ValueError: If a rank would never have a trace.
+    """
+    if num_ranks > num_lanes:
+        raise ValueError(
+            f"lanes: {num_ranks} processes cannot share {num_lanes} lanes; use a multiple of "
+            f"{num_ranks} for --lanes from the start of the run"
+        )
+    if num_lanes % num_ranks:
+        most = -(-num_lanes // num_ranks)
+        logger.warning(
+            "%d processes share %d lanes unevenly: some have %d of a step's traces for %d of "
+            "others; a multiple of %d for --lanes from the start of a run would be even",
+            num_ranks, num_lanes, most, most - 1, num_ranks,
+        )  # fmt: skip
+
+
+def _generator(text: str) -> np.random.Generator:
+    digest = hashlib.sha256(text.encode()).digest()
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(list(digest))))
+
+
+def _deal(
+    shard_tokens: NDArray[np.int64], num_lanes: int, rng: np.random.Generator
+) -> list[NDArray[np.int64]]:
+    """Permute the shards and give each to the lane that has the fewest tokens so far."""
+    # Sorting random numbers, because numpy does not promise that `permutation` stays the same.
+    permuted = np.argsort(rng.random(len(shard_tokens)), kind="stable")
+    loads = np.zeros(num_lanes, np.int64)
+    lanes: list[list[int]] = [[] for _ in range(num_lanes)]
+    for shard in permuted:
+        lane = int(np.argmin(loads))
+        lanes[lane].append(int(shard))
+        loads[lane] += shard_tokens[shard]
+    return [np.array(lane, np.int64) for lane in lanes]
+
+
+def _window(lane_lengths: Sequence[int]) -> int:
+    """Smallest window with which the lanes together mix MIN_MIXED_SHARDS shards (or all)."""
+    wanted = min(MIN_MIXED_SHARDS, sum(lane_lengths))
+    window = 2  # with 1 the shards of a lane would follow each other unmixed
+    while sum(min(window, length) for length in lane_lengths) < wanted:
+        window += 1
+    return window

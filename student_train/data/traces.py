@@ -1,0 +1,277 @@
+"""What a run trains on: the traces of its caches that it asks for, without those held out."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from student_train.data.mixture import shares_of_epoch
+from student_train.data.where import BUILT_IN, Where
+from teacher_cache.format import (
+    Cache,
+    CachePath,
+    KeepPolicy,
+    PrefixCache,
+    ShardList,
+    Trace,
+    TraceInfo,
+    open_cache,
+)
+
+Place = tuple[int, int]  # (shard, row) of a trace in its cache
+
+
+@dataclass(frozen=True)
+class Source:
+    """The traces of one cache that a run uses, in the cache's order."""
+
+    cache: Cache
+    view: KeepPolicy  # how many entries of a token are read
+    train: tuple[Place, ...]
+    heldout: tuple[Place, ...]
+    num_left_out: int  # by `where`
+
+    def train_infos(self) -> list[TraceInfo]:
+        """What is known of the traces trained on without reading a shard."""
+        return [self.cache.shards[shard].traces[row] for shard, row in self.train]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The traces of one or more caches. Its caches are read by one thread at a time."""
+
+    sources: tuple[Source, ...]
+    weights: tuple[float, ...] | None = None  # of the sources: see mixture.py
+
+    @property
+    def fingerprint(self) -> str:
+        """Of every cache's content."""
+        return ", ".join(source.cache.fingerprint for source in self.sources)
+
+    @property
+    def num_traces(self) -> int:
+        """Traces of an epoch, however they are mixed."""
+        return sum(len(source.train) for source in self.sources)
+
+    @property
+    def shares_of_epoch(self) -> list[int]:
+        """How many of an epoch's traces each source gives."""
+        sizes = [len(source.train) for source in self.sources]
+        return sizes if self.weights is None else shares_of_epoch(sizes, self.weights)
+
+    @property
+    def summary(self) -> str:
+        """What is trained on and what is not, in one line."""
+        parts = [f"{self.num_traces:,} traces per epoch"]
+        if len(self.sources) > 1:
+            shares = self.shares_of_epoch
+            parts[0] += f" ({' + '.join(f'{share:,}' for share in shares)})"
+        num_left_out = sum(source.num_left_out for source in self.sources)
+        if num_left_out:
+            parts.append(f"{num_left_out:,} left out by --where")
+        if self.num_heldout:
+            parts.append(f"{self.num_heldout:,} held out")
+        return ", ".join(parts)
+
+    @property
+    def num_heldout(self) -> int:
+        """Traces that are never trained on."""
+        return sum(len(source.heldout) for source in self.sources)
+
+    def heldout_infos(self) -> list[TraceInfo]:
+        """What is known of the held-out traces without reading a shard."""
+        places = [(s.cache, *place) for s in self.sources for place in s.heldout]
+        return [cache.shards[shard].traces[row] for cache, shard, row in places]
+
+    @property
+    def snapshots(self) -> list[ShardList | None]:
+        """`Cache.snapshot` of every cache: with them the same traces are opened again."""
+        return [source.cache.snapshot for source in self.sources]
+
+    @property
+    def terminal_token_ids(self) -> tuple[int, ...]:
+        """What ends the traces of any cache."""
+        found = (name for s in self.sources for name in s.cache.header.terminal_token_ids)
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def bytes_read(self) -> int:
+        """From shards, for training."""
+        return sum(source.cache.bytes_read for source in self.sources)
+
+    @property
+    def num_shards(self) -> int:
+        """Of all caches."""
+        return sum(len(source.cache.shards) for source in self.sources)
+
+    def locate(self, shard: int) -> tuple[Source, int]:
+        """The source of a shard, counted through all caches, and its index in that cache."""
+        for source in self.sources:
+            if shard < len(source.cache.shards):
+                return source, shard
+            shard -= len(source.cache.shards)
+        raise IndexError("no such shard")
+
+    def info(self, shard: int, row: int) -> TraceInfo:
+        """What is known of a trace without reading its shard."""
+        source, shard_of_cache = self.locate(shard)
+        return source.cache.shards[shard_of_cache].traces[row]
+
+    def heldout_traces(
+        self, *, rank: int = 0, num_ranks: int = 1, limit: int | None = None
+    ) -> Iterator[Trace]:
+        """Read the held-out traces, whole and with all entries that their cache holds.
+
+        A yardstick that no option moves: always the same traces in the same order. May run while a
+        stream over the same data does; what it reads does not count in `bytes_read`. A trace costs
+        its whole shard, so keep them in memory where they are used often.
+
+        Args:
+            rank: Whose part is read; ranks take whole shards, some perhaps none.
+            num_ranks: How many share the traces.
+            limit: Stop after so many traces, of all ranks together.
+
+        Raises:
+            CacheFormatError: If a shard is missing or damaged.
+        """
+        places = [(i, *place) for i, source in enumerate(self.sources) for place in source.heldout]
+        rows_of_shard: dict[tuple[int, int], list[int]] = {}
+        for number, shard, row in places[:limit]:
+            rows_of_shard.setdefault((number, shard), []).append(row)
+        for (number, shard), rows in list(rows_of_shard.items())[rank::num_ranks]:
+            source = self.sources[number]
+            cache = replace(source.cache, bytes_read=0)  # counts for itself
+            infos = cache.shards[shard].traces
+            keep = {row: cache.num_held(infos[row]) for row in rows}
+            yield from cache.read(shard, keep).values()
+
+
+def open_data(
+    caches: Sequence[CachePath],
+    *,
+    weights: Sequence[float] | None = None,
+    where: str | None = None,
+    heldout_share: float = 0.0,
+    top_k: int | None = None,
+    mass: float | None = None,
+    allow_unsealed: bool = False,
+    snapshots: Sequence[ShardList | None] | None = None,
+    prefix_cache: PrefixCache | None = None,
+) -> TrainingData:
+    """Open caches and choose their traces; no shard is read.
+
+    Args:
+        caches: Folders or URIs.
+        weights: Of each cache, for mixing; every trace once per epoch where it is None.
+        where: Only traces for which this holds, see `Where`; held out are some of these.
+        heldout_share: Proportion of the traces that is not trained on; see `is_heldout`.
+        top_k: As of `Cache.view`, for every cache.
+        mass: As of `Cache.view`.
+        allow_unsealed: As of `open_cache`.
+        snapshots: `TrainingData.snapshots` of an earlier opening of these caches.
+        prefix_cache: As of `open_cache`.
+
+    Raises:
+        CacheError: If a cache cannot be read, or was captured with fewer entries.
+        ValueError: If no trace is left to train on, none is held out where some should be, or
+            the weights do not fit.
+    """
+    if snapshots is None or len(snapshots) != len(caches):
+        snapshots = [None] * len(caches)
+    opened = [
+        open_cache(
+            path, allow_unsealed=allow_unsealed, snapshot=snapshot, prefix_cache=prefix_cache
+        )
+        for path, snapshot in zip(caches, snapshots, strict=True)
+    ]
+    for number, cache in enumerate(opened):
+        if not cache.traces:
+            raise ValueError(f"{cache.path}: the cache holds no trace")
+        if cache.fingerprint in {other.fingerprint for other in opened[:number]}:
+            raise ValueError(f"{cache.path}: the same cache is named twice; give it a weight")
+    condition = None if where is None else Where.parse(where)
+    if condition is not None:
+        _check_names(condition, opened)
+    sources = tuple(
+        _choose(cache, condition, heldout_share, cache.view(top_k=top_k, mass=mass))
+        for cache in opened
+    )
+    _check_counts(sources, where, heldout_share)
+    if weights is not None:
+        _check_weights(sources, weights)
+    return TrainingData(sources, None if weights is None else tuple(weights))
+
+
+def _choose(cache: Cache, where: Where | None, heldout_share: float, view: KeepPolicy) -> Source:
+    count = cache.manifest.config.get("samples_per_prompt", 1)
+    has_samples = isinstance(count, int) and count > 1
+    train: list[Place] = []
+    heldout: list[Place] = []
+    for shard, row in cache.traces:
+        info = cache.shards[shard].traces[row]
+        if where is not None and not where.holds(info):
+            continue
+        is_out = is_heldout(info.trace_id, heldout_share, has_sample_number=has_samples)
+        (heldout if is_out else train).append((shard, row))
+    num_left_out = len(cache.traces) - len(train) - len(heldout)
+    return Source(cache, view, tuple(train), tuple(heldout), num_left_out)
+
+
+def _check_names(where: Where, caches: Sequence[Cache]) -> None:
+    fields: set[str] = set()
+    for cache in caches:
+        for shard, row in cache.traces:
+            fields.update(cache.shards[shard].traces[row].fields)
+    unknown = sorted(where.names - fields - set(BUILT_IN))
+    if unknown:
+        raise ValueError(
+            f"where: no trace has a field {unknown[0]!r}; there are "
+            f"{', '.join([*BUILT_IN, *sorted(fields)])}"
+        )
+
+
+def _check_counts(sources: Sequence[Source], where: str | None, heldout_share: float) -> None:
+    for source in sources:
+        num_chosen = len(source.train) + len(source.heldout)
+        if not num_chosen:
+            raise ValueError(
+                f"{source.cache.path}: where {where!r} holds for none of "
+                f"{source.num_left_out:,} traces"
+            )
+        if not source.train:
+            raise ValueError(
+                f"{source.cache.path}: heldout-share {heldout_share:g} leaves none of "
+                f"{num_chosen:,} traces to train on"
+            )
+    if heldout_share and not any(source.heldout for source in sources):
+        num_all = sum(len(source.train) for source in sources)
+        raise ValueError(
+            f"heldout-share {heldout_share:g} holds out none of {num_all:,} traces; raise it"
+        )
+
+
+def _check_weights(sources: Sequence[Source], weights: Sequence[float]) -> None:
+    if len(weights) != len(sources):
+        raise ValueError(
+            f"cache-weights: expected {len(sources)}, one for every cache, got {len(weights)}"
+        )
+    shares = shares_of_epoch([len(source.train) for source in sources], weights)
+    for source, share in zip(sources, shares, strict=True):
+        if not share:
+            raise ValueError(
+                f"cache-weights: {source.cache.path} gives no trace to an epoch of {sum(shares):,}"
+            )
+
+
+def is_heldout(trace_id: str, share: float, *, has_sample_number: bool = False) -> bool:
+    """Whether a trace is held out: a property of its id alone, in every cache, run and epoch.
+
+    Args:
+        trace_id: Of the trace.
+        share: Proportion of ids that are held out.
+        has_sample_number: The id ends in `#` and a number, which does not count: all samples of
+            a prompt stand on one side.
+    """
+    name = re.sub(r"#\d+\Z", "", trace_id) if has_sample_number else trace_id
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64

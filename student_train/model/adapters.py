@@ -1,0 +1,86 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through `peft`: few weights beside frozen ones.
+
+`peft` is imported where it is used: without adapters it need not be installed.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from student_train.model.lora import Lora
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+ALL_LINEAR = "all-linear"  # every linear layer but the head
+
+
+def add_adapters(model: PreTrainedModel, lora: Lora) -> "PeftModel":
+    """Freeze a model and put adapters into it; it computes what it did until they are trained.
+
+    Args:
+        model: Changed in place; it stays the one to train.
+        lora: Which adapters.
+
+    Returns:
+        What can save the adapters, or merge them into the model.
+
+    Raises:
+        ValueError: If a target is no linear layer, or is the head, whose weight the loss takes.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    if ALL_LINEAR not in lora.targets:
+        _check_targets(model, lora.targets)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=ALL_LINEAR if ALL_LINEAR in lora.targets else list(lora.targets),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(lora.seed)
+        return get_peft_model(model, config)
+
+
+def with_trained_adapters(
+    model: PreTrainedModel, lora: Lora, weights: Mapping[str, Tensor], *, merged: bool
+) -> "PreTrainedModel | PeftModel":
+    """What a run with adapters came to.
+
+    Args:
+        model: The student as it was before, whole; changed in place.
+        lora: As in `add_adapters`.
+        weights: Of the adapters, by their names in the model.
+        merged: Whether adapters are to become part of the model's own weights.
+    """
+    adapted = add_adapters(model, lora)
+    _, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected:
+        raise ValueError(f"no adapter of this student has the name {unexpected[0]}")
+    return adapted.merge_and_unload() if merged else adapted
+
+
+def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
+    head = model.get_output_embeddings()
+    linear = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise ValueError(
+                f"lora_targets: the student has no layer {target!r} that can be adapted; there are "
+                f"{names}, and {ALL_LINEAR} for all of them"
+            )
+
+
+def count_trained(model: nn.Module) -> tuple[int, int]:
+    """Numbers of weights that are trained, and of all."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)

@@ -1,0 +1,88 @@
+"""How close a student is to the teacher on traces that it was not trained on, by section."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from student_train.batch.micro_batch import empty_micro_batch, micro_batches
+from student_train.data.tokens import ALL_SECTIONS, TokenSelection
+from student_train.model.forward import StudentWithLoss
+from student_train.model.load import output_layer
+from teacher_cache.format import Trace
+
+
+@dataclass(frozen=True)
+class SectionFigures:
+    """Means over the tokens of one section, or of all."""
+
+    num_tokens: int
+    kl: float  # nats, the cache's tail included
+    nll: float  # nats, of the tokens that the traces hold
+    top1_agreement: float  # share of tokens whose likeliest id is the teacher's
+
+
+def heldout_figures(
+    student: StudentWithLoss, traces: Iterable[Trace], device: torch.device
+) -> dict[str, SectionFigures]:
+    """Measure a student on whole traces, whatever it was trained on.
+
+    Args:
+        student: In evaluation mode, on the device.
+        traces: Of a cache; tokens without a distribution do not count.
+        device: Where to compute.
+
+    Returns:
+        By section, those without a token left out, and "all".
+    """
+    return section_figures(heldout_sums(student, traces, device))
+
+
+def heldout_sums(
+    student: StudentWithLoss, traces: Iterable[Trace | None], device: torch.device
+) -> NDArray[np.float64]:
+    """[3, 4] sums over the tokens of each section: count, KL, NLL, agreement.
+
+    Args:
+        student: As of `heldout_figures`.
+        traces: As many in every process of a sharded student, filled up with None.
+        device: Where to compute.
+    """
+    num_ids = output_layer(student.model).weight.shape[0]
+    sums = np.zeros((len(ALL_SECTIONS), 4))
+    for trace in traces:
+        # One by one: a micro-batch does not say which trace and section a token is of.
+        batches = micro_batches(
+            [] if trace is None else [trace],
+            TokenSelection(), batch_tokens=1, normalise="tokens", num_ids=num_ids,
+        )  # fmt: skip
+        batch = batches[0] if batches else empty_micro_batch()
+        result = student.per_token(batch.to(device))
+        if trace is None:
+            continue
+        parts = torch.stack([result.kl.double(), result.ce.double(), result.top1.double()])
+        section = _sections(trace, (batch.hidden_index + 1).numpy())
+        counted = np.concatenate([np.ones((1, len(section))), parts.cpu().numpy()])
+        for index in range(len(ALL_SECTIONS)):
+            sums[index] += counted[:, section == index].sum(axis=1)
+    return sums
+
+
+def section_figures(sums: NDArray[np.float64]) -> dict[str, SectionFigures]:
+    """The means of `heldout_sums`, by section and of "all"."""
+    figures = {name: _figures(row) for name, row in zip(ALL_SECTIONS, sums, strict=True) if row[0]}
+    return {**figures, "all": _figures(sums.sum(axis=0))} if figures else {}
+
+
+def _sections(trace: Trace, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[N] index into ALL_SECTIONS of each token."""
+    bounds = np.array([trace.cot_start, trace.answer_start])
+    return np.searchsorted(bounds, positions, side="right")
+
+
+def _figures(sums: NDArray[np.float64]) -> SectionFigures:
+    num_tokens = int(sums[0])
+    kl, nll, top1 = (float(value) / num_tokens for value in sums[1:])
+    return SectionFigures(num_tokens, kl, nll, top1)

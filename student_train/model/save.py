@@ -1,0 +1,80 @@
+"""The finished student as a Hugging Face folder, written whole or not at all."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from student_train.model.load import no_bars
+from teacher_cache.format.files import publish_folder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+logger = logging.getLogger(__name__)
+
+
+def make_savable(name: str, model: PreTrainedModel) -> None:
+    """See to it before a run that its student can be written after it.
+
+    `transformers` reads generation configs that it refuses to write: often they name a temperature
+    and do not say that they sample. Here they are made to say so.
+
+    Args:
+        name: Of the student, for messages.
+        model: Whose generation config may be changed.
+
+    Raises:
+        ValueError: If the config contradicts itself in another way.
+    """
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+        return
+    except ValueError:
+        config.do_sample = True
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"student {name!r}: mend its generation_config.json: {reason}") from error
+    logger.warning("%s: its generation config asks for sampling without do_sample: added", name)
+
+
+def save_student(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    weights: Mapping[str, Tensor],
+    terminal_token_ids: tuple[int, ...],
+    card: str,
+) -> None:
+    """Write a Hugging Face model folder; it is whole, or not there under its name.
+
+    Args:
+        model: Unwrapped; or adapters, of which the folder then holds nothing else.
+        tokenizer: Of the student.
+        folder: Where; must not exist.
+        weights: Of the model, whole.
+        terminal_token_ids: Any of them ends a generation; the model's own where empty.
+        card: The model card, Markdown.
+
+    Raises:
+        OSError: If it cannot be written, as on a full disk.
+    """
+    if terminal_token_ids:
+        # Base models often name another token, and would then never end as the traces do.
+        model.generation_config.eos_token_id = list(terminal_token_ids)
+    with publish_folder(folder) as temporary, no_bars():
+        try:
+            model.save_pretrained(str(temporary), state_dict=dict(weights))
+        except SafetensorError as error:
+            raise OSError(f"{folder}: the student cannot be written: {error}") from error
+        model.generation_config.save_pretrained(temporary)  # beside adapters there would be none
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")

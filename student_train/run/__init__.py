@@ -1,0 +1,1 @@
+"""One training run: its configuration, its loop, its folder and checkpoints."""

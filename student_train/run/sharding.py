@@ -1,0 +1,143 @@
+"""Where the student's weights lie: on one device, copied to every process, or split over them.
+
+Split means torch's `fully_shard` (FSDP2), called here and not through accelerate, whose plugin is
+ignored on the CPU without a word. Every decoder layer is gathered when it is used; the root, with
+embedding, head and whatever they share, stays whole from the forward to the backward, so that the
+loss finds the head's weight as one tensor.
+"""
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from transformers import PreTrainedModel
+
+from student_train.model.forward import StudentWithLoss
+from student_train.model.load import decoder_layers
+
+
+def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> nn.Module:
+    """Bring a student to the devices of a run; its optimiser is made afterwards.
+
+    Args:
+        student: On the CPU, the same in every process.
+        accelerator: Of the run.
+        sharding: "none" (a copy in every process) or "full" (parameters, gradients and optimiser
+            state are split over the processes).
+
+    Returns:
+        What to call; `student` holds the same parameters.
+
+    Raises:
+        ValueError: If there is one process only and nothing to split over.
+    """
+    if sharding == "none":
+        placed: nn.Module = accelerator.prepare(student)
+        return placed
+    if accelerator.num_processes == 1:
+        raise ValueError(
+            "sharding full: there is one process; start several with accelerate launch, or use "
+            "--sharding none"
+        )
+    is_half = accelerator.mixed_precision == "bf16"
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if is_half else None,
+        reduce_dtype=torch.float32 if is_half else None,  # sums over ranks keep their digits
+        cast_forward_inputs=False,  # the teacher's logits and the tokens' weights stay float32
+    )
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for layer in decoder_layers(student.model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(student, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(student, "per_token")
+    return student
+
+
+def without_exchange(
+    student: nn.Module, accelerator: Accelerator, *, is_last: bool
+) -> AbstractContextManager[None]:
+    """While gradients accumulate, copies exchange them once, with the last micro-batch.
+
+    Split gradients are exchanged every time: keeping whole ones would cost what splitting saves.
+    """
+    if is_last or isinstance(student, StudentWithLoss):
+        return nullcontext()
+    context: AbstractContextManager[None] = accelerator.no_sync(student)
+    return context
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest_norm: float) -> float:
+    """Scale the gradients down to a norm over all parameters and processes; 0 does not.
+
+    Returns:
+        The norm before.
+    """
+    norm: Any = nn.utils.clip_grad_norm_(list(parameters), largest_norm or math.inf)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def gathered_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The whole weights on the CPU of the main process, {} in others; all call it together.
+
+    Without those that are frozen, where only adapters are trained.
+    """
+    weights: dict[str, Any] = get_model_state_dict(model, options=_whole())
+    first_name: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            weights.pop(name, None)  # what is tied to a frozen one
+        elif name in weights:  # what is tied is one tensor again
+            weights[name] = weights[first_name.setdefault(id(parameter), name)]
+    return weights
+
+
+def gathered_state(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, Any]]:
+    """Weights and optimiser state by parameter name, as `gathered_weights`.
+
+    Whole tensors in one file and not torch's sharded format, so that a run can go on with another
+    number of processes, split or not. The price: the main process' memory holds them all while
+    they are written.
+    """
+    return {
+        "student": gathered_weights(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=_whole()),
+    }
+
+
+def restore_weights(model: PreTrainedModel, weights: dict[str, Any]) -> None:
+    """Set what `gathered_weights` gave; every process has it."""
+    has_frozen = any(not parameter.requires_grad for parameter in model.parameters())
+    options = StateDictOptions(full_state_dict=True, strict=not has_frozen)
+    set_model_state_dict(model, weights, options=options)
+
+
+def restore_state(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Set what `gathered_state` gave; every process has it."""
+    restore_weights(model, state["student"])
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+
+
+def _whole() -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)

@@ -1,0 +1,110 @@
+"""How the student does on held-out traces while it is trained."""
+
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from student_train.data.traces import TrainingData, open_data
+from student_train.model.forward import StudentWithLoss
+from student_train.model.heldout import heldout_sums, section_figures
+from student_train.run.config import TrainConfig
+
+
+def heldout_data(config: TrainConfig, data: TrainingData) -> TrainingData | None:
+    """Where a run's held-out traces are: in its own caches, in another one, or nowhere.
+
+    Raises:
+        CacheError: If the other cache cannot be read.
+        ValueError: If it is one that is trained on.
+    """
+    if config.eval_cache is None:
+        return data if data.num_heldout else None
+    other = open_data([config.eval_cache], prefix_cache=config.kept_prefixes)
+    if other.fingerprint in {source.cache.fingerprint for source in data.sources}:
+        raise ValueError(
+            f"eval-cache {config.eval_cache}: it is trained on; name another, or hold some of its "
+            "traces out with --heldout-share"
+        )
+    (source,) = other.sources
+    return TrainingData((replace(source, train=(), heldout=source.train),))
+
+
+def num_trained_too(heldout: TrainingData, data: TrainingData) -> int:
+    """How many of the held-out traces have an id that is trained on as well."""
+    trained = {info.trace_id for source in data.sources for info in source.train_infos()}
+    return sum(info.trace_id in trained for info in heldout.heldout_infos())
+
+
+def check_positions(heldout: TrainingData, model: PreTrainedModel) -> None:
+    """Refuse held-out traces that the student cannot hold.
+
+    Raises:
+        ValueError: Naming the longest.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(heldout.heldout_infos(), key=lambda info: info.n_total)
+    if limit is not None and longest.n_total - 1 > limit:
+        raise ValueError(
+            f"held-out trace {longest.trace_id!r} has {longest.n_total:,} tokens and is measured "
+            f"whole, the student has {limit:,} positions; leave such traces out, with "
+            f"--where 'n_total <= {limit + 1}' or from --eval-cache"
+        )
+
+
+class Validation:
+    """The held-out traces of a run, in memory, shared by its processes; all call it together."""
+
+    def __init__(
+        self,
+        student: StudentWithLoss,
+        heldout: TrainingData,
+        accelerator: Accelerator,
+        *,
+        limit: int,
+    ) -> None:
+        """Read the traces.
+
+        Args:
+            student: In its place, see `place`.
+            heldout: Of which the held-out traces are read.
+            accelerator: Of the run.
+            limit: Measure at most so many traces.
+
+        Raises:
+            ValueError: If no token of theirs has a distribution.
+        """
+        self._student = student
+        self._accelerator = accelerator
+        rank, num_ranks = accelerator.process_index, accelerator.num_processes
+        mine = list(heldout.heldout_traces(rank=rank, num_ranks=num_ranks, limit=limit))
+        num_tokens = sum(int((trace.k > 0).sum()) for trace in mine)
+        local = torch.tensor([[len(mine), num_tokens]], device=accelerator.device)
+        counts_R2 = accelerator.gather(local)
+        if not counts_R2[:, 1].any():
+            raise ValueError(
+                f"none of {int(counts_R2[:, 0].sum()):,} held-out traces has a token with a "
+                "distribution, so they measure nothing; hold more out or name another --eval-cache"
+            )
+        # A sharded student's forward needs every process.
+        self._traces = [*mine, *[None] * (int(counts_R2[:, 0].max()) - len(mine))]
+
+    def measure(self) -> dict[str, float]:
+        """Means over whole traces: `heldout_kl` and so on, also by section: `heldout_kl_cot`."""
+        device = self._accelerator.device
+        self._student.eval()
+        with self._accelerator.autocast():
+            sums = heldout_sums(self._student, self._traces, device)
+        self._student.train()
+        if isinstance(self._student, FSDPModule):
+            self._student.reshard()  # what a backward would have done
+        total = self._accelerator.reduce(torch.from_numpy(sums).to(device), "sum")
+        figures = {}
+        for section, means in section_figures(total.cpu().numpy()).items():
+            suffix = "" if section == "all" else f"_{section}"
+            figures[f"heldout_kl{suffix}"] = means.kl
+            figures[f"heldout_nll{suffix}"] = means.nll
+            figures[f"heldout_top1_agreement{suffix}"] = means.top1_agreement
+        return figures

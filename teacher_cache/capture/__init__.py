@@ -1,0 +1,1 @@
+"""The capture job: configurations, the survey of the input, the worker loop, Ray."""

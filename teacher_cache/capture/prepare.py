@@ -1,0 +1,133 @@
+"""What both captures share: from a configuration to a job, and the job on one engine or on Ray."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from teacher_cache.capture.configs import CaptureConfig, GenerateConfig, ScoreConfig
+from teacher_cache.capture.job import Job
+from teacher_cache.capture.ray_driver import Cluster, Placement
+from teacher_cache.capture.run import CaptureReport, capture
+from teacher_cache.engines import Sampling, Teacher, TeacherFacts, TeacherRequest
+from teacher_cache.engines.start import start_teacher
+from teacher_cache.format import CacheHeader, parse_worker, shown
+from teacher_cache.sources import Input, Layout, Render, Source, SourceTrace, read_ids
+from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer, ThinkMarks
+
+
+def run_job(config: CaptureConfig, job: Job) -> CaptureReport:
+    """Run a job on one engine in this process, or on replicas that Ray places."""
+    if not config.on_cluster:
+        return capture(job)
+    placement = Placement(config.workers, config.ray_address, config.tensor_parallel_size)
+    return capture(job, partial(Cluster, placement))
+
+
+def row_layout(config: GenerateConfig | ScoreConfig) -> Layout:
+    """Which columns of a row hold what."""
+    return Layout(
+        id_field=config.id_field,
+        prompt_field=config.prompt_field,
+        drop_system=config.drop_system,
+        apply_chat_template=config.apply_chat_template,
+        prompt_turns=config.prompt_turns,
+    )
+
+
+def teacher_tokenizer(config: CaptureConfig, files: ModelFiles) -> TeacherTokenizer:
+    """The teacher's tokenizer with the marks and template arguments that the user named."""
+    marks = ThinkMarks(config.think_open, config.think_close)
+    return TeacherTokenizer(files, marks, config.template_arg)
+
+
+def prepare_job(
+    config: GenerateConfig | ScoreConfig,
+    files: ModelFiles,
+    tokenizer: TeacherTokenizer,
+    path: Path,
+    render: Render,
+    requests: Callable[[SourceTrace], list[TeacherRequest]],
+    sampling: Sampling | None,
+    recorded: Mapping[str, float | int | None] | None,
+) -> Job:
+    """Everything that a capture needs, whichever way its traces come."""
+    worker, part = parse_worker(config.worker)
+    if config.on_cluster:
+        worker = "ray"  # the driver's; the actors have names of their own
+    terminal_ids = tokenizer.terminal_ids(files.generation_config().end_ids)
+
+    def header(facts: TeacherFacts) -> CacheHeader:
+        return CacheHeader(
+            mode="score" if sampling is None else "generate",
+            teacher=files.name,
+            teacher_revision=config.revision,
+            teacher_fingerprint=files.weights_fingerprint(),
+            engine=facts.engine,
+            engine_version=facts.engine_version,
+            dtype=facts.dtype,
+            head_dtype=facts.head_dtype,
+            vocab_size=facts.vocab_size,
+            tokenizer_size=tokenizer.size,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            chat_template_hash=tokenizer.template_hash,
+            think_open_ids=tokenizer.open_ids,
+            think_close_ids=tokenizer.close_ids,
+            terminal_token_ids=terminal_ids,
+            sampling=recorded,
+            top_k=config.top_k,
+            mass=config.mass,
+            capture_prompt=config.capture_prompt,
+            num_bands=config.num_bands,
+        )
+
+    return Job(
+        out=config.out,
+        journal=config.journal,
+        worker=worker,
+        part=part,
+        on_cluster=config.on_cluster,
+        limit=config.limit,
+        config=_resolved(config),
+        source=Source(
+            Input(path, config.dataset_config, config.split),
+            render,
+            id_field=config.id_field,
+            strict=config.strict,
+            only_ids=None if config.ids_file is None else read_ids(config.ids_file),
+        ),
+        tokenizer=tokenizer,
+        requests=requests,
+        header=header,
+        start_teacher=partial(_start, config, files, sampling),
+    )
+
+
+def _resolved(config: CaptureConfig) -> dict[str, object]:
+    """The configuration as JSON, without the credentials that a URI may hold."""
+    values = {**asdict(config), "out": shown(config.out)}
+    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+
+
+def _start(
+    config: CaptureConfig, files: ModelFiles, sampling: Sampling | None, longest: int
+) -> Teacher:
+    return start_teacher(
+        config.engine,
+        model=config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        top_k=min(config.top_k, files.vocab_size()),  # a small vocabulary has no more candidates
+        max_model_len=longest,
+        sampling=sampling,
+        engine_args={**_parallel_args(config.tensor_parallel_size), **config.engine_arg},
+    )
+
+
+def _parallel_args(num_gpus: int) -> dict[str, object]:
+    # On a cluster vLLM would use Ray for its own processes too, which the replica's GPUs need not.
+    return (
+        {"tensor_parallel_size": num_gpus, "distributed_executor_backend": "mp"}
+        if num_gpus > 1
+        else {}
+    )

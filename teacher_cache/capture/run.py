@@ -1,0 +1,215 @@
+"""A capture from the first look at its folder to the seal, whatever the engine or the mode."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from teacher_cache.capture.job import Job, Survey, take_survey
+from teacher_cache.capture.worker_loop import Done, run_requests
+from teacher_cache.engines import EngineError, TeacherFacts
+from teacher_cache.format import (
+    CacheHeader,
+    CacheMismatchError,
+    CacheWriter,
+    Manifest,
+    Part,
+    PartRecord,
+    compact_journals,
+    open_store,
+    parts_to_come,
+    publish_part,
+    read_manifest,
+    read_parts,
+    seal_cache,
+    shown,
+)
+from teacher_cache.terminal.capture_progress import Progress
+from teacher_cache.terminal.stop_signals import Stopped, stop_signals
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """What a capture did."""
+
+    survey: Survey
+    num_traces: int = 0  # captured now
+    num_tokens: int = 0  # of these
+    num_unfinished: int = 0  # of these, cut by length
+    seconds: float = 0.0  # without the start of the engine
+    sealed: bool = False
+    stopped_by: int | None = None  # a signal's number
+    part: Part | None = None  # of the input, where several workers share it
+    parts_to_come: tuple[Part, ...] = ()  # that have not finished this input
+
+
+class Crew(Protocol):
+    """Whoever runs a job's requests and keeps their traces."""
+
+    facts: TeacherFacts
+
+    def run(
+        self,
+        writer: CacheWriter,
+        note: Callable[[Done], None],
+        hold: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        """Run every request that the cache does not hold; as `run_requests`."""
+        ...
+
+    def close(self) -> None:
+        """End engines and processes."""
+        ...
+
+
+class Alone:
+    """The crew of a plain job: one teacher, in this process."""
+
+    def __init__(self, job: Job, longest: int) -> None:
+        self._job = job
+        self._teacher = job.start_teacher(longest)
+        self.facts = self._teacher.facts
+
+    def run(
+        self,
+        writer: CacheWriter,
+        note: Callable[[Done], None],
+        hold: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        """Run the requests one window after the other."""
+        job = self._job
+        run_requests(job.work(), self._teacher, writer, job.tokenizer, note, hold)
+
+    def close(self) -> None:
+        """Close the teacher."""
+        self._teacher.close()
+
+
+def capture(job: Job, start_crew: Callable[[Job, int], Crew] = Alone) -> CaptureReport:
+    """Bring every trace of the input into the cache that is not there yet, and seal it.
+
+    With a limit below the input the cache stays unsealed, to be gone on with; so it does where
+    the job is one of several workers.
+
+    Raises:
+        EngineError: If the teacher cannot be run.
+        SourceError: If the input holds nothing that can be used, or a bad row where strict.
+        CacheError: If the folder holds something else.
+        OSError: If the cache cannot be written; what was finished before is kept.
+    """
+    manifest = read_manifest(job.out)
+    if manifest is None:
+        survey = take_survey(job, {})
+        if survey.num_missing == 0:  # no row is this worker's
+            return _with_parts(job, CaptureReport(survey))
+        with closing(start_crew(job, survey.longest)) as crew:
+            header = job.header(crew.facts)
+            with _writer(job, header) as writer:
+                return _run(job, survey, crew, writer)
+    # Refuse another capture's folder before the engine starts, and do without it where possible.
+    header = job.header(_facts_of(manifest.header))
+    if job.on_cluster and manifest.seal is None:
+        compact_journals(job.out, manifest.header, journal=job.journal)
+    with _writer(job, header) as writer:
+        _require_same_parts(job, manifest)
+        survey = take_survey(job, writer.finished())
+        if survey.num_missing == 0:
+            return _finish(job, writer, CaptureReport(survey))
+        if writer.sealed:
+            raise CacheMismatchError(
+                f"{writer.where} is sealed, and {survey.num_missing} of {survey.num_wanted} traces "
+                "are not in it. Write them to another folder."
+            )
+        with closing(start_crew(job, survey.longest)) as crew:
+            writer.require_header(job.header(crew.facts))
+            return _run(job, survey, crew, writer)
+
+
+def _writer(job: Job, header: CacheHeader) -> CacheWriter:
+    return CacheWriter(job.out, header, config=job.config, worker=job.worker, journal=job.journal)
+
+
+def _require_same_parts(job: Job, manifest: Manifest) -> None:
+    """Refuse to mix captures that keep other parts of their traces; no header says which."""
+    for name, default in (("slice", None), ("prompt_turns", "all")):
+        before, now = (config.get(name, default) for config in (manifest.config, job.config))
+        if before != now:
+            raise CacheMismatchError(
+                f"{shown(job.out)} holds another capture ({name}: {now}, not {before}). Write to "
+                "another folder, or repeat that capture's settings."
+            )
+
+
+def _facts_of(header: CacheHeader) -> TeacherFacts:
+    return TeacherFacts(
+        engine=header.engine,
+        engine_version=header.engine_version,
+        dtype=header.dtype,
+        head_dtype=header.head_dtype,
+        vocab_size=header.vocab_size,
+        max_model_len=0,  # not a fact of the cache
+    )
+
+
+def _run(job: Job, survey: Survey, crew: Crew, writer: CacheWriter) -> CaptureReport:
+    if job.part is not None:
+        publish_part(open_store(job.out), job.part, _record(survey, finished=False))
+    with Progress(survey.num_missing) as progress, stop_signals() as switch:
+
+        def note(done: Done) -> None:
+            progress.add(done.num_tokens, cut_by_length=done.cut_by_length)
+
+        try:
+            crew.run(writer, note, switch.held)
+        except Stopped as stopped:
+            logger.info("%s: stopping; what is finished is kept", stopped)
+        except EngineError:
+            if switch.signum is None:
+                raise
+            # Ctrl-C reaches the engine's own process too, and may end it before us.
+    report = CaptureReport(
+        survey,
+        num_traces=progress.num_traces,
+        num_tokens=progress.num_tokens,
+        num_unfinished=progress.num_unfinished,
+        seconds=progress.seconds,
+        stopped_by=switch.signum,
+    )
+    return report if report.stopped_by else _finish(job, writer, report)
+
+
+def _finish(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureReport:
+    """Compact and seal; either can be broken off like by a kill, and the next run does it."""
+    with stop_signals() as switch:
+        try:
+            return _sealed(job, writer, report)
+        except Stopped as stopped:
+            logger.info("%s: stopping; every trace is kept, the cache is not sealed yet", stopped)
+            return replace(report, stopped_by=switch.signum)
+
+
+def _sealed(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureReport:
+    survey = report.survey
+    writer.finish()
+    # With other workers beside it, no worker can know that the cache is complete.
+    complete = survey.num_taken == survey.num_wanted and job.is_whole
+    if complete:
+        seal_cache(job.out, journal=job.journal, allow_missing=True)
+    return _with_parts(job, replace(report, sealed=complete))
+
+
+def _with_parts(job: Job, report: CaptureReport) -> CaptureReport:
+    """Say that this worker's part is done, and see whose is not."""
+    if job.part is None:
+        return report
+    store, record = open_store(job.out), _record(report.survey, finished=True)
+    publish_part(store, job.part, record)
+    to_come = parts_to_come(read_parts(store), job.part.count, record.input_hash)
+    return replace(report, part=job.part, parts_to_come=tuple(to_come))
+
+
+def _record(survey: Survey, *, finished: bool) -> PartRecord:
+    return PartRecord(survey.input_hash, survey.num_input, survey.num_taken, finished)

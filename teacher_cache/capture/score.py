@@ -1,0 +1,40 @@
+"""`cache-teacher score`: traces that exist already, and the teacher's distributions over them."""
+
+from dataclasses import replace
+
+from teacher_cache.capture.configs import ScoreConfig
+from teacher_cache.capture.prepare import prepare_job, row_layout, run_job, teacher_tokenizer
+from teacher_cache.capture.run import CaptureReport
+from teacher_cache.engines import TeacherRequest
+from teacher_cache.sources import Slice, SourceTrace, TraceRenderer
+from teacher_cache.sources.tokenizer import ModelFiles
+
+
+def score(config: ScoreConfig) -> CaptureReport:
+    """Keep the teacher's distributions over existing traces; raises as `capture`."""
+    files = ModelFiles(config.model, config.revision)
+    tokenizer = teacher_tokenizer(config, files)
+    # vLLM scores a trace as the prompt of one more token.
+    context = files.context_length(config.max_model_len, num_reserved=config.engine == "vllm")
+
+    def requests(item: SourceTrace) -> list[TeacherRequest]:
+        return [
+            TeacherRequest(
+                request_id=item.trace_id,
+                token_ids=item.token_ids,
+                max_new_tokens=0,
+                seed=0,
+                capture_prompt=True,
+            )
+        ]
+
+    layout = replace(
+        row_layout(config),
+        response_field=config.response_field,
+        reasoning_field=config.reasoning_field,
+    )
+    part = None if config.slice is None else Slice.parse(config.slice)
+    render = TraceRenderer(tokenizer, context, files.vocab_size(), layout, part)
+    return run_job(
+        config, prepare_job(config, files, tokenizer, config.traces, render, requests, None, None)
+    )

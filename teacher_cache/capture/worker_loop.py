@@ -1,0 +1,104 @@
+"""One worker's loop: requests -> teacher -> journal, whoever hands out the requests."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+
+from teacher_cache.engines import Teacher, TeacherRequest, TeacherRows
+from teacher_cache.format import (
+    CacheHeader,
+    CacheWriter,
+    FinishedTrace,
+    KeepPolicy,
+    Trace,
+    keep_entries,
+)
+from teacher_cache.sources import SourceTrace, find_sections
+from teacher_cache.sources.tokenizer import TeacherTokenizer
+
+Work = tuple[SourceTrace, TeacherRequest]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A trace that is in the journal."""
+
+    request_id: str
+    num_tokens: int
+    cut_by_length: bool
+
+
+def run_requests(
+    work: Iterator[Work],
+    teacher: Teacher,
+    writer: CacheWriter,
+    tokenizer: TeacherTokenizer,
+    note: Callable[[Done], None],
+    hold: Callable[[], AbstractContextManager[object]],
+) -> None:
+    """Run every request that the cache does not hold yet.
+
+    Args:
+        work: May end and have more later: it is asked again as long as traces are in flight.
+        teacher: Runs them.
+        writer: Keeps each trace as it finishes.
+        tokenizer: The teacher's.
+        note: Called for every trace, once it is kept.
+        hold: Around keeping and noting a trace, which nothing should interrupt.
+
+    Raises:
+        EngineError: From the teacher; what is finished is kept.
+        OSError: If a trace cannot be written; what was finished before is kept.
+    """
+    in_flight: dict[str, SourceTrace] = {}
+
+    def begin(item: Work) -> TeacherRequest:
+        source, request = item
+        in_flight[request.request_id] = source
+        return request
+
+    # Not a generator, which could not go on once it has ended.
+    missing = filter(lambda item: item[1].request_id not in writer.finished(), work)
+    for rows in teacher.run(map(begin, missing)):
+        with hold():
+            source = in_flight.pop(rows.request_id)
+            finished = finished_trace(rows, source, writer.header, tokenizer)
+            writer.append(finished)
+            cut = finished.trace.finish_reason == "length"
+            note(Done(rows.request_id, len(rows.token_ids), cut))
+
+
+def finished_trace(
+    rows: TeacherRows, source: SourceTrace, header: CacheHeader, tokenizer: TeacherTokenizer
+) -> FinishedTrace:
+    """A teacher's rows as a trace: sections found, entries chosen, both counted."""
+    ids = rows.token_ids
+    bounds = source.bounds or find_sections(ids.tolist(), source.num_prompt, tokenizer)
+    # Rows of prompt tokens that were not asked for may come all the same when scoring.
+    first = rows.first_row if header.capture_prompt else max(rows.first_row, source.num_prompt)
+    policy = KeepPolicy(header.top_k, header.mass)
+    has_row = np.ones(len(ids), bool)
+    has_row[:first] = False
+    for start, end in source.without_rows:
+        has_row[start:end] = False
+    given = has_row[rows.first_row :]
+    which = slice(None) if given.all() else given  # a mask would copy all of them
+    kept = keep_entries(rows.row_ids[which], rows.row_logprobs[which], policy)
+    k, tail_logit = np.zeros(len(ids), np.uint8), np.zeros(len(ids), np.float32)
+    k[has_row], tail_logit[has_row] = kept.k, kept.tail_logit
+    trace = Trace(
+        trace_id=rows.request_id,
+        token_ids=ids,
+        n_total=len(ids),
+        cot_start=bounds[0],
+        answer_start=bounds[1],
+        k=k,
+        top_ids=kept.top_ids,
+        top_logits=kept.top_logits,
+        tail_logit=tail_logit,
+        finish_reason=source.finish_reason or rows.finish_reason,
+        fields=source.fields,
+    )
+    return FinishedTrace(trace, source.source_hash, kept.num_clamped_tails, kept.num_clamped_logits)

@@ -1,0 +1,195 @@
+"""What cache-teacher tells people: figures, traces and reports as lines of text."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from teacher_cache.capture.run import CaptureReport
+from teacher_cache.examine.audit import Audit, Spread
+from teacher_cache.examine.inspection import Inspection, ShownToken
+from teacher_cache.examine.plan import Step
+from teacher_cache.format import Cache, Part
+from teacher_cache.format.checking.findings import Finding, Verification
+from teacher_cache.format.checking.repair import Repair
+
+
+def figures_lines(figures: Inspection, header: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Everything that `inspect` says of a cache as a whole."""
+    state = "sealed" if figures.sealed else "not complete"
+    yield f"{path}: {state}, fingerprint {figures.fingerprint}"
+    for name, value in header.items():
+        yield f"  {name:22} {value}"
+    yield (
+        f"\n{figures.num_shards} shards | {figures.num_traces:,} traces "
+        f"({figures.num_unfinished:,} cut by length) | {figures.num_tokens:,} tokens | "
+        f"{figures.shard_bytes:,} bytes | {figures.bytes_per_token:.1f} bytes/token"
+    )
+    parts = (f"{name} {count:,}" for name, count in figures.num_tokens_of.items())
+    yield f"tokens by section: {', '.join(parts)}"
+    yield (
+        f"tail mass: mean {figures.tail_mass_mean:.2e}, 99th percentile "
+        f"{figures.tail_mass_p99:.2e}; {figures.num_clamped_tails:,} tails and "
+        f"{figures.num_clamped_logits:,} logits clamped"
+    )
+    yield f"kept entries per token: mean {figures.mean_k:.1f}"
+    most = max(figures.k_histogram.values(), default=0)
+    for label, count in figures.k_histogram.items():
+        if count:
+            yield f"  {label:>8} {count:>10,} {'#' * max(1, round(40 * count / most))}"
+
+
+def token_line(token: ShownToken) -> str:
+    """A token, its section and probability, and what else the teacher thought likely."""
+    line = f"{token.position:>5} {token.section:6} {token.text!r:16}"
+    if token.probability is None:
+        return line
+    others = "  ".join(f"{text!r} {p:.4f}" for text, p in token.alternatives)
+    return f"{line} {token.probability:.4f}  tail {token.tail:.1e}  {others}"
+
+
+def stopped_line(report: CaptureReport, out: str) -> str:
+    """What a stop signal left behind."""
+    survey = report.survey
+    done = survey.num_taken - survey.num_missing + report.num_traces
+    return (
+        f"stopped: {done:,} of {survey.num_taken:,} traces are kept in {out}; "
+        "run the same command again to go on"
+    )
+
+
+def report_line(report: CaptureReport, out: str) -> str:
+    """What a capture did."""
+    survey = report.survey
+    if report.sealed:
+        state = "complete and sealed"
+    elif survey.num_taken < survey.num_wanted:
+        state = "not complete yet"
+    elif report.part is not None:
+        state = _part_state(report.part, report.parts_to_come, out)
+    else:
+        state = "this worker's part is complete; `cache-teacher seal` closes the cache when all are"
+    return (
+        f"{out}: {report.num_traces:,} traces captured now ({report.num_tokens:,} tokens, "
+        f"{report.num_unfinished:,} cut by length), "
+        f"{survey.num_taken - survey.num_missing:,} were there, "
+        f"{survey.num_rejected:,} rows left out; {state}"
+    )
+
+
+def _part_state(part: Part, to_come: Sequence[Part], out: str) -> str:
+    if not to_come:
+        return f"part {part} is complete, as are all others: `cache-teacher seal {out}` closes it"
+    shown = ", ".join(str(each) for each in to_come[:8]) + (", ..." if len(to_come) > 8 else "")
+    return (
+        f"part {part} is complete; {len(to_come)} of {part.count} are still to come ({shown}), "
+        f"then `cache-teacher seal {out}` closes the cache"
+    )
+
+
+def estimate_line(report: CaptureReport, cache: Cache) -> str:
+    """Time and disk of the whole input, from the traces of a trial run."""
+    num_wanted = report.survey.num_wanted
+    stored_bytes = sum(shard.size_bytes for shard in cache.shards)
+    whole_bytes = stored_bytes / len(cache.traces) * num_wanted
+    whole_s = report.seconds / report.num_traces * num_wanted
+    return (
+        f"estimate for all {num_wanted:,} traces, from {report.num_traces:,}: "
+        f"{_duration(whole_s)} on this machine, {whole_bytes / 1e6:,.1f} MB "
+        f"({stored_bytes / sum(shard.num_tokens for shard in cache.shards):.1f} bytes/token). "
+        "Run again without --limit for the rest."
+    )
+
+
+def finding_line(finding: Finding) -> str:
+    """One thing that is wrong with a cache, and where."""
+    return f"{finding.file}: {finding.text}"
+
+
+def verified_line(found: Verification) -> str:
+    """What was checked, and whether it is as it should be."""
+    state = "sealed" if found.sealed else "not sealed"
+    copies = f" (and {found.num_duplicates:,} copies)" if found.num_duplicates else ""
+    waiting = f", {found.num_journalled:,} traces in journals" if found.num_journalled else ""
+    num_errors = len(found.errors)
+    verdict = f"{num_errors:,} errors" if num_errors else "all as it should be"
+    return (
+        f"{found.path}: {state}, {found.num_shards:,} shards, {found.num_traces:,} traces{copies}, "
+        f"{found.num_tokens:,} tokens, {found.num_entries:,} entries, {found.num_bytes:,} bytes "
+        f"checked{waiting}; {verdict}"
+    )
+
+
+def verify_hint(found: Verification) -> str:
+    """What to do with a damaged cache."""
+    return (
+        "restore these files from a copy, or take them out with "
+        f"`cache-teacher verify {found.path} --repair` and capture their traces again"
+    )
+
+
+def repair_lines(repair: Repair, path: str) -> Iterator[str]:
+    """What a repair did, and what to do now."""
+    for file, target in repair.removed.items():
+        yield f"{file}: {'kept as' if file == 'cache.json' else 'moved to'} {target}"
+    if repair.has_manifest:
+        yield f"{path}: not sealed any more"
+    else:
+        yield f"{path}: has no cache.json now: it was damaged, and no shard tells what it said"
+    yield (
+        "now run the command again that made this cache (of every worker, where several shared the "
+        "input): it captures what is missing and seals the cache. Where that is not possible, "
+        "`cache-teacher seal` declares it complete without these traces"
+    )
+
+
+def audit_lines(found: Audit) -> Iterator[str]:
+    """What an audit measured, and its verdict."""
+    yield (
+        f"{found.cache}: {found.num_tokens:,} tokens of {found.num_traces:,} traces scored again "
+        f"by {found.engine} {found.engine_version} ({found.dtype}); nats per token"
+    )
+    yield f"KL, stored to live     {_spread(found.kl)}"
+    yield f"KL, live to live again {_spread(found.noise)}  ({found.noise_from})"
+    yield (
+        f"mean KL to the rows before and after: {found.kl_if_moved[-1]:.3g}, "
+        f"{found.kl_if_moved[1]:.3g}; worst: token {found.worst_token} of {found.worst_trace!r}"
+    )
+    least = "" if found.live_width == found.vocab_size else "at least "
+    yield (
+        f"lost by keeping top-k: {least}{found.cut_by_top_k:.2e}, by the mass cut: "
+        f"{found.cut_by_mass:.2e} (dropped ids sharing the tail evenly; {found.live_width:,} of "
+        f"{found.vocab_size:,} ids per token looked at)"
+    )
+    yield (
+        f"same most probable token: {found.top1_agreement:.2%} | teacher's NLL of these traces: "
+        f"stored {found.nll_stored:.4f}, live {found.nll_live:.4f}"
+    )
+    if found.num_outside:
+        yield f"{found.num_outside:,} stored entries are beyond the engine's {found.live_width:,}"
+    verdict = "passed" if found.passed else "FAILED"
+    yield f"{verdict}: mean KL {found.kl.mean:.2e}, at most {found.max_kl:g} allowed"
+
+
+def _spread(spread: Spread) -> str:
+    return f"mean {spread.mean:.2e}  99th percentile {spread.p99:.2e}  max {spread.max:.2e}"
+
+
+def step_line(step: Step) -> str:
+    """One figure of a plan and its arithmetic."""
+    return f"{step.name:32} {_amount(step.value, step.unit):>18}  = {step.how}"
+
+
+def _amount(value: float, unit: str) -> str:
+    """A number with its unit, as people say it: 12.3 GB, 4,200, 0.82."""
+    if unit in ("bytes", "FLOPs"):
+        for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+            if value >= 10**power:
+                return f"{value / 10**power:,.1f} {prefix}{'B' if unit == 'bytes' else 'FLOP'}"
+    number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.3g}"
+    return f"{number} {unit}".rstrip()
+
+
+def _duration(seconds: float) -> str:
+    for unit, length_s in (("h", 3600), ("min", 60)):
+        if seconds >= length_s:
+            return f"{seconds / length_s:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,253 @@
+"""`cache-teacher audit`: are a cache's distributions those of its teacher?
+
+A random sample of traces is scored again by an engine that had no part in the capture. The same
+traces are scored twice, in two ways that ask the same: what differs between these is the engine's
+own noise.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_cache.engines import Teacher, TeacherRequest
+from teacher_cache.engines.start import ENGINES, start_teacher
+from teacher_cache.examine.fidelity import Compared, add_noise, compare_trace
+from teacher_cache.format import (
+    Cache,
+    CacheError,
+    CacheHeader,
+    CacheMismatchError,
+    Trace,
+    open_cache,
+)
+from teacher_cache.sources.tokenizer import ModelFiles, load_tokenizer
+from teacher_cache.terminal.capture_progress import Progress
+
+LIVE_WIDTH = 4096  # candidates per row of the engine, at most: 32 kB per token
+# Of the second pass of the transformers engine. Chunks of 2^n tokens gave the same bits on a CPU;
+# an odd number makes its kernels add in another order.
+OTHER_CHUNK_TOKENS = 33
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    """`cache-teacher audit`."""
+
+    cache: str
+    model: str
+    engine: str = "transformers"
+    samples: int = 32
+    seed: int = 0
+    # Mean, nats per token. Measured on tools/tiny-teacher, captured by vLLM in float32: 5e-6 (the
+    # grid of the cache alone), 8e-6 in bfloat16, 3e-4 with weights 3 % off, 7e-2 for another model.
+    max_kl: float = 1e-3
+    revision: str | None = None
+    dtype: str = "auto"
+    engine_arg: Mapping[str, object] = field(default_factory=dict)
+    any_model: bool = False
+    allow_unsealed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {self.engine!r}")
+        if self.engine_arg and self.engine != "vllm":
+            raise ValueError("engine arguments are vLLM's; the transformers engine takes none")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Nats per token over the tokens compared."""
+
+    mean: float
+    p99: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit measured. KL is over the kept entries and one bucket for the tail."""
+
+    cache: str
+    engine: str
+    engine_version: str
+    dtype: str
+    num_traces: int
+    num_tokens: int  # with a stored distribution
+    kl: Spread  # stored || live
+    noise: Spread  # live || live, scored in another way
+    noise_from: str  # what that way was
+    kl_if_moved: Mapping[int, float]  # mean KL to the row before (-1) and after (1)
+    worst_trace: str
+    worst_token: int
+    top1_agreement: float
+    nll_stored: float  # of the traces' own tokens, nats per token
+    nll_live: float
+    cut_by_top_k: float  # KL lost where dropped ids share their mass evenly
+    cut_by_mass: float  # lost beyond that
+    live_width: int  # entries per row of the engine; below the vocabulary cuts are lower bounds
+    vocab_size: int
+    num_outside: int  # stored entries that are none of the engine's; judged by its least one
+    max_kl: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the mean KL is within what was allowed."""
+        return self.kl.mean <= self.max_kl
+
+
+def audit(config: AuditConfig) -> Audit:
+    """Score a sample of a cache's traces again and compare.
+
+    Memory: the rows of one trace, and every sampled trace as it is stored.
+
+    Raises:
+        CacheMismatchError: If the model is not the cache's teacher, or the stored distributions
+            are those of the neighbouring tokens.
+        CacheError: If the cache cannot be read or holds nothing to compare.
+        EngineError: If the model cannot be run.
+    """
+    cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
+    _require_teacher(cache.header, config)
+    traces = sample_traces(cache, config.samples, config.seed)
+    width = min(cache.header.vocab_size, LIVE_WIDTH)
+    longest = max(len(trace.token_ids) for trace in traces)
+    num_reserved = int(config.engine == "vllm")  # it scores a trace as the prompt of one token more
+    files = ModelFiles(config.model, config.revision)
+    limit = files.context_length(longest, num_reserved=num_reserved)
+    teacher = start_teacher(
+        config.engine,
+        model=config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        top_k=width,
+        max_model_len=limit + num_reserved,
+        sampling=None,
+        engine_args=config.engine_arg,
+    )
+    with closing(teacher):
+        if teacher.facts.vocab_size != cache.header.vocab_size:
+            raise CacheMismatchError(
+                f"{cache.path}: the cache's vocabulary has {cache.header.vocab_size} ids, the "
+                f"model's {teacher.facts.vocab_size}"
+            )
+        compared, noise_from = _compare(traces, teacher, limit, cache.header)
+        return _summary(cache, compared, noise_from, teacher, config.max_kl)
+
+
+def sample_traces(cache: Cache, num_samples: int, seed: int) -> list[Trace]:
+    """Some traces of a cache, as far as it holds them, drawn without regard to their shards.
+
+    Raises:
+        CacheError: If no trace that was drawn has distributions.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = rng.permutation(len(cache.traces))[:num_samples]
+    rows_of: dict[int, list[int]] = {}
+    for shard, row in (cache.traces[place] for place in sorted(drawn)):
+        rows_of.setdefault(shard, []).append(row)
+    traces: list[Trace] = []
+    for shard, rows in rows_of.items():
+        infos = cache.shards[shard].traces
+        traces += cache.read(shard, {row: cache.num_held(infos[row]) for row in rows}).values()
+    traces = [trace for trace in traces if trace.num_entries]
+    if not traces:
+        raise CacheError(f"{cache.path}: no trace with distributions among {len(drawn)} drawn")
+    return traces
+
+
+def _require_teacher(header: CacheHeader, config: AuditConfig) -> None:
+    load_tokenizer(header, config.model)
+    found = ModelFiles(config.model, config.revision).weights_fingerprint()
+    if found != header.teacher_fingerprint and not config.any_model:
+        raise CacheMismatchError(
+            f"model {config.model!r} has other weights ({found}) than the cache's teacher had "
+            f"({header.teacher!r}, {header.teacher_fingerprint}). Another copy of the same "
+            "weights, say a folder instead of a hub id, is let through by --any-model"
+        )
+
+
+def _compare(
+    traces: Sequence[Trace], teacher: Teacher, limit: int, header: CacheHeader
+) -> tuple[list[Compared], str]:
+    from teacher_cache.engines.transformers import TransformersTeacher
+
+    by_id = {trace.trace_id: trace for trace in traces}
+    compared: dict[str, Compared] = {}
+    with Progress(2 * len(traces), doing="scored") as progress:
+        for rows in teacher.run(_requests(traces, limit)):
+            trace = by_id[rows.request_id]
+            compared[rows.request_id] = compare_trace(trace, rows, header)
+            progress.add(len(rows.token_ids))
+        if isinstance(teacher, TransformersTeacher):
+            noise_from = f"{OTHER_CHUNK_TOKENS} tokens at a time, not {teacher.chunk_tokens}"
+            teacher.chunk_tokens = OTHER_CHUNK_TOKENS
+        else:
+            noise_from = "in reverse order, so in other batches"
+        for rows in teacher.run(_requests(traces[::-1], limit)):
+            add_noise(compared[rows.request_id], by_id[rows.request_id], rows)
+            progress.add(len(rows.token_ids))
+    return list(compared.values()), noise_from
+
+
+def _requests(traces: Sequence[Trace], limit: int) -> Iterator[TeacherRequest]:
+    for trace in traces:
+        tokens = tuple(trace.token_ids[:limit].tolist())
+        yield TeacherRequest(trace.trace_id, tokens, max_new_tokens=0, seed=0, capture_prompt=True)
+
+
+def _summary(
+    cache: Cache,
+    compared: Sequence[Compared],
+    noise_from: str,
+    teacher: Teacher,
+    max_kl: float,
+) -> Audit:
+    def all_of(get: Callable[[Compared], NDArray[np.generic]]) -> NDArray[np.float64]:
+        values: NDArray[np.float64] = np.concatenate([get(one) for one in compared], dtype=float)
+        return values
+
+    kl = all_of(lambda one: one.kl)
+    moved = {
+        -1: float(all_of(lambda one: one.kl_if_moved[-1]).mean()),
+        1: float(all_of(lambda one: one.kl_if_moved[1]).mean()),
+    }
+    worst = max(compared, key=lambda one: one.kl.max())
+    by_top_k = float(all_of(lambda one: one.cut_by_top_k).mean())
+    found = Audit(
+        cache=cache.path,
+        engine=teacher.facts.engine,
+        engine_version=teacher.facts.engine_version,
+        dtype=teacher.facts.dtype,
+        num_traces=len(compared),
+        num_tokens=len(kl),
+        kl=_spread(kl),
+        noise=_spread(all_of(lambda one: one.noise)),
+        noise_from=noise_from,
+        kl_if_moved=moved,
+        worst_trace=worst.trace_id,
+        worst_token=int(worst.tokens[worst.kl.argmax()]),
+        top1_agreement=float(all_of(lambda one: one.is_top1).mean()),
+        nll_stored=float(all_of(lambda one: one.nll_stored).mean()),
+        nll_live=float(all_of(lambda one: one.nll_live).mean()),
+        cut_by_top_k=by_top_k,
+        cut_by_mass=float(all_of(lambda one: one.cut_by_both).mean()) - by_top_k,
+        live_width=min(teacher.facts.vocab_size, LIVE_WIDTH),
+        vocab_size=teacher.facts.vocab_size,
+        num_outside=sum(one.num_outside for one in compared),
+        max_kl=max_kl,
+    )
+    step = min(moved, key=lambda step: moved[step])
+    if not found.passed and moved[step] < found.kl.mean / 2:
+        raise CacheMismatchError(
+            f"{cache.path}: the stored distributions are those of the token "
+            f"{'before' if step < 0 else 'after'} each: mean KL {found.kl.mean:.3g} to their own "
+            f"token's, {moved[step]:.3g} to that one's. The capture was off by one; capture again"
+        )
+    return found
+
+
+def _spread(values: NDArray[np.float64]) -> Spread:
+    return Spread(float(values.mean()), float(np.quantile(values, 0.99)), float(values.max()))

@@ -1,0 +1,162 @@
+"""`cache-teacher inspect`: what is inside a cache, in numbers and as text."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_cache.format import Cache, CacheError, CacheHeader, Trace, stored_logprobs
+from teacher_cache.sources.tokenizer import TeacherTokenizer
+
+_HISTOGRAM_EDGES = (1, 2, 3, 5, 9, 17, 33, 65, 129, 256)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Figures of a whole cache; the histogram is of one shard."""
+
+    sealed: bool
+    fingerprint: str
+    num_shards: int
+    num_traces: int
+    num_tokens: int
+    num_unfinished: int
+    num_tokens_of: Mapping[str, int]  # section -> tokens
+    shard_bytes: int
+    bytes_per_token: float
+    mean_k: float  # over tokens with a distribution, in the shard looked into
+    k_histogram: Mapping[str, int]  # "5-8" -> tokens
+    tail_mass_mean: float
+    tail_mass_p99: float
+    num_clamped_tails: int
+    num_clamped_logits: int
+
+
+def inspect_cache(cache: Cache, traces: Mapping[int, Trace]) -> Inspection:
+    """Count what the commit records say, and measure entries on some traces that were read.
+
+    Args:
+        cache: An open cache.
+        traces: Any of its traces, whole; `read_first_shard` gives those of one shard.
+    """
+    infos = [cache.shards[shard].traces[row] for shard, row in cache.traces]
+    held = [cache.num_held(info) for info in infos]
+    before_cot = sum(min(info.cot_start, n) for info, n in zip(infos, held, strict=True))
+    before_answer = sum(min(info.answer_start, n) for info, n in zip(infos, held, strict=True))
+    sections = {
+        "prompt": before_cot,
+        "cot": before_answer - before_cot,
+        "answer": sum(held) - before_answer,
+    }
+    num_tokens = sum(sections.values())
+    shard_bytes = sum(shard.size_bytes for shard in cache.shards)
+    k = _concatenated([trace.k for trace in traces.values()])
+    tail_logit = _concatenated([trace.tail_logit for trace in traces.values()])
+    tail = 1 / (1 + np.exp(-tail_logit[k > 0].astype(np.float64)))
+    kept = k[k > 0]
+    return Inspection(
+        sealed=cache.sealed,
+        fingerprint=cache.fingerprint,
+        num_shards=len(cache.shards),
+        num_traces=len(infos),
+        num_tokens=num_tokens,
+        num_unfinished=sum(info.finish_reason == "length" for info in infos),
+        num_tokens_of=sections,
+        shard_bytes=shard_bytes,
+        bytes_per_token=shard_bytes / max(1, sum(shard.num_tokens for shard in cache.shards)),
+        mean_k=float(kept.mean()) if len(kept) else 0.0,
+        k_histogram=_histogram(kept),
+        tail_mass_mean=float(tail.mean()) if len(tail) else 0.0,
+        tail_mass_p99=float(np.quantile(tail, 0.99)) if len(tail) else 0.0,
+        num_clamped_tails=sum(shard.num_clamped_tails for shard in cache.shards),
+        num_clamped_logits=sum(shard.num_clamped_logits for shard in cache.shards),
+    )
+
+
+def read_first_shard(cache: Cache) -> dict[int, Trace]:
+    """Every trace of the first shard, as far as it is held; none where the cache is empty."""
+    if not cache.shards:
+        return {}
+    infos = cache.shards[0].traces
+    return cache.read(0, {row: cache.num_held(info) for row, info in enumerate(infos)})
+
+
+def find_trace(cache: Cache, trace_id: str) -> Trace:
+    """Read one trace.
+
+    Raises:
+        CacheError: If the cache has none of this id.
+    """
+    for shard, row in cache.traces:
+        info = cache.shards[shard].traces[row]
+        if info.trace_id == trace_id:
+            return cache.read(shard, {row: cache.num_held(info)})[row]
+    raise CacheError(f"{cache.path}: no trace {trace_id!r} among {len(cache.traces)}")
+
+
+@dataclass(frozen=True)
+class ShownToken:
+    """One token of a trace and what the teacher thought of it."""
+
+    position: int
+    section: str
+    text: str
+    probability: float | None  # None where there is no distribution
+    alternatives: tuple[tuple[str, float], ...]  # the most probable other tokens
+    tail: float | None
+
+
+def show_tokens(
+    trace: Trace, tokenizer: TeacherTokenizer | None, num_alternatives: int = 3
+) -> list[ShownToken]:
+    """Every token of a trace with its probability and the teacher's alternatives."""
+
+    def text(token_id: int) -> str:
+        return str(token_id) if tokenizer is None else tokenizer.decode([token_id])
+
+    probs = np.exp(stored_logprobs(trace.k, trace.top_logits, trace.tail_logit))
+    ends = np.concatenate([[0], np.cumsum(trace.k, dtype=np.int64)])
+    shown = []
+    for t, (begin, end) in enumerate(itertools.pairwise(ends)):
+        token_id = int(trace.token_ids[t])
+        ids, p = trace.top_ids[begin:end].tolist(), probs[begin:end].tolist()
+        others = [(text(i), q) for i, q in zip(ids, p, strict=True) if i != token_id]
+        has_entry = end > begin
+        shown.append(
+            ShownToken(
+                position=t,
+                section=_section(trace, t),
+                text=text(token_id),
+                probability=p[ids.index(token_id)] if has_entry else None,
+                alternatives=tuple(others[:num_alternatives]),
+                tail=float(1 / (1 + np.exp(-trace.tail_logit[t]))) if has_entry else None,
+            )
+        )
+    return shown
+
+
+def to_json(inspection: Inspection, header: CacheHeader) -> dict[str, Any]:
+    """One object with everything, for scripts."""
+    return {"header": header.to_json(), **asdict(inspection)}
+
+
+def _section(trace: Trace, t: int) -> str:
+    if t < trace.cot_start:
+        return "prompt"
+    return "cot" if t < trace.answer_start else "answer"
+
+
+def _concatenated(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def _histogram(kept: NDArray[np.uint8]) -> dict[str, int]:
+    counts, _ = np.histogram(kept, bins=_HISTOGRAM_EDGES)
+    edges = itertools.pairwise(_HISTOGRAM_EDGES)
+    return {
+        (f"{low}" if high == low + 1 else f"{low}-{high - 1}"): int(count)
+        for (low, high), count in zip(edges, counts, strict=True)
+    }

@@ -1,0 +1,255 @@
+"""`cache-teacher plan`: what a capture will cost, and after how many student runs it has paid.
+
+Every figure is a step that says where it comes from: given, measured on a sample, or computed from
+the steps before it.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from teacher_cache.format import (
+    Cache,
+    CacheError,
+    CacheMismatchError,
+    lead_span_length,
+    num_bands_needed,
+    open_cache,
+)
+from teacher_cache.format.writing.writer import SHARD_BYTES
+
+LEAD_SPANS = (0.5, 0.25)  # whose bytes are told beside those of the whole
+_HOUR_S = 3600
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """`cache-teacher plan`; what is None is measured on the sample, or left out of the plan."""
+
+    prompts: int
+    sample: str | None = None
+    samples_per_prompt: int = 1
+    tokens_per_trace: float | None = None
+    bytes_per_token: float | None = None
+    tokens_per_s: float | None = None  # of the capture on all its GPUs, prompts included
+    num_gpus: int = 1
+    runs: int = 1
+    epochs: float = 1.0
+    lead_span: float = 1.0
+    live_tokens_per_s: float | None = None  # of the teacher beside a student, on all its GPUs
+    gpu_tflops: float | None = None  # that a GPU really reaches
+    teacher_params: float | None = None
+    student_params: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.gpu_tflops is not None and self.teacher_params is None:
+            raise ValueError("plan: --gpu-tflops is of use with --teacher-params alone")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One figure of a plan."""
+
+    name: str
+    value: float
+    unit: str
+    how: str  # its arithmetic, or where it comes from
+
+
+def plan(config: PlanConfig) -> list[Step]:
+    """The steps of the arithmetic, in order.
+
+    Raises:
+        CacheError: If the sample cannot be read, is empty or was truncated.
+    """
+    sample = None if config.sample is None else _Sample.of(config.sample)
+    steps = list(_size(config, sample))
+    tokens = next(step.value for step in steps if step.name == "tokens")
+    return [*steps, *_cost(config, tokens)]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What a captured sample says of the whole."""
+
+    measured: Mapping[str, Step]  # by name
+    read_shares: Mapping[float, float]  # lead span -> part of the bytes that it reads
+
+    @classmethod
+    def of(cls, path: str) -> "_Sample":
+        cache = open_cache(path, allow_unsealed=True)
+        if cache.header.max_lead_span < 1:
+            raise CacheMismatchError(
+                f"{cache.path}: a sample must hold whole traces; plan from the cache that it was "
+                "made from"
+            )
+        lengths = [cache.shards[shard].traces[row].n_total for shard, row in cache.traces]
+        if len(lengths) < 2:
+            raise CacheError(
+                f"{cache.path}: {len(lengths)} traces are no sample; capture some (--limit)"
+            )
+        error = 1.96 * float(np.std(lengths, ddof=1)) / len(lengths) ** 0.5
+        num_bytes = sum(shard.size_bytes for shard in cache.shards)
+        num_tokens = sum(shard.num_tokens for shard in cache.shards)
+        is_small = num_bytes < len(cache.shards) * SHARD_BYTES / 2
+        steps = (
+            Step(
+                "tokens per trace",
+                float(np.mean(lengths)),
+                "",
+                f"mean of {len(lengths):,} traces in {cache.path}, +-{error:,.1f} (95 %)",
+            ),
+            Step(
+                "bytes per token",
+                num_bytes / num_tokens,
+                "",
+                f"{num_bytes:,} bytes / {num_tokens:,} tokens in {cache.path}"
+                + (" (full shards need less)" if is_small else ""),
+            ),
+        )
+        return cls(
+            {step.name: step for step in steps},
+            {span: _bytes_read(cache, span) / num_bytes for span in LEAD_SPANS},
+        )
+
+
+def _bytes_read(cache: Cache, lead_span: float) -> int:
+    """What a reader of all traces takes from the shards: whole bands."""
+    total = 0
+    for shard in cache.shards:
+        spans = ((t.n_total, lead_span_length(t.n_total, lead_span)) for t in shard.traces)
+        total += shard.prefix_bytes(num_bands_needed(spans, len(shard.blocks)))
+    return total
+
+
+def _size(config: PlanConfig, sample: _Sample | None) -> Iterator[Step]:
+    """How much there is to capture and to keep."""
+    traces = config.prompts * config.samples_per_prompt
+    yield Step(
+        "traces",
+        traces,
+        "",
+        f"{config.prompts:,} prompts x {config.samples_per_prompt:,} traces each (given)",
+    )
+    length = _given_or_measured("tokens per trace", config.tokens_per_trace, sample)
+    yield length
+    tokens = traces * length.value
+    yield Step("tokens", tokens, "", f"{traces:,} traces x {length.value:,.1f}")
+    width = _given_or_measured("bytes per token", config.bytes_per_token, sample)
+    yield width
+    disk = tokens * width.value
+    yield Step("disk", disk, "bytes", f"{tokens:,.0f} tokens x {width.value:.2f} bytes")
+    for span in LEAD_SPANS:
+        if sample is None:
+            share, how = span, "where entries are alike along a trace"
+        else:
+            share, how = sample.read_shares[span], "measured on the sample's bands"
+        yield Step(
+            f"read at lead span {span:g}", disk * share, "bytes", f"{share:.3f} of it, {how}"
+        )
+
+
+def _given_or_measured(name: str, given: float | None, sample: _Sample | None) -> Step:
+    if given is not None:
+        return Step(name, given, "", "given")
+    if sample is None:
+        option = name.replace(" ", "-")
+        raise ValueError(f"plan: expected a sample (--from) or --{option}, got neither")
+    return sample.measured[name]
+
+
+def _cost(config: PlanConfig, tokens: float) -> Iterator[Step]:
+    """GPU hours of the capture and of a teacher that stays beside every student."""
+    capture_h = None
+    if config.tokens_per_s is not None:
+        capture_h = tokens / config.tokens_per_s * config.num_gpus / _HOUR_S
+        yield Step(
+            "capture",
+            capture_h,
+            "GPU hours",
+            f"{tokens:,.0f} tokens / {config.tokens_per_s:,.0f} tokens/s x {config.num_gpus} GPU "
+            "/ 3,600 (rate given)",
+        )
+    seen = tokens * config.lead_span * config.epochs
+    yield Step(
+        "tokens per student run",
+        seen,
+        "",
+        f"{tokens:,.0f} x lead span {config.lead_span:g} x {config.epochs:g} epochs (given)",
+    )
+    yield from _teacher_steps(config, seen)
+    live_h = None
+    if config.live_tokens_per_s is not None:
+        live_h = seen / config.live_tokens_per_s * config.num_gpus / _HOUR_S
+        how = f"/ {config.live_tokens_per_s:,.0f} tokens/s x {config.num_gpus} GPU / 3,600 (given)"
+    elif config.gpu_tflops is not None and config.teacher_params is not None:
+        live_h = 2 * config.teacher_params * seen / (config.gpu_tflops * 1e12) / _HOUR_S
+        how = (
+            f"x 2 x {config.teacher_params:,.3g} parameters / {config.gpu_tflops:g} TFLOP/s / 3,600"
+        )
+    if live_h is not None:
+        yield Step("live teacher per run", live_h, "GPU hours", f"{seen:,.0f} tokens {how}")
+    yield from _break_even(config, capture_h, live_h)
+
+
+def _billions(params: float) -> str:
+    return f"{params / 1e9:g}B parameters"
+
+
+def _teacher_steps(config: PlanConfig, seen: float) -> Iterator[Step]:
+    """What a live teacher computes and holds."""
+    params = config.teacher_params
+    if params is None:
+        return
+    yield Step(
+        "live teacher's work per run",
+        2 * params * seen,
+        "FLOPs",
+        f"2 FLOPs x {_billions(params)} x {seen:,.0f} tokens (one forward)",
+    )
+    yield Step(
+        "live teacher's memory",
+        2 * params,
+        "bytes",
+        f"2 bytes x {_billions(params)}, beside every student",
+    )
+    if config.student_params is not None:
+        share = 2 * params / (2 * params + 6 * config.student_params)
+        yield Step(
+            "live teacher's share of a step",
+            share,
+            "",
+            f"FLOPs: 2 x {_billions(params)} / (2 x {_billions(params)} + "
+            f"6 x {_billions(config.student_params)})",
+        )
+
+
+def _break_even(
+    config: PlanConfig, capture_h: float | None, live_h: float | None
+) -> Iterator[Step]:
+    """After how many student runs the capture has cost less than the live teacher."""
+    if capture_h is not None and live_h is not None:
+        yield Step(
+            "break-even",
+            capture_h / live_h,
+            "runs",
+            f"{capture_h:,.3g} / {live_h:,.3g} GPU hours, all of the capture counted, although the "
+            "traces themselves are needed in any case",
+        )
+        yield Step(
+            f"saved in {config.runs:,} runs",
+            config.runs * live_h - capture_h,
+            "GPU hours",
+            f"{config.runs:,} x {live_h:,.3g} - {capture_h:,.3g} (negative: not paid yet)",
+        )
+        return
+    once = 1 / (config.lead_span * config.epochs)
+    yield Step(
+        "break-even",
+        once,
+        "runs",
+        "by the teacher's FLOPs alone, once over all tokens against each run's: "
+        f"1 / ({config.lead_span:g} x {config.epochs:g}); for GPU hours give --tokens-per-s, and "
+        "--live-tokens-per-s or --gpu-tflops with --teacher-params",
+    )

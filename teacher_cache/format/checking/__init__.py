@@ -1,0 +1,1 @@
+"""A cache checked to the end, and damaged shards taken out of it."""

@@ -1,0 +1,113 @@
+"""Taking what is damaged out of a cache, so that a capture makes it again. Nothing is deleted."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+
+from teacher_cache.format.checking.findings import Verification
+from teacher_cache.format.files import fsync
+from teacher_cache.format.header import UNUSABLE_JSON, CacheHeader
+from teacher_cache.format.manifest import JOURNAL_FOLDER, MANIFEST_NAME, SHARD_FOLDER, Manifest
+from teacher_cache.format.shares import PARTS_FOLDER, publish_part, read_parts
+from teacher_cache.format.store import CachePath, Store, open_store
+from teacher_cache.format.writing.journal_places import Journals
+
+REMOVED_FOLDER = "removed"
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What was done to a cache."""
+
+    removed: dict[str, str]  # file below the cache's root -> where it is now
+    has_manifest: bool  # else `cache.json` is gone: it was damaged, and no shard gives its header
+
+
+def repair_cache(path: CachePath, found: Verification) -> Repair:
+    """Move damaged shards with their commit records out of the way, and take the seal off.
+
+    The traces of these shards are then missing, and the command that made the cache captures them
+    again. A process that dies here leaves an unsealed cache that can be repaired again.
+
+    Args:
+        path: The cache; nobody may be writing to it, which is noticed on a local disk.
+        found: What `verify_cache` found there.
+
+    Raises:
+        CacheMismatchError: If a writer is at work.
+        OSError: If a file cannot be moved or written.
+    """
+    store = open_store(path)
+    files = {finding.file for finding in found.errors}
+    shards = sorted({PurePosixPath(f).stem for f in files if f.startswith(f"{SHARD_FOLDER}/")})
+    damaged = [
+        *(f"{SHARD_FOLDER}/{name}.json" for name in shards),  # the records first
+        *(f"{SHARD_FOLDER}/{name}.arrow" for name in shards),
+        *sorted(file for file in files if file.startswith(f"{JOURNAL_FOLDER}/")),
+    ]
+    parts = [f"{PARTS_FOLDER}/{name}" for name in store.sizes(PARTS_FOLDER)]
+    damaged += parts if PARTS_FOLDER in files else []
+    with _no_writer(store):
+        prefix = _new_prefix(store)
+        removed = {}
+        if store.size(MANIFEST_NAME) is not None:
+            removed[MANIFEST_NAME] = prefix + MANIFEST_NAME
+            store.publish(removed[MANIFEST_NAME], store.read(MANIFEST_NAME))
+        if found.header is not None:
+            store.publish(MANIFEST_NAME, _unsealed(store, found.header).to_bytes())
+        else:
+            store.remove(MANIFEST_NAME)
+        if damaged and PARTS_FOLDER not in files:
+            _reopen_parts(store)
+        for file in damaged:
+            if store.size(file) is not None:
+                removed[file] = prefix + PurePosixPath(file).name
+                _move(store, file, removed[file])
+    return Repair(removed, has_manifest=found.header is not None)
+
+
+@contextmanager
+def _no_writer(store: Store) -> Iterator[None]:
+    """Hold the lock of everybody who ever wrote here."""
+    with ExitStack() as stack:
+        if store.folder is not None:
+            journals = Journals(store.folder / JOURNAL_FOLDER, store, inside=True)
+            for worker in journals.workers():
+                stack.enter_context(journals.lock(worker))
+        yield
+
+
+def _new_prefix(store: Store) -> str:
+    """For the names of one repair: names of shards may come again."""
+    store.make_folder(REMOVED_FOLDER)
+    numbers = [name.partition("-")[0] for name in store.sizes(REMOVED_FOLDER)]
+    last = max((int(number) for number in numbers if number.isdigit()), default=0)
+    return f"{REMOVED_FOLDER}/{last + 1}-"
+
+
+def _unsealed(store: Store, header: CacheHeader) -> Manifest:
+    """A new `cache.json` without a seal; what the old one says of the capture is kept."""
+    try:
+        config = json.loads(store.read(MANIFEST_NAME))["config"]
+    except (FileNotFoundError, *UNUSABLE_JSON):
+        config = {}
+    return Manifest(header, config if isinstance(config, dict) else {})
+
+
+def _reopen_parts(store: Store) -> None:
+    """Workers that share an input have not finished it any more: traces of theirs are missing."""
+    for part, record in read_parts(store).items():
+        publish_part(store, part, replace(record, finished=False))
+
+
+def _move(store: Store, file: str, target: str) -> None:
+    if store.folder is None:
+        store.publish(target, store.read(file))
+        store.remove(file)
+        return
+    source = store.folder / file
+    source.rename(store.folder / target)  # needs no room on a full disk
+    fsync(source.parent)
+    fsync((store.folder / target).parent)

@@ -1,0 +1,269 @@
+"""Every checksum, count and promise of a cache, checked to the end: a list of all that is wrong.
+
+One shard is in memory at a time.
+"""
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from teacher_cache.format.checking.findings import Verification
+from teacher_cache.format.checking.verify_shard import broken_shard, header_in_shard
+from teacher_cache.format.commit import PLAIN_NAME, ShardCommit, check_commit, parse_commit
+from teacher_cache.format.errors import CacheError, CacheFormatError
+from teacher_cache.format.header import UNUSABLE_JSON, CacheHeader, content_hash
+from teacher_cache.format.manifest import (
+    JOURNAL_FOLDER,
+    MANIFEST_NAME,
+    SHARD_FOLDER,
+    Manifest,
+    make_seal,
+    parse_manifest,
+)
+from teacher_cache.format.shares import PARTS_FOLDER, read_parts
+from teacher_cache.format.store import CachePath, Store, open_store
+from teacher_cache.format.writing.journal import journal_damage, read_journal
+
+OnBytes = Callable[[int, int], None]  # told how many bytes of how many are checked
+
+
+def verify_cache(path: CachePath, on_bytes: OnBytes = lambda done, total: None) -> Verification:
+    """Check a cache, sealed or not, also while it is being written.
+
+    Args:
+        path: A folder, or a URI that pyarrow.fs knows.
+        on_bytes: Is called after every shard.
+
+    Raises:
+        CacheError: If there is nothing that could be checked, or it cannot be opened.
+    """
+    store = open_store(path)
+    shard_files = set(store.sizes(SHARD_FOLDER))
+    records = {file.removesuffix(".json") for file in shard_files if file.endswith(".json")}
+    if store.size(MANIFEST_NAME) is None and not records:
+        raise CacheFormatError(f"{store.where}: no cache here (expected a file {MANIFEST_NAME})")
+    found = Verification(store.where)
+    manifest, has_checksum = _check_manifest(store, found)
+    seal = None if manifest is None else manifest.seal
+    found.sealed = seal is not None
+    listed = records if seal is None else {name for name, _ in seal.shards}
+    read = (_read_commit(store, name, found) for name in sorted(listed))
+    commits = [commit for commit in read if commit is not None]
+    if manifest is not None and not has_checksum and not _is_of_shards(manifest, commits, found):
+        manifest = None
+    header = _header(store, commits) if manifest is None else manifest.header
+    found.header = header
+    total = sum(commit.size_bytes for commit in commits)
+    for commit in commits:
+        _check_shard(store, commit, header, found)
+        on_bytes(found.num_bytes, total)
+    if header is not None:
+        _count(manifest, header, commits, len(listed), found)
+    _check_copies(commits, found)
+    _note_strays(shard_files, listed, found)
+    try:
+        read_parts(store)
+    except CacheFormatError as error:
+        found.wrong(PARTS_FOLDER, str(error).removeprefix(f"{store.where}/"))
+    if header is not None and store.folder is not None:
+        _check_journals(store.folder, header, listed, found)
+    return found
+
+
+def _check_manifest(store: Store, found: Verification) -> tuple[Manifest | None, bool]:
+    """`cache.json`, where nothing is wrong with it, and whether it has a checksum that says so."""
+    try:
+        text = store.read(MANIFEST_NAME)
+        damage = _manifest_damage(text)
+    except FileNotFoundError:
+        damage = "is missing, although there are shards"
+    except (OSError, *UNUSABLE_JSON) as error:
+        damage = f"not readable: {error}"
+    if damage is not None:
+        found.wrong(MANIFEST_NAME, damage)
+        return None, False
+    has_checksum = "checksum" in json.loads(text)
+    try:
+        manifest = parse_manifest(text, f"{found.path}/{MANIFEST_NAME}")
+    except CacheFormatError as error:
+        if has_checksum:
+            raise  # as it was written, but by a later version
+        found.wrong(MANIFEST_NAME, str(error).removeprefix(f"{found.path}/"))
+        return None, False
+    if not has_checksum:
+        found.note(MANIFEST_NAME, "has no checksum: damage to its `config` would go unseen")
+    return manifest, has_checksum
+
+
+def _manifest_damage(text: bytes) -> str | None:
+    record: dict[str, Any] = json.loads(text)
+
+    def hash_without(name: str) -> str:
+        return content_hash({key: value for key, value in record.items() if key != name})
+
+    checksum = record.get("checksum")
+    if checksum is not None and checksum != hash_without("checksum"):
+        return f"its checksum {checksum!r} is not that of its content"
+    for name, value in record.items():
+        if name != "checksum" and isinstance(value, str) and value == hash_without(name):
+            return f"expected the key `checksum`, found {name!r} in its place"
+    return _case_damage(text, json.dumps(record, indent=1))
+
+
+def _case_damage(text: bytes, expected: str) -> str | None:
+    """A flipped bit that no value shows: in `\\u00e9` and `1e-05` case means nothing to JSON."""
+    found = text.strip()
+    if found != expected.encode() and found.lower() == expected.lower().encode():
+        return "a letter of an escape or a number has changed its case"
+    return None
+
+
+def _read_commit(store: Store, name: str, found: Verification) -> ShardCommit | None:
+    file = f"{SHARD_FOLDER}/{name}.json"
+    if not PLAIN_NAME.match(name):
+        found.wrong(file, f"{name!r} is no name of a shard")
+        return None
+    try:
+        text = store.read(file)
+        commit = parse_commit(text, name)
+    except FileNotFoundError:
+        found.wrong(file, "the seal lists this commit record, and it is missing")
+        return None
+    except (OSError, CacheFormatError) as error:
+        found.wrong(file, error)
+        return None
+    damage = _case_damage(text, json.dumps(json.loads(text)))
+    if damage is not None:
+        found.wrong(file, damage)
+    return commit
+
+
+def _is_of_shards(manifest: Manifest, commits: Sequence[ShardCommit], found: Verification) -> bool:
+    """Whether a header without a checksum is that of any shard: what all deny is the damage."""
+    fingerprint = manifest.header.fingerprint
+    of_shards = {commit.header_fingerprint for commit in commits} or {fingerprint}
+    if fingerprint in of_shards or len(of_shards) > 1:
+        return True
+    found.wrong(
+        MANIFEST_NAME, f"its header {fingerprint} is not that of the shards, {of_shards.pop()}"
+    )
+    return False
+
+
+def _header(store: Store, commits: Sequence[ShardCommit]) -> CacheHeader | None:
+    """The header as shards hold it, where `cache.json` is damaged."""
+    for commit in commits:
+        try:
+            return header_in_shard(store.read(_shard_file(commit)), commit)
+        except (OSError, CacheError):  # listed where this shard is checked
+            continue
+    return None
+
+
+def _shard_file(commit: ShardCommit) -> str:
+    return f"{SHARD_FOLDER}/{commit.name}.arrow"
+
+
+def _check_shard(
+    store: Store, commit: ShardCommit, header: CacheHeader | None, found: Verification
+) -> None:
+    if header is not None:
+        try:
+            check_commit(commit, header)
+        except CacheError as error:
+            found.wrong(f"{SHARD_FOLDER}/{commit.name}.json", error)
+            header = None  # its values cannot be judged by this one
+    file = _shard_file(commit)
+    try:
+        data = store.read(file)
+    except FileNotFoundError:
+        found.wrong(file, "is missing, although its commit record is there")
+        return
+    except OSError as error:
+        found.wrong(file, f"cannot be read: {error}")
+        return
+    found.num_shards += 1
+    found.num_bytes += len(data)
+    found.num_entries += commit.num_entries
+    for problem in broken_shard(data, commit, header, file):
+        found.wrong(file, problem)
+
+
+def _count(
+    manifest: Manifest | None,
+    header: CacheHeader,
+    commits: Sequence[ShardCommit],
+    num_listed: int,
+    found: Verification,
+) -> None:
+    actual = make_seal(commits, header)
+    found.num_traces, found.num_tokens = actual.num_traces, actual.num_tokens
+    found.num_duplicates = actual.num_duplicates
+    if manifest is None or manifest.seal is None:
+        return
+    checksums = dict(manifest.seal.shards)
+    for commit in commits:
+        if commit.checksum != checksums[commit.name]:
+            found.wrong(f"{SHARD_FOLDER}/{commit.name}.json", "is not the one that was sealed")
+    if len(commits) < num_listed:
+        return  # said already, and the totals must differ
+    for name in ("num_traces", "num_tokens", "num_duplicates"):
+        expected, counted = getattr(manifest.seal, name), getattr(actual, name)
+        if expected != counted:
+            found.wrong(MANIFEST_NAME, f"the seal says {name} {expected:,}, counted {counted:,}")
+
+
+def _check_copies(commits: Sequence[ShardCommit], found: Verification) -> None:
+    """Two workers may capture one trace, but only from the same input."""
+    first: dict[str, tuple[str, str]] = {}
+    for commit in commits:
+        for trace in commit.traces:
+            source_hash, shard = first.setdefault(trace.trace_id, (trace.source_hash, commit.name))
+            if source_hash != trace.source_hash:
+                found.wrong(
+                    f"{SHARD_FOLDER}/{commit.name}.json",
+                    f"trace {trace.trace_id!r} was made from other content than in {shard}",
+                )
+
+
+def _note_strays(files: Collection[str], listed: Collection[str], found: Verification) -> None:
+    for file in sorted(files):
+        stem, _, kind = file.rpartition(".")
+        where = f"{SHARD_FOLDER}/{file}"
+        if file.startswith(".tmp-"):
+            found.note(where, "a writer's temporary file; it may be removed when none is at work")
+        elif stem in listed and kind in ("json", "arrow"):
+            continue
+        elif f"{stem}.json" in files and kind in ("json", "arrow"):
+            found.note(where, "came after the seal and does not count")
+        elif kind == "arrow":
+            found.note(where, "has no commit record and does not count: its writer was stopped")
+        else:
+            found.note(where, "is no file of a cache")
+
+
+def _check_journals(
+    root: Path, header: CacheHeader, listed: Collection[str], found: Verification
+) -> None:
+    for path in sorted((root / JOURNAL_FOLDER).glob("*.journal")):
+        file = f"{JOURNAL_FOLDER}/{path.name}"
+        try:
+            num_traces = sum(1 for _ in read_journal(path, header.fingerprint))
+            damage = journal_damage(path, header.fingerprint)
+        except FileNotFoundError:
+            continue  # a running writer has made a shard of it meanwhile
+        except (OSError, CacheFormatError) as error:
+            found.wrong(file, str(error).removeprefix(f"{path}: "))
+            continue
+        if path.stem in listed:
+            found.note(file, "is left from a shard that is there; the next capture removes it")
+            continue
+        found.num_journalled += num_traces
+        if damage:
+            num_bytes = sum(end - start for start, end in damage)
+            found.note(
+                file,
+                f"{num_traces:,} whole traces, and {num_bytes:,} bytes that are none, from byte "
+                f"{damage[0][0]:,}: the next capture makes what stood there again",
+            )

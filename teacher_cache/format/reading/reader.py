@@ -1,0 +1,262 @@
+"""Reading a cache: commit records first, then only the prefix of a shard that is needed.
+
+Every block that is read is checked against its crc32, and every value against the format, before
+anything is handed out.
+"""
+
+import logging
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from teacher_cache.format.bands import num_bands_needed
+from teacher_cache.format.codec import KeepPolicy
+from teacher_cache.format.commit import ShardCommit, TraceInfo
+from teacher_cache.format.errors import CacheFormatError, CacheMismatchError
+from teacher_cache.format.header import CacheHeader
+from teacher_cache.format.manifest import SHARD_FOLDER, Manifest, ShardList, shards_fingerprint
+from teacher_cache.format.reading.decode import assemble, decode_bands
+from teacher_cache.format.reading.prefix_cache import PrefixCache
+from teacher_cache.format.reading.view import narrowed
+from teacher_cache.format.records import (
+    committed_names,
+    read_commits,
+    require_manifest,
+    shard_file,
+)
+from teacher_cache.format.store import CachePath, Store, open_store
+from teacher_cache.format.trace import Trace
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Cache:
+    """An open cache: an immutable snapshot of its commit records, and access to its shards."""
+
+    path: str
+    manifest: Manifest
+    shards: tuple[ShardCommit, ...]  # by name
+    traces: tuple[tuple[int, int], ...]  # (shard, row) of every trace, each counted once
+    fingerprint: str  # of the shards' content
+    store: Store
+    prefix_cache: PrefixCache | None = None
+    bytes_read: int = 0  # from shards, by this object
+    bytes_fetched: int = 0  # of these, not found in the prefix cache
+
+    @property
+    def header(self) -> CacheHeader:
+        """Provenance and policy."""
+        return self.manifest.header
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the capture is complete."""
+        return self.manifest.seal is not None
+
+    @property
+    def snapshot(self) -> ShardList | None:
+        """The shards that this is, where it is not all of a complete capture."""
+        if self.manifest.seal is not None and self.manifest.seal.fingerprint == self.fingerprint:
+            return None
+        return tuple((commit.name, commit.checksum) for commit in self.shards)
+
+    def num_held(self, trace: TraceInfo) -> int:
+        """How many of its first tokens can be read: all, unless the cache was truncated."""
+        return self.header.num_held(trace.n_total)
+
+    def view(self, *, top_k: int | None = None, mass: float | None = None) -> KeepPolicy:
+        """The policy with which `read` gives fewer entries than were captured.
+
+        Args:
+            top_k: At most so many entries per token, and the token itself; as captured if None.
+            mass: The fewest entries whose stored probabilities reach it; as captured if None.
+
+        Raises:
+            CacheMismatchError: If the capture did not keep so much.
+            ValueError: If `top_k` is below 1 or `mass` not in (0, 1].
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, got {top_k}")
+        if mass is not None and not 0.0 < mass <= 1.0:
+            raise ValueError(f"mass: expected a probability in (0, 1], got {mass}")
+        for name, asked in (("top_k", top_k), ("mass", mass)):
+            held = getattr(self.header, name)
+            if asked is not None and asked > held:
+                raise CacheMismatchError(
+                    f"{self.path}: was captured with {name} {held:g} and cannot be read with "
+                    f"{asked:g}: ask for at most that, or capture again"
+                )
+        # As captured is all that is stored: the rounded probabilities are not counted again.
+        if mass is None or mass == self.header.mass:
+            mass = 1.0
+        return KeepPolicy(top_k or self.header.top_k, mass)
+
+    def read(
+        self, shard_index: int, keep: Mapping[int, int], view: KeepPolicy | None = None
+    ) -> dict[int, Trace]:
+        """Read the first tokens of some traces of one shard.
+
+        The bytes read are one prefix of the file: the leading bands that hold these tokens.
+
+        Args:
+            shard_index: Index into `shards`.
+            keep: Row in the shard -> how many of its tokens, 1 to n_total.
+            view: Fewer entries per token than are stored; from the method of that name.
+
+        Returns:
+            Row -> its trace, cut to the tokens asked for.
+
+        Raises:
+            CacheFormatError: If the shard is missing, damaged, or not what its record says.
+            CacheMismatchError: If `keep` asks for tokens that a truncated cache does not hold.
+            ValueError: If `keep` asks for tokens that a trace does not have.
+        """
+        commit = self.shards[shard_index]
+        where = f"{self.path}: shard {commit.name}.arrow"
+        for row, num_tokens in keep.items():
+            if not 1 <= num_tokens <= commit.traces[row].n_total:
+                raise ValueError(
+                    f"{where}: trace {commit.traces[row].trace_id!r} has "
+                    f"{commit.traces[row].n_total} tokens, {num_tokens} were asked for"
+                )
+        held = {row: self.num_held(commit.traces[row]) for row in keep}
+        for row, num_tokens in keep.items():
+            if num_tokens > held[row]:
+                raise CacheMismatchError(
+                    f"{where}: the cache was truncated to a lead span of "
+                    f"{self.header.max_lead_span:g} and holds {held[row]} tokens of trace "
+                    f"{commit.traces[row].trace_id!r}, {num_tokens} were asked for. Train on at "
+                    "most this lead span, or on the cache that it was made from."
+                )
+        spans = ((held[row], count) for row, count in keep.items())
+        num_bands = num_bands_needed(spans, len(commit.blocks))
+        data = self._read_prefix(commit, num_bands, where)
+        bands = decode_bands(data, commit, num_bands, self.header, where)
+        traces = {row: assemble(commit, row, count, bands, where) for row, count in keep.items()}
+        if view is None or (view.top_k >= self.header.top_k and view.mass >= 1.0):
+            return traces
+        return {row: narrowed(trace, view) for row, trace in traces.items()}
+
+    def _read_prefix(self, commit: ShardCommit, num_bands: int, where: str) -> pa.Buffer:
+        size = commit.prefix_bytes(num_bands)
+
+        def fetch(offset: int, num_bytes: int) -> pa.Buffer:
+            data = self.store.read_range(shard_file(commit.name), offset, num_bytes)
+            self.bytes_fetched += data.size
+            return data
+
+        kept = self.prefix_cache
+        try:
+            data = fetch(0, size) if kept is None else kept.read(commit.sha256, size, fetch)
+            damage = _damage(data, commit, num_bands)
+            if kept is not None and damage is not None:
+                logger.warning("%s: damaged in the prefix cache, fetched again", where)
+                kept.drop(commit.sha256)
+                data = kept.read(commit.sha256, size, fetch)
+                damage = _damage(data, commit, num_bands)
+                if damage is not None:
+                    kept.drop(commit.sha256)  # it came like this, and may be mended there
+        except OSError as error:
+            raise CacheFormatError(f"{where}: cannot be read: {error}") from error
+        self.bytes_read += data.size
+        if damage is not None:
+            raise CacheFormatError(f"{where}: {damage}")
+        return data
+
+
+def _damage(data: pa.Buffer, commit: ShardCommit, num_bands: int) -> str | None:
+    """What is wrong with the first bands of a shard; None where they are what was committed."""
+    size = commit.prefix_bytes(num_bands)
+    if data.size != size:
+        return f"expected {size} bytes, the file ends at {data.size}"
+    view = memoryview(data)
+    for band, block in enumerate(commit.blocks[:num_bands]):
+        found = zlib.crc32(view[block.offset : block.offset + block.length])
+        if found != block.crc32:
+            return (
+                f"band {band} is damaged (crc32 {found:08x}, expected {block.crc32:08x}). Restore "
+                "the file from a copy, or capture again into another folder."
+            )
+    return None
+
+
+def open_cache(
+    path: CachePath,
+    *,
+    allow_unsealed: bool = False,
+    snapshot: ShardList | None = None,
+    prefix_cache: PrefixCache | None = None,
+) -> Cache:
+    """Open a cache for reading.
+
+    Args:
+        path: A folder, or a URI that pyarrow.fs knows (s3://, gs://, hdfs://, file://).
+        allow_unsealed: Take a snapshot of the shards committed so far where the capture is not
+            complete.
+        snapshot: `Cache.snapshot` of an earlier opening: the same shards again, whatever else has
+            been committed meanwhile.
+        prefix_cache: Where what is read of its shards is kept on this machine.
+
+    Raises:
+        CacheFormatError: If there is no cache, or a commit record or shard is missing or damaged.
+        CacheMismatchError: If the cache is not sealed and that was not allowed.
+    """
+    store = open_store(path)
+    manifest = require_manifest(store)
+    if manifest.seal is None and not allow_unsealed:
+        raise CacheMismatchError(
+            f"{store.where}: the capture is not complete (no seal). Run cache-teacher again to "
+            "finish it, seal what is there with `cache-teacher seal`, or read what is committed "
+            "so far with --allow-unsealed."
+        )
+    sealed = None if manifest.seal is None else manifest.seal.shards
+    wanted = sealed if snapshot is None else snapshot
+    expected = None if wanted is None else dict(wanted)
+    names = committed_names(store) if expected is None else list(expected)
+    commits = read_commits(store, names, manifest.header)
+    for commit in commits:
+        if expected is not None and commit.checksum != expected[commit.name]:
+            raise CacheFormatError(
+                f"{store.where}: the commit record of {commit.name} is not the "
+                f"{'sealed one' if snapshot is None else 'one that was read before'}"
+            )
+    _check_shard_files(store, commits)
+    return Cache(
+        path=store.where,
+        manifest=manifest,
+        shards=tuple(commits),
+        traces=_each_trace_once(commits),
+        fingerprint=shards_fingerprint([(c.name, c.checksum) for c in commits]),
+        store=store,
+        prefix_cache=prefix_cache,
+    )
+
+
+def _check_shard_files(store: Store, commits: Sequence[ShardCommit]) -> None:
+    sizes = store.sizes(SHARD_FOLDER)
+    for commit in commits:
+        size_bytes = sizes.get(f"{commit.name}.arrow")
+        if size_bytes is None:
+            raise CacheFormatError(
+                f"{store.where}: shard {commit.name}.arrow is missing. Restore it from a copy, or "
+                "capture its traces again into another folder."
+            )
+        if size_bytes != commit.size_bytes:
+            raise CacheFormatError(
+                f"{store.where}: shard {commit.name}.arrow has {size_bytes} bytes, expected "
+                f"{commit.size_bytes}; it is damaged or not fully copied"
+            )
+
+
+def _each_trace_once(commits: Sequence[ShardCommit]) -> tuple[tuple[int, int], ...]:
+    seen = set()
+    once = []
+    for shard_index, commit in enumerate(commits):
+        for row, trace in enumerate(commit.traces):
+            if trace.trace_id not in seen:
+                seen.add(trace.trace_id)
+                once.append((shard_index, row))
+    return tuple(once)

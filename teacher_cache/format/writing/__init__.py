@@ -1,0 +1,1 @@
+"""From finished traces to sealed shards, through a journal that survives a kill."""

@@ -1,0 +1,77 @@
+"""A full journal becomes a published shard; its commit record comes last.
+
+Memory: the journal's bytes (SHARD_BYTES and one trace), its traces decoded (at most about 2.5 times
+MAX_DECODED_BYTES), and the shard's bytes up to three times while they are built and read back.
+Measured: 250 MiB for a full journal of 15 entries per token, 330 MiB for one that compresses so
+well that MAX_DECODED_BYTES closes it.
+"""
+
+import hashlib
+
+from teacher_cache.format.commit import ShardCommit, TraceInfo
+from teacher_cache.format.header import CacheHeader
+from teacher_cache.format.records import commit_file, shard_file
+from teacher_cache.format.store import Store
+from teacher_cache.format.writing.journal import FinishedTrace, read_journal
+from teacher_cache.format.writing.journal_places import Journals
+from teacher_cache.format.writing.shard import encode_shard
+
+
+def compact(journals: Journals, name: str, header: CacheHeader) -> None:
+    """Publish what a journal holds, then remove it.
+
+    Raises:
+        CacheFormatError: If the journal is not this capture's.
+        OSError: If the shard cannot be published; the journal stays.
+    """
+    finished = list(read_journal(journals.file(name), header.fingerprint))
+    if finished:
+        _publish(finished, journals.store, _free_name(journals.store, name), header)
+    journals.remove(name)
+
+
+def shard_name(worker: str, generation: int) -> str:
+    """What the shard of a worker's n-th journal is called."""
+    return f"{worker}-{generation:05d}"
+
+
+def generation_of(name: str) -> int:
+    """The inverse of `shard_name`, whatever the worker."""
+    return int(name.rpartition("-")[2])
+
+
+def _free_name(store: Store, name: str) -> str:
+    """This name, or the next that no committed shard has: another machine may have used it."""
+    while store.size(commit_file(name)) is not None:
+        name = shard_name(name.rpartition("-")[0], generation_of(name) + 1)
+    return name
+
+
+def _publish(finished: list[FinishedTrace], store: Store, name: str, header: CacheHeader) -> None:
+    shard = encode_shard([item.trace for item in finished], header)
+    commit = ShardCommit(
+        name=name,
+        header_fingerprint=header.fingerprint,
+        size_bytes=len(shard.data),
+        sha256=hashlib.sha256(shard.data).hexdigest(),
+        num_entries=sum(item.trace.num_entries for item in finished),
+        num_clamped_tails=sum(item.num_clamped_tails for item in finished),
+        num_clamped_logits=sum(item.num_clamped_logits for item in finished),
+        blocks=shard.blocks,
+        traces=tuple(_trace_info(item) for item in finished),
+    )
+    store.publish(shard_file(name), shard.data)
+    store.publish(commit_file(name), commit.to_bytes())
+
+
+def _trace_info(item: FinishedTrace) -> TraceInfo:
+    trace = item.trace
+    return TraceInfo(
+        trace_id=trace.trace_id,
+        n_total=trace.n_total,
+        cot_start=trace.cot_start,
+        answer_start=trace.answer_start,
+        finish_reason=trace.finish_reason,
+        source_hash=item.source_hash,
+        fields=dict(trace.fields),
+    )

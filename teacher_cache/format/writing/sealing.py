@@ -1,0 +1,59 @@
+"""Declaring a cache complete."""
+
+from pathlib import Path
+
+from teacher_cache.format.errors import CacheMismatchError
+from teacher_cache.format.header import CacheHeader
+from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Manifest, make_seal
+from teacher_cache.format.records import committed_names, read_commits, require_manifest
+from teacher_cache.format.shares import require_all_parts
+from teacher_cache.format.store import CachePath, open_store
+from teacher_cache.format.writing.journal_places import open_journals
+from teacher_cache.format.writing.writer import CacheWriter
+
+
+def seal_cache(
+    path: CachePath, *, journal: Path | None = None, allow_missing: bool = False
+) -> Manifest:
+    """Declare a cache complete: compact what journals are left and list its shards.
+
+    No writer may be at work. Sealing a sealed cache changes nothing.
+
+    Args:
+        path: A folder, or a URI that pyarrow.fs knows.
+        journal: The folder of the journals, where it is not the default one.
+        allow_missing: Seal even where workers that share an input have not all finished it.
+
+    Raises:
+        CacheMismatchError: If a worker is still writing, has a journal elsewhere, or has not
+            finished its part of the input, or if shards came after the seal.
+        CacheError: If a commit record is damaged or of another capture.
+        OSError: If the seal cannot be written.
+    """
+    store = open_store(path)
+    manifest = require_manifest(store)
+    if manifest.seal is not None:
+        later = set(committed_names(store)) - dict(manifest.seal.shards).keys()
+        if later:
+            raise CacheMismatchError(
+                f"{store.where}: shard {min(later)} came after the seal and does not count; "
+                "move the shards that came later into a cache of their own"
+            )
+        return manifest
+    if not allow_missing:
+        require_all_parts(store)
+    compact_journals(path, manifest.header, journal=journal)
+    journals = open_journals(path, store, journal)
+    journals.require_all_finished()
+    for folder in ("", SHARD_FOLDER):
+        store.remove_unpublished(folder)
+    commits = read_commits(store, committed_names(store), manifest.header)
+    sealed = Manifest(manifest.header, manifest.config, make_seal(commits, manifest.header))
+    store.publish(MANIFEST_NAME, sealed.to_bytes())
+    return sealed
+
+
+def compact_journals(path: CachePath, header: CacheHeader, *, journal: Path | None = None) -> None:
+    """Bring what is left in journals into shards; nobody may be writing. Raises as `seal_cache`."""
+    for worker in open_journals(path, open_store(path), journal).workers():
+        CacheWriter(path, header, worker=worker, journal=journal).finish()

@@ -1,0 +1,170 @@
+"""The shapes that rows have: what was asked, and what was answered, wherever it stands."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from teacher_cache.sources.conversations import REASONING_NAMES, Message, messages_of, with_system
+from teacher_cache.sources.rejects import BadRow, Reason
+
+PROMPT_TURNS = ("all", "assistant")
+CHAT_COLUMNS = ("messages", "conversations")
+_RESPONSE_COLUMNS = ("response", "completion", "content")
+_SWITCHES = {"on", "off", "true", "false", "yes", "no"}  # a `reasoning` column that is no text
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the user's rows are laid out; None where the usual names are looked for."""
+
+    id_field: str = "id"
+    prompt_field: str | None = None
+    response_field: str | None = None
+    reasoning_field: str | None = None
+    drop_system: bool = False
+    apply_chat_template: bool = False  # to prompts that are text
+    prompt_turns: str = PROMPT_TURNS[0]  # which of the prompt's turns get distributions
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A row read: what the teacher was asked, and what was answered."""
+
+    prompt: str | list[Message]  # text as it is, or what the chat template takes
+    tools: list[Any] | None  # that the chat template may describe
+    reasoning: str | None
+    answer: str | None  # None where the prompt is all
+    used: tuple[str, ...]  # columns; the others are the user's own
+
+
+def read_prompt(row: Mapping[str, Any], layout: Layout) -> Exchange:
+    """A row's prompt. A last turn of the assistant is left off: the teacher answers anew.
+
+    Raises:
+        BadRow: If there is none.
+    """
+    column = _prompt_column(row, layout)
+    prompt, used = _asked(row, column, layout)
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        prompt = prompt[:-1]
+        if not prompt:
+            raise BadRow(Reason.EMPTY_PROMPT, "no message stands before the assistant's")
+    return Exchange(prompt, _tools(row, prompt), None, None, used)
+
+
+def read_trace(row: Mapping[str, Any], layout: Layout) -> Exchange:
+    """A row's prompt and response.
+
+    Raises:
+        BadRow: If one of them is not there.
+    """
+    column = _prompt_column(row, layout)
+    prompt, used = _asked(row, column, layout)
+    response = _response_column(row, layout)
+    if not isinstance(prompt, str) and (column in CHAT_COLUMNS or response is None):
+        last = prompt[-1]
+        if last["role"] != "assistant":
+            raise BadRow(
+                Reason.NO_ASSISTANT_TURN,
+                f"the last message must be the assistant's, got role {last['role']!r}",
+            )
+        if last.get("tool_calls"):
+            raise BadRow(
+                Reason.TOOL_CALLS,
+                "the last turn has `tool_calls`, whose text only the teacher's template knows; "
+                "give that text as its content",
+            )
+        if len(prompt) == 1:
+            raise BadRow(Reason.EMPTY_PROMPT, "no message stands before the assistant's")
+        tools = _tools(row, prompt)
+        return Exchange(prompt[:-1], tools, last.get("reasoning_content"), last["content"], used)
+    if response is None:
+        expected = layout.response_field or "messages`, `conversations`, `token_ids` or `response"
+        raise BadRow(
+            Reason.UNKNOWN_COLUMNS,
+            f"expected `{expected}`, found {_found(row)}; name yours with --response-field",
+        )
+    reasoning_column = _reasoning_column(row, layout)
+    reasoning = None if reasoning_column is None else row[reasoning_column]
+    answer = row[response]
+    if isinstance(answer, list):
+        answer, reasoning = _answer_of_messages(answer, response)
+    if not isinstance(answer, str) or not isinstance(reasoning, str | None):
+        raise BadRow(Reason.BAD_RESPONSE, "the response and its reasoning must be text")
+    columns = (*used, response) if reasoning_column is None else (*used, response, reasoning_column)
+    return Exchange(prompt, _tools(row, prompt), reasoning, answer, columns)
+
+
+def _answer_of_messages(value: list[Any], column: str) -> tuple[str, str | None]:
+    messages = messages_of(value, column)
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise BadRow(Reason.BAD_RESPONSE, f"`{column}` must be one message of the assistant")
+    return messages[0]["content"], messages[0].get("reasoning_content")
+
+
+def _prompt_column(row: Mapping[str, Any], layout: Layout) -> str:
+    names = (layout.prompt_field,) if layout.prompt_field else (*CHAT_COLUMNS, "prompt")
+    for name in names:
+        if row.get(name) is not None:
+            return name
+    expected = " or ".join(f"`{name}`" for name in names)
+    raise BadRow(
+        Reason.UNKNOWN_COLUMNS,
+        f"expected {expected}, found {_found(row)}; name yours with --prompt-field",
+    )
+
+
+def _response_column(row: Mapping[str, Any], layout: Layout) -> str | None:
+    names = (layout.response_field,) if layout.response_field else _RESPONSE_COLUMNS
+    return next((name for name in names if row.get(name) is not None), None)
+
+
+def _reasoning_column(row: Mapping[str, Any], layout: Layout) -> str | None:
+    if layout.reasoning_field:
+        return layout.reasoning_field if row.get(layout.reasoning_field) is not None else None
+    for name in REASONING_NAMES:
+        value = row.get(name)
+        if isinstance(value, str) and value.strip().lower() not in _SWITCHES:
+            return name
+    return None
+
+
+def _asked(
+    row: Mapping[str, Any], column: str, layout: Layout
+) -> tuple[str | list[Message], tuple[str, ...]]:
+    """The prompt or the conversation in a column, with its system prompt, and columns used."""
+    value = row[column]
+    if isinstance(value, str) and column not in CHAT_COLUMNS:
+        if not value.strip():
+            raise BadRow(Reason.EMPTY_PROMPT, "the prompt is empty")
+        if not layout.apply_chat_template:
+            return value, (column,)
+        value = [{"role": "user", "content": value}]
+    elif not isinstance(value, list | str):
+        raise BadRow(
+            Reason.BAD_PROMPT,
+            f"`{column}` must be text or a list of messages, got {type(value).__name__}",
+        )
+    messages = with_system(messages_of(value, column), row.get("system"), drop=layout.drop_system)
+    if not messages:
+        raise BadRow(Reason.EMPTY_PROMPT, "the system prompt is the only message")
+    return messages, (column, "system", "tools")
+
+
+def _tools(row: Mapping[str, Any], prompt: str | list[Message]) -> list[Any] | None:
+    tools = row.get("tools")
+    if isinstance(prompt, str) or not tools:
+        return None
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise BadRow(Reason.BAD_MESSAGES, f"`tools` is not JSON: {error}") from error
+    if not isinstance(tools, list):
+        raise BadRow(Reason.BAD_MESSAGES, f"`tools` must be a list, got {type(tools).__name__}")
+    return tools
+
+
+def _found(row: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(row)) or "nothing"

@@ -1,0 +1,106 @@
+"""Source: the user's input as traces, each id once, with account of every row left out."""
+
+import logging
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
+
+from teacher_cache.sources.files import Input
+from teacher_cache.sources.json_files import parse_line
+from teacher_cache.sources.rejects import BadRow, Reason, Rejects, SourceError
+from teacher_cache.sources.render import given_id
+from teacher_cache.sources.row import Row
+from teacher_cache.sources.trace import Render, SourceTrace
+
+logger = logging.getLogger(__name__)
+
+_NUM_SHOWN = 5  # missing ids
+
+
+@dataclass(frozen=True)
+class Source:
+    """Prompts or traces, as the teacher will see them.
+
+    `read` goes over the input from the start, as often as it is called. With `strict` the first
+    row that cannot be used raises SourceError; without, it goes into the list of rejects.
+    """
+
+    input: Input
+    render: Render
+    id_field: str = "id"
+    strict: bool = False
+    only_ids: frozenset[str] | None = None  # leave out every other row
+
+    @property
+    def path(self) -> Path:
+        """What the user named."""
+        return self.input.path
+
+    def read(self, rejects: Rejects) -> Iterator[SourceTrace]:
+        """Yield the rendered rows, each id once; memory holds the ids and `rejects`.
+
+        Raises:
+            SourceError: If the input cannot be read to its end, or for a bad row where strict.
+        """
+        seen: dict[str, tuple[str, int]] = {}
+        for row in self.input:
+            name = None
+            try:
+                values = _values(row)
+                name = given_id(values, self.id_field)
+                if self.only_ids is not None and name is not None and name not in self.only_ids:
+                    continue
+                trace = self.render(values)
+                if trace.trace_id in seen:
+                    file, number = seen[trace.trace_id]
+                    raise BadRow(
+                        Reason.DUPLICATE_ID,
+                        f"id {trace.trace_id!r} stands in {file}:{number} already",
+                    )
+            except BadRow as error:
+                if self.strict:
+                    raise SourceError(
+                        f"{row.file}:{row.number}: {error} [{error.reason}]. Mend the row, or "
+                        "leave out --strict to go on without such rows."
+                    ) from error
+                rejects.add(row.file, row.number, name, error)
+                continue
+            if self.only_ids is not None and trace.trace_id not in self.only_ids:
+                continue
+            seen[trace.trace_id] = (row.file, row.number)
+            yield trace
+
+    def say_missing_ids(self, found: AbstractSet[str]) -> None:
+        """Say which of the ids that were asked for are not in the input."""
+        missing = sorted((self.only_ids or frozenset()) - found)
+        if missing:
+            shown = ", ".join(missing[:_NUM_SHOWN]) + (", ..." if len(missing) > _NUM_SHOWN else "")
+            logger.warning(
+                "%s: not there of the ids asked for: %d, %s", self.path, len(missing), shown
+            )
+
+
+def _values(row: Row) -> dict[str, object]:
+    content = parse_line(row.content) if isinstance(row.content, bytes) else row.content
+    if not isinstance(content, dict):
+        raise BadRow(Reason.NOT_AN_OBJECT, f"expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_ids(path: Path) -> frozenset[str]:
+    """The ids of a file with one on each line.
+
+    Raises:
+        SourceError: If it cannot be read, or holds none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not UTF-8: {error.reason}") from error
+    ids = frozenset(line.strip() for line in lines if line.strip())
+    if not ids:
+        raise SourceError(f"{path}: expected one id on each line, found none")
+    return ids

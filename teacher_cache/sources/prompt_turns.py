@@ -1,0 +1,103 @@
+"""Which tokens of a prompt the assistant wrote, whatever the chat template."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from teacher_cache.sources.conversations import Message, rendered
+from teacher_cache.sources.rejects import BadRow, Reason
+from teacher_cache.sources.tokenizer import TeacherTokenizer
+from teacher_cache.sources.trace import Spans
+
+_STAND_IN = "leadspan0stand0in"  # takes the place of a message, to see where it is rendered
+
+
+def tokens_of_others(
+    messages: list[Message],
+    tools: list[Any] | None,
+    ids: Sequence[int],
+    tokenizer: TeacherTokenizer,
+) -> Spans:
+    """Spans of a rendered conversation that are not the assistant's: all else, template included.
+
+    An assistant's turn reaches from the end of the template's own opening to its end-of-turn
+    token; without such a token to the next message's text.
+
+    Args:
+        messages: As they were given to the template.
+        tools: Likewise.
+        ids: Of the rendered conversation.
+        tokenizer: The teacher's.
+
+    Raises:
+        BadRow: If the template moves or changes the messages around an assistant's turn.
+    """
+    others: list[tuple[int, int]] = []
+    position = 0
+    runs = _assistant_runs(messages)
+    if not runs:
+        return ((0, len(ids)),)
+    text = rendered(messages, tools, tokenizer)
+    offsets = tokenizer.offsets(text)
+    for first, after in runs:
+        _, before_end = _place_of(first - 1, messages, tools, text, tokenizer)
+        next_start, _ = _place_of(after, messages, tools, text, tokenizer)
+        start_char = before_end + _opening_length(
+            messages[:first], tools, text[before_end:], tokenizer
+        )
+        # A token that only begins like the opening is the assistant's.
+        own = [t for t, (_, end) in enumerate(offsets) if start_char < end <= next_start]
+        ends = [t for t in own if ids[t] == tokenizer.end_id]
+        if own:
+            others.append((position, own[0]))
+            position = (ends or own)[-1] + 1
+    return (*(span for span in others if span[0] < span[1]), (position, len(ids)))
+
+
+def _assistant_runs(messages: list[Message]) -> list[tuple[int, int]]:
+    """(first, one after the last) of each run of assistant messages between two others."""
+    runs, first = [], None
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            first = number if first is None else first
+        elif first is not None:
+            if first > 0:
+                runs.append((first, number))
+            first = None
+    return runs
+
+
+def _place_of(
+    number: int,
+    messages: list[Message],
+    tools: list[Any] | None,
+    text: str,
+    tokenizer: TeacherTokenizer,
+) -> tuple[int, int]:
+    """Where the content of a message stands in the rendered text, in characters."""
+    other = rendered(_replaced(messages, number), tools, tokenizer)
+    start = other.find(_STAND_IN)
+    after = other[start + len(_STAND_IN) :]
+    end = len(text) - len(after)
+    if start < 0 or end < start or text[:start] != other[:start] or text[end:] != after:
+        raise BadRow(
+            Reason.TURNS_NOT_FOUND,
+            f"message {number + 1} is not found in what the chat template makes of it; "
+            "--prompt-turns all needs no places of messages",
+        )
+    return start, end
+
+
+def _opening_length(
+    before: list[Message], tools: list[Any] | None, text: str, tokenizer: TeacherTokenizer
+) -> int:
+    """Characters at the start of `text` with which the template opens the assistant's turn."""
+    opening = rendered(_replaced(before, len(before) - 1), tools, tokenizer).partition(_STAND_IN)[2]
+    pairs = zip(opening, text, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(opening), len(text)))
+
+
+def _replaced(messages: list[Message], number: int) -> list[Message]:
+    return [
+        {**message, "content": _STAND_IN} if other == number else message
+        for other, message in enumerate(messages)
+    ]

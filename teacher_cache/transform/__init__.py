@@ -1,0 +1,1 @@
+"""A cache in, data out: truncated caches and exports."""

@@ -1,0 +1,159 @@
+"""`cache-teacher export`: a cache or a part of it as JSONL, which `score` reads, or as Parquet."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from teacher_cache.format import Cache, CacheError, Trace, lead_span_length, stored_logprobs
+from teacher_cache.sources.tokenizer import TeacherTokenizer
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which part of a cache is exported; the defaults are all of it."""
+
+    lead_span: float | None = None  # of every trace; all that the cache holds
+    limit: int | None = None  # traces, the first ones
+    trace_ids: tuple[str, ...] = ()  # these alone
+
+
+def export_traces(
+    cache: Cache,
+    out: Path,
+    tokenizer: TeacherTokenizer | None,
+    part: Slice = Slice(),
+    *,
+    logprobs: bool = False,
+) -> int:
+    """Write every trace once; returns how many.
+
+    Args:
+        cache: An open cache.
+        out: The JSONL file; written beside and renamed, so that it is whole or absent.
+        tokenizer: Adds the trace's text as `text`.
+        part: Which traces, and how much of them.
+        logprobs: Adds `top_ids`, `top_logprobs` and `tail_mass`, lists with a place per token.
+
+    Raises:
+        CacheError: If the cache holds no trace of a name, or less than the lead span.
+    """
+    num_traces = 0
+    with _whole(out) as temporary, temporary.open("w") as file:
+        for trace in _traces(cache, part):
+            row = _row(trace, tokenizer) | (_distributions(trace) if logprobs else {})
+            file.write(json.dumps(row) + "\n")
+            num_traces += 1
+    return num_traces
+
+
+PARQUET_SCHEMA = pa.schema({
+    "trace_id": pa.string(),
+    "position": pa.int32(),
+    "section": pa.string(),
+    "token_id": pa.int32(),
+    "top_ids": pa.list_(pa.int32()),
+    "top_logprobs": pa.list_(pa.float32()),
+    "tail_mass": pa.float32(),
+})  # fmt: skip
+
+
+def export_parquet(cache: Cache, out: Path, part: Slice = Slice()) -> int:
+    """Write one plain row per token, distributions included; returns how many traces.
+
+    Columns: `trace_id`, `position`, `section` (prompt, cot, answer), `token_id`, `top_ids` and
+    `top_logprobs` (nats, most probable first; null where the token has no distribution) and
+    `tail_mass` (the probability outside them; null there too). Each trace is a row group.
+
+    Args:
+        cache: An open cache.
+        out: The Parquet file; written beside and renamed, so that it is whole or absent.
+        part: Which traces, and how much of them.
+
+    Raises:
+        CacheError: If the cache holds no trace of a name, or less than the lead span.
+    """
+    num_traces = 0
+    with (
+        _whole(out) as temporary,
+        pq.ParquetWriter(temporary, PARQUET_SCHEMA, compression="zstd") as writer,
+    ):
+        for trace in _traces(cache, part):
+            writer.write_batch(_token_rows(trace))
+            num_traces += 1
+    return num_traces
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A file beside `out` that takes its name when all is written, and goes if it is not."""
+    temporary = out.with_name(f".tmp-{out.name}")
+    try:
+        yield temporary
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _token_rows(trace: Trace) -> pa.RecordBatch:
+    positions = np.arange(len(trace.token_ids), dtype=np.int32)
+    bounds = np.array([trace.cot_start, trace.answer_start])
+    section = np.searchsorted(bounds, positions, side="right")
+    ends = pa.array(np.concatenate([[0], np.cumsum(trace.k, dtype=np.int32)]), pa.int32())
+    absent = pa.array(trace.k == 0)
+    logprobs = stored_logprobs(trace.k, trace.top_logits, trace.tail_logit).astype(np.float32)
+    tail = 1 / (1 + np.exp(-trace.tail_logit.astype(np.float64)))
+    columns = {
+        "trace_id": pa.array([trace.trace_id] * len(positions)),
+        "position": positions,
+        "section": pa.array(np.array(["prompt", "cot", "answer"])[section]),
+        "token_id": trace.token_ids,
+        "top_ids": pa.ListArray.from_arrays(ends, pa.array(trace.top_ids), mask=absent),
+        "top_logprobs": pa.ListArray.from_arrays(ends, pa.array(logprobs), mask=absent),
+        "tail_mass": pa.array(tail.astype(np.float32), mask=trace.k == 0),
+    }
+    return pa.record_batch(columns, schema=PARQUET_SCHEMA)
+
+
+def _distributions(trace: Trace) -> dict[str, Any]:
+    rows = _token_rows(trace)
+    return {name: rows[name].to_pylist() for name in ("top_ids", "top_logprobs", "tail_mass")}
+
+
+def _traces(cache: Cache, part: Slice) -> Iterator[Trace]:
+    rows_of: dict[int, dict[int, int]] = {}
+    wanted, num_taken = set(part.trace_ids), 0
+    for shard, row in cache.traces:
+        info = cache.shards[shard].traces[row]
+        if part.trace_ids and info.trace_id not in wanted:
+            continue
+        if num_taken == part.limit:
+            break
+        wanted.discard(info.trace_id)
+        num_taken += 1
+        span = part.lead_span
+        num_tokens = cache.num_held(info) if span is None else lead_span_length(info.n_total, span)
+        rows_of.setdefault(shard, {})[row] = num_tokens
+    if wanted and num_taken != part.limit:
+        raise CacheError(f"{cache.path}: no trace {sorted(wanted)[0]!r} among {len(cache.traces)}")
+    for shard, keep in rows_of.items():
+        yield from cache.read(shard, keep).values()
+
+
+def _row(trace: Trace, tokenizer: TeacherTokenizer | None) -> dict[str, Any]:
+    ids = trace.token_ids.tolist()
+    text = {} if tokenizer is None else {"text": tokenizer.decode(ids)}
+    return {
+        **trace.fields,
+        "id": trace.trace_id,
+        "token_ids": ids,
+        "cot_start": min(trace.cot_start, len(ids)),
+        "answer_start": min(trace.answer_start, len(ids)),
+        **text,
+    }
