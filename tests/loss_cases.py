@@ -37,7 +37,7 @@ def objective_id(objective):
     return "-".join(str(v) for v in values)
 
 
-def targets_of(teacher_logits, k, realised_ids=None, dtype=torch.float32):
+def targets_of(teacher_logits, k, target_ids=None, dtype=torch.float32):
     """What a cache keeps of dense teacher logits [N, V]; padding holds what must not matter."""
     num_rows = len(teacher_logits)
     k = torch.as_tensor(k).expand(num_rows)
@@ -52,7 +52,7 @@ def targets_of(teacher_logits, k, realised_ids=None, dtype=torch.float32):
         top_logits=(logits - logits[:, :1])[:, :widest].masked_fill(~kept, torch.nan).to(dtype),
         k=k,
         tail_logit=(tail_lse - kept_lse).masked_fill(k == logits.shape[1], -3.0).to(dtype),
-        realised_ids=ids[:, 0] if realised_ids is None else torch.as_tensor(realised_ids),
+        target_ids=ids[:, 0] if target_ids is None else torch.as_tensor(target_ids),
     )
 
 

@@ -281,7 +281,7 @@ def _big_case(device, num_rows, num_vocab, hidden_size):
         top_logits=-0.5 * torch.arange(8.0, device=device).expand(num_rows, 8),
         k=torch.full((num_rows,), 8, device=device),
         tail_logit=torch.full((num_rows,), -4.0, device=device),
-        realised_ids=top_ids[:, 0].contiguous(),
+        target_ids=top_ids[:, 0].contiguous(),
     )
     return normal(num_rows, hidden_size), normal(num_vocab, hidden_size), targets
 

@@ -64,7 +64,7 @@ def token_parts(logits, targets, n, name, mix, tail, temperature):
     p = teacher_probs(targets.top_logits[n, :k].double(), tail_logit, tail, temperature)
     if k == num_vocab or (tail == "zero" and name == "forward_kl"):
         p, q = p[:k], q[:k]
-    ce = -torch.log_softmax(logits[n], dim=0)[targets.realised_ids[n].long()]
+    ce = -torch.log_softmax(logits[n], dim=0)[targets.target_ids[n].long()]
     return divergence(name, mix, p, q) * temperature**2, ce
 
 

@@ -12,9 +12,11 @@ from teacher_cache.format import TraceInfo
 WHOLE = TokenSelection()
 
 
-def batches_of(traces, selection=WHOLE, *, batch_tokens=10_000, normalise="tokens", layout="flat"):
+def batches_of(
+    traces, selection=WHOLE, *, batch_tokens=10_000, loss_reduction="token", layout="flat"
+):
     return micro_batches(
-        traces, selection, batch_tokens=batch_tokens, normalise=normalise, layout=layout
+        traces, selection, batch_tokens=batch_tokens, loss_reduction=loss_reduction, layout=layout
     )
 
 
@@ -110,7 +112,7 @@ def test_hidden_states_point_one_position_before_the_token_and_targets_are_its_o
                 assert batch.targets.top_ids[n, :k].tolist() == trace.top_ids[own].tolist()
                 assert batch.targets.top_logits[n, :k].tolist() == trace.top_logits[own].tolist()
                 assert batch.targets.tail_logit[n] == trace.tail_logit[t]
-                assert batch.targets.realised_ids[n] == trace.token_ids[t]
+                assert batch.targets.target_ids[n] == trace.token_ids[t]
                 n += 1
         assert n == batch.num_valid
     assert left == []
@@ -144,7 +146,7 @@ def test_micro_batches_stay_under_the_cap_and_hold_every_valid_token(layout):
 
 def test_every_trace_weighs_the_same_when_asked():
     traces = [make_trace("long", 60), make_trace("short", 20)]
-    (batch,) = batches_of(traces, normalise="traces")
+    (batch,) = batches_of(traces, loss_reduction="sequence")
 
     assert batch.token_weight[:59].tolist() == [pytest.approx(1 / 59)] * 59
     assert batch.token_weight[59:].tolist() == [pytest.approx(1 / 19)] * 19

@@ -24,8 +24,8 @@ from teacher_cache.format import (
     seal_cache,
     store,
     stored_logprobs,
-    writer,
 )
+from teacher_cache.format.writing import writer
 from teacher_cache.sources import SourceError
 
 VOCAB_SIZE = 50

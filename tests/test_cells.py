@@ -28,7 +28,7 @@ def test_every_combination_of_the_lists_is_a_cell_with_a_name_of_its_own():
     sections = (("prompt", "cot", "answer"), ("cot",))
     found = names(
         lead_spans=(0.5,), max_tokens_list=(64,), sections_list=sections,
-        supervise=("lead", "last"), baselines=(),
+        loss_on=("lead", "last"), baselines=(),
     )  # fmt: skip
     parts = itertools.product(("span-0.5", "tokens-64"), ("", "_last"), ("", "_cot"))
 
@@ -36,22 +36,22 @@ def test_every_combination_of_the_lists_is_a_cell_with_a_name_of_its_own():
 
 
 def test_middle_and_last_of_a_whole_trace_are_not_run_again():
-    found = names(lead_spans=(0.5, 1.0), supervise=("middle", "last"), baselines=())
+    found = names(lead_spans=(0.5, 1.0), loss_on=("middle", "last"), baselines=())
 
     assert found == ["span-0.5_middle_seed-0", "span-0.5_last_seed-0"]
 
 
 def test_masks_and_reasoning_are_told_apart_from_the_plain_curve():
-    assert names(lead_spans=(1.0,), random_mask=0.5, baselines=("full",)) == [
+    assert names(lead_spans=(1.0,), loss_dropout=0.5, baselines=("full",)) == [
         "span-1_mask-0.5_seed-0", "span-1_seed-0",
     ]  # fmt: skip
-    assert names(lead_spans=(0.5,), span_of="reasoning", baselines=()) == [
+    assert names(lead_spans=(0.5,), lead_span_of="reasoning", baselines=()) == [
         "span-0.5_of-reasoning_seed-0"
     ]
 
 
 def test_a_cell_tells_its_run_only_what_differs():
-    cell = Cell.of("span", 3, {"lead_span": 0.5, "supervise": "lead", "random_mask": 0.0})
+    cell = Cell.of("span", 3, {"lead_span": 0.5, "loss_on": "lead", "loss_dropout": 0.0})
 
     assert cell.options == {"lead_span": 0.5}
     assert cell.selection.lead_span == 0.5
@@ -100,8 +100,8 @@ def test_options_that_a_sweep_cannot_pass_on_are_named(tmp_path, text, message):
         ({"sections_list": (("cot", "thoughts"),)}, "got 'thoughts'"),
         ({"baselines": ("best",)}, "baselines: expected some of base, sft, full"),
         ({"baselines": ("live",)}, "live: expected the teacher as --live-teacher"),
-        ({"supervise": ("first",)}, "supervise: expected some of lead, middle, last"),
-        ({"supervise": ()}, "expected at least one each"),
+        ({"loss_on": ("first",)}, "loss_on: expected some of lead, middle, last"),
+        ({"loss_on": ()}, "expected at least one each"),
         ({"seeds": 0}, "seeds: expected at least 1"),
     ],
 )

@@ -24,7 +24,7 @@ TRACES = [make_trace(f"t{n}", 40, seed=n) for n in range(3)]
 def test_the_formula_is_pytorchs_count_but_for_the_masked_half_of_attention(selection):
     model = make_model(attn_implementation="eager")
     formula = FlopFormula.of(model)
-    (batch,) = micro_batches(TRACES, selection, batch_tokens=10_000, normalise="tokens")
+    (batch,) = micro_batches(TRACES, selection, batch_tokens=10_000, loss_reduction="token")
     counted = counted_flops(StudentWithLoss(model, head_of(model), 0.5), batch)
     masked = 6 * formula.attention_width * sum(n * n for n in batch.num_positions)
 
@@ -80,7 +80,7 @@ def test_a_span_costs_the_bands_that_hold_it(tmp_path):
 
 def test_labels_of_the_last_part_alone_still_cost_the_whole_trace(tmp_path):
     (source,) = open_data([make_cache(tmp_path / "cache", make_traces(5))]).sources
-    last = span_costs(source, TokenSelection(0.25, supervise="last"))
+    last = span_costs(source, TokenSelection(0.25, loss_on="last"))
     full = span_costs(source, TokenSelection())
 
     assert last["num_positions"] == full["num_positions"]

@@ -42,12 +42,12 @@ def test_the_loss_is_that_of_the_models_own_logits(head):
     torch.manual_seed(0)
     model = HEADS[head]().eval()
     (batch,) = micro_batches(
-        [make_trace("t", 60)], TokenSelection(), batch_tokens=1000, normalise="tokens"
+        [make_trace("t", 60)], TokenSelection(), batch_tokens=1000, loss_reduction="token"
     )
     loss, sums = StudentWithLoss(model, head_of(model), ce_weight=1.0)(batch)
 
     rows = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.hidden_index]
-    expected = torch.nn.functional.cross_entropy(rows, batch.targets.realised_ids, reduction="sum")
+    expected = torch.nn.functional.cross_entropy(rows, batch.targets.target_ids, reduction="sum")
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(sums[1].float(), expected, rtol=1e-5, atol=0)
 
@@ -60,8 +60,8 @@ def test_a_steps_loss_and_gradient_are_those_of_the_dense_definition(family, tmp
     traces = make_traces(7, lengths=(9, 40))
     config = TrainConfig(
         cache=(make_cache(tmp_path / "cache", traces),), student=str(tmp_path / "student"),
-        out=tmp_path / "run", normalise="traces", batch_traces=7, batch_tokens=150, packing=True,
-        max_steps=1,
+        out=tmp_path / "run", loss_reduction="sequence", batch_traces=7, batch_tokens=150,
+        packing=True, max_steps=1,
     )  # fmt: skip
     train(config)
     found = json.loads((tmp_path / "run/metrics.jsonl").read_text())

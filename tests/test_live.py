@@ -48,7 +48,7 @@ def teacher(tmp_path):
 def batch_of(model):
     traces = [trace_of(model, f"t{n}", length, n) for n, length in enumerate((12, 7, 9))]
     (batch,) = micro_batches(
-        traces, TokenSelection(max_tokens=8), batch_tokens=100, normalise="tokens"
+        traces, TokenSelection(max_tokens=8), batch_tokens=100, loss_reduction="token"
     )
     return batch
 
@@ -59,7 +59,7 @@ def test_targets_are_the_whole_distributions_of_the_tokens_that_count(teacher):
     taught = live.taught(batch).targets
 
     assert taught.k.tolist() == [make_header().vocab_size] * batch.num_valid
-    assert torch.equal(taught.realised_ids, batch.targets.realised_ids)
+    assert torch.equal(taught.target_ids, batch.targets.target_ids)
     with torch.no_grad():
         logits = model(input_ids=batch.input_ids).logits
     expected = logits.flatten(0, 1)[batch.hidden_index].softmax(-1)
@@ -94,7 +94,7 @@ def test_students_padded_to_another_width_get_the_same_distribution(tmp_path, nu
     trace = trace_of(model, "t", 12, 0)
     trace = replace(trace, token_ids=trace.token_ids.clip(max=num_ids - 1))
     (batch,) = micro_batches(
-        [trace], TokenSelection(), batch_tokens=100, normalise="tokens", num_ids=num_ids
+        [trace], TokenSelection(), batch_tokens=100, loss_reduction="token", num_ids=num_ids
     )
     live._check = lambda *_: None  # the clipped trace is not the one that was captured
     targets = live.taught(batch).targets

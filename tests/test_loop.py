@@ -318,9 +318,9 @@ def test_a_generation_config_that_cannot_be_mended_is_refused_before_a_step(conf
         train(config(student=student, max_steps=1))
 
 
-@pytest.mark.parametrize("normalise", ["tokens", "traces"])
-def test_accumulation_does_not_change_the_result(config, tmp_path, normalise):
-    settings = {"batch_traces": 8, "max_steps": 3, "normalise": normalise}
+@pytest.mark.parametrize("loss_reduction", ["token", "sequence"])
+def test_accumulation_does_not_change_the_result(config, tmp_path, loss_reduction):
+    settings = {"batch_traces": 8, "max_steps": 3, "loss_reduction": loss_reduction}
     whole = config(out=tmp_path / "whole", batch_tokens=10_000, **settings)
     parts = config(out=tmp_path / "parts", batch_tokens=1, **settings)
     train(whole)
@@ -350,12 +350,12 @@ def test_a_student_that_would_mix_traces_says_so_and_trains(config, tmp_path, ca
     assert "MambaForCausalLM would mix traces in one row: each gets its own" in caplog.text
 
 
-@pytest.mark.parametrize("normalise", ["tokens", "traces"])
-def test_normalisation_is_what_it_says(config, tmp_path, normalise):
+@pytest.mark.parametrize("loss_reduction", ["token", "sequence"])
+def test_normalisation_is_what_it_says(config, tmp_path, loss_reduction):
     # Against the cross entropy by hand; per trace where every trace weighs the same.
     traces = [make_trace("long", 60), make_trace("short", 20)]
     cache = make_cache(tmp_path / "cache", traces)
-    settings = config(cache=cache, normalise=normalise, ce_weight=1.0, max_steps=1)
+    settings = config(cache=cache, loss_reduction=loss_reduction, ce_weight=1.0, max_steps=1)
     train(settings)
 
     model = make_model()
@@ -366,7 +366,7 @@ def test_normalisation_is_what_it_says(config, tmp_path, normalise):
         per_trace.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none"))
     by_token = torch.cat(per_trace).mean()
     by_trace = torch.stack([losses.mean() for losses in per_trace]).mean()
-    expected = by_token if normalise == "tokens" else by_trace
+    expected = by_token if loss_reduction == "token" else by_trace
     assert metrics_of(settings)[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert abs(by_token - by_trace) > 1e-3
 
@@ -459,7 +459,7 @@ def test_adafactor_trains_and_goes_on_bit_for_bit(config, tmp_path, monkeypatch)
     assert state["exp_avg_sq_row"].ndim == 1  # not a moment per weight
 
 
-def test_an_optimiser_that_is_not_installed_is_refused(config, monkeypatch):
+def test_an_optimizer_that_is_not_installed_is_refused(config, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs torchao or bitsandbytes"):
         make_optimizer("adamw8bit", torch.nn.Linear(2, 2), lr=1e-3, weight_decay=0.0)
@@ -713,7 +713,7 @@ def test_handlers_of_signals_are_put_back(config):
         ({"sharding": "full", "optimizer": "adafactor"}, "sharding full: adafactor works on whole"),
         ({"dtype": "int8"}, "dtype: expected one of float32, bf16"),
         ({"packing": True, "live_teacher": "t"}, "packing: a live teacher reads rows of one"),
-        ({"normalise": "words"}, "normalise: expected one of tokens, traces"),
+        ({"loss_reduction": "words"}, "loss_reduction: expected one of token, sequence"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(config, change, message):

@@ -14,21 +14,31 @@ from test_format import read_all
 from teacher_cache.capture.generate import generate
 from teacher_cache.cli.report_text import report_line
 from teacher_cache.engines import EngineError
-from teacher_cache.format import CacheMismatchError, Part, open_cache, seal_cache
+from teacher_cache.format import CacheMismatchError, InputShare, open_cache, seal_cache
 from teacher_cache.format.shares import parse_worker
 
 
 def test_every_row_is_exactly_one_workers_whatever_rows_there_are():
     rows = [f"p{n}" for n in range(1000)]
-    parts = [[row for row in rows if Part(7, i).holds(row)] for i in range(7)]
+    parts = [[row for row in rows if InputShare(7, i).holds(row)] for i in range(7)]
     assert sorted(itertools.chain(*parts)) == sorted(rows)
     assert all(100 < len(part) < 190 for part in parts)
-    assert [row for row in rows if Part(3, 0).holds(row)][:5] == ["p1", "p7", "p13", "p14", "p17"]
+    assert [row for row in rows if InputShare(3, 0).holds(row)][:5] == [
+        "p1",
+        "p7",
+        "p13",
+        "p14",
+        "p17",
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("3/8", ("w3of8", Part(8, 3))), ("0/1", ("w0of1", Part(1, 0))), ("a_b", ("a_b", None))],
+    [
+        ("3/8", ("w3of8", InputShare(8, 3))),
+        ("0/1", ("w0of1", InputShare(1, 0))),
+        ("a_b", ("a_b", None)),
+    ],
 )
 def test_a_worker_is_a_part_or_a_name(text, expected):
     assert parse_worker(text) == expected
@@ -68,7 +78,7 @@ def test_the_limit_is_that_of_all_workers_together(config, asked):
 
 def test_a_worker_without_rows_starts_no_teacher_and_counts_as_finished(config, asked):
     write_prompts(config.prompts, 1)
-    idle = next(i for i in range(2) if not Part(2, i).holds("p0"))
+    idle = next(i for i in range(2) if not InputShare(2, i).holds("p0"))
     asked.teacher = None  # would fail when called
     report = generate(replace(config, worker=f"{idle}/2"))
     assert (report.num_traces, report.survey.num_wanted) == (0, 0)
@@ -107,7 +117,7 @@ def test_another_number_of_workers_may_finish_what_was_begun(config, asked):
     asked.clear()
     for i in range(2):
         generate(replace(config, worker=f"{i}/2"))
-    assert len(asked) == 40 - sum(Part(3, 0).holds(f"p{n}") for n in range(40))
+    assert len(asked) == 40 - sum(InputShare(3, 0).holds(f"p{n}") for n in range(40))
     assert seal_cache(config.out).seal.num_traces == 40
 
 

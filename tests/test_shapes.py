@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from teacher_cache.sources import BadRow, Layout, PromptRenderer, TraceRenderer, find_sections
+from teacher_cache.sources import BadRow, PromptRenderer, RowColumns, TraceRenderer, find_sections
 from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer, ThinkMarks
 
 MARKS = ThinkMarks("<think>", "</think>")
@@ -69,11 +69,11 @@ def stripping(tmp_path_factory):
 
 
 def render(teacher, row, **layout):
-    return TraceRenderer(teacher, 1000, 260, Layout(**layout))(row)
+    return TraceRenderer(teacher, 1000, 260, RowColumns(**layout))(row)
 
 
 def render_prompt(teacher, row, **layout):
-    return PromptRenderer(teacher, 1000, 260, Layout(**layout))(row)
+    return PromptRenderer(teacher, 1000, 260, RowColumns(**layout))(row)
 
 
 def sections(teacher, trace):
@@ -340,7 +340,7 @@ TURN = st.fixed_dictionaries(
 def test_a_row_of_any_content_is_rendered_or_refused_with_a_reason(
     stripping, row, apply_chat_template
 ):
-    layout = Layout(apply_chat_template=apply_chat_template, prompt_turns="assistant")
+    layout = RowColumns(apply_chat_template=apply_chat_template, prompt_turns="assistant")
     for renderer in (PromptRenderer, TraceRenderer):
         try:
             trace = renderer(stripping, 400, 260, layout)(row)

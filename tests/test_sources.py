@@ -11,10 +11,10 @@ from teacher_cache.format import open_store
 from teacher_cache.sources import (
     BadRow,
     Input,
-    Layout,
+    InputTraces,
     PromptRenderer,
     Rejects,
-    Source,
+    RowColumns,
     SourceError,
     TraceRenderer,
     find_first,
@@ -64,11 +64,11 @@ def text(teacher, ids):
 
 
 def render(teacher, row, max_tokens=100):
-    return TraceRenderer(teacher, max_tokens, VOCAB_SIZE, Layout())(row)
+    return TraceRenderer(teacher, max_tokens, VOCAB_SIZE, RowColumns())(row)
 
 
 def render_prompt(teacher, row, **layout):
-    return PromptRenderer(teacher, 100, VOCAB_SIZE, Layout(**layout))(row)
+    return PromptRenderer(teacher, 100, VOCAB_SIZE, RowColumns(**layout))(row)
 
 
 def user(content):
@@ -199,7 +199,9 @@ def source(path, teacher, lines, max_tokens=10, **options):
     path.write_text(
         "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     )
-    return Source(Input(path), PromptRenderer(teacher, max_tokens, VOCAB_SIZE, Layout()), **options)
+    return InputTraces(
+        Input(path), PromptRenderer(teacher, max_tokens, VOCAB_SIZE, RowColumns()), **options
+    )
 
 
 BAD = {
@@ -313,7 +315,7 @@ def test_a_bad_trace_is_refused_with_the_reason(teacher, reason):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path, teacher):
-    rows = Source(Input(tmp_path / "nowhere.jsonl"), None)
+    rows = InputTraces(Input(tmp_path / "nowhere.jsonl"), None)
     with pytest.raises(SourceError, match=r"nowhere\.jsonl: cannot be read: No such file"):
         list(rows.read(Rejects()))
 

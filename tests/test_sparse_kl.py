@@ -197,7 +197,7 @@ def test_the_order_of_kept_entries_does_not_matter():
     turned = type(targets)(
         top_ids=targets.top_ids.flip(1).int(),
         top_logits=targets.top_logits.flip(1),
-        realised_ids=targets.realised_ids.int(),
+        target_ids=targets.target_ids.int(),
         **fields,
     )
     first = sparse_kl(student, identity, targets, torch.ones(6), ce_weight=0.5)

@@ -16,7 +16,7 @@ def trained_student(targets, **objective):
     student = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
     identity = torch.eye(NUM_VOCAB, dtype=torch.float64)
     weight = torch.ones(NUM_CONTEXTS)
-    optimiser = torch.optim.LBFGS(
+    optimizer = torch.optim.LBFGS(
         [student],
         max_iter=800,
         tolerance_grad=1e-12,
@@ -25,12 +25,12 @@ def trained_student(targets, **objective):
     )
 
     def closure():
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = sparse_kl(student, identity, targets, weight, **objective).loss
         loss.backward()
         return loss
 
-    optimiser.step(closure)
+    optimizer.step(closure)
     return torch.softmax(student.detach(), dim=1)
 
 
@@ -75,5 +75,5 @@ def test_without_a_bucket_the_students_tail_is_trained_away(tail):
 def test_with_cross_entropy_the_student_converges_to_the_mixture():
     probs, targets = teacher(29)
     student = trained_student(targets, ce_weight=0.25)
-    label = torch.nn.functional.one_hot(targets.realised_ids, NUM_VOCAB)
+    label = torch.nn.functional.one_hot(targets.target_ids, NUM_VOCAB)
     torch.testing.assert_close(student, 0.75 * probs + 0.25 * label, rtol=1e-5, atol=1e-7)

@@ -270,7 +270,7 @@ def test_operands_that_do_not_fit_are_refused(change, message):
         ({"top_logits": torch.zeros(8, 36)}, r"top_logits: expected \[8, 37\], got \[8, 36\]"),
         ({"k": torch.zeros(8)}, "k: expected torch.uint8 or .*, got torch.float32"),
         ({"tail_logit": torch.zeros(8).half()}, "tail_logit: expected torch.float32 or .*float16"),
-        ({"realised_ids": torch.zeros(9, dtype=torch.int64)}, r"realised_ids: expected \[8\], got"),
+        ({"target_ids": torch.zeros(9, dtype=torch.int64)}, r"target_ids: expected \[8\], got"),
         ({"k": torch.ones(8, dtype=torch.int64, device="meta")}, "k is on meta but top_ids on cpu"),
     ],
 )

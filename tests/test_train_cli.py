@@ -155,7 +155,7 @@ def test_the_papers_recipe_can_be_used(parts):
     config = json.loads((parts["out"] / "config.json").read_text())["config"]
     stated = {
         "lr": 4e-6, "schedule": "onecycle", "weight_decay": 0.05, "clip_norm": 1.0, "epochs": 2,
-        "batch_traces": 4, "ce_weight": 0.5, "normalise": "traces", "lead_span": 0.5,
+        "batch_traces": 4, "ce_weight": 0.5, "loss_reduction": "sequence", "lead_span": 0.5,
     }  # fmt: skip
     assert {name: config[name] for name in stated} == stated
     assert metrics_of(parts["out"])[0]["lr"] == pytest.approx(4e-6 / 25)
@@ -262,7 +262,7 @@ def test_a_killed_run_goes_on_to_the_same_student(uninterrupted, tmp_path, numbe
 
 
 def assert_same_run(one, other):
-    """Weights, optimiser, schedule, random numbers, order of the traces and every loss."""
+    """Weights, optimizer, schedule, random numbers, order of the traces and every loss."""
     weights = [folder / "model/model.safetensors" for folder in (one, other)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     for name in ("state.pt", "random-00000.pt"):
@@ -324,7 +324,7 @@ def test_two_processes_train_the_same_student_as_one(parts, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ("--epochs", 2, "--lr", "1e-3", "--normalise", "traces", "--batch-tokens", 100)
+    options = ("--epochs", 2, "--lr", "1e-3", "--loss-reduction", "sequence", "--batch-tokens", 100)
     launch = [
         sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",

@@ -3,7 +3,7 @@
 import pytest
 from test_shapes import TEMPLATES, make_byte_teacher, says
 
-from teacher_cache.sources import BadRow, Layout, PromptRenderer
+from teacher_cache.sources import BadRow, PromptRenderer, RowColumns
 
 REASONED = "<think>\nhm\n</think>\n\nfive"
 CONVERSATION = [
@@ -20,7 +20,7 @@ CONVERSATION = [
 
 def own_texts(teacher, messages):
     """What the renderer takes for the assistant's."""
-    layout = Layout(prompt_turns="assistant")
+    layout = RowColumns(prompt_turns="assistant")
     trace = PromptRenderer(teacher, 1000, 260, layout)({"messages": messages})
     assert trace.token_ids == tuple(teacher.encode(teacher.render_chat(messages)))
     position, texts = 0, []

@@ -31,11 +31,11 @@ from teacher_cache.format import (
     open_cache,
     seal_cache,
 )
-from teacher_cache.format import repair as repair_module
-from teacher_cache.format import verify as verify_module
+from teacher_cache.format.checking import repair as repair_module
+from teacher_cache.format.checking import verify as verify_module
 from teacher_cache.format.checking.repair import repair_cache
 from teacher_cache.format.checking.verify import verify_cache
-from teacher_cache.format.shares import Part, PartRecord, publish_part
+from teacher_cache.format.shares import InputShare, ShareRecord, publish_share
 from teacher_cache.format.store import Store, open_store
 from teacher_cache.format.writing.shard import encode_shard
 
@@ -472,7 +472,9 @@ def test_a_remote_cache_is_verified_and_repaired(folder, monkeypatch):
 def shared(folder):
     """A cache whose input two workers shared and finished."""
     for index in (0, 1):
-        publish_part(open_store(folder), Part(2, index), PartRecord("input", 8, 4, finished=True))
+        publish_share(
+            open_store(folder), InputShare(2, index), ShareRecord("input", 8, 4, finished=True)
+        )
     return folder
 
 

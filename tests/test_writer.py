@@ -25,7 +25,7 @@ from teacher_cache.format import (
     open_cache,
     seal_cache,
 )
-from teacher_cache.format import writer as writer_module
+from teacher_cache.format.writing import writer as writer_module
 from teacher_cache.format.writing.journal import Journal, read_journal
 
 

@@ -18,9 +18,10 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
+from teacher_cache.capture import worker_loop
 from teacher_cache.engines import TeacherFacts, TeacherRequest, TeacherRows
 from teacher_cache.engines.vllm import rows
-from teacher_cache.format import writer
+from teacher_cache.format.writing import writer
 
 # Sizes of the published models; the weights are made up where they are asked for.
 SHAPES = {

@@ -223,7 +223,7 @@ def to_dense(held: Sequence[Trace]) -> None:
     selection = TokenSelection()
     for first in range(0, len(held), 8):
         micro_batches(
-            held[first : first + 8], selection, batch_tokens=BATCH_TOKENS, normalise="tokens"
+            held[first : first + 8], selection, batch_tokens=BATCH_TOKENS, loss_reduction="token"
         )
 
 

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from student_train.losses import TeacherTargets, chunks, sparse_kl, sparse_kl_per_token
 from student_train.losses.divergence import Objective
-from student_train.losses.head import Head
+from student_train.losses.head import HeadProducts
 from student_train.losses.rows import RowGradients, TorchPasses
 
 NUM_ERROR_TOKENS = 64
@@ -101,7 +101,7 @@ def make_case(sizes: Sizes) -> Case:
         top_logits=gaps[:, :1] - gaps.cumsum(dim=1),
         k=torch.full((sizes.tokens,), sizes.kept, device=device),
         tail_logit=torch.full((sizes.tokens,), -4.0, device=device),
-        realised_ids=ids[:, 0].contiguous(),
+        target_ids=ids[:, 0].contiguous(),
     )
     weights = torch.full((sizes.tokens,), 1 / sizes.tokens, device=device)
     return Case(hidden.requires_grad_(), weight.requires_grad_(), targets, weights)
@@ -154,13 +154,13 @@ def naive_compiled(case: Case) -> None:
 
 
 def naive_ce(case: Case) -> None:
-    F.cross_entropy(F.linear(case.hidden, case.weight), case.targets.realised_ids).backward()
+    F.cross_entropy(F.linear(case.hidden, case.weight), case.targets.target_ids).backward()
 
 
 def chunked_ce(case: Case) -> None:
     """Plain cross entropy in the loop of our loss: its head, buffer and row passes."""
-    hidden, weight, labels = case.hidden, case.weight, case.targets.realised_ids
-    head = Head(hidden.detach(), weight.detach(), None, hidden.dtype, (True, True, False))
+    hidden, weight, labels = case.hidden, case.weight, case.targets.target_ids
+    head = HeadProducts(hidden.detach(), weight.detach(), None, hidden.dtype, (True, True, False))
     num_tokens, num_vocab, device = len(hidden), len(weight), hidden.device
     passes_type, objective = chunks.passes_type(device.type), Objective()
     width = chunks.buffer_width(num_vocab)
@@ -192,7 +192,7 @@ def chunked_ce(case: Case) -> None:
 def torch_ce(case: Case) -> None:
     options = torch.nn.LinearCrossEntropyOptions()
     F.linear_cross_entropy(
-        case.hidden, case.weight, case.targets.realised_ids, options=options
+        case.hidden, case.weight, case.targets.target_ids, options=options
     ).backward()
 
 
@@ -200,7 +200,7 @@ def liger_ce(case: Case) -> None:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
-    loss(case.weight, case.hidden, case.targets.realised_ids).backward()
+    loss(case.weight, case.hidden, case.targets.target_ids).backward()
 
 
 def liger_kl(case: Case) -> None:

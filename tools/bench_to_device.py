@@ -39,7 +39,7 @@ def dense(traces: Sequence[Trace], device: torch.device) -> TeacherTargets:
         traces,
         TokenSelection(),
         batch_tokens=sum(len(trace.k) for trace in traces),
-        normalise="tokens",
+        loss_reduction="token",
         layout="flat",
     )
     return batch.to(device).targets
@@ -79,7 +79,7 @@ def ragged(traces: Sequence[Trace], device: torch.device) -> TeacherTargets:
         top_logits=padded([trace.top_logits for trace in traces]),
         k=k_N,
         tail_logit=joined(rows_of("tail_logit"), device),
-        realised_ids=joined(rows_of("token_ids"), device),
+        target_ids=joined(rows_of("token_ids"), device),
     )
 
 

@@ -6,9 +6,9 @@
 A step is what `train-student run` does with a global batch that has been read: micro-batches, the
 way to the device, forward with loss, backward, clipping, AdamW. The student has a Qwen3's shape and
 random weights, the traces are random too. Times are medians of steps of all lead spans in turn.
-Peak memory is that of a step after the first, weights and optimiser included: the allocator's on
+Peak memory is that of a step after the first, weights and optimizer included: the allocator's on
 CUDA, and on the CPU the resident size of a fresh process above its libraries. Shares of data, loss
-and optimiser are of a step of their own, in which the device is waited for at every border.
+and optimizer are of a step of their own, in which the device is waited for at every border.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def random_trace(name: str, num_tokens: int, vocab: int, kept: int) -> Trace:
 
 
 class Step:
-    """One student and its optimiser; a step at any lead span."""
+    """One student and its optimizer; a step at any lead span."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device = torch.device(arguments.device)
@@ -111,11 +111,11 @@ class Step:
         selection = TokenSelection(lead_span)
         at_s = watch()
         batches = micro_batches(
-            self.traces, selection, batch_tokens=self.batch_tokens, normalise="tokens"
+            self.traces, selection, batch_tokens=self.batch_tokens, loss_reduction="token"
         )
         data_s = watch() - at_s
         num_valid = sum(batch.num_valid for batch in batches)
-        divisor = normaliser(num_valid, len(self.traces), "tokens")
+        divisor = normaliser(num_valid, len(self.traces), "token")
         for batch in batches:
             at_s = watch()
             batch = batch.to(self.device)

@@ -175,7 +175,7 @@ def _train(result: Result) -> list[Figure]:
                 f"{where}, lead span {lead_span:g}",
                 f"{row['step_s'] * 1e3:,.0f} ms, {row['tokens_per_s']:,.0f} tokens/s, "
                 f"{row['peak_bytes'] / GIB:.1f} GiB; loss {row['loss_share']:.0%}, "
-                f"data {row['data_share']:.1%}, optimiser {row['optimizer_share']:.0%}",
+                f"data {row['data_share']:.1%}, optimizer {row['optimizer_share']:.0%}",
             )
         )
     if 0.5 in rows:

@@ -33,7 +33,7 @@ def targets_of(tokens: Sequence[tuple[Trace, NDArray[np.int64]]]) -> TeacherTarg
         top_logits=torch.from_numpy(_padded(np.concatenate(logits), places, shape)),
         k=torch.from_numpy(k_N),
         tail_logit=torch.from_numpy(np.concatenate(tails)),
-        realised_ids=torch.from_numpy(np.concatenate(realised).astype(np.int64)),
+        target_ids=torch.from_numpy(np.concatenate(realised).astype(np.int64)),
     )
 
 

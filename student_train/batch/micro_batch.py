@@ -15,7 +15,7 @@ from torch import Tensor
 from student_train.batch.dense_targets import targets_of
 from student_train.batch.packing import plan_micro_batches
 from student_train.batch.vocabulary import within_vocabulary
-from student_train.data.tokens import RandomMask, TokenSelection
+from student_train.data.tokens import LossDropout, TokenSelection
 from student_train.losses import TeacherTargets
 from teacher_cache.format import Trace
 
@@ -65,7 +65,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _BatchItem:
     """A trace and what of it enters the loss."""
 
     trace: Trace
@@ -79,7 +79,7 @@ class _Part:
 
 
 def valid_positions(
-    trace: Trace, selection: TokenSelection, mask: RandomMask | None = None
+    trace: Trace, selection: TokenSelection, mask: LossDropout | None = None
 ) -> NDArray[np.int64]:
     """Tokens of a trace that enter the loss: selected, with a distribution, not masked."""
     selected = np.zeros(len(trace.k), np.bool_)
@@ -94,8 +94,8 @@ def micro_batches(
     selection: TokenSelection,
     *,
     batch_tokens: int,
-    normalise: str,
-    mask: RandomMask | None = None,
+    loss_reduction: str,
+    mask: LossDropout | None = None,
     layout: str = "alone",
     num_ids: int | None = None,
 ) -> list[MicroBatch]:
@@ -107,7 +107,7 @@ def micro_batches(
         traces: Holding at least the selected tokens.
         selection: Which tokens enter the loss.
         batch_tokens: Cap of B x T; a trace longer than that is alone in its micro-batch.
-        normalise: "tokens" (every valid token weighs the same) or "traces" (every trace does).
+        loss_reduction: "token" (all tokens weigh the same) or "sequence" (all traces do).
         mask: Leaves some of the selected tokens out of the loss.
         layout: How traces share rows; see `packing.LAYOUTS`.
         num_ids: Of the student, if it may have fewer than the teacher.
@@ -124,7 +124,7 @@ def micro_batches(
     return [
         _collate(
             [[parts[index] for index in row] for row in rows],
-            per_trace=normalise == "traces",
+            per_trace=loss_reduction == "sequence",
             is_flat=layout == "flat",
         )
         for rows in plan
@@ -145,19 +145,19 @@ def one_micro_batch(
 
 
 def _part(
-    trace: Trace, selection: TokenSelection, mask: RandomMask | None, num_ids: int | None
-) -> _Part:
+    trace: Trace, selection: TokenSelection, mask: LossDropout | None, num_ids: int | None
+) -> _BatchItem:
     valid = valid_positions(trace, selection, mask)
     if num_ids is None:
-        return _Part(trace, valid, 0)
+        return _BatchItem(trace, valid, 0)
     fitted = within_vocabulary(trace, num_ids)
     num_absent = trace.k[valid].sum(dtype=np.int64) - fitted.k[valid].sum(dtype=np.int64)
-    return _Part(fitted, valid, int(num_absent))
+    return _BatchItem(fitted, valid, int(num_absent))
 
 
-def normaliser(num_valid: int, num_traces: int, normalise: str) -> int:
+def normaliser(num_valid: int, num_traces: int, loss_reduction: str) -> int:
     """What a step's summed loss is divided by: its valid tokens, or its traces that have any."""
-    return num_traces if normalise == "traces" else num_valid
+    return num_traces if loss_reduction == "sequence" else num_valid
 
 
 def empty_micro_batch() -> MicroBatch:
@@ -168,7 +168,7 @@ def empty_micro_batch() -> MicroBatch:
         top_logits=torch.zeros(0, 1),
         k=nothing,
         tail_logit=torch.zeros(0),
-        realised_ids=nothing,
+        target_ids=nothing,
     )
     return MicroBatch(
         input_ids=torch.zeros(1, 1, dtype=torch.int64),
@@ -183,7 +183,7 @@ def empty_micro_batch() -> MicroBatch:
     )
 
 
-def _collate(rows: Sequence[Sequence[_Part]], *, per_trace: bool, is_flat: bool) -> MicroBatch:
+def _collate(rows: Sequence[Sequence[_BatchItem]], *, per_trace: bool, is_flat: bool) -> MicroBatch:
     width = max(sum(part.length for part in row) for row in rows)
     input_ids_BT = np.zeros((len(rows), width), np.int64)
     position_ids_BT = np.zeros((len(rows), width), np.int64)

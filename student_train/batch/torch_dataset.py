@@ -71,7 +71,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         with self._stream(rank=rank, num_ranks=num_ranks) as stream:
             for step in stream:
                 batch = one_micro_batch(step.traces, self._selection, num_ids=self._num_ids)
-                labels = nn.functional.pad(batch.targets.realised_ids, (1, 0), value=-100)
+                labels = nn.functional.pad(batch.targets.target_ids, (1, 0), value=-100)
                 yield {"batch": batch, "labels": labels}
 
     def _stream(self, *, rank: int, num_ranks: int) -> TraceStream:

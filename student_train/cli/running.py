@@ -6,11 +6,11 @@ from typing import Any
 import click
 
 from student_train.cli.options import config_option, split_names, split_numbers
-from student_train.data.tokens import PARTS, WHOLES
+from student_train.data.tokens import LOSS_RANGES, WHOLES
 from student_train.run.config import (
     DTYPES,
     LORA_OUTPUTS,
-    NORMALISATIONS,
+    LOSS_REDUCTIONS,
     OPTIMIZERS,
     SCHEDULES,
     SELECTIONS,
@@ -74,15 +74,15 @@ from student_train.run.config import (
     help="Sections whose tokens enter the loss, of prompt,cot,answer.",
 )  # fmt: skip
 @click.option(
-    "--supervise", type=click.Choice(PARTS), default=TrainConfig.supervise,
+    "--loss-on", type=click.Choice(LOSS_RANGES), default=TrainConfig.loss_on,
     help="Which part of a trace has the length of the lead span; tokens before it are context.",
 )  # fmt: skip
 @click.option(
-    "--span-of", type=click.Choice(WHOLES), default=TrainConfig.span_of,
+    "--lead-span-of", type=click.Choice(WHOLES), default=TrainConfig.lead_span_of,
     help="What the lead span is a proportion of; reasoning leaves the answer out first.",
 )  # fmt: skip
 @click.option(
-    "--random-mask", type=float, default=TrainConfig.random_mask,
+    "--loss-dropout", type=float, default=TrainConfig.loss_dropout,
     help="Share of every trace's valid tokens left out at random, drawn anew in every epoch.",
 )  # fmt: skip
 @click.option(
@@ -103,7 +103,7 @@ from student_train.run.config import (
     help="Share w of the cross entropy: loss = (1 - w) KL + w CE.",
 )  # fmt: skip
 @click.option(
-    "--normalise", type=click.Choice(NORMALISATIONS), default=TrainConfig.normalise,
+    "--loss-reduction", type=click.Choice(LOSS_REDUCTIONS), default=TrainConfig.loss_reduction,
     help="What weighs the same in a step: every valid token or every trace.",
 )  # fmt: skip
 @click.option(
@@ -162,7 +162,7 @@ from student_train.run.config import (
 )  # fmt: skip
 @click.option(
     "--sharding", type=click.Choice(SHARDINGS), default=TrainConfig.sharding,
-    help="full splits weights, gradients and optimiser over the processes (FSDP2).",
+    help="full splits weights, gradients and optimizer over the processes (FSDP2).",
 )  # fmt: skip
 @click.option(
     "--compile", is_flag=True, default=TrainConfig.compile,
@@ -186,7 +186,7 @@ from student_train.run.config import (
     help="What RUN/model holds: the whole student, or the adapter alone for peft.",
 )  # fmt: skip
 @click.option(
-    "--lanes", type=int, default=TrainConfig.lanes,
+    "--shuffle-lanes", type=int, default=TrainConfig.shuffle_lanes,
     help="Lanes of the order, fixed for a run; best a multiple of the number of processes.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=TrainConfig.seed, help="Of order and dropout.")

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from student_train.cli.options import config_option, split_names, split_numbers
-from student_train.data.tokens import PARTS, WHOLES, TokenSelection
+from student_train.data.tokens import LOSS_RANGES, WHOLES, TokenSelection
 from student_train.sweep.config import BASELINES, SweepConfig
 
 
@@ -60,16 +60,16 @@ def split_sets(
     help="Sets of sections, each with every span: prompt+cot+answer,cot+answer,...",
 )  # fmt: skip
 @click.option(
-    "--supervise", type=click.UNPROCESSED, callback=split_names,
-    default=",".join(SweepConfig.supervise),
-    help=f"Parts that have the span's length, of {','.join(PARTS)}; each with every span.",
+    "--loss-on", type=click.UNPROCESSED, callback=split_names,
+    default=",".join(SweepConfig.loss_on),
+    help=f"Parts that have the span's length, of {','.join(LOSS_RANGES)}; each with every span.",
 )  # fmt: skip
 @click.option(
-    "--span-of", type=click.Choice(WHOLES), default=TokenSelection.span_of,
+    "--lead-span-of", type=click.Choice(WHOLES), default=TokenSelection.lead_span_of,
     help="What spans are a proportion of.",
 )  # fmt: skip
 @click.option(
-    "--random-mask", type=float, default=SweepConfig.random_mask,
+    "--loss-dropout", type=float, default=SweepConfig.loss_dropout,
     help="Share of labels that every cell of this call leaves out at random.",
 )  # fmt: skip
 @click.option(

@@ -142,13 +142,13 @@ def check_ranks(num_lanes: int, num_ranks: int) -> None:
     if num_ranks > num_lanes:
         raise ValueError(
             f"lanes: {num_ranks} processes cannot share {num_lanes} lanes; use a multiple of "
-            f"{num_ranks} for --lanes from the start of the run"
+            f"{num_ranks} for --shuffle-lanes from the start of the run"
         )
     if num_lanes % num_ranks:
         most = -(-num_lanes // num_ranks)
         logger.warning(
             "%d processes share %d lanes unevenly: some have %d of a step's traces for %d of "
-            "others; a multiple of %d for --lanes from the start of a run would be even",
+            "others; a multiple of %d for --shuffle-lanes from the start of a run would be even",
             num_ranks, num_lanes, most, most - 1, num_ranks,
         )  # fmt: skip
 

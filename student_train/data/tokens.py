@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from teacher_cache.format import TraceInfo, lead_span_length
 
 ALL_SECTIONS = ("prompt", "cot", "answer")
-PARTS = ("lead", "middle", "last")
+LOSS_RANGES = ("lead", "middle", "last")
 WHOLES = ("trace", "reasoning")
 
 
@@ -29,8 +29,10 @@ class TokenSelection:
     lead_span: float | None = None  # proportion of every trace; whole traces where both are None
     max_tokens: int | None = None
     sections: tuple[str, ...] = ALL_SECTIONS
-    supervise: str = "lead"  # which part has this length: one of PARTS
-    span_of: str = "trace"  # what the length is a part of: "reasoning" leaves the answer out first
+    loss_on: str = "lead"  # which part has this length: one of LOSS_RANGES
+    lead_span_of: str = (
+        "trace"  # what the length is a part of: "reasoning" leaves the answer out first
+    )
 
     def __post_init__(self) -> None:
         if self.lead_span is not None and self.max_tokens is not None:
@@ -45,7 +47,7 @@ class TokenSelection:
                 f"sections: expected some of {', '.join(ALL_SECTIONS)}, got "
                 f"{', '.join(map(repr, unknown)) or 'none'}"
             )
-        for name, choices in (("supervise", PARTS), ("span_of", WHOLES)):
+        for name, choices in (("loss_on", LOSS_RANGES), ("lead_span_of", WHOLES)):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}"
@@ -53,24 +55,26 @@ class TokenSelection:
 
     def span(self, n_total: int, answer_start: int) -> tuple[int, int]:
         """First token and end of the part of a trace that its sections are looked for in."""
-        whole = answer_start if self.span_of == "reasoning" else n_total
+        whole = answer_start if self.lead_span_of == "reasoning" else n_total
         if self.max_tokens is not None:
             keep = self.max_tokens
         else:
             keep = lead_span_length(whole, 1.0 if self.lead_span is None else self.lead_span)
         keep = min(keep, whole)
-        first = {"lead": 0, "middle": (whole - keep) // 2, "last": whole - keep}[self.supervise]
+        first = {"lead": 0, "middle": (whole - keep) // 2, "last": whole - keep}[self.loss_on]
         return first, first + keep
 
     def __str__(self) -> str:
-        part = {"lead": "first", "middle": "middle", "last": "last"}[self.supervise]
-        of = "every trace" if self.span_of == "trace" else "every trace before its answer"
+        part = {"lead": "first", "middle": "middle", "last": "last"}[self.loss_on]
+        of = "every trace" if self.lead_span_of == "trace" else "every trace before its answer"
         if self.max_tokens is not None:
             span = f"the {part} {self.max_tokens:,} tokens of {of}"
         elif self.lead_span is not None and self.lead_span < 1.0:
             span = f"the {part} {self.lead_span:g} of {of}"
         else:
-            span = "whole traces" if self.span_of == "trace" else "whole traces before the answer"
+            span = (
+                "whole traces" if self.lead_span_of == "trace" else "whole traces before the answer"
+            )
         return f"{span}, sections {', '.join(self.sections)}"
 
     def ranges(self, n_total: int, cot_start: int, answer_start: int) -> list[tuple[int, int]]:
@@ -105,7 +109,7 @@ class TokenSelection:
 
 
 @dataclass(frozen=True)
-class RandomMask:
+class LossDropout:
     """Labels left out at random, drawn anew for every epoch and trace."""
 
     share: float  # of a trace's valid tokens

@@ -22,7 +22,7 @@ Place = tuple[int, int]  # (shard, row) of a trace in its cache
 
 
 @dataclass(frozen=True)
-class Source:
+class CacheTraces:
     """The traces of one cache that a run uses, in the cache's order."""
 
     cache: Cache
@@ -40,7 +40,7 @@ class Source:
 class TrainingData:
     """The traces of one or more caches. Its caches are read by one thread at a time."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[CacheTraces, ...]
     weights: tuple[float, ...] | None = None  # of the sources: see mixture.py
 
     @property
@@ -104,7 +104,7 @@ class TrainingData:
         """Of all caches."""
         return sum(len(source.cache.shards) for source in self.sources)
 
-    def locate(self, shard: int) -> tuple[Source, int]:
+    def locate(self, shard: int) -> tuple[CacheTraces, int]:
         """The source of a shard, counted through all caches, and its index in that cache."""
         for source in self.sources:
             if shard < len(source.cache.shards):
@@ -202,7 +202,9 @@ def open_data(
     return TrainingData(sources, None if weights is None else tuple(weights))
 
 
-def _choose(cache: Cache, where: Where | None, heldout_share: float, view: KeepPolicy) -> Source:
+def _choose(
+    cache: Cache, where: Where | None, heldout_share: float, view: KeepPolicy
+) -> CacheTraces:
     count = cache.manifest.config.get("samples_per_prompt", 1)
     has_samples = isinstance(count, int) and count > 1
     train: list[Place] = []
@@ -214,7 +216,7 @@ def _choose(cache: Cache, where: Where | None, heldout_share: float, view: KeepP
         is_out = is_heldout(info.trace_id, heldout_share, has_sample_number=has_samples)
         (heldout if is_out else train).append((shard, row))
     num_left_out = len(cache.traces) - len(train) - len(heldout)
-    return Source(cache, view, tuple(train), tuple(heldout), num_left_out)
+    return CacheTraces(cache, view, tuple(train), tuple(heldout), num_left_out)
 
 
 def _check_names(where: Where, caches: Sequence[Cache]) -> None:
@@ -230,7 +232,7 @@ def _check_names(where: Where, caches: Sequence[Cache]) -> None:
         )
 
 
-def _check_counts(sources: Sequence[Source], where: str | None, heldout_share: float) -> None:
+def _check_counts(sources: Sequence[CacheTraces], where: str | None, heldout_share: float) -> None:
     for source in sources:
         num_chosen = len(source.train) + len(source.heldout)
         if not num_chosen:
@@ -250,7 +252,7 @@ def _check_counts(sources: Sequence[Source], where: str | None, heldout_share: f
         )
 
 
-def _check_weights(sources: Sequence[Source], weights: Sequence[float]) -> None:
+def _check_weights(sources: Sequence[CacheTraces], weights: Sequence[float]) -> None:
     if len(weights) != len(sources):
         raise ValueError(
             f"cache-weights: expected {len(sources)}, one for every cache, got {len(weights)}"

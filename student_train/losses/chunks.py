@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from student_train.losses.divergence import Objective
-from student_train.losses.head import Head
+from student_train.losses.head import HeadProducts
 from student_train.losses.rows import RowResults, Student, TorchPasses, evaluate_rows
 from student_train.losses.targets import TeacherTargets
 
@@ -70,7 +70,7 @@ def run(
     # PyTorch, Triton launches on the current GPU, wherever its tensors are.
     current = torch.cuda.device_of(hidden_ND)  # type: ignore[no-untyped-call]  # torch has no types
     with current, torch.autocast(hidden_ND.device.type, enabled=False):
-        head = Head(hidden_ND, weight_VD, bias_V, problem.compute_dtype, wanted)
+        head = HeadProducts(hidden_ND, weight_VD, bias_V, problem.compute_dtype, wanted)
         exponent = None
         if row_weight_N is not None:
             row_weight_N = row_weight_N.to(head.result_dtype)
@@ -88,7 +88,7 @@ def run(
     return results, Gradients(*gradients)
 
 
-def _loop(problem: Problem, head: Head, row_weight_N: Tensor | None) -> RowResults:
+def _loop(problem: Problem, head: HeadProducts, row_weight_N: Tensor | None) -> RowResults:
     """Every chunk's results, one after the other; its gradients go into the head."""
     num_rows, device, dtype = len(problem.targets), problem.targets.k.device, head.result_dtype
     width = buffer_width(head.num_vocab)
@@ -129,7 +129,7 @@ def _chunk(
     passes: TorchPasses | TritonPasses,
     targets: TeacherTargets,
     logits_CV: Tensor,
-    head: Head,
+    head: HeadProducts,
     row_weight: Tensor | None,
 ) -> tuple[RowResults, Tensor | None]:
     """One chunk's results and, in the memory of its logits, its gradient."""
@@ -138,7 +138,7 @@ def _chunk(
     passes.transform_(logits_CV[:, :num_local])
     logits_CV[:, num_local:] = -torch.inf
     kept_ids = targets.top_ids.masked_fill(~targets.kept(), num_vocab).long()
-    label_ids = targets.realised_ids.long()[:, None]
+    label_ids = targets.target_ids.long()[:, None]
     if shard is not None:
         kept_ids = shard.local_columns(kept_ids, num_local)
         label_ids = shard.local_columns(label_ids, num_local)

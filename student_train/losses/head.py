@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Head:
+class HeadProducts:
     """The head of one call: operands in the dtype of computation, gradients as they grow.
 
     Products of bfloat16 or float16 operands come out as float32. On CUDA the matrix product does

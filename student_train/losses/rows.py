@@ -217,7 +217,7 @@ def _assemble(
     columns = torch.cat(
         [
             targets.top_ids.masked_fill(~kept, num_vocab),
-            targets.realised_ids.masked_fill(label_kept, num_vocab)[:, None],
+            targets.target_ids.masked_fill(label_kept, num_vocab)[:, None],
         ],
         dim=1,
     ).long()

@@ -25,7 +25,7 @@ class TeacherTargets:
         k: [N] integer, kept entries per row.
         tail_logit: [N] float32 or float64, log(tail / (1 - tail)) of the teacher's probability
             mass outside the kept entries; ignored where k[n] = V.
-        realised_ids: [N] int64 or int32, the tokens that the trace holds: the labels of the cross
+        target_ids: [N] int64 or int32, the tokens that the trace holds: the labels of the cross
             entropy. They need not be among the kept ids.
 
     Raises:
@@ -36,7 +36,7 @@ class TeacherTargets:
     top_logits: Tensor
     k: Tensor
     tail_logit: Tensor
-    realised_ids: Tensor
+    target_ids: Tensor
 
     def __post_init__(self) -> None:
         if self.top_ids.dim() != 2 or self.top_ids.shape[1] < 1:
@@ -50,7 +50,7 @@ class TeacherTargets:
             ("top_logits", (num_rows, num_kept), floats),
             ("k", (num_rows,), _INTEGERS),
             ("tail_logit", (num_rows,), floats),
-            ("realised_ids", (num_rows,), ids),
+            ("target_ids", (num_rows,), ids),
         ):
             value: Tensor = getattr(self, name)
             if value.shape != shape:
@@ -75,7 +75,7 @@ class TeacherTargets:
             top_logits=self.top_logits[rows],
             k=self.k[rows],
             tail_logit=self.tail_logit[rows],
-            realised_ids=self.realised_ids[rows],
+            target_ids=self.target_ids[rows],
         )
 
     def kept(self) -> Tensor:
@@ -85,4 +85,4 @@ class TeacherTargets:
 
     def label_column(self) -> Tensor:
         """[N, K] bool, True where a column is the realised token; nowhere if it is not kept."""
-        return self.kept() & (self.top_ids == self.realised_ids[:, None])
+        return self.kept() & (self.top_ids == self.target_ids[:, None])

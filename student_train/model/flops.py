@@ -30,7 +30,7 @@ class FlopFormula:
     of the body's matrices, experts by the share that a token is sent to; A is layers x heads x head
     size, half of each square being masked; the head's three products run on the tokens in the loss
     alone. The backward counts as two forwards, or as one for frozen weights. Norms, softmax,
-    optimiser, embedding lookup and padding are left out.
+    optimizer, embedding lookup and padding are left out.
     """
 
     body_weights: int
@@ -117,7 +117,7 @@ def compare_flops(
     trace = cache.read(shard, {row: whole})[row]
     compared = []
     for selection in selections:
-        batches = micro_batches([trace], selection, batch_tokens=whole, normalise="tokens")
+        batches = micro_batches([trace], selection, batch_tokens=whole, loss_reduction="token")
         compared.append(
             FlopComparison(
                 sum(sum(batch.num_positions) for batch in batches),

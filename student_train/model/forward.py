@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from student_train.batch.micro_batch import MicroBatch
 from student_train.losses import SparseKLOutput, sparse_kl, sparse_kl_per_token
-from student_train.model.load import Head, output_layer
+from student_train.model.load import HeadScaling, output_layer
 
 # What StudentWithLoss sums over valid tokens, beside the loss.
 SUMS = ("kl", "ce", "student_mass", "teacher_mass", "top1_agreement")
@@ -20,7 +20,7 @@ SUMS = ("kl", "ce", "student_mass", "teacher_mass", "top1_agreement")
 class StudentWithLoss(nn.Module):
     """Body and loss in one forward, so that a sharded head is whole where the loss uses it."""
 
-    def __init__(self, model: PreTrainedModel, head: Head, ce_weight: float) -> None:
+    def __init__(self, model: PreTrainedModel, head: HeadScaling, ce_weight: float) -> None:
         super().__init__()
         self.model = model
         self._head = head

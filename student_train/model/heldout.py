@@ -56,7 +56,7 @@ def heldout_sums(
         # One by one: a micro-batch does not say which trace and section a token is of.
         batches = micro_batches(
             [] if trace is None else [trace],
-            TokenSelection(), batch_tokens=1, normalise="tokens", num_ids=num_ids,
+            TokenSelection(), batch_tokens=1, loss_reduction="token", num_ids=num_ids,
         )  # fmt: skip
         batch = batches[0] if batches else empty_micro_batch()
         result = student.per_token(batch.to(device))

@@ -68,7 +68,7 @@ class LiveTeacher:
             k=torch.full_like(batch.targets.k, top_ids.shape[1]),
             # What the student lacks, as from a cache; -inf where it lacks nothing.
             tail_logit=beyond.logsumexp(dim=-1) - of_student.logsumexp(dim=-1),
-            realised_ids=batch.targets.realised_ids,
+            target_ids=batch.targets.target_ids,
         )
         return replace(batch, targets=targets)
 

@@ -26,7 +26,7 @@ _PROBE_TOLERANCE = 1e-3  # relative to the largest logit; a forgotten scale or c
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadScaling:
     """logits = softcap * tanh(logit_scale * (hidden W^T + b) / softcap)."""
 
     logit_scale: float = 1.0
@@ -135,7 +135,7 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
     return output
 
 
-def head_of(model: PreTrainedModel) -> Head:
+def head_of(model: PreTrainedModel) -> HeadScaling:
     """What stands between the body's hidden states and the logits, beside a linear map.
 
     Raises:
@@ -147,13 +147,13 @@ def head_of(model: PreTrainedModel) -> Head:
         scale *= float(config.logit_scale)
     if getattr(config, "logits_scaling", None) is not None:
         scale /= float(config.logits_scaling)
-    head = Head(scale, getattr(config, "final_logit_softcapping", None))
+    head = HeadScaling(scale, getattr(config, "final_logit_softcapping", None))
     _check_head(model, head)
     return head
 
 
 @torch.no_grad()
-def _check_head(model: PreTrainedModel, head: Head) -> None:
+def _check_head(model: PreTrainedModel, head: HeadScaling) -> None:
     """Compare the model's own logits of a few tokens with those that the loss would use."""
     output = output_layer(model)
     was_training = model.training

@@ -9,7 +9,7 @@ from student_train.data.tokens import ALL_SECTIONS, TokenSelection
 from student_train.model.lora import Lora
 from teacher_cache.format import PrefixCache, shown
 
-NORMALISATIONS = ("tokens", "traces")
+LOSS_REDUCTIONS = ("token", "sequence")
 OPTIMIZERS = ("adamw", "adafactor", "adamw8bit")
 SCHEDULES = ("cosine", "linear", "constant", "onecycle")
 SHARDINGS = ("none", "full")
@@ -62,14 +62,14 @@ class TrainConfig:
     lead_span: float | None = None  # with max_tokens also None: whole traces
     max_tokens: int | None = None
     sections: tuple[str, ...] = ALL_SECTIONS
-    supervise: str = TokenSelection.supervise
-    span_of: str = TokenSelection.span_of
-    random_mask: float = 0.0
+    loss_on: str = TokenSelection.loss_on
+    lead_span_of: str = TokenSelection.lead_span_of
+    loss_dropout: float = 0.0
     live_teacher: str | None = None
     top_k: int | None = None  # as captured
     mass: float | None = None  # as captured
     ce_weight: float = 0.5  # as in arXiv 2512.21002
-    normalise: str = "tokens"
+    loss_reduction: str = "token"
     optimizer: str = "adamw"
     lr: float = 1e-5
     schedule: str = "cosine"
@@ -90,7 +90,7 @@ class TrainConfig:
     lora_alpha: int = 32
     lora_targets: tuple[str, ...] = ("all-linear",)
     lora_output: str = "merged"
-    lanes: int = 8
+    shuffle_lanes: int = 8
     seed: int = 0
     eval_every: int | None = None  # at the end
     eval_cache: str | None = None
@@ -104,7 +104,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _ = self.selection  # refuses lead spans and sections that cannot be
         for name, choices in (
-            ("normalise", NORMALISATIONS),
+            ("loss_reduction", LOSS_REDUCTIONS),
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
             ("sharding", SHARDINGS),
@@ -118,7 +118,7 @@ class TrainConfig:
                     f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
         for name in (
-            "epochs", "max_steps", "batch_traces", "batch_tokens", "lanes", "save_every",
+            "epochs", "max_steps", "batch_traces", "batch_tokens", "shuffle_lanes", "save_every",
             "keep_last", "log_every", "eval_every", "eval_traces", "prefix_cache_bytes",
             "lora_rank", "lora_alpha",
         ):  # fmt: skip
@@ -135,8 +135,8 @@ class TrainConfig:
                 raise ValueError(f"cache_weights: expected positive numbers, got {weight}")
         if not 0.0 <= self.heldout_share < 1.0:
             raise ValueError(f"heldout_share: expected 0 to below 1, got {self.heldout_share}")
-        if not 0.0 <= self.random_mask < 1.0:
-            raise ValueError(f"random_mask: expected a share in [0, 1), got {self.random_mask}")
+        if not 0.0 <= self.loss_dropout < 1.0:
+            raise ValueError(f"loss_dropout: expected a share in [0, 1), got {self.loss_dropout}")
         if self.sharding == "full" and self.optimizer == "adafactor":
             raise ValueError(
                 "sharding full: adafactor works on whole matrices; use --optimizer adamw, or "
@@ -160,7 +160,7 @@ class TrainConfig:
     def selection(self) -> TokenSelection:
         """Which tokens of a trace are trained on."""
         return TokenSelection(
-            self.lead_span, self.max_tokens, self.sections, self.supervise, self.span_of
+            self.lead_span, self.max_tokens, self.sections, self.loss_on, self.lead_span_of
         )
 
     def packs_on(self, device_type: str) -> bool:

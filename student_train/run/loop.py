@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from student_train.batch.micro_batch import MicroBatch, empty_micro_batch, micro_batches, normaliser
 from student_train.data.stream import StreamStep, TraceStream
-from student_train.data.tokens import RandomMask, TokenSelection
+from student_train.data.tokens import LossDropout, TokenSelection
 from student_train.data.traces import TrainingData, open_data
 from student_train.errors import InterruptedRunError, NonFiniteLossError
 from student_train.model.adapters import add_adapters, count_trained, with_trained_adapters
@@ -143,7 +143,7 @@ def train(config: TrainConfig) -> TrainResult:
         if num_known:
             logger.warning("%d held-out traces are trained on too", num_known)
 
-    # --- student, optimiser, schedule --------------------------------------------------------
+    # --- student, optimizer, schedule --------------------------------------------------------
     set_seed(config.seed, device_specific=True)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -218,7 +218,7 @@ def train(config: TrainConfig) -> TrainResult:
         batch_traces=config.batch_traces,
         num_epochs=config.epochs if progress.step < num_steps else 0,
         seed=config.seed,
-        num_lanes=config.lanes,
+        num_lanes=config.shuffle_lanes,
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
         cursor=progress.cursor,
@@ -233,12 +233,12 @@ def train(config: TrainConfig) -> TrainResult:
 
             # Every rank must know the step's normaliser before its first backward, and must run
             # as many forwards as the others.
-            mask = RandomMask(config.random_mask, config.seed, item.epoch)
+            mask = LossDropout(config.loss_dropout, config.seed, item.epoch)
             batches = micro_batches(
                 item.traces,
                 config.selection,
                 batch_tokens=config.batch_tokens,
-                normalise=config.normalise,
+                loss_reduction=config.loss_reduction,
                 mask=mask if mask.share else None,
                 layout=layout,
                 num_ids=num_ids,
@@ -252,7 +252,7 @@ def train(config: TrainConfig) -> TrainResult:
             )
             if num_valid == 0:
                 progress = replace(progress, num_empty_steps=progress.num_empty_steps + 1)
-            divisor = max(1, normaliser(num_valid, num_traces, config.normalise))
+            divisor = max(1, normaliser(num_valid, num_traces, config.loss_reduction))
 
             sums = torch.zeros(1 + len(SUMS), dtype=torch.float64, device=accelerator.device)
             for index in range(num_batches if num_valid else 0):

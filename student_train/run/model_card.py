@@ -49,9 +49,9 @@ Trained with leadspan on a cache of the teacher's top-k logits; no teacher was i
 - trained on: {config.selection}; {metrics["cot_share"]:.1%} of the chains of thought
 - traces: {data.summary}{f", where `{config.where}`" if config.where else ""}
 - loss: {1 - config.ce_weight:g} KL(teacher || student) over the kept entries and one bucket for
-  the tail + {config.ce_weight:g} cross entropy, every {config.normalise[:-1]} weighing the same
+  the tail + {config.ce_weight:g} cross entropy, averaged over every {config.loss_reduction}
 - weights trained: {weights}
-- optimiser: {config.optimizer}, lr {config.lr:g} ({config.schedule}, warm-up {config.warmup:g}),
+- optimizer: {config.optimizer}, lr {config.lr:g} ({config.schedule}, warm-up {config.warmup:g}),
   weight decay {config.weight_decay:g}, gradient norm at most {config.clip_norm:g}
 - {num_steps} steps of {config.batch_traces} traces, seed {config.seed}
 

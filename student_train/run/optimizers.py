@@ -1,4 +1,4 @@
-"""Optimisers and schedules by name."""
+"""Optimizers and schedules by name."""
 
 import importlib
 import importlib.util
@@ -20,7 +20,7 @@ _EIGHT_BIT_SHARDED = ("torchao.optim",)
 def make_optimizer(
     name: str, model: nn.Module, *, lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """An optimiser over the parameters that are trained.
+    """An optimizer over the parameters that are trained.
 
     Args:
         name: One of `config.OPTIMIZERS`.
@@ -51,7 +51,7 @@ def make_optimizer(
 def make_schedule(
     name: str, optimizer: torch.optim.Optimizer, *, warmup: float, num_steps: int
 ) -> LRScheduler:
-    """The course of the learning rate over a run, one `step()` per optimiser's step.
+    """The course of the learning rate over a run, one `step()` per optimizer's step.
 
     Args:
         name: One of `config.SCHEDULES`. "onecycle" is torch's `OneCycleLR`: from a 25th of the

@@ -34,12 +34,12 @@ from student_train.model.load import decoder_layers
 
 
 def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> nn.Module:
-    """Bring a student to the devices of a run; its optimiser is made afterwards.
+    """Bring a student to the devices of a run; its optimizer is made afterwards.
 
     Args:
         student: On the CPU, the same in every process.
         accelerator: Of the run.
-        sharding: "none" (a copy in every process) or "full" (parameters, gradients and optimiser
+        sharding: "none" (a copy in every process) or "full" (parameters, gradients and optimizer
             state are split over the processes).
 
     Returns:
@@ -111,7 +111,7 @@ def gathered_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 def gathered_state(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer
 ) -> dict[str, dict[str, Any]]:
-    """Weights and optimiser state by parameter name, as `gathered_weights`.
+    """Weights and optimizer state by parameter name, as `gathered_weights`.
 
     Whole tensors in one file and not torch's sharded format, so that a run can go on with another
     number of processes, split or not. The price: the main process' memory holds them all while

@@ -60,12 +60,12 @@ def _group_name(options: Mapping[str, Any]) -> str:
         parts = [f"tokens-{options['max_tokens']}"]
     else:
         parts = [f"span-{options.get('lead_span', 1.0):g}"]
-    if "supervise" in options:
-        parts.append(options["supervise"])
+    if "loss_on" in options:
+        parts.append(options["loss_on"])
     if "sections" in options:
         parts.append("+".join(options["sections"]))
-    if "span_of" in options:
-        parts.append(f"of-{options['span_of']}")
-    if "random_mask" in options:
-        parts.append(f"mask-{options['random_mask']:g}")
+    if "lead_span_of" in options:
+        parts.append(f"of-{options['lead_span_of']}")
+    if "loss_dropout" in options:
+        parts.append(f"mask-{options['loss_dropout']:g}")
     return "_".join(parts)

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from student_train.data.tokens import ALL_SECTIONS, PARTS, TokenSelection
+from student_train.data.tokens import ALL_SECTIONS, LOSS_RANGES, TokenSelection
 from student_train.evaluation.config import EvaluateConfig
 from student_train.run.config import TrainConfig
 from student_train.sweep.cells import Cell, in_one_text
@@ -19,7 +19,7 @@ EVERY_BASELINE_BUT_LIVE = tuple(name for name in BASELINES if name != "live")
 # What a sweep sets itself; a file of options for every run must not.
 _SET_BY_SWEEP = frozenset(
     {"cache", "student", "out", "seed", "live_teacher", "lead_span", "max_tokens"}
-    | {"sections", "supervise", "span_of", "random_mask"}
+    | {"sections", "loss_on", "lead_span_of", "loss_dropout"}
 )
 _SET_BY_EVALUATION = frozenset({"model", "prompts", "cache", "completions"})
 
@@ -36,9 +36,9 @@ class SweepConfig:
     lead_spans: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0)
     max_tokens_list: tuple[int, ...] = ()
     sections_list: tuple[tuple[str, ...], ...] = (ALL_SECTIONS,)
-    supervise: tuple[str, ...] = ("lead",)
-    span_of: str = TokenSelection.span_of
-    random_mask: float = 0.0
+    loss_on: tuple[str, ...] = ("lead",)
+    lead_span_of: str = TokenSelection.lead_span_of
+    loss_dropout: float = 0.0
     baselines: tuple[str, ...] = EVERY_BASELINE_BUT_LIVE
     live_teacher: str | None = None
     seeds: int = 3
@@ -52,14 +52,14 @@ class SweepConfig:
         for name in ("seeds", "parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name, choices in (("baselines", BASELINES), ("supervise", PARTS)):
+        for name, choices in (("baselines", BASELINES), ("loss_on", LOSS_RANGES)):
             unknown = [value for value in getattr(self, name) if value not in choices]
             if unknown:
                 raise ValueError(
                     f"{name}: expected some of {', '.join(choices)}, got {unknown[0]!r}"
                 )
-        if not self.supervise or not self.sections_list:
-            raise ValueError("supervise and sections-list: expected at least one each, got none")
+        if not self.loss_on or not self.sections_list:
+            raise ValueError("loss_on and sections-list: expected at least one each, got none")
         if "live" in self.baselines and self.live_teacher is None:
             raise ValueError("baseline live: expected the teacher as --live-teacher, got none")
         list(self.cells(num_steps=2))  # refuses spans and sections that cannot be
@@ -80,11 +80,11 @@ class SweepConfig:
     def _of_seed(self, seed: int, num_steps: int) -> Iterator[Cell]:
         spans: list[dict[str, Any]] = [{"lead_span": span} for span in self.lead_spans]
         spans += [{"max_tokens": number} for number in self.max_tokens_list]
-        common = {"span_of": self.span_of, "random_mask": self.random_mask}
-        for part, sections, span in product(self.supervise, self.sections_list, spans):
+        common = {"lead_span_of": self.lead_span_of, "loss_dropout": self.loss_dropout}
+        for part, sections, span in product(self.loss_on, self.sections_list, spans):
             if part != "lead" and span.get("lead_span") == 1.0:
                 continue  # all parts of a whole trace are the same
-            chosen = {**span, **common, "supervise": part, "sections": sections}
+            chosen = {**span, **common, "loss_on": part, "sections": sections}
             yield Cell.of("span", seed, chosen)
         half = max(1, num_steps // 2)
         if "full" in self.baselines:

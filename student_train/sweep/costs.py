@@ -1,11 +1,11 @@
 """What a lead span costs and saves, counted on a cache's commit records; nothing is read."""
 
 from student_train.data.tokens import TokenSelection
-from student_train.data.traces import Source
+from student_train.data.traces import CacheTraces
 from teacher_cache.format import num_bands_needed
 
 
-def span_costs(source: Source, selection: TokenSelection) -> dict[str, float]:
+def span_costs(source: CacheTraces, selection: TokenSelection) -> dict[str, float]:
     """Figures of one epoch, and of the cache that it takes.
 
     Returns:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from student_train.data.tokens import TokenSelection
-from student_train.data.traces import Source, open_data
+from student_train.data.traces import CacheTraces, open_data
 from student_train.errors import InterruptedRunError
 from student_train.evaluation.prompts import Prompt, prompt_ids, read_prompts, seen_in
 from student_train.model.flops import compare_flops, count_parameters
@@ -81,7 +81,7 @@ def sweep(config: SweepConfig) -> SweepResult:
     return SweepResult(len(cells) - len(left), failed, answer)
 
 
-def _source(config: SweepConfig, options: Mapping[str, Any]) -> Source:
+def _source(config: SweepConfig, options: Mapping[str, Any]) -> CacheTraces:
     """What a run with these options trains on."""
     run = config.train_config(options)
     data = open_data(run.cache, where=run.where, heldout_share=run.heldout_share)

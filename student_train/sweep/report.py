@@ -105,7 +105,7 @@ untrained student. It is left out where the full-length gain is not above zero f
 <h2>Cost</h2>
 {_cost_table(groups)}
 <p>FLOPs = {escape(FORMULA)}. Memory is the process' growth on a CPU, the allocator's peak on a GPU;
-both hold weights and optimiser too. Disk is that of a cache of the bands read. Saved tokens are
+both hold weights and optimizer too. Disk is that of a cache of the bands read. Saved tokens are
 those behind the span, which a teacher that stopped there would not generate.{_captured(groups)}
 Break-even: runs after which a live teacher would have been run on more tokens than that.</p>
 {_flop_table(out / "flops.json")}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from teacher_cache.capture.job import ONLY_WORKER
 from teacher_cache.format import MAX_K, CachePath, parse_worker
-from teacher_cache.sources import PROMPT_TURNS, Input, Layout, Slice
+from teacher_cache.sources import PROMPT_TURNS, Input, RowColumns, TraceSlice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class CaptureConfig:
     num_bands: int = 20
     limit: int | None = None
     strict: bool = False
-    id_field: str = Layout.id_field
+    id_field: str = RowColumns.id_field
     prompt_field: str | None = None
     apply_chat_template: bool = False
     drop_system: bool = False
@@ -77,7 +77,7 @@ class GenerateConfig(CaptureConfig):
     seed: int = 0
     samples_per_prompt: int = 1
     capture_prompt: bool = False
-    prompt_turns: str = Layout.prompt_turns
+    prompt_turns: str = RowColumns.prompt_turns
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,13 +93,13 @@ class ScoreConfig(CaptureConfig):
     reasoning_field: str | None = None
     slice: str | None = None
     capture_prompt: bool = True
-    prompt_turns: str = Layout.prompt_turns
+    prompt_turns: str = RowColumns.prompt_turns
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_prompt_turns(self)
         if self.slice is not None:
-            Slice.parse(self.slice)
+            TraceSlice.parse(self.slice)
 
 
 def _check_prompt_turns(config: GenerateConfig | ScoreConfig) -> None:
@@ -107,5 +107,5 @@ def _check_prompt_turns(config: GenerateConfig | ScoreConfig) -> None:
         raise ValueError(
             f"prompt turns: expected {' or '.join(PROMPT_TURNS)}, got {config.prompt_turns!r}"
         )
-    if config.prompt_turns != Layout.prompt_turns and not config.capture_prompt:
+    if config.prompt_turns != RowColumns.prompt_turns and not config.capture_prompt:
         raise ValueError("prompt turns: no token of the prompt is kept without --capture-prompt")

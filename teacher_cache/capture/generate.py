@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import asdict
 
 from teacher_cache.capture.configs import GenerateConfig
-from teacher_cache.capture.prepare import prepare_job, row_layout, run_job, teacher_tokenizer
+from teacher_cache.capture.prepare import prepare_job, row_columns, run_job, teacher_tokenizer
 from teacher_cache.capture.run import CaptureReport
 from teacher_cache.engines import Sampling, TeacherRequest
 from teacher_cache.sources import PromptRenderer, SourceTrace
@@ -43,7 +43,7 @@ def generate(config: GenerateConfig) -> CaptureReport:
     recorded = {**asdict(sampling), "max_tokens": config.max_tokens, "seed": config.seed}
     if config.stop_at_tokens is not None:
         recorded["stop_at_tokens"] = config.stop_at_tokens
-    render = PromptRenderer(tokenizer, longest, files.vocab_size(), row_layout(config))
+    render = PromptRenderer(tokenizer, longest, files.vocab_size(), row_columns(config))
     return run_job(
         config,
         prepare_job(config, files, tokenizer, config.prompts, render, requests, sampling, recorded),

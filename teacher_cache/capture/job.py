@@ -11,8 +11,8 @@ from typing import Any
 
 from teacher_cache.capture.worker_loop import Work
 from teacher_cache.engines import Teacher, TeacherFacts, TeacherRequest
-from teacher_cache.format import CacheHeader, CachePath, Part, open_store, shown
-from teacher_cache.sources import Rejects, Source, SourceError, SourceTrace
+from teacher_cache.format import CacheHeader, CachePath, InputShare, open_store, shown
+from teacher_cache.sources import InputTraces, Rejects, SourceError, SourceTrace
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 
 logger = logging.getLogger(__name__)
@@ -28,11 +28,11 @@ class Job:
     out: CachePath
     journal: Path | None  # where the cache's own folder, or the default for a URI, will not do
     worker: str
-    part: Part | None = None  # of the input, where several workers share it
+    part: InputShare | None = None  # of the input, where several workers share it
     on_cluster: bool = False  # its workers are several, and nobody else's
     limit: int | None  # traces of the whole input; the rest of it is only counted
     config: Mapping[str, Any]  # resolved, JSON; kept in the cache for the reader
-    source: Source
+    source: InputTraces
     tokenizer: TeacherTokenizer
     requests: Callable[[SourceTrace], list[TeacherRequest]]
     header: Callable[[TeacherFacts], CacheHeader]

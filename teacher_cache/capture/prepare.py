@@ -7,12 +7,12 @@ from pathlib import Path
 
 from teacher_cache.capture.configs import CaptureConfig, GenerateConfig, ScoreConfig
 from teacher_cache.capture.job import Job
-from teacher_cache.capture.ray_driver import Cluster, Placement
+from teacher_cache.capture.ray_driver import Cluster, ReplicaPlan
 from teacher_cache.capture.run import CaptureReport, capture
 from teacher_cache.engines import Sampling, Teacher, TeacherFacts, TeacherRequest
 from teacher_cache.engines.start import start_teacher
 from teacher_cache.format import CacheHeader, parse_worker, shown
-from teacher_cache.sources import Input, Layout, Render, Source, SourceTrace, read_ids
+from teacher_cache.sources import Input, InputTraces, Render, RowColumns, SourceTrace, read_ids
 from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer, ThinkMarks
 
 
@@ -20,13 +20,13 @@ def run_job(config: CaptureConfig, job: Job) -> CaptureReport:
     """Run a job on one engine in this process, or on replicas that Ray places."""
     if not config.on_cluster:
         return capture(job)
-    placement = Placement(config.workers, config.ray_address, config.tensor_parallel_size)
+    placement = ReplicaPlan(config.workers, config.ray_address, config.tensor_parallel_size)
     return capture(job, partial(Cluster, placement))
 
 
-def row_layout(config: GenerateConfig | ScoreConfig) -> Layout:
+def row_columns(config: GenerateConfig | ScoreConfig) -> RowColumns:
     """Which columns of a row hold what."""
-    return Layout(
+    return RowColumns(
         id_field=config.id_field,
         prompt_field=config.prompt_field,
         drop_system=config.drop_system,
@@ -89,7 +89,7 @@ def prepare_job(
         on_cluster=config.on_cluster,
         limit=config.limit,
         config=_resolved(config),
-        source=Source(
+        source=InputTraces(
             Input(path, config.dataset_config, config.split),
             render,
             id_field=config.id_field,

@@ -31,7 +31,7 @@ _NUM_SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Placement:
+class ReplicaPlan:
     """How many replicas, and where."""
 
     num_workers: int
@@ -68,7 +68,7 @@ class Cluster:
 
     facts: TeacherFacts
 
-    def __init__(self, placement: Placement, job: Job, longest: int) -> None:
+    def __init__(self, placement: ReplicaPlan, job: Job, longest: int) -> None:
         self._job = job
         self._longest = longest
         self._workers: list[_Worker] = []
@@ -126,7 +126,7 @@ class Cluster:
             for worker in self._workers:
                 self._ray.kill(worker.actor)
 
-    def _actor_class(self, placement: Placement) -> Any:  # noqa: ANN401 (Ray is untyped here)
+    def _actor_class(self, placement: ReplicaPlan) -> Any:  # noqa: ANN401 (Ray is untyped here)
         num_gpus = int(self._ray.cluster_resources().get("GPU", 0))
         needed = placement.num_workers * placement.gpus_per_worker
         if 0 < num_gpus < needed:

@@ -13,19 +13,19 @@ from teacher_cache.format import (
     CacheHeader,
     CacheMismatchError,
     CacheWriter,
+    InputShare,
     Manifest,
-    Part,
-    PartRecord,
+    ShareRecord,
     compact_journals,
     open_store,
-    parts_to_come,
-    publish_part,
+    publish_share,
     read_manifest,
-    read_parts,
+    read_shares,
     seal_cache,
+    shares_to_come,
     shown,
 )
-from teacher_cache.terminal.capture_progress import Progress
+from teacher_cache.terminal.capture_progress import CaptureProgress
 from teacher_cache.terminal.stop_signals import Stopped, stop_signals
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ class CaptureReport:
     seconds: float = 0.0  # without the start of the engine
     sealed: bool = False
     stopped_by: int | None = None  # a signal's number
-    part: Part | None = None  # of the input, where several workers share it
-    parts_to_come: tuple[Part, ...] = ()  # that have not finished this input
+    part: InputShare | None = None  # of the input, where several workers share it
+    shares_to_come: tuple[InputShare, ...] = ()  # that have not finished this input
 
 
 class Crew(Protocol):
@@ -156,8 +156,8 @@ def _facts_of(header: CacheHeader) -> TeacherFacts:
 
 def _run(job: Job, survey: Survey, crew: Crew, writer: CacheWriter) -> CaptureReport:
     if job.part is not None:
-        publish_part(open_store(job.out), job.part, _record(survey, finished=False))
-    with Progress(survey.num_missing) as progress, stop_signals() as switch:
+        publish_share(open_store(job.out), job.part, _record(survey, finished=False))
+    with CaptureProgress(survey.num_missing) as progress, stop_signals() as switch:
 
         def note(done: Done) -> None:
             progress.add(done.num_tokens, cut_by_length=done.cut_by_length)
@@ -206,10 +206,10 @@ def _with_parts(job: Job, report: CaptureReport) -> CaptureReport:
     if job.part is None:
         return report
     store, record = open_store(job.out), _record(report.survey, finished=True)
-    publish_part(store, job.part, record)
-    to_come = parts_to_come(read_parts(store), job.part.count, record.input_hash)
-    return replace(report, part=job.part, parts_to_come=tuple(to_come))
+    publish_share(store, job.part, record)
+    to_come = shares_to_come(read_shares(store), job.part.count, record.input_hash)
+    return replace(report, part=job.part, shares_to_come=tuple(to_come))
 
 
-def _record(survey: Survey, *, finished: bool) -> PartRecord:
-    return PartRecord(survey.input_hash, survey.num_input, survey.num_taken, finished)
+def _record(survey: Survey, *, finished: bool) -> ShareRecord:
+    return ShareRecord(survey.input_hash, survey.num_input, survey.num_taken, finished)

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from teacher_cache.capture.configs import ScoreConfig
-from teacher_cache.capture.prepare import prepare_job, row_layout, run_job, teacher_tokenizer
+from teacher_cache.capture.prepare import prepare_job, row_columns, run_job, teacher_tokenizer
 from teacher_cache.capture.run import CaptureReport
 from teacher_cache.engines import TeacherRequest
-from teacher_cache.sources import Slice, SourceTrace, TraceRenderer
+from teacher_cache.sources import SourceTrace, TraceRenderer, TraceSlice
 from teacher_cache.sources.tokenizer import ModelFiles
 
 
@@ -29,11 +29,11 @@ def score(config: ScoreConfig) -> CaptureReport:
         ]
 
     layout = replace(
-        row_layout(config),
+        row_columns(config),
         response_field=config.response_field,
         reasoning_field=config.reasoning_field,
     )
-    part = None if config.slice is None else Slice.parse(config.slice)
+    part = None if config.slice is None else TraceSlice.parse(config.slice)
     render = TraceRenderer(tokenizer, context, files.vocab_size(), layout, part)
     return run_job(
         config, prepare_job(config, files, tokenizer, config.traces, render, requests, None, None)

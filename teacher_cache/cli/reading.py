@@ -79,7 +79,7 @@ def export_command(
     cache-teacher export cache tokens.parquet --parquet
     """
     from teacher_cache.sources.tokenizer import load_tokenizer
-    from teacher_cache.transform.export import Slice, export_parquet, export_traces
+    from teacher_cache.transform.export import ExportRange, export_parquet, export_traces
 
     if parquet and (text or logprobs):
         raise click.UsageError(
@@ -87,7 +87,7 @@ def export_command(
             "logprobs anyway"
         )
     opened = open_cache(cache, allow_unsealed=allow_unsealed)
-    part = Slice(lead_span, limit, trace_ids)
+    part = ExportRange(lead_span, limit, trace_ids)
     if parquet:
         click.echo(f"{out}: {export_parquet(opened, out, part):,} traces")
         return

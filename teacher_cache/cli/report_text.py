@@ -7,7 +7,7 @@ from teacher_cache.capture.run import CaptureReport
 from teacher_cache.examine.audit import Audit, Spread
 from teacher_cache.examine.inspection import Inspection, ShownToken
 from teacher_cache.examine.plan import Step
-from teacher_cache.format import Cache, Part
+from teacher_cache.format import Cache, InputShare
 from teacher_cache.format.checking.findings import Finding, Verification
 from teacher_cache.format.checking.repair import Repair
 
@@ -64,7 +64,7 @@ def report_line(report: CaptureReport, out: str) -> str:
     elif survey.num_taken < survey.num_wanted:
         state = "not complete yet"
     elif report.part is not None:
-        state = _part_state(report.part, report.parts_to_come, out)
+        state = _part_state(report.part, report.shares_to_come, out)
     else:
         state = "this worker's part is complete; `cache-teacher seal` closes the cache when all are"
     return (
@@ -75,7 +75,7 @@ def report_line(report: CaptureReport, out: str) -> str:
     )
 
 
-def _part_state(part: Part, to_come: Sequence[Part], out: str) -> str:
+def _part_state(part: InputShare, to_come: Sequence[InputShare], out: str) -> str:
     if not to_come:
         return f"part {part} is complete, as are all others: `cache-teacher seal {out}` closes it"
     shown = ", ".join(str(each) for each in to_come[:8]) + (", ..." if len(to_come) > 8 else "")

@@ -24,7 +24,7 @@ from teacher_cache.format import (
     open_cache,
 )
 from teacher_cache.sources.tokenizer import ModelFiles, load_tokenizer
-from teacher_cache.terminal.capture_progress import Progress
+from teacher_cache.terminal.capture_progress import CaptureProgress
 
 LIVE_WIDTH = 4096  # candidates per row of the engine, at most: 32 kB per token
 # Of the second pass of the transformers engine. Chunks of 2^n tokens gave the same bits on a CPU;
@@ -176,7 +176,7 @@ def _compare(
 
     by_id = {trace.trace_id: trace for trace in traces}
     compared: dict[str, Compared] = {}
-    with Progress(2 * len(traces), doing="scored") as progress:
+    with CaptureProgress(2 * len(traces), doing="scored") as progress:
         for rows in teacher.run(_requests(traces, limit)):
             trace = by_id[rows.request_id]
             compared[rows.request_id] = compare_trace(trace, rows, header)

@@ -18,7 +18,7 @@ _NAME = re.compile(r"w(\d+)of(\d+)\Z")
 
 
 @dataclass(frozen=True, order=True)
-class Part:
+class InputShare:
     """Worker `index` (from 0) of `count` that share one input."""
 
     count: int
@@ -38,7 +38,7 @@ class Part:
         return int.from_bytes(digest[:8], "big") % self.count == self.index
 
 
-def parse_worker(text: str) -> tuple[str, Part | None]:
+def parse_worker(text: str) -> tuple[str, InputShare | None]:
     """A worker's name, and its part where it is one of several: `3/8`, or a plain name.
 
     Raises:
@@ -56,12 +56,12 @@ def parse_worker(text: str) -> tuple[str, Part | None]:
             f"worker: expected i/n with i from 0 to n - 1, got {text!r} (for n tasks of Slurm: "
             "--array=0-(n-1))"
         )
-    part = Part(count=int(found[2]), index=int(found[1]))
+    part = InputShare(count=int(found[2]), index=int(found[1]))
     return part.name, part
 
 
 @dataclass(frozen=True)
-class PartRecord:
+class ShareRecord:
     """What one worker of several knows when it begins, and whether it has ended."""
 
     input_hash: str  # of every trace that all the workers together must bring
@@ -70,7 +70,7 @@ class PartRecord:
     finished: bool
 
 
-def publish_part(store: Store, part: Part, record: PartRecord) -> None:
+def publish_share(store: Store, part: InputShare, record: ShareRecord) -> None:
     """Say how far a worker is; what it said before is replaced.
 
     Raises:
@@ -80,7 +80,7 @@ def publish_part(store: Store, part: Part, record: PartRecord) -> None:
     store.publish(f"{PARTS_FOLDER}/{part.name}.json", json.dumps(asdict(record)).encode())
 
 
-def read_parts(store: Store) -> dict[Part, PartRecord]:
+def read_shares(store: Store) -> dict[InputShare, ShareRecord]:
     """What every worker of several said last.
 
     Raises:
@@ -90,9 +90,9 @@ def read_parts(store: Store) -> dict[Part, PartRecord]:
     for file in store.sizes(PARTS_FOLDER):
         found = _NAME.match(file.removesuffix(".json"))
         if found is not None:
-            part = Part(count=int(found[2]), index=int(found[1]))
+            part = InputShare(count=int(found[2]), index=int(found[1]))
             try:
-                records[part] = PartRecord(**json.loads(store.read(f"{PARTS_FOLDER}/{file}")))
+                records[part] = ShareRecord(**json.loads(store.read(f"{PARTS_FOLDER}/{file}")))
             except UNUSABLE_JSON as error:
                 raise CacheFormatError(
                     f"{store.where}/{PARTS_FOLDER}/{file}: not the record of a worker: {error!r}"
@@ -109,7 +109,7 @@ def require_all_parts(store: Store) -> None:
     Raises:
         CacheMismatchError: Naming those that have not.
     """
-    records = read_parts(store)
+    records = read_shares(store)
     if not records:
         return
     num_input = max(record.num_input for record in records.values())
@@ -118,7 +118,7 @@ def require_all_parts(store: Store) -> None:
         for part, record in records.items()
         if record.num_input == num_input
     }
-    lacking = [parts_to_come(records, count, input_hash) for count, input_hash in sorted(crews)]
+    lacking = [shares_to_come(records, count, input_hash) for count, input_hash in sorted(crews)]
     if all(lacking):
         fewest = min(lacking, key=len)
         named = ", ".join(f"{part} {why}" for part, why in fewest.items())
@@ -128,13 +128,13 @@ def require_all_parts(store: Store) -> None:
         )
 
 
-def parts_to_come(
-    records: Mapping[Part, PartRecord], count: int, input_hash: str
-) -> dict[Part, str]:
+def shares_to_come(
+    records: Mapping[InputShare, ShareRecord], count: int, input_hash: str
+) -> dict[InputShare, str]:
     """Which of `count` workers have not finished an input, and how that is known."""
     reasons = {}
     for index in range(count):
-        record = records.get(part := Part(count, index))
+        record = records.get(part := InputShare(count, index))
         if record is None:
             reasons[part] = "has never begun"
         elif record.input_hash != input_hash:

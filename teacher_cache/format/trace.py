@@ -84,8 +84,8 @@ class Trace:
         twice = np.flatnonzero(keys[1:] == keys[:-1])
         if len(twice):
             raise ValueError(f"{where}: token {keys[twice[0]] >> 32} has an id twice")
-        is_realised = self.top_ids == self.token_ids[token_of_entry]
-        found = np.bincount(token_of_entry[is_realised], minlength=len(self.k))
+        is_target = self.top_ids == self.token_ids[token_of_entry]
+        found = np.bincount(token_of_entry[is_target], minlength=len(self.k))
         missing = np.flatnonzero((self.k > 0) & (found != 1))
         if len(missing):
             raise ValueError(

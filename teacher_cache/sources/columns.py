@@ -15,7 +15,7 @@ _SWITCHES = {"on", "off", "true", "false", "yes", "no"}  # a `reasoning` column 
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowColumns:
     """How the user's rows are laid out; None where the usual names are looked for."""
 
     id_field: str = "id"
@@ -38,7 +38,7 @@ class Exchange:
     used: tuple[str, ...]  # columns; the others are the user's own
 
 
-def read_prompt(row: Mapping[str, Any], layout: Layout) -> Exchange:
+def read_prompt(row: Mapping[str, Any], layout: RowColumns) -> Exchange:
     """A row's prompt. A last turn of the assistant is left off: the teacher answers anew.
 
     Raises:
@@ -53,7 +53,7 @@ def read_prompt(row: Mapping[str, Any], layout: Layout) -> Exchange:
     return Exchange(prompt, _tools(row, prompt), None, None, used)
 
 
-def read_trace(row: Mapping[str, Any], layout: Layout) -> Exchange:
+def read_trace(row: Mapping[str, Any], layout: RowColumns) -> Exchange:
     """A row's prompt and response.
 
     Raises:
@@ -103,7 +103,7 @@ def _answer_of_messages(value: list[Any], column: str) -> tuple[str, str | None]
     return messages[0]["content"], messages[0].get("reasoning_content")
 
 
-def _prompt_column(row: Mapping[str, Any], layout: Layout) -> str:
+def _prompt_column(row: Mapping[str, Any], layout: RowColumns) -> str:
     names = (layout.prompt_field,) if layout.prompt_field else (*CHAT_COLUMNS, "prompt")
     for name in names:
         if row.get(name) is not None:
@@ -115,12 +115,12 @@ def _prompt_column(row: Mapping[str, Any], layout: Layout) -> str:
     )
 
 
-def _response_column(row: Mapping[str, Any], layout: Layout) -> str | None:
+def _response_column(row: Mapping[str, Any], layout: RowColumns) -> str | None:
     names = (layout.response_field,) if layout.response_field else _RESPONSE_COLUMNS
     return next((name for name in names if row.get(name) is not None), None)
 
 
-def _reasoning_column(row: Mapping[str, Any], layout: Layout) -> str | None:
+def _reasoning_column(row: Mapping[str, Any], layout: RowColumns) -> str | None:
     if layout.reasoning_field:
         return layout.reasoning_field if row.get(layout.reasoning_field) is not None else None
     for name in REASONING_NAMES:
@@ -131,7 +131,7 @@ def _reasoning_column(row: Mapping[str, Any], layout: Layout) -> str | None:
 
 
 def _asked(
-    row: Mapping[str, Any], column: str, layout: Layout
+    row: Mapping[str, Any], column: str, layout: RowColumns
 ) -> tuple[str | list[Message], tuple[str, ...]]:
     """The prompt or the conversation in a column, with its system prompt, and columns used."""
     value = row[column]

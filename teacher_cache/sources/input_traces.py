@@ -1,4 +1,4 @@
-"""Source: the user's input as traces, each id once, with account of every row left out."""
+"""InputTraces: the user's input as traces, each id once, with account of every row left out."""
 
 import logging
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _NUM_SHOWN = 5  # missing ids
 
 
 @dataclass(frozen=True)
-class Source:
+class InputTraces:
     """Prompts or traces, as the teacher will see them.
 
     `read` goes over the input from the start, as often as it is called. With `strict` the first

@@ -6,7 +6,7 @@ from typing import Any
 from teacher_cache.sources.conversations import Message, rendered
 from teacher_cache.sources.rejects import BadRow, Reason
 from teacher_cache.sources.tokenizer import TeacherTokenizer
-from teacher_cache.sources.trace import Spans
+from teacher_cache.sources.trace import TokenRanges
 
 _STAND_IN = "leadspan0stand0in"  # takes the place of a message, to see where it is rendered
 
@@ -16,8 +16,8 @@ def tokens_of_others(
     tools: list[Any] | None,
     ids: Sequence[int],
     tokenizer: TeacherTokenizer,
-) -> Spans:
-    """Spans of a rendered conversation that are not the assistant's: all else, template included.
+) -> TokenRanges:
+    """Ranges of a rendered conversation that are not the assistant's, template included.
 
     An assistant's turn reaches from the end of the template's own opening to its end-of-turn
     token; without such a token to the next message's text.

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from teacher_cache.format import content_hash
-from teacher_cache.sources.columns import Exchange, Layout, read_prompt, read_trace
+from teacher_cache.sources.columns import Exchange, RowColumns, read_prompt, read_trace
 from teacher_cache.sources.conversations import Message, rendered, with_own_history
 from teacher_cache.sources.marks_in_text import continued, response_of
 from teacher_cache.sources.marks_in_tokens import find_sections, left_open
 from teacher_cache.sources.prompt_turns import tokens_of_others
 from teacher_cache.sources.rejects import BadRow, Reason
-from teacher_cache.sources.slices import Slice
+from teacher_cache.sources.slices import TraceSlice
 from teacher_cache.sources.tokenizer import TeacherTokenizer
-from teacher_cache.sources.trace import SourceTrace, Spans
+from teacher_cache.sources.trace import SourceTrace, TokenRanges
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class PromptRenderer:
     tokenizer: TeacherTokenizer
     max_tokens: int  # a prompt must leave room for one token
     vocab_size: int  # of the teacher's softmax
-    layout: Layout
+    layout: RowColumns
 
     def __call__(self, row: dict[str, Any]) -> SourceTrace:
         """Render one row; raises BadRow."""
@@ -60,8 +60,8 @@ class TraceRenderer:
     tokenizer: TeacherTokenizer
     max_tokens: int
     vocab_size: int  # of the teacher's softmax: padded ids are sampled now and then
-    layout: Layout
-    slice: Slice | None = None
+    layout: RowColumns
+    slice: TraceSlice | None = None
 
     def __call__(self, row: dict[str, Any]) -> SourceTrace:
         """Render one row; raises BadRow."""
@@ -165,8 +165,8 @@ def _finish_reason(row: Mapping[str, Any], *, is_cut: bool) -> str | None:
 
 
 def _prompt_ids(
-    exchange: Exchange, tokenizer: TeacherTokenizer, layout: Layout
-) -> tuple[list[int], Spans]:
+    exchange: Exchange, tokenizer: TeacherTokenizer, layout: RowColumns
+) -> tuple[list[int], TokenRanges]:
     """Tokens of the prompt, and the spans of them that get no distributions."""
     messages: list[Message] = []
     if isinstance(exchange.prompt, str):

@@ -12,7 +12,7 @@ FIELD = "slice"  # among a trace's own fields: which tokens of which whole it is
 
 
 @dataclass(frozen=True)
-class Slice:
+class TraceSlice:
     """Which part of every trace is scored, without the tokens before it as context."""
 
     part: str  # one of PARTS

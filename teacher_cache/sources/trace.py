@@ -6,7 +6,7 @@ from typing import Any
 
 from teacher_cache.format import content_hash
 
-Spans = tuple[tuple[int, int], ...]  # of tokens: first, and one after the last
+TokenRanges = tuple[tuple[int, int], ...]  # of tokens: first, and one after the last
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class SourceTrace:
     bounds: tuple[int, int] | None  # (cot_start, answer_start) of a trace that is given
     fields: Mapping[str, Any]  # the user's own, which travel with the trace
     finish_reason: str | None = None  # "length" for a given trace that was cut
-    without_rows: Spans = ()  # tokens of the prompt that get no distributions
+    without_rows: TokenRanges = ()  # tokens of the prompt that get no distributions
 
     @property
     def source_hash(self) -> str:

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 LINE_INTERVAL_S = 10.0
 
 
-class Progress:
+class CaptureProgress:
     """Counts finished traces and tokens, and says so."""
 
     def __init__(self, num_traces: int, *, doing: str = "captured") -> None:

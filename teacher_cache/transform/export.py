@@ -16,7 +16,7 @@ from teacher_cache.sources.tokenizer import TeacherTokenizer
 
 
 @dataclass(frozen=True)
-class Slice:
+class ExportRange:
     """Which part of a cache is exported; the defaults are all of it."""
 
     lead_span: float | None = None  # of every trace; all that the cache holds
@@ -28,7 +28,7 @@ def export_traces(
     cache: Cache,
     out: Path,
     tokenizer: TeacherTokenizer | None,
-    part: Slice = Slice(),
+    part: ExportRange = ExportRange(),
     *,
     logprobs: bool = False,
 ) -> int:
@@ -64,7 +64,7 @@ PARQUET_SCHEMA = pa.schema({
 })  # fmt: skip
 
 
-def export_parquet(cache: Cache, out: Path, part: Slice = Slice()) -> int:
+def export_parquet(cache: Cache, out: Path, part: ExportRange = ExportRange()) -> int:
     """Write one plain row per token, distributions included; returns how many traces.
 
     Columns: `trace_id`, `position`, `section` (prompt, cot, answer), `token_id`, `top_ids` and
@@ -126,7 +126,7 @@ def _distributions(trace: Trace) -> dict[str, Any]:
     return {name: rows[name].to_pylist() for name in ("top_ids", "top_logprobs", "tail_mass")}
 
 
-def _traces(cache: Cache, part: Slice) -> Iterator[Trace]:
+def _traces(cache: Cache, part: ExportRange) -> Iterator[Trace]:
     rows_of: dict[int, dict[int, int]] = {}
     wanted, num_taken = set(part.trace_ids), 0
     for shard, row in cache.traces:

@@ -10,7 +10,7 @@ from teacher_cache.format.checking.findings import Verification
 from teacher_cache.format.files import fsync
 from teacher_cache.format.header import UNUSABLE_JSON, CacheHeader
 from teacher_cache.format.manifest import JOURNAL_FOLDER, MANIFEST_NAME, SHARD_FOLDER, Manifest
-from teacher_cache.format.shares import PARTS_FOLDER, publish_part, read_parts
+from teacher_cache.format.shares import PARTS_FOLDER, publish_share, read_shares
 from teacher_cache.format.store import CachePath, Store, open_store
 from teacher_cache.format.writing.journal_places import Journals
 
@@ -98,8 +98,8 @@ def _unsealed(store: Store, header: CacheHeader) -> Manifest:
 
 def _reopen_parts(store: Store) -> None:
     """Workers that share an input have not finished it any more: traces of theirs are missing."""
-    for part, record in read_parts(store).items():
-        publish_part(store, part, replace(record, finished=False))
+    for part, record in read_shares(store).items():
+        publish_share(store, part, replace(record, finished=False))
 
 
 def _move(store: Store, file: str, target: str) -> None:

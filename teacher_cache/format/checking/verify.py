@@ -21,7 +21,7 @@ from teacher_cache.format.manifest import (
     make_seal,
     parse_manifest,
 )
-from teacher_cache.format.shares import PARTS_FOLDER, read_parts
+from teacher_cache.format.shares import PARTS_FOLDER, read_shares
 from teacher_cache.format.store import CachePath, Store, open_store
 from teacher_cache.format.writing.journal import journal_damage, read_journal
 
@@ -63,7 +63,7 @@ def verify_cache(path: CachePath, on_bytes: OnBytes = lambda done, total: None) 
     _check_copies(commits, found)
     _note_strays(shard_files, listed, found)
     try:
-        read_parts(store)
+        read_shares(store)
     except CacheFormatError as error:
         found.wrong(PARTS_FOLDER, str(error).removeprefix(f"{store.where}/"))
     if header is not None and store.folder is not None:
