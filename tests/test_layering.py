@@ -19,6 +19,7 @@ SHARED = {FORMAT, TERMINAL, "teacher_cache.sources.files"}
 RULES = [
     ("teacher_cache.format.bands", set(), set()),
     (FORMAT, {FORMAT}, set()),
+    ("teacher_cache.terminal.commands", {TERMINAL, FORMAT}, {"click"}),
     (TERMINAL, {TERMINAL, FORMAT}, set()),
     ("teacher_cache.engines.vllm", {ENGINES, FORMAT}, {"vllm", "torch"}),
     ("teacher_cache.engines.transformers", {ENGINES, FORMAT}, {"torch", "transformers"}),
