@@ -292,7 +292,7 @@ def main():
     parser.add_argument("--wide", type=int, default=WIDE, help="vocabulary of the wide cases")
     parser.add_argument("--json", type=Path, help="written anew after each check")
     arguments = parser.parse_args()
-    results = []
+    results = {}
     for check in checks_for(arguments.device):
         began_s, found = time.perf_counter(), {}
         try:
@@ -302,16 +302,16 @@ def main():
             traceback.print_exc()
             lines = str(error).strip().splitlines() or [""]
             found = {"error": f"{type(error).__name__}: {lines[0]}"}
-        found = {"name": check.__name__, **found, "seconds": time.perf_counter() - began_s}
-        print(found)  # noqa: T201 (a script, when it runs alone)
-        results.append(found)
+        found = {**found, "seconds": time.perf_counter() - began_s}
+        print(check.__name__, found)  # noqa: T201 (a script, when it runs alone)
+        results[check.__name__] = found
         if arguments.json is not None:
             about = {
                 "device": arguments.device,
                 "kernels": chunks.passes_type(arguments.device).__name__,
             }
             arguments.json.write_text(json.dumps({**about, "checks": results}, indent=2))
-    raise SystemExit(any(result["error"] for result in results))
+    raise SystemExit(any(result["error"] for result in results.values()))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import logging
 import platform
 import statistics
@@ -43,6 +42,7 @@ from bench_capture_parts import (
     reset_peak_rss,
     shaped_model,
 )
+from bench_json import write_figures
 
 from teacher_cache.capture import prepare
 from teacher_cache.capture.configs import GenerateConfig
@@ -103,12 +103,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="a GPU without compiled graphs")
     parser.add_argument("--ways", default=",".join(WAYS))
-    parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(arguments, Path(folder))
-    print(json.dumps(result) if arguments.json else table(result))
+    print(table(result))
+    write_figures(arguments.json, result)
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:

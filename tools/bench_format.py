@@ -24,7 +24,6 @@ these.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import subprocess
 import sys
@@ -39,6 +38,7 @@ import numpy as np
 import pyarrow as pa
 from bench_format_rivals import BUDGET, RECOMMENDED, Stored, plain_arrow
 from bench_format_teachers import TEACHERS, VOCAB_SIZE, Rows, traces
+from bench_json import write_figures
 from numpy.typing import NDArray
 
 from student_train.batch.micro_batch import micro_batches
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cache", help="measure a sealed cache too")
     parser.add_argument("--no-synthetic", action="store_true", help="only what --cache names")
-    parser.add_argument("--json", type=Path, help="write the figures, one JSON line")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     found: dict[str, Any] = {
         "machine": f"{platform.processor() or platform.machine()}, one thread",
@@ -115,8 +115,7 @@ def main() -> None:
         print(f"\n{arguments.cache}: {figures['num_tokens']:,} tokens")
         print_table([figures])
         found["cache"] = figures
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, default=float) + "\n")
+    write_figures(arguments.json, found)
 
 
 def synthetic(name: str, num_tokens: int, seed: int, repeats: int) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import argparse
 import ctypes
 import functools
 import importlib.util
-import json
 import os
 import platform
 import statistics
@@ -29,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from bench_json import write_figures
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -396,18 +396,17 @@ def main() -> None:
             return
         rows = measure(sizes, arguments.repeats, variants)
         print_table(sizes, rows)
-        tables.append({**vars(sizes), "rows": rows})
-    if arguments.json is not None:
-        # The figures of our loss at the middle size stand first, for scripts.
-        headline = {k: v for k, v in tables[len(tables) // 2]["rows"][0].items() if k != "name"}
-        machine = torch.cuda.get_device_name() if on_cuda else platform.processor()
-        about = {
-            "torch": torch.__version__,
-            "machine": machine or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(),
-        }
-        arguments.json.write_text(json.dumps({**headline, **about, "tables": tables}, indent=2))
+        tables.append({"name": f"hidden {hidden}", **vars(sizes), "rows": rows})
+    # The figures of our loss at the middle size stand first, for scripts.
+    headline = {k: v for k, v in tables[len(tables) // 2]["rows"][0].items() if k != "name"}
+    machine = torch.cuda.get_device_name() if on_cuda else platform.processor()
+    about = {
+        "torch": torch.__version__,
+        "machine": machine or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
+    write_figures(arguments.json, {**headline, **about, "tables": tables})
 
 
 if __name__ == "__main__":

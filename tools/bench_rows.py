@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_json import write_figures
 from numpy.typing import NDArray
 
 from teacher_cache.engines import Sampling, TeacherRequest, TeacherRows
@@ -147,15 +148,14 @@ def main() -> None:
     for engine in arguments.engines:
         dtype, _, head = engine.partition("/")
         result = measure(arguments, dtype, head, reference)
-        engines.append(result)
+        engines.append({"name": engine, **result})
         for kind in ("generated", "scored"):
             row = result[kind]
             print(
                 f"{engine:20}{kind:12}{row['largest']:>10.1e}{row['mean']:>10.1e}"
                 f"{row['kl']:>10.1e}{row['on_grid']:>9.2f}"
             )
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps({"engines": engines}, indent=2))
+        write_figures(arguments.json, {"engines": engines})
 
 
 if __name__ == "__main__":

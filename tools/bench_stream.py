@@ -42,6 +42,7 @@ import numpy as np
 import pyarrow as pa
 from bench_format import ADAPTIVE, Policy, bytes_asked_for, make_header, make_trace
 from bench_format_teachers import TEACHERS, traces
+from bench_json import write_figures
 from bench_stream_mosaic import COLUMNS, Delivered
 from numpy.typing import NDArray
 
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--train-tokens-per-s", type=float, default=200_000)
     parser.add_argument("--mosaic-python", help="an interpreter that has mosaicml-streaming")
     parser.add_argument("--folder", type=Path, help="keep the data here, and use it again")
-    parser.add_argument("--json", type=Path, help="write the figures, one JSON line")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--child", choices=[OURS, ROWS, TABLES, "wait"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -87,8 +88,7 @@ def main() -> None:
         write_all(folder, arguments)
         found = measure(folder, arguments)
     show(found)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found) + "\n")
+    write_figures(arguments.json, found)
 
 
 # --- the data ----------------------------------------------------------------------------------

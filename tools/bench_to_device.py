@@ -12,7 +12,6 @@ medians of micro-batches of all rounds, the two ways in turn.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ import torch
 from bench_format import make_trace
 from bench_format_teachers import REASONING
 from bench_format_teachers import traces as synthetic_traces
+from bench_json import write_figures
 
 from student_train.batch.micro_batch import micro_batches
 from student_train.data.tokens import TokenSelection
@@ -175,8 +175,7 @@ def main() -> None:
             f"{name:8}{row['tokens_per_s']:>14,.0f}{row['busy_us_per_token']:>14.3f}"
             f"{row['bytes_per_token']:>13.1f}"
         )
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2))
+    write_figures(arguments.json, result)
 
 
 if __name__ == "__main__":

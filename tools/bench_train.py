@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import platform
 import statistics
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bench_json import write_figures
 from bench_loss import resident_bytes
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -198,6 +198,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         median_s = statistics.median(found)
         rows.append(
             {
+                "name": f"{lead_span:g}",
                 "lead_span": lead_span,
                 "step_s": median_s,
                 "tokens": tokens[lead_span],
@@ -276,8 +277,7 @@ def main() -> None:
         return
     result = measure(arguments)
     print_table(result)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_figures(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from bench_json import nested
 from gpu_report_parts import PARTS, Figure, Step, steps
 from rich.console import Console
 from rich.markup import escape
@@ -71,16 +72,12 @@ def run_step(step: Step, out: Path, left_s: float) -> Outcome:
     result_file, printed = Path(f"{stem}.json"), Path(f"{stem}.out")
     result_file.unlink(missing_ok=True)  # of an earlier report
     command = [sys.executable, str(ROOT / step.script), *step.arguments]
-    if not step.is_json_on_stdout:
-        command += ["--json", str(result_file)]
+    command += ["--json", str(result_file)]
     log_file = Path(f"{stem}.log")
     began_s = time.monotonic()
     with printed.open("w") as stdout, log_file.open("w") as log:
         code = _exit_code(command, stdout, log, limit_s)
     outcome.seconds = time.monotonic() - began_s
-    if step.is_json_on_stdout:
-        lines = printed.read_text().splitlines()
-        result_file.write_text(lines[-1] if code == 0 and lines else "")
     if code is None:
         outcome.status, outcome.reason = "out of time", f"after {limit_s:.0f} s"
     elif code != 0:
@@ -131,7 +128,7 @@ def _read_figures(step: Step, outcome: Outcome, result_file: Path) -> None:
     """Of what the step had written when it ended, however it ended."""
     text = result_file.read_text() if result_file.is_file() else ""
     try:
-        outcome.result = json.loads(text)
+        outcome.result = nested(json.loads(text))
         outcome.figures = step.figures(outcome.result)
     except (ValueError, KeyError, TypeError) as error:
         if outcome.status == "done":

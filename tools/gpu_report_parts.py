@@ -31,7 +31,6 @@ class Step:
     limit_s: int
     figures: Callable[[Result], list[Figure]]
     needs: tuple[str, ...] = ()  # modules beside torch and transformers
-    is_json_on_stdout: bool = False  # else the script takes --json FILE
     if_failed: tuple[str, ...] = ()  # arguments of a second try
 
 
@@ -83,8 +82,8 @@ def steps(*, smoke: bool) -> list[Step]:
     found.append(
         Step(
             "capture", "tiny teacher" if smoke else "Qwen3-4B shape", "tools/bench_capture.py",
-            (*sizes, "--ways", "bare,flat,fast", "--json"), 180, _capture,
-            needs=("vllm", "zstandard"), is_json_on_stdout=True,
+            (*sizes, "--ways", "bare,flat,fast"), 180, _capture,
+            needs=("vllm", "zstandard"),
             # Where torch is not the one that vLLM asks for, its compiler passes are what breaks.
             if_failed=() if smoke else ("--eager",),
         )
@@ -129,8 +128,8 @@ def _checks(result: Result) -> list[Figure]:
         is_triton = result["kernels"] == "TritonPasses"
         kernels = replace(kernels, goal="TritonPasses", is_met=is_triton)
     figures = [kernels]
-    for check in result["checks"]:
-        what = check["name"].replace("_", " ")
+    for name, check in result["checks"].items():
+        what = name.replace("_", " ")
         shown = check["error"]
         if shown is None:
             shown = f"right in {check['num_cases']} cases, worst {check['worst']:.1e}"
@@ -139,8 +138,8 @@ def _checks(result: Result) -> list[Figure]:
 
 
 def _loss(result: Result) -> list[Figure]:
-    (table,) = result["tables"]
-    rows = {row["name"]: row for row in table["rows"]}
+    (table,) = result["tables"].values()
+    rows = table["rows"]
     ours = rows["sparse_kl"]
     size = f"{table['tokens']:,} x {table['hidden']:,}"
     is_goal = (table["hidden"], table["tokens"]) == (_GOAL_HIDDEN, _GOAL_TOKENS)
@@ -167,7 +166,7 @@ def _loss(result: Result) -> list[Figure]:
 
 
 def _train(result: Result) -> list[Figure]:
-    figures, rows = [], {row["lead_span"]: row for row in result["rows"]}
+    figures, rows = [], {row["lead_span"]: row for row in result["rows"].values()}
     where = f"{result['shape']}, {result['tokens']:,} tokens"
     for lead_span, row in rows.items():
         figures.append(
@@ -217,7 +216,7 @@ def _capture(result: Result) -> list[Figure]:
 
 def _rows(result: Result) -> list[Figure]:
     figures, divergences = [], {}
-    for engine in result["engines"]:
+    for engine in result["engines"].values():
         name = f"{engine['dtype']}, head {engine['head_dtype']}"
         divergences[name] = max(engine[kind]["kl"] for kind in ("generated", "scored"))
         for kind in ("generated", "scored"):
