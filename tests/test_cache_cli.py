@@ -272,6 +272,7 @@ def test_a_stopped_capture_goes_on_and_ends_like_one_that_was_not(model, whole, 
 
 
 @pytest.mark.slow
+@pytest.mark.vllm
 def test_vllm_and_transformers_make_the_same_cache(model, prompts, tmp_path):
     """Both modes, as processes, greedily: the engines must agree on tokens and on entries."""
     greedy = ("--temperature", "0", "--capture-prompt", "--mass", "1.0")

@@ -352,6 +352,7 @@ def test_rows_let_go_of_the_messages_that_brought_them():
     assert not any(message() is not None for message in messages)  # a message of many rows ends it
 
 
+@pytest.mark.vllm
 def test_the_tap_is_checked_against_the_installed_vllm(monkeypatch):
     from vllm.v1.engine.logprobs import LogprobsProcessor
     from vllm.v1.outputs import LogprobsLists
@@ -588,6 +589,7 @@ def test_vllm_facts_name_what_ran(vllm_teacher):
 
 
 @pytest.mark.slow
+@pytest.mark.vllm
 def test_unknown_and_reserved_engine_arguments_are_named(model):
     with pytest.raises(EngineError, match=r"'max_num_seq'.*close to it: max_num_seqs"):
         VllmTeacher(model=model, top_k=4, engine_args={"max_num_seq": 3})
@@ -598,6 +600,7 @@ def test_unknown_and_reserved_engine_arguments_are_named(model):
 
 
 @pytest.mark.slow
+@pytest.mark.vllm
 def test_an_engine_scores_in_pieces_and_its_death_is_reported_not_waited_for(model, reference):
     before = set(engine_processes())
     teacher = VllmTeacher(

@@ -212,6 +212,7 @@ def test_prompts_that_were_trained_on_are_found(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.vllm
 def test_vllm_writes_what_transformers_does(tmp_path):
     # vLLM on a CPU has no kernel for smaller heads.
     make_student(tmp_path / "student", initializer_range=0.5, head_dim=32)

@@ -1,6 +1,5 @@
 """The report for a GPU machine: what is kept of steps that end badly, and that all of it works."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -147,7 +146,7 @@ def test_a_gpu_that_runs_without_its_kernels_is_pointed_out():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")
+@pytest.mark.vllm
 def test_the_whole_report_runs_on_a_cpu_in_small(tmp_path):
     done = subprocess.run(
         [sys.executable, "tools/gpu_report.py", "--smoke", "--out", str(tmp_path)],

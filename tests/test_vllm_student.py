@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from student_train.run.config import TrainConfig
 from student_train.run.loop import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 PROMPT = [5, 9, 20, 31]
 NUM_TOKENS = 12

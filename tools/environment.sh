@@ -1,5 +1,6 @@
 # Sourced by tools/demo and tools/test: one virtual environment for both, in .venv.
-# With an NVIDIA GPU it holds the CUDA build of vLLM, elsewhere the CPU build.
+# With an NVIDIA GPU it holds the CUDA build of vLLM, elsewhere the CPU build; none where
+# make_environment is told --without-vllm.
 
 # Threads that wait must not spin: another process on the same cores would slow both a hundredfold.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
@@ -12,13 +13,14 @@ fail() {
 has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 
 make_environment() {
-  local python=${PYTHON:-python3} extra=cpu
+  local python=${PYTHON:-python3} extra=cpu extras
   command -v "$python" >/dev/null || fail "no $python found; install Python 3.11 or newer"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "$("$python" --version) is too old; install Python 3.11 or newer, or set PYTHON=..."
   # Where a .venv is activated, take the interpreter that it was made from.
   python=$("$python" -c 'import sys; print(getattr(sys, "_base_executable", sys.executable))')
   has_gpu && extra=teacher
+  [[ ${1:-} == --without-vllm ]] && extra=none
   # Installed into again when what it must hold changes.
   local wanted mark=.venv/leadspan-environment
   wanted=$({ sed '/^\[tool/,$d' pyproject.toml; cat tools/environment.sh; echo "$extra"; } | sha256sum)
@@ -46,7 +48,9 @@ make_environment() {
     # vLLM's CPU build asks for these, gets CUDA builds that cannot be imported, and runs without.
     .venv/bin/pip uninstall -qy torchvision torchaudio torchcodec >>"$log" 2>&1
   fi
-  install "$log" -e ".[$extra,student,dev]" || fail "cannot install leadspan, see $log"
+  extras=student,dev
+  [[ $extra == none ]] || extras=$extra,$extras
+  install "$log" -e ".[$extras]" || fail "cannot install leadspan, see $log"
   if [[ $extra == cpu ]]; then
     .venv/bin/pip uninstall -qy torchvision torchaudio torchcodec >>"$log" 2>&1
   fi
