@@ -31,7 +31,7 @@ RULES = [
     ("teacher_cache", {"teacher_cache"}, set()),
     ("student_train.losses.triton_rows", {"student_train.losses"}, {"torch", "triton"}),
     ("student_train.losses", {"student_train.losses"}, {"torch"}),
-    ("student_train.data", {"student_train.data", FORMAT}, set()),
+    ("student_train.data", {"student_train.data", FORMAT, TERMINAL}, set()),
     (
         "student_train.evaluation.generation_vllm",
         {"student_train", *SHARED},

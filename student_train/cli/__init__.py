@@ -12,10 +12,14 @@ from student_train.errors import InterruptedRunError, NonFiniteLossError, OutOfM
 from teacher_cache.format import CacheError
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="leadspan")
 def cli() -> None:
-    """Train students on a cached teacher, and see what they can do."""
+    """Train students on a cached teacher, and see what they can do.
+
+    \b
+    Shell completion: eval "$(_TRAIN_STUDENT_COMPLETE=bash_source train-student)"
+    """
 
 
 for _command in (run_command, evaluate_command, sweep_command):

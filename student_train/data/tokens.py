@@ -3,15 +3,19 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teacher_cache.format import TraceInfo, lead_span_length
+from teacher_cache.terminal.option import check_options, option
 
 ALL_SECTIONS = ("prompt", "cot", "answer")
 LOSS_RANGES = ("lead", "middle", "last")
 WHOLES = ("trace", "reasoning")
+
+_tokens = partial(option, group="What enters the loss")
 
 
 @dataclass(frozen=True)
@@ -22,42 +26,50 @@ class TokenSelection:
     context (the paper cuts it out instead, which `cache-teacher score --slice` captures).
 
     Raises:
-        ValueError: If the lead span is not in (0, 1], a budget stands beside it or is below 1, or a
-            section, part or whole is unknown or none is named.
+        ValueError: If a value is outside its range or choices, or a lead span and a budget are
+            both given.
     """
 
-    lead_span: float | None = None  # proportion of every trace; whole traces where both are None
-    max_tokens: int | None = None
-    sections: tuple[str, ...] = ALL_SECTIONS
-    loss_on: str = "lead"  # which part has this length: one of LOSS_RANGES
-    lead_span_of: str = (
-        "trace"  # what the length is a part of: "reasoning" leaves the answer out first
+    lead_span: float | None = _tokens(
+        "Proportion of every trace to train on, from its start.",
+        default=None,
+        basic=True,
+        above=0,
+        at_most=1,
+        unset="whole traces",
+    )
+    trace_tokens: int | None = _tokens(
+        "Number of tokens of every trace to train on, instead of a lead span.",
+        default=None,
+        at_least=1,
+    )
+    sections: tuple[str, ...] = _tokens(
+        "Sections whose tokens enter the loss, with commas between them.",
+        default=ALL_SECTIONS,
+        choices=ALL_SECTIONS,
+    )
+    loss_on: str = _tokens(
+        "Part of a trace that has the length of the lead span and enters the loss; tokens before "
+        "it are context.",
+        default="lead",
+        choices=LOSS_RANGES,
+    )
+    lead_span_of: str = _tokens(
+        "What the lead span is a proportion of; reasoning leaves the answer out first.",
+        default="trace",
+        choices=WHOLES,
     )
 
     def __post_init__(self) -> None:
-        if self.lead_span is not None and self.max_tokens is not None:
-            raise ValueError("give a lead span or max_tokens, not both")
-        if self.lead_span is not None:
-            lead_span_length(1, self.lead_span)
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens: expected at least 1, got {self.max_tokens}")
-        unknown = [name for name in self.sections if name not in ALL_SECTIONS]
-        if unknown or not self.sections:
-            raise ValueError(
-                f"sections: expected some of {', '.join(ALL_SECTIONS)}, got "
-                f"{', '.join(map(repr, unknown)) or 'none'}"
-            )
-        for name, choices in (("loss_on", LOSS_RANGES), ("lead_span_of", WHOLES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}"
-                )
+        check_options(self)
+        if self.lead_span is not None and self.trace_tokens is not None:
+            raise ValueError("--trace-tokens: give it or --lead-span, not both")
 
     def span(self, n_total: int, answer_start: int) -> tuple[int, int]:
         """First token and end of the part of a trace that its sections are looked for in."""
         whole = answer_start if self.lead_span_of == "reasoning" else n_total
-        if self.max_tokens is not None:
-            keep = self.max_tokens
+        if self.trace_tokens is not None:
+            keep = self.trace_tokens
         else:
             keep = lead_span_length(whole, 1.0 if self.lead_span is None else self.lead_span)
         keep = min(keep, whole)
@@ -67,8 +79,8 @@ class TokenSelection:
     def __str__(self) -> str:
         part = {"lead": "first", "middle": "middle", "last": "last"}[self.loss_on]
         of = "every trace" if self.lead_span_of == "trace" else "every trace before its answer"
-        if self.max_tokens is not None:
-            span = f"the {part} {self.max_tokens:,} tokens of {of}"
+        if self.trace_tokens is not None:
+            span = f"the {part} {self.trace_tokens:,} tokens of {of}"
         elif self.lead_span is not None and self.lead_span < 1.0:
             span = f"the {part} {self.lead_span:g} of {of}"
         else:

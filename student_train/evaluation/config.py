@@ -1,42 +1,84 @@
 """What can be set for an evaluation, checked without loading torch."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from teacher_cache.format import CachePath
+from teacher_cache.terminal.option import check_options, option
+
 ENGINES = ("transformers", "vllm")
+
+_measured = partial(option, group="What is measured")
+_sampling = partial(option, group="Sampling")
+_output = partial(option, group="Output")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """One evaluation by generation. Command-line options mirror these fields."""
+    """One evaluation by generation."""
 
-    model: str
-    prompts: Path
-    cache: str | None = None
-    engine: str = "transformers"
-    samples: int = 1
-    max_tokens: int = 512
-    batch_size: int = 32
-    limit: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    think_close: str = "</think>"
-    group_by: str | None = None
-    completions: Path | None = None
+    model: str = _measured("Model folder or hub id.", basic=True)
+    prompts: Path = _measured(
+        "JSONL of held-out rows with prompt or messages, and answer.", basic=True
+    )
+    cache: CachePath | None = _measured(
+        "Cache of held-out traces: measure KL to the teacher and NLL on all of each, by section.",
+        default=None,
+        basic=True,
+    )
+    limit: int | None = _measured(
+        "Use only this many prompts, the first ones.", default=None, at_least=1, unset="all"
+    )
+    group_by: str | None = _measured(
+        "Column of the prompts; accuracy is also given for each of its values.", default=None
+    )
+    think_close: str = _measured(
+        "Mark that closes the chain of thought; the answer is what follows the last one.",
+        default="</think>",
+    )
+    engine: str = _sampling(
+        "Program that generates; vllm must be installed, and pays for many prompts or a large "
+        "student.",
+        default="transformers",
+        basic=True,
+        choices=ENGINES,
+    )
+    samples_per_prompt: int = _sampling(
+        "Answers per prompt, for avg@n; needs a temperature.", default=1, basic=True, at_least=1
+    )
+    max_new_tokens: int = _sampling(
+        "Largest number of tokens to generate; a longer answer counts as unfinished.",
+        default=512,
+        basic=True,
+        at_least=1,
+    )
+    temperature: float = _sampling(
+        "Sampling temperature; 0 takes the most probable token.",
+        default=0.0,
+        basic=True,
+        at_least=0,
+    )
+    top_p: float = _sampling(
+        "Sample from the most probable tokens that reach this probability.",
+        default=1.0,
+        above=0,
+        at_most=1,
+    )
+    seed: int = _sampling("Seed for sampling.", default=0)
+    batch_size: int = _sampling(
+        "Prompts per batch of the transformers engine; lower it when memory runs out.",
+        default=32,
+        at_least=1,
+    )
+    completions: Path | None = _output(
+        "JSONL file for every completion and its verdict.", default=None, basic=True
+    )
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "batch_size", "limit", "samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if self.engine not in ENGINES:
-            raise ValueError(f"engine: expected {' or '.join(ENGINES)}, got {self.engine!r}")
-        if not self.temperature >= 0.0:
-            raise ValueError(f"temperature: expected at least 0, got {self.temperature}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p: expected a probability in (0, 1], got {self.top_p}")
-        if self.samples > 1 and self.temperature == 0.0:
+        check_options(self)
+        if self.samples_per_prompt > 1 and self.temperature == 0.0:
             raise ValueError(
-                f"samples: {self.samples} at temperature 0 would be the same; give --temperature"
+                f"--samples-per-prompt: {self.samples_per_prompt} answers at temperature 0 would "
+                "be the same; give --temperature"
             )

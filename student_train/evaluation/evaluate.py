@@ -31,7 +31,7 @@ class Answers:
     accuracy_low: float  # 95 %: Wilson's, or clustered by prompt where there are several samples
     accuracy_high: float
     mean_tokens: float  # generated, per sample
-    unfinished_share: float  # that did not end within max_tokens
+    unfinished_share: float  # that did not end within max_new_tokens
     unclosed_share: float  # whose thinking was never closed
 
 
@@ -108,8 +108,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     return Evaluation(
         model=config.model,
         checker="exact, numeric, boxed" + (", math-verify" if has_math_verify() else ""),
-        answers=_answers(checked, config.samples),
-        groups={name: _answers(groups[name], config.samples) for name in sorted(groups)},
+        answers=_answers(checked, config.samples_per_prompt),
+        groups={name: _answers(groups[name], config.samples_per_prompt) for name in sorted(groups)},
         heldout=heldout,
     )
 
@@ -127,7 +127,9 @@ def _samples(
         return generate_with_vllm(tokenizer, ids, config, end_ids)
     model, _ = load_model(config.model)
     model.to(_device()).eval()
-    seeds = range(config.seed * config.samples, (config.seed + 1) * config.samples)
+    seeds = range(
+        config.seed * config.samples_per_prompt, (config.seed + 1) * config.samples_per_prompt
+    )
     return [generate(model, tokenizer, ids, replace(config, seed=seed), end_ids) for seed in seeds]
 
 

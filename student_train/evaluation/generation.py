@@ -56,7 +56,7 @@ def generate(
             output = model.generate(
                 input_ids=torch.tensor(rows, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
-                max_new_tokens=config.max_tokens,
+                max_new_tokens=config.max_new_tokens,
                 eos_token_id=ends or None,
                 pad_token_id=pad_id,
                 top_k=None,

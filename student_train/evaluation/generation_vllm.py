@@ -17,7 +17,7 @@ def generate_with_vllm(
     config: EvaluateConfig,
     end_ids: Collection[int] = (),
 ) -> list[list[Completion]]:
-    """Complete every prompt `config.samples` times, in an engine of this process.
+    """Complete every prompt `config.samples_per_prompt` times, in an engine of this process.
 
     Args:
         tokenizer: Of the model.
@@ -51,10 +51,10 @@ def generate_with_vllm(
     outputs = engine.generate(
         [{"prompt_token_ids": list(ids)} for ids in prompts],
         SamplingParams(
-            n=config.samples,
+            n=config.samples_per_prompt,
             temperature=config.temperature,
             top_p=config.top_p,
-            max_tokens=config.max_tokens,
+            max_tokens=config.max_new_tokens,
             stop_token_ids=sorted(end_ids),
             seed=config.seed,
             detokenize=False,
@@ -63,7 +63,7 @@ def generate_with_vllm(
     )
     return [
         [_completion(tokenizer, output.outputs[sample]) for output in outputs]
-        for sample in range(config.samples)
+        for sample in range(config.samples_per_prompt)
     ]
 
 
@@ -71,13 +71,13 @@ def _longest(prompts: Sequence[Sequence[int]], config: EvaluateConfig, context: 
     """Tokens of the longest prompt and its answer, as far as the model's context reaches."""
     longest = max(len(ids) for ids in prompts)
     if context is None:
-        return longest + config.max_tokens
+        return longest + config.max_new_tokens
     if longest >= context:
         raise ValueError(
             f"{config.prompts}: a prompt of {longest:,} tokens leaves no room for an answer in the "
             f"model's context of {context:,}"
         )
-    return min(longest + config.max_tokens, context)
+    return min(longest + config.max_new_tokens, context)
 
 
 def _completion(tokenizer: PreTrainedTokenizerBase, output: Any) -> Completion:  # noqa: ANN401  # vLLM's

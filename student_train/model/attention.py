@@ -39,7 +39,9 @@ def prepare_attention(
         return layout
     is_flash = "flash" in wanted
     if is_flash and not half_precision:
-        raise ValueError(f"attention {wanted!r} works in half precision alone: add --dtype bf16")
+        raise ValueError(
+            f"attention {wanted!r} works in half precision alone: add --dtype bfloat16"
+        )
     if wanted == "sdpa" and caps_scores(model):
         raise ValueError(
             f"attention 'sdpa' leaves out the cap of attention scores that {type(model).__name__} "

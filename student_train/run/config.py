@@ -1,13 +1,14 @@
 """What can be set for a run, checked without loading torch."""
 
-import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from student_train.data.tokens import ALL_SECTIONS, TokenSelection
+from student_train.data.tokens import TokenSelection
 from student_train.model.lora import Lora
-from teacher_cache.format import PrefixCache, shown
+from teacher_cache.format import CachePath, PrefixCache, shown
+from teacher_cache.terminal.option import check_options, option, same_option
 
 LOSS_REDUCTIONS = ("token", "sequence")
 OPTIMIZERS = ("adamw", "adafactor", "adamw8bit")
@@ -15,152 +16,283 @@ SCHEDULES = ("cosine", "linear", "constant", "onecycle")
 SHARDINGS = ("none", "full")
 SELECTIONS = ("last", "heldout")
 TRACKERS = ("tensorboard", "wandb", "none")
-DTYPES = ("float32", "bf16")
+DTYPES = ("float32", "bfloat16")
 LORA_OUTPUTS = ("merged", "adapter")
 
-# They say where things lie and how often something is written, or trade time for memory: a run
-# may go on with other values. Cache and student are compared by fingerprint instead of by name.
-CHANGEABLE = frozenset(
-    {
-        "cache",
-        "student",
-        "student_revision",
-        "out",
-        "allow_unsealed",
-        "prefix_cache",
-        "prefix_cache_bytes",
-        "batch_tokens",
-        "packing",
-        "attention",
-        "gradient_checkpointing",
-        "sharding",
-        "eval_cache",
-        "tracker",
-        "compile",
-        "lora_output",
-        "save_every",
-        "keep_last",
-        "log_every",
-    }
-)
+_data = partial(option, group="Data")
+_student = partial(option, group="Student")
+_tokens = partial(same_option, TokenSelection)
+_entering = partial(option, group="What enters the loss")
+_loss = partial(option, group="Loss")
+_optimizer = partial(option, group="Optimizer")
+_speed = partial(option, group="Memory and speed")
+_lora = partial(option, group="LoRA")
+_measuring = partial(option, group="Measuring")
+_output = partial(option, group="Output")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run. Command-line options mirror these fields."""
+    """One training run.
 
-    cache: tuple[str, ...]  # one or several
-    student: str
-    out: Path
-    student_revision: str | None = None
-    allow_unsealed: bool = False
-    prefix_cache: Path | None = None
-    prefix_cache_bytes: int = 50_000_000_000
-    cache_weights: tuple[float, ...] | None = None  # every trace once per epoch
-    where: str | None = None
-    heldout_share: float = 0.0
-    lead_span: float | None = None  # with max_tokens also None: whole traces
-    max_tokens: int | None = None
-    sections: tuple[str, ...] = ALL_SECTIONS
-    loss_on: str = TokenSelection.loss_on
-    lead_span_of: str = TokenSelection.lead_span_of
-    loss_dropout: float = 0.0
-    live_teacher: str | None = None
-    top_k: int | None = None  # as captured
-    mass: float | None = None  # as captured
-    ce_weight: float = 0.5  # as in arXiv 2512.21002
-    loss_reduction: str = "token"
-    optimizer: str = "adamw"
-    lr: float = 1e-5
-    schedule: str = "cosine"
-    warmup: float = 0.03
-    weight_decay: float = 0.05
-    clip_norm: float = 1.0
-    epochs: int = 1
-    max_steps: int | None = None
-    batch_traces: int = 16
-    batch_tokens: int = 16_384
-    dtype: str = "float32"
-    packing: bool | None = None  # on a GPU; a CPU is faster without
-    attention: str | None = None  # FlashAttention where it can be used, else the model's own choice
-    gradient_checkpointing: bool = False
-    sharding: str = "none"
-    compile: bool = False
-    lora_rank: int | None = None  # all weights are trained
-    lora_alpha: int = 32
-    lora_targets: tuple[str, ...] = ("all-linear",)
-    lora_output: str = "merged"
-    shuffle_lanes: int = 8
-    seed: int = 0
-    eval_every: int | None = None  # at the end
-    eval_cache: str | None = None
-    eval_traces: int = 256
-    select: str = "last"
-    save_every: int = 500
-    keep_last: int = 1
-    log_every: int = 1
-    tracker: str = "tensorboard"
+    What is changeable says where things lie and how often something is written, or trades time for
+    memory: a run may be resumed with other values. Caches and student are compared by fingerprint
+    instead of by name.
+    """
+
+    cache: tuple[CachePath, ...] = _data(
+        "Folder or URI of a cache, made by cache-teacher; repeat it to mix several.",
+        basic=True,
+        is_repeatable=True,
+        changeable=True,
+    )
+    cache_weights: tuple[float, ...] | None = _data(
+        "Share of each cache in an epoch, such as 3,1.",
+        default=None,
+        above=0,
+        unset="every trace once per epoch",
+    )
+    where: str | None = _data(
+        """Train on traces whose fields fulfil this, such as 'verdict == "correct"'.""",
+        default=None,
+        unset="all traces",
+    )
+    heldout_share: float = _data(
+        "Proportion of the traces, chosen by their ids, that is held out and measured on.",
+        default=0.0,
+        basic=True,
+        at_least=0,
+        below=1,
+    )
+    shuffle_lanes: int = _data(
+        "Number of lanes of the shuffled order, fixed for a run; make it a multiple of the number "
+        "of processes.",
+        default=8,
+        at_least=1,
+    )
+    seed: int = _data(
+        "Seed for the order of traces, loss dropout and adapters.", default=0, at_least=0
+    )
+    allow_unsealed: bool = _data(
+        "Train on the shards committed so far of a capture that is not complete.",
+        default=False,
+        changeable=True,
+    )
+    prefix_cache: Path | None = _data(
+        "Local folder that keeps what is read of a remote cache; processes and runs share it.",
+        default=None,
+        changeable=True,
+    )
+    prefix_cache_bytes: int = _data(
+        "Size of that folder in bytes; what was unused for longest makes room.",
+        default=50_000_000_000,
+        at_least=1,
+        changeable=True,
+    )
+    student: str = _student("Model folder or hub id to start from.", basic=True, changeable=True)
+    student_revision: str | None = _student(
+        "Branch, tag or commit of a hub id.", default=None, changeable=True
+    )
+    lead_span: float | None = _tokens("lead_span")
+    trace_tokens: int | None = _tokens("trace_tokens")
+    sections: tuple[str, ...] = _tokens("sections")
+    loss_on: str = _tokens("loss_on")
+    lead_span_of: str = _tokens("lead_span_of")
+    loss_dropout: float = _entering(
+        "Proportion of every trace's valid tokens that is left out at random, drawn anew in every "
+        "epoch.",
+        default=0.0,
+        at_least=0,
+        below=1,
+    )
+    top_k: int | None = _entering(
+        "Largest number of cached entries to use per token.",
+        default=None,
+        at_least=1,
+        unset="as captured",
+    )
+    mass: float | None = _entering(
+        "Probability that the cached entries used reach with as few of them as possible.",
+        default=None,
+        above=0,
+        at_most=1,
+        unset="as captured",
+    )
+    ce_weight: float = _loss(
+        "Share w of the cross entropy: loss = (1 - w) KL + w CE.",
+        default=0.5,  # as in arXiv 2512.21002
+        basic=True,
+        at_least=0,
+        at_most=1,
+    )
+    loss_reduction: str = _loss(
+        "What weighs the same in a step: every valid token, or every trace (sequence).",
+        default="token",
+        choices=LOSS_REDUCTIONS,
+    )
+    live_teacher: str | None = _loss(
+        "Folder or hub id of the cache's teacher, kept in memory to train on its whole "
+        "distributions instead of the cached entries; for small teachers, to see what the cache "
+        "loses.",
+        default=None,
+    )
+    optimizer: str = _optimizer(
+        "Optimizer; adamw8bit saves memory and needs torchao or bitsandbytes.",
+        default="adamw",
+        choices=OPTIMIZERS,
+    )
+    lr: float = _optimizer("Peak learning rate.", default=1e-5, basic=True, at_least=0)
+    schedule: str = _optimizer(
+        "Course of the learning rate after warm-up; onecycle is torch's, as in the paper.",
+        default="cosine",
+        choices=SCHEDULES,
+    )
+    warmup: float = _optimizer(
+        "Proportion of all steps in which the learning rate rises from 0.",
+        default=0.03,
+        at_least=0,
+        at_most=1,
+    )
+    weight_decay: float = _optimizer("Weight decay, for matrices only.", default=0.05, at_least=0)
+    clip_norm: float = _optimizer(
+        "Largest norm of the gradient; 0 does not clip.", default=1.0, at_least=0
+    )
+    epochs: int = _optimizer("Times that every trace is seen.", default=1, basic=True, at_least=1)
+    max_steps: int | None = _optimizer(
+        "Stop after this many steps, if the epochs have not ended before.",
+        default=None,
+        at_least=1,
+    )
+    batch_traces: int = _optimizer(
+        "Traces per step, over all processes.", default=16, basic=True, at_least=1
+    )
+    batch_tokens: int = _speed(
+        "Largest number of tokens per forward pass, padding included; lower it when memory runs "
+        "out.",
+        default=16_384,
+        basic=True,
+        at_least=1,
+        changeable=True,
+    )
+    dtype: str = _speed(
+        "Precision of the matrix products; bfloat16 is faster on a GPU. Weights are float32.",
+        default="float32",
+        basic=True,
+        choices=DTYPES,
+    )
+    packing: bool | None = _speed(
+        "Let short traces share a row, where the student's attention can keep them apart: few "
+        "long rows are faster on a GPU, many short ones on a CPU.",
+        default=None,
+        unset="on a GPU",
+        changeable=True,
+    )
+    attention: str | None = _speed(
+        "Attention backend by its name in transformers: sdpa, eager, flash_attention_2, ...",
+        default=None,
+        unset="FlashAttention where it is installed and --dtype is bfloat16, else the student's "
+        "own",
+        changeable=True,
+    )
+    gradient_checkpointing: bool = _speed(
+        "Compute activations twice instead of keeping them; saves memory, costs time.",
+        default=False,
+        changeable=True,
+    )
+    sharding: str = _speed(
+        "full splits weights, gradients and optimizer over the processes (FSDP2), for students "
+        "that do not fit on one GPU.",
+        default="none",
+        choices=SHARDINGS,
+        changeable=True,
+    )
+    compile: bool = _speed(
+        "Compile the student's layers with torch.compile; takes a minute at first.",
+        default=False,
+        changeable=True,
+    )
+    lora_rank: int | None = _lora(
+        "Train adapters of this rank beside frozen weights, instead of all weights.",
+        default=None,
+        basic=True,
+        at_least=1,
+        unset="all weights",
+    )
+    lora_alpha: int = _lora("Adapters are multiplied by alpha / rank.", default=32, at_least=1)
+    lora_targets: tuple[str, ...] = _lora(
+        "Layers to adapt, such as q_proj,v_proj; all-linear is all but the head.",
+        default=("all-linear",),
+    )
+    lora_output: str = _lora(
+        "Content of RUN/model: the whole student, or the adapter alone for peft.",
+        default="merged",
+        choices=LORA_OUTPUTS,
+        changeable=True,
+    )
+    eval_every: int | None = _measuring(
+        "Steps between measurements on whole held-out traces.",
+        default=None,
+        at_least=1,
+        unset="once, at the end",
+    )
+    heldout_cache: CachePath | None = _measuring(
+        "Cache whose traces are the held-out ones, instead of --heldout-share.",
+        default=None,
+        changeable=True,
+    )
+    heldout_traces: int = _measuring(
+        "Largest number of held-out traces to measure on; they are kept in memory.",
+        default=256,
+        at_least=1,
+    )
+    select: str = _measuring(
+        "Student that is written: the one after the last step, or with the lowest held-out KL.",
+        default="last",
+        choices=SELECTIONS,
+    )
+    out: Path = _output("Folder of the run; run again to resume.", basic=True, changeable=True)
+    save_every: int = _output(
+        "Steps between checkpoints.", default=500, at_least=1, changeable=True
+    )
+    keep_last: int = _output(
+        "Number of checkpoints that stay.", default=1, at_least=1, changeable=True
+    )
+    log_every: int = _output(
+        "Steps between lines of metrics.jsonl.", default=1, at_least=1, changeable=True
+    )
+    tracker: str = _output(
+        "Program that shows the metrics, besides metrics.jsonl.",
+        default="tensorboard",
+        choices=TRACKERS,
+        changeable=True,
+    )
 
     def __post_init__(self) -> None:
-        _ = self.selection  # refuses lead spans and sections that cannot be
-        for name, choices in (
-            ("loss_reduction", LOSS_REDUCTIONS),
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("sharding", SHARDINGS),
-            ("select", SELECTIONS),
-            ("tracker", TRACKERS),
-            ("dtype", DTYPES),
-            ("lora_output", LORA_OUTPUTS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
-        for name in (
-            "epochs", "max_steps", "batch_traces", "batch_tokens", "shuffle_lanes", "save_every",
-            "keep_last", "log_every", "eval_every", "eval_traces", "prefix_cache_bytes",
-            "lora_rank", "lora_alpha",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        for name in ("ce_weight", "warmup"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
-        if isinstance(self.cache, str) or not self.cache:
-            raise ValueError(f"cache: expected one or several in a tuple, got {self.cache!r}")
-        for weight in self.cache_weights or ():
-            if not 0 < weight < math.inf:
-                raise ValueError(f"cache_weights: expected positive numbers, got {weight}")
-        if not 0.0 <= self.heldout_share < 1.0:
-            raise ValueError(f"heldout_share: expected 0 to below 1, got {self.heldout_share}")
-        if not 0.0 <= self.loss_dropout < 1.0:
-            raise ValueError(f"loss_dropout: expected a share in [0, 1), got {self.loss_dropout}")
+        check_options(self)
+        _ = self.selection  # refuses a lead span beside a budget
         if self.sharding == "full" and self.optimizer == "adafactor":
             raise ValueError(
-                "sharding full: adafactor works on whole matrices; use --optimizer adamw, or "
+                "--sharding full: adafactor works on whole matrices; use --optimizer adamw, or "
                 "adamw8bit with torchao"
             )
         if self.sharding == "full" and self.compile:
-            raise ValueError("sharding full: compiled layers cannot be split; leave out --compile")
-        has_heldout = self.heldout_share > 0 or self.eval_cache is not None
+            raise ValueError(
+                "--sharding full: compiled layers cannot be split; leave out --compile"
+            )
+        has_heldout = self.heldout_share > 0 or self.heldout_cache is not None
         if not has_heldout and (self.eval_every is not None or self.select == "heldout"):
-            name = "select heldout" if self.eval_every is None else "eval_every"
-            raise ValueError(f"{name}: give held-out traces: a heldout_share or an eval_cache")
-        if not self.lora_targets:
-            raise ValueError("lora_targets: expected names of layers, got none")
+            flag = "--select heldout" if self.eval_every is None else "--eval-every"
+            raise ValueError(
+                f"{flag}: expected held-out traces, from --heldout-share or --heldout-cache"
+            )
         if self.packing and self.live_teacher is not None:
-            raise ValueError("packing: a live teacher reads rows of one trace; leave it out")
-        for name in ("lr", "weight_decay", "clip_norm", "seed"):
-            if not getattr(self, name) >= 0:  # NaN too
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+            raise ValueError("--packing: a live teacher reads rows of one trace; leave it out")
 
     @property
     def selection(self) -> TokenSelection:
         """Which tokens of a trace are trained on."""
         return TokenSelection(
-            self.lead_span, self.max_tokens, self.sections, self.loss_on, self.lead_span_of
+            self.lead_span, self.trace_tokens, self.sections, self.loss_on, self.lead_span_of
         )
 
     def packs_on(self, device_type: str) -> bool:
@@ -189,7 +321,7 @@ class TrainConfig:
             **asdict(self),
             "cache": [shown(path) for path in self.cache],  # without credentials
             "out": str(self.out),
-            "eval_cache": self.eval_cache and shown(self.eval_cache),
+            "heldout_cache": self.heldout_cache and shown(self.heldout_cache),
             "prefix_cache": self.prefix_cache and str(self.prefix_cache),
             "sections": list(self.sections),
             "lora_targets": list(self.lora_targets),

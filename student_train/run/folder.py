@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from student_train.run.config import CHANGEABLE, TrainConfig
+from student_train.run.config import TrainConfig
 from teacher_cache.format import ShardList
 from teacher_cache.format.files import publish, remove_unpublished
+from teacher_cache.terminal.option import changeable_names
 
 _RUN_VERSION = 1
 _UNPUBLISHED_CONFIG = ".tmp-config.json-"
@@ -28,7 +29,7 @@ class RunIdentity:
     config: TrainConfig
     cache_fingerprint: str
     student_fingerprint: str
-    eval_fingerprint: str | None  # of the held-out traces' cache
+    heldout_fingerprint: str | None  # of the held-out traces' cache
     snapshots: Sequence[ShardList | None]  # of caches that were not complete when the run began
 
     def to_json(self) -> dict[str, Any]:
@@ -38,7 +39,7 @@ class RunIdentity:
             "config": self.config.to_json(),
             "cache_fingerprint": self.cache_fingerprint,
             "student_fingerprint": self.student_fingerprint,
-            "eval_fingerprint": self.eval_fingerprint,
+            "heldout_fingerprint": self.heldout_fingerprint,
             "snapshots": self.snapshots,
         }
 
@@ -106,14 +107,15 @@ class RunFolder:
         now = identity.to_json()
         differences = [
             f"{name}: {self._before.get(name)!r} before, {now[name]!r} now"
-            for name in ("cache_fingerprint", "student_fingerprint", "eval_fingerprint")
+            for name in ("cache_fingerprint", "student_fingerprint", "heldout_fingerprint")
             if self._before.get(name) != now[name]
         ]
+        changeable = changeable_names(TrainConfig)
         before_config = self._before.get("config", {})
         differences += [
             f"{name}: {before_config.get(name)!r} before, {value!r} now"
             for name, value in now["config"].items()
-            if name not in CHANGEABLE and before_config.get(name) != value
+            if name not in changeable and before_config.get(name) != value
         ]
         if differences:
             raise ValueError(

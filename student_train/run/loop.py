@@ -94,7 +94,7 @@ def train(config: TrainConfig) -> TrainResult:
     if importlib.util.find_spec(config.tracker) is None and config.tracker != "none":
         raise ValueError(f"tracker: {config.tracker} is not installed; pip install it")
     accelerator = Accelerator(
-        mixed_precision="bf16" if config.dtype == "bf16" else "no",
+        mixed_precision="bf16" if config.dtype == "bfloat16" else "no",
         log_with=None if config.tracker == "none" else config.tracker,
         project_config=ProjectConfiguration(project_dir=config.out, logging_dir=config.out),
     )
@@ -153,7 +153,7 @@ def train(config: TrainConfig) -> TrainResult:
     head = head_of(model)
     packing = config.packs_on(accelerator.device.type)
     layout = prepare_attention(
-        model, config.attention, packing=packing, half_precision=config.dtype == "bf16"
+        model, config.attention, packing=packing, half_precision=config.dtype == "bfloat16"
     )
     if packing and layout == "alone" and accelerator.is_main_process:
         logger.info("%s would mix traces in one row: each gets its own", type(model).__name__)
@@ -175,7 +175,7 @@ def train(config: TrainConfig) -> TrainResult:
     student.train()
     validation = None
     if heldout is not None:
-        validation = Validation(with_loss, heldout, accelerator, limit=config.eval_traces)
+        validation = Validation(with_loss, heldout, accelerator, limit=config.heldout_traces)
     num_ids = output_layer(model).weight.shape[0]
     teacher = None
     if config.live_teacher is not None:
@@ -420,7 +420,7 @@ def check_selection(data: TrainingData, selection: TokenSelection, model: PreTra
         if limit is not None and selection.num_read(longest) - 1 > limit:
             raise ValueError(
                 f"{path}: {selection.num_read(longest):,} tokens of trace {longest.trace_id!r} "
-                f"are selected, the student has {limit:,} positions; use --max-tokens {limit + 1} "
+                f"are selected, the student has {limit:,} positions; use --trace-tokens {limit + 1} "
                 "or a smaller lead span"
             )
 

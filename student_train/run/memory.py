@@ -53,8 +53,8 @@ def advice_when_out_of_memory(config: TrainConfig) -> Iterator[None]:
         remedies = [f"lower --batch-tokens (now {config.batch_tokens:,}) or --lead-span"]
         if not config.gradient_checkpointing:
             remedies.append("add --gradient-checkpointing")
-        if config.dtype != "bf16":
-            remedies.append("use --dtype bf16")
+        if config.dtype != "bfloat16":
+            remedies.append("use --dtype bfloat16")
         if config.sharding == "none":
             remedies.append("split the student over several processes with --sharding full")
         reason = str(error).strip().partition("\n")[0]

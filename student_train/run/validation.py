@@ -20,13 +20,13 @@ def heldout_data(config: TrainConfig, data: TrainingData) -> TrainingData | None
         CacheError: If the other cache cannot be read.
         ValueError: If it is one that is trained on.
     """
-    if config.eval_cache is None:
+    if config.heldout_cache is None:
         return data if data.num_heldout else None
-    other = open_data([config.eval_cache], prefix_cache=config.kept_prefixes)
+    other = open_data([config.heldout_cache], prefix_cache=config.kept_prefixes)
     if other.fingerprint in {source.cache.fingerprint for source in data.sources}:
         raise ValueError(
-            f"eval-cache {config.eval_cache}: it is trained on; name another, or hold some of its "
-            "traces out with --heldout-share"
+            f"--heldout-cache {config.heldout_cache}: it is trained on; name another, or hold "
+            "some of its traces out with --heldout-share"
         )
     (source,) = other.sources
     return TrainingData((replace(source, train=(), heldout=source.train),))
@@ -50,7 +50,7 @@ def check_positions(heldout: TrainingData, model: PreTrainedModel) -> None:
         raise ValueError(
             f"held-out trace {longest.trace_id!r} has {longest.n_total:,} tokens and is measured "
             f"whole, the student has {limit:,} positions; leave such traces out, with "
-            f"--where 'n_total <= {limit + 1}' or from --eval-cache"
+            f"--where 'n_total <= {limit + 1}' or from --heldout-cache"
         )
 
 
@@ -86,7 +86,8 @@ class Validation:
         if not counts_R2[:, 1].any():
             raise ValueError(
                 f"none of {int(counts_R2[:, 0].sum()):,} held-out traces has a token with a "
-                "distribution, so they measure nothing; hold more out or name another --eval-cache"
+                "distribution, so they measure nothing; hold more out or name another "
+                "--heldout-cache"
             )
         # A sharded student's forward needs every process.
         self._traces = [*mine, *[None] * (int(counts_R2[:, 0].max()) - len(mine))]

@@ -20,8 +20,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from student_train.sweep.cells import Cell, in_one_text
+from student_train.evaluation.config import EvaluateConfig
+from student_train.run.config import TrainConfig
+from student_train.sweep.cells import Cell
 from student_train.sweep.config import SweepConfig
+from teacher_cache.terminal.config_file import as_words
 
 PROGRAM = (sys.executable, "-m", "student_train.cli")
 
@@ -38,25 +41,31 @@ def is_finished(config: SweepConfig, cell: Cell) -> bool:
 
 def run_command(config: SweepConfig, cell: Cell) -> list[str]:
     """Arguments of `train-student` for a cell's run."""
-    arguments = ["run", "--cache", config.cache, "--student", config.student]
-    arguments += ["--out", str(cell_folder(config, cell) / "run")]
-    if config.run_options is not None:
-        arguments += ["--config", str(config.run_options)]
-    for name, value in (cell.options or {}).items():
-        arguments += [f"--{name.replace('_', '-')}", in_one_text(value)]
-    return [*arguments, "--seed", str(cell.seed)]
+    own = {
+        "cache": (config.cache,),
+        "student": config.student,
+        "out": cell_folder(config, cell) / "run",
+        **(cell.options or {}),
+        "seed": cell.seed,
+    }
+    return ["run", *_config_words(config.run_options), *as_words(TrainConfig, own)]
 
 
 def evaluate_command(config: SweepConfig, cell: Cell) -> list[str]:
     """Arguments of `train-student` for a cell's evaluation."""
     folder = cell_folder(config, cell)
-    model = config.student if cell.options is None else str(folder / "run" / "model")
-    arguments = ["evaluate", "--model", model, "--prompts", str(config.eval_prompts), "--json"]
-    if config.eval_cache is not None:
-        arguments += ["--cache", config.eval_cache]
-    if config.evaluate_options is not None:
-        arguments += ["--config", str(config.evaluate_options)]
-    return [*arguments, "--completions", str(folder / "completions.jsonl")]
+    own = {
+        "model": config.student if cell.options is None else str(folder / "run" / "model"),
+        "prompts": config.eval_prompts,
+        "cache": config.heldout_cache,
+        "completions": folder / "completions.jsonl",
+    }
+    options = _config_words(config.evaluate_options)
+    return ["evaluate", "--json", *options, *as_words(EvaluateConfig, own)]
+
+
+def _config_words(options: Path | None) -> list[str]:
+    return [] if options is None else ["--config", str(options)]
 
 
 class Children:

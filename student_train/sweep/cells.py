@@ -48,16 +48,9 @@ class Cell:
         )
 
 
-def in_one_text(value: object) -> str:
-    """A value as the command line takes it: lists with commas, sets in them with plus signs."""
-    if isinstance(value, tuple):
-        return ",".join("+".join(v) if isinstance(v, tuple) else in_one_text(v) for v in value)
-    return str(value)
-
-
 def _group_name(options: Mapping[str, Any]) -> str:
-    if "max_tokens" in options:
-        parts = [f"tokens-{options['max_tokens']}"]
+    if "trace_tokens" in options:
+        parts = [f"tokens-{options['trace_tokens']}"]
     else:
         parts = [f"span-{options.get('lead_span', 1.0):g}"]
     if "loss_on" in options:

@@ -1,9 +1,9 @@
 """What can be set for a sweep, and the cells that follow from it. No torch here."""
 
 import math
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,58 +11,111 @@ from typing import Any
 from student_train.data.tokens import ALL_SECTIONS, LOSS_RANGES, TokenSelection
 from student_train.evaluation.config import EvaluateConfig
 from student_train.run.config import TrainConfig
-from student_train.sweep.cells import Cell, in_one_text
+from student_train.sweep.cells import Cell
+from teacher_cache.terminal.config_file import as_words, read_config_file
+from teacher_cache.terminal.option import check_options, option, same_option
 
 BASELINES = ("base", "sft", "full", "half-traces", "half-steps", "live")
 EVERY_BASELINE_BUT_LIVE = tuple(name for name in BASELINES if name != "live")
 
 # What a sweep sets itself; a file of options for every run must not.
 _SET_BY_SWEEP = frozenset(
-    {"cache", "student", "out", "seed", "live_teacher", "lead_span", "max_tokens"}
+    {"cache", "student", "out", "seed", "live_teacher", "lead_span", "trace_tokens"}
     | {"sections", "loss_on", "lead_span_of", "loss_dropout"}
 )
 _SET_BY_EVALUATION = frozenset({"model", "prompts", "cache", "completions"})
 
 
+_data = partial(option, group="Data and student")
+_cells = partial(option, group="Cells")
+_each = partial(option, group="Every run and evaluation")
+_scale_out = partial(option, group="Scale-out")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """One call of `train-student sweep`. Command-line options mirror these fields."""
+    """One call of `train-student sweep`."""
 
-    cache: str
-    student: str
-    out: Path
-    eval_prompts: Path
-    eval_cache: str | None = None
-    lead_spans: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0)
-    max_tokens_list: tuple[int, ...] = ()
-    sections_list: tuple[tuple[str, ...], ...] = (ALL_SECTIONS,)
-    loss_on: tuple[str, ...] = ("lead",)
-    lead_span_of: str = TokenSelection.lead_span_of
-    loss_dropout: float = 0.0
-    baselines: tuple[str, ...] = EVERY_BASELINE_BUT_LIVE
-    live_teacher: str | None = None
-    seeds: int = 3
-    run_options: Path | None = None
-    evaluate_options: Path | None = None
-    worker: str = "0/1"
-    parallel: int = 1
-    allow_seen_prompts: bool = False
+    cache: str = _data("Folder or URI of the cache to train on.", basic=True)
+    student: str = _data("Model folder or hub id that every run starts from.", basic=True)
+    out: Path = _data(
+        "Folder of the sweep; cells that it holds are not repeated, others are added.", basic=True
+    )
+    eval_prompts: Path = _data(
+        "JSONL of held-out prompts with answers, as evaluate reads them.", basic=True
+    )
+    heldout_cache: str | None = _data(
+        "Cache of held-out traces: measure KL and NLL on all of each.", default=None, basic=True
+    )
+    allow_seen_prompts: bool = _data(
+        "Evaluate even on prompts that are in the training cache too.", default=False
+    )
+    lead_spans: tuple[float, ...] = _cells(
+        "Proportions of every trace, with commas between them.",
+        default=(0.1, 0.25, 0.5, 0.75, 1.0),
+        basic=True,
+        above=0,
+        at_most=1,
+        can_be_empty=True,
+    )
+    trace_tokens_list: tuple[int, ...] = _cells(
+        "Token budgets per trace, besides the lead spans.",
+        default=(),
+        at_least=1,
+        can_be_empty=True,
+    )
+    sections_list: tuple[tuple[str, ...], ...] = _cells(
+        "Sets of sections, such as prompt+cot+answer,cot+answer; each with every span.",
+        default=(ALL_SECTIONS,),
+        choices=ALL_SECTIONS,
+    )
+    loss_on_list: tuple[str, ...] = _cells(
+        "Parts of a trace that have the span's length and enter the loss; each with every span.",
+        default=(TokenSelection.loss_on,),
+        choices=LOSS_RANGES,
+    )
+    lead_span_of: str = same_option(TrainConfig, "lead_span_of", group="Cells")
+    loss_dropout: float = same_option(TrainConfig, "loss_dropout", group="Cells")
+    baselines: tuple[str, ...] = _cells(
+        "Runs to compare the curve with; an empty text for none.",
+        default=EVERY_BASELINE_BUT_LIVE,
+        basic=True,
+        choices=BASELINES,
+        can_be_empty=True,
+    )
+    live_teacher: str | None = _cells(
+        "Folder or hub id of the cache's teacher, for the baseline live; a small one.",
+        default=None,
+    )
+    num_seeds: int = _cells(
+        "Runs per cell, with seeds from 0; more of them give narrower intervals.",
+        default=3,
+        basic=True,
+        at_least=1,
+    )
+    run_options: Path | None = _each(
+        "TOML file of options of every run, as --config of run takes it.", default=None, basic=True
+    )
+    evaluate_options: Path | None = _each(
+        "TOML file of options of every evaluation, as --config of evaluate takes it.",
+        default=None,
+        basic=True,
+    )
+    worker: str = _scale_out(
+        "Share of the cells, as i/n with i from 0: one of n such commands, for example "
+        "$SLURM_ARRAY_TASK_ID/8.",
+        default="0/1",
+        unset="all cells",
+    )
+    num_parallel: int = _scale_out(
+        "Cells at a time; they share this machine's devices.", default=1, at_least=1
+    )
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "parallel"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name, choices in (("baselines", BASELINES), ("loss_on", LOSS_RANGES)):
-            unknown = [value for value in getattr(self, name) if value not in choices]
-            if unknown:
-                raise ValueError(
-                    f"{name}: expected some of {', '.join(choices)}, got {unknown[0]!r}"
-                )
-        if not self.loss_on or not self.sections_list:
-            raise ValueError("loss_on and sections-list: expected at least one each, got none")
+        check_options(self)
         if "live" in self.baselines and self.live_teacher is None:
-            raise ValueError("baseline live: expected the teacher as --live-teacher, got none")
-        list(self.cells(num_steps=2))  # refuses spans and sections that cannot be
+            raise ValueError("--baselines live: expected the teacher as --live-teacher, got none")
+        list(self.cells(num_steps=2))  # refuses options of every run that do not fit
 
     def cells(self, num_steps: int) -> Iterator[Cell]:
         """Every cell of this call, seed by seed, so that an early stop leaves whole curves.
@@ -72,16 +125,19 @@ class SweepConfig:
         """
         base = [Cell("base", "base", None, None)] if "base" in self.baselines else []
         seen = set()
-        for cell in [*base, *(c for s in range(self.seeds) for c in self._of_seed(s, num_steps))]:
+        for cell in [
+            *base,
+            *(c for s in range(self.num_seeds) for c in self._of_seed(s, num_steps)),
+        ]:
             if cell.name not in seen:
                 seen.add(cell.name)
                 yield cell
 
     def _of_seed(self, seed: int, num_steps: int) -> Iterator[Cell]:
         spans: list[dict[str, Any]] = [{"lead_span": span} for span in self.lead_spans]
-        spans += [{"max_tokens": number} for number in self.max_tokens_list]
+        spans += [{"trace_tokens": number} for number in self.trace_tokens_list]
         common = {"lead_span_of": self.lead_span_of, "loss_dropout": self.loss_dropout}
-        for part, sections, span in product(self.loss_on, self.sections_list, spans):
+        for part, sections, span in product(self.loss_on_list, self.sections_list, spans):
             if part != "lead" and span.get("lead_span") == 1.0:
                 continue  # all parts of a whole trace are the same
             chosen = {**span, **common, "loss_on": part, "sections": sections}
@@ -103,31 +159,30 @@ class SweepConfig:
     @property
     def train_options(self) -> dict[str, Any]:
         """What every run is told beside its cell's own options."""
-        return _read_options(self.run_options, TrainConfig, _SET_BY_SWEEP)
+        if self.run_options is None:
+            return {}
+        return read_config_file(self.run_options, TrainConfig, reserved=_SET_BY_SWEEP)
 
     @property
     def eval_options(self) -> dict[str, Any]:
         """What every evaluation is told."""
-        return _read_options(self.evaluate_options, EvaluateConfig, _SET_BY_EVALUATION)
+        if self.evaluate_options is None:
+            return {}
+        return read_config_file(self.evaluate_options, EvaluateConfig, reserved=_SET_BY_EVALUATION)
 
     def command(self) -> list[str]:
         """The command that makes this call, wherever and however its cells are run."""
-        words = ["train-student", "sweep"]
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value == item.default or item.name in ("worker", "parallel"):
-                continue
-            words.append(f"--{item.name.replace('_', '-')}")
-            if value is not True:
-                words.append(in_one_text(value))
-        return words
+        own = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if getattr(self, item.name) != item.default
+            and item.name not in ("worker", "num_parallel")
+        }
+        return ["train-student", "sweep", *as_words(SweepConfig, own)]
 
     def train_config(self, own: Mapping[str, Any]) -> TrainConfig:
         """The run with a cell's own options, checked; seed and folder are the caller's."""
         options = {**self.train_options, **own}
-        for name, value in options.items():
-            if isinstance(value, list):
-                options[name] = tuple(value)
         return TrainConfig(cache=(self.cache,), student=self.student, out=self.out, **options)
 
     def num_steps(self, num_traces: int) -> int:
@@ -135,22 +190,3 @@ class SweepConfig:
         config = self.train_config({})
         in_epochs = config.epochs * -(-num_traces // config.batch_traces)
         return int(min(in_epochs, config.max_steps or math.inf))
-
-
-def _read_options(
-    path: Path | None, config: type[TrainConfig] | type[EvaluateConfig], reserved: frozenset[str]
-) -> dict[str, Any]:
-    """A TOML file of a command's options."""
-    if path is None:
-        return {}
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not TOML: {error}") from error
-    values = {name.replace("-", "_"): value for name, value in values.items()}
-    known = {item.name for item in fields(config)} - reserved
-    for name in values:
-        if name not in known:
-            why = "the sweep sets it itself" if name in reserved else "there is no such option"
-            raise ValueError(f"{path}: {name}: {why}")
-    return values

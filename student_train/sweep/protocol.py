@@ -118,21 +118,23 @@ def _refuse_seen_prompts(config: SweepConfig, prompts: Sequence[Prompt], cache: 
 
 def _describe(config: SweepConfig, cache: Cache) -> None:
     """Write what all cells have in common, or check that it is what the folder's cells had."""
-    facts = {
+    facts: dict[str, Any] = {
         "cache": cache.path,
         "cache_fingerprint": cache.fingerprint,
         "student": config.student,
         "train_options": config.train_options,
         "eval_prompts": str(config.eval_prompts),
         "eval_prompts_sha256": hashlib.sha256(config.eval_prompts.read_bytes()).hexdigest(),
-        "eval_cache": config.eval_cache,
-        "eval_cache_fingerprint": config.eval_cache and open_cache(config.eval_cache).fingerprint,
+        "heldout_cache": config.heldout_cache,
+        "heldout_cache_fingerprint": config.heldout_cache
+        and open_cache(config.heldout_cache).fingerprint,
         "eval_options": config.eval_options,
     }
+    facts = json.loads(json.dumps(facts, default=str))  # as the file gives them back
     file = config.out / "sweep.json"
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
-        moved = {"cache", "student", "eval_prompts", "eval_cache"}  # they may lie elsewhere now
+        moved = {"cache", "student", "eval_prompts", "heldout_cache"}  # they may lie elsewhere now
         calls = before.get("calls", [])
         for name in facts.keys() - moved:
             if before.get(name) != facts[name]:
@@ -162,7 +164,7 @@ def _has_group(config: SweepConfig, group: str) -> bool:
 
 def _run_all(config: SweepConfig, cells: Sequence[Cell]) -> None:
     started_s = time.monotonic()
-    with Children() as children, ThreadPoolExecutor(config.parallel) as pool:
+    with Children() as children, ThreadPoolExecutor(config.num_parallel) as pool:
         running = {pool.submit(run_cell, config, cell, children): cell for cell in cells}
         for number, done in enumerate(as_completed(running), start=1):
             if children.stopped_by:

@@ -211,7 +211,7 @@ def _heldout_table(groups: Sequence[Group]) -> str:
         if set(row[1:]) != {"-"}:
             rows.append(row)
     if not rows:
-        return "<p>Not measured (--eval-cache).</p>"
+        return "<p>Not measured (--heldout-cache).</p>"
     columns = [f"{name} {section}" for section in sections for name in ("KL", "NLL")]
     return _table(["nats per token", *columns], rows)
 

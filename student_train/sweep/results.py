@@ -180,7 +180,7 @@ def _place(group: Group) -> tuple[int, float, str]:
         return 0, 0.0, group.name
     if group.kind != "span":
         return 3, 0.0, group.name
-    length = options.get("lead_span", options.get("max_tokens", 0))
+    length = options.get("lead_span", options.get("trace_tokens", 0))
     return 1 if group.is_plain_span else 2, float(length), group.name
 
 
@@ -195,12 +195,12 @@ def _csv_row(result: Mapping[str, Any]) -> dict[str, Any]:
     evaluation, run = result["evaluation"], result.get("run", {})
     answers, costs = evaluation["answers"], result.get("costs", {})
     heldout = evaluation["heldout"]
-    whole = 1.0 if is_trained and "max_tokens" not in options else ""
+    whole = 1.0 if is_trained and "trace_tokens" not in options else ""
     row = {
         "cell": result["cell"],
         "kind": result["kind"],
         "lead_span": options.get("lead_span", whole),
-        "max_tokens": options.get("max_tokens", ""),
+        "trace_tokens": options.get("trace_tokens", ""),
         "sections": "+".join(options.get("sections", ("all",))) if is_trained else "",
         "loss_on": options.get("loss_on", "lead") if is_trained else "",
         "lead_span_of": options.get("lead_span_of", "trace") if is_trained else "",

@@ -1,83 +1,218 @@
 """What can be set for a capture, checked before anything heavy is imported."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from teacher_cache.capture.job import ONLY_WORKER
+from teacher_cache.engines.start import DTYPES, ENGINES
 from teacher_cache.format import MAX_K, CachePath, parse_worker
 from teacher_cache.sources import PROMPT_TURNS, Input, RowColumns, TraceSlice
+from teacher_cache.terminal.option import check_options, option
+
+_input = partial(option, group="Input")
+_teacher = partial(option, group="Teacher")
+_kept = partial(option, group="What is kept")
+_sampling = partial(option, group="Sampling")
+_scale_out = partial(option, group="Scale-out")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureConfig:
     """What both ways of capturing need to know."""
 
-    model: str
-    out: CachePath
-    engine: str = "vllm"
-    top_k: int = 64
-    mass: float = 0.999
-    revision: str | None = None
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    engine_arg: Mapping[str, object] = field(default_factory=dict)
-    template_arg: Mapping[str, object] = field(default_factory=dict)
-    think_open: str = "<think>"
-    think_close: str = "</think>"
-    num_bands: int = 20
-    limit: int | None = None
-    strict: bool = False
-    id_field: str = RowColumns.id_field
-    prompt_field: str | None = None
-    apply_chat_template: bool = False
-    drop_system: bool = False
-    dataset_config: str | None = None
-    split: str = Input.split
-    ids_file: Path | None = None
-    worker: str = ONLY_WORKER
-    workers: int = 1
-    ray_address: str | None = None
-    tensor_parallel_size: int = 1
-    journal: Path | None = None
+    limit: int | None = _input(
+        "Capture only this many traces, and estimate time and disk for all of them.",
+        default=None,
+        basic=True,
+        at_least=1,
+        unset="all",
+    )
+    id_field: str = _input("Column of the trace's id.", default=RowColumns.id_field)
+    prompt_field: str | None = _input(
+        "Column of the prompt, text or messages.", default=None, unset="the usual names"
+    )
+    apply_chat_template: bool = _input(
+        "Make prompts that are text the user's turn of a chat; for chat models.", default=False
+    )
+    drop_system: bool = _input("Leave out the rows' system prompts.", default=False)
+    dataset_config: str | None = _input("Configuration of a hub dataset.", default=None)
+    split: str = _input("Split of a hub dataset or a saved one.", default=Input.split)
+    ids_file: Path | None = _input(
+        "File of ids, one per line: take only rows that have one of them.", default=None
+    )
+    strict: bool = _input(
+        "Stop at the first row that cannot be used; otherwise it goes into rejects.jsonl.",
+        default=False,
+    )
+    model: str = _teacher("Teacher: a model folder or a hub id.", basic=True)
+    revision: str | None = _teacher("Branch, tag or commit of a hub id.", default=None)
+    engine: str = _teacher(
+        "Program that runs the teacher; transformers is for small teachers and machines "
+        "without vLLM.",
+        default="vllm",
+        basic=True,
+        choices=ENGINES,
+    )
+    dtype: str = _teacher(
+        "Precision of the teacher's weights; auto takes the checkpoint's on a GPU and float32 on "
+        "a CPU.",
+        default="auto",
+        choices=DTYPES,
+    )
+    max_model_len: int | None = _teacher(
+        "Context length of the engine, in tokens; lower it when memory for it runs out.",
+        default=None,
+        at_least=2,
+        unset="the model's own",
+    )
+    engine_arg: Mapping[str, object] = _teacher(
+        "Engine argument of vLLM, such as max_num_seqs=128; repeatable.", default_factory=dict
+    )
+    template_arg: Mapping[str, object] = _teacher(
+        "Argument of the chat template, such as enable_thinking=true; repeatable.",
+        default_factory=dict,
+    )
+    think_open: str = _teacher(
+        "Text that opens the chain of thought; change it for teachers with marks of their own.",
+        default="<think>",
+    )
+    think_close: str = _teacher("Text that closes the chain of thought.", default="</think>")
+    out: CachePath = _kept(
+        "Folder or URI of the cache (s3://, gs://, hdfs://); run again to resume.", basic=True
+    )
+    top_k: int = _kept(
+        "Largest number of entries kept per token; disk grows with it.",
+        default=64,
+        basic=True,
+        at_least=1,
+        at_most=MAX_K,
+    )
+    mass: float = _kept(
+        "Probability that the kept entries reach with as few of them as possible.",
+        default=0.999,
+        basic=True,
+        above=0,
+        at_most=1,
+    )
+    num_bands: int = _kept(
+        "Bands per trace: a lead span is read in steps of 1/N.",
+        default=20,
+        at_least=1,
+        at_most=255,
+    )
+    journal: Path | None = _kept(
+        "Local folder for traces that do not fill a shard yet, used by this cache alone.",
+        default=None,
+        unset="in the cache's folder",
+    )
+    worker: str = _scale_out(
+        "Share of the input, as i/n with i from 0: one of n such commands, for example "
+        "$SLURM_ARRAY_TASK_ID/8. Or a name, for a process with an input of its own.",
+        default=ONLY_WORKER,
+        unset="all of the input",
+    )
+    num_replicas: int = _scale_out(
+        "Engine replicas that Ray places, on this machine or with --ray-address.",
+        default=1,
+        at_least=1,
+    )
+    ray_address: str | None = _scale_out(
+        "Running Ray cluster: auto, HOST:PORT or ray://HOST:PORT.", default=None
+    )
+    tensor_parallel_size: int = _scale_out(
+        "GPUs per replica; raise it where the teacher does not fit on one.", default=1, at_least=1
+    )
 
     def __post_init__(self) -> None:
-        if not 1 <= self.top_k <= MAX_K:
-            raise ValueError(f"top-k: expected 1 to {MAX_K} entries per token, got {self.top_k}")
-        if not 0.0 < self.mass <= 1.0:
-            raise ValueError(f"mass: expected a probability in (0, 1], got {self.mass}")
-        if not (self.think_open and self.think_close):
-            raise ValueError("thinking marks: expected text, got none")
-        if self.engine_arg and self.engine != "vllm":
-            raise ValueError("engine arguments are vLLM's; the transformers engine takes none")
+        check_options(self)
+        check_engine_args(self.engine, self.engine_arg)
         parse_worker(self.worker)
         if self.on_cluster and self.worker != ONLY_WORKER:
-            raise ValueError("--worker is for processes without Ray; leave it out with --workers")
+            raise ValueError(
+                "--worker is for processes without Ray; leave it out with --num-replicas and "
+                "--ray-address"
+            )
         if self.tensor_parallel_size > 1 and self.engine != "vllm":
-            raise ValueError("tensor-parallel-size is vLLM's; transformers runs on one GPU")
+            raise ValueError("--tensor-parallel-size is vLLM's; transformers runs on one GPU")
         if "tensor_parallel_size" in self.engine_arg:
-            raise ValueError("engine arguments: give --tensor-parallel-size instead")
+            raise ValueError("--engine-arg: give --tensor-parallel-size instead")
 
     @property
     def on_cluster(self) -> bool:
         """Whether Ray places the engines."""
-        return self.workers > 1 or self.ray_address is not None
+        return self.num_replicas > 1 or self.ray_address is not None
+
+
+def check_engine_args(engine: str, engine_args: Mapping[str, object]) -> None:
+    """Refuse arguments of vLLM for another engine.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    if engine_args and engine != "vllm":
+        raise ValueError("--engine-arg: its arguments are vLLM's; the transformers engine has none")
+
+
+_PROMPT_TURNS_HELP = "Turns of the prompt whose tokens get distributions, with --capture-prompt."
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(CaptureConfig):
     """`cache-teacher generate`. None stands for the model's own default."""
 
-    prompts: Path
-    temperature: float | None = None
-    top_p: float | None = None
-    sample_top_k: int | None = None
-    max_tokens: int | None = None
-    stop_at_tokens: int | None = None
-    seed: int = 0
-    samples_per_prompt: int = 1
-    capture_prompt: bool = False
-    prompt_turns: str = RowColumns.prompt_turns
+    prompts: Path = _input(
+        "File, folder or hub id of rows with messages, conversations or prompt. A last turn of "
+        "the assistant is answered anew.",
+        basic=True,
+    )
+    capture_prompt: bool = _kept(
+        "Keep distributions over the prompt's tokens too; a student that trains on the prompt "
+        "needs them.",
+        default=False,
+    )
+    prompt_turns: str = _kept(
+        _PROMPT_TURNS_HELP, default=RowColumns.prompt_turns, choices=PROMPT_TURNS
+    )
+    temperature: float | None = _sampling(
+        "Sampling temperature; 0 takes the most probable token.",
+        default=None,
+        basic=True,
+        at_least=0,
+        unset="the model's own",
+    )
+    top_p: float | None = _sampling(
+        "Sample from the most probable tokens that reach this probability.",
+        default=None,
+        above=0,
+        at_most=1,
+        unset="the model's own",
+    )
+    sample_top_k: int | None = _sampling(
+        "Sample from this many most probable tokens; 0 for all.",
+        default=None,
+        at_least=0,
+        unset="the model's own",
+    )
+    max_new_tokens: int | None = _sampling(
+        "Largest number of new tokens per trace; a longer answer is cut and counts as unfinished.",
+        default=None,
+        basic=True,
+        at_least=1,
+        unset="what the context has room for",
+    )
+    stop_at_tokens: int | None = _sampling(
+        "Largest number of tokens per trace, prompt included; for a student that trains with "
+        "--trace-tokens.",
+        default=None,
+        at_least=2,
+        unset="the context length",
+    )
+    samples_per_prompt: int = _sampling(
+        "Traces per prompt; they need a temperature above 0.", default=1, basic=True, at_least=1
+    )
+    seed: int = _sampling("Seed for sampling; another one gives other traces.", default=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,12 +223,33 @@ class GenerateConfig(CaptureConfig):
 class ScoreConfig(CaptureConfig):
     """`cache-teacher score`."""
 
-    traces: Path
-    response_field: str | None = None
-    reasoning_field: str | None = None
-    slice: str | None = None
-    capture_prompt: bool = True
-    prompt_turns: str = RowColumns.prompt_turns
+    traces: Path = _input(
+        "File, folder or hub id of rows with messages, conversations, prompt and response, or "
+        "token_ids.",
+        basic=True,
+    )
+    response_field: str | None = _input(
+        "Column of the response.", default=None, unset="the usual names"
+    )
+    reasoning_field: str | None = _input(
+        "Column of the chain of thought, where it is apart from the response.",
+        default=None,
+        unset="the usual names",
+    )
+    slice: str | None = _input(
+        "Score a part of each trace as a sequence of its own: lead, middle or last, such as "
+        "middle:0.5.",
+        default=None,
+        metavar="PART:PROPORTION",
+        unset="whole traces",
+    )
+    capture_prompt: bool = _kept(
+        "Keep distributions over the prompt's tokens too; without it the cache is smaller.",
+        default=True,
+    )
+    prompt_turns: str = _kept(
+        _PROMPT_TURNS_HELP, default=RowColumns.prompt_turns, choices=PROMPT_TURNS
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,9 +259,5 @@ class ScoreConfig(CaptureConfig):
 
 
 def _check_prompt_turns(config: GenerateConfig | ScoreConfig) -> None:
-    if config.prompt_turns not in PROMPT_TURNS:
-        raise ValueError(
-            f"prompt turns: expected {' or '.join(PROMPT_TURNS)}, got {config.prompt_turns!r}"
-        )
     if config.prompt_turns != RowColumns.prompt_turns and not config.capture_prompt:
-        raise ValueError("prompt turns: no token of the prompt is kept without --capture-prompt")
+        raise ValueError("--prompt-turns: no token of the prompt is kept without --capture-prompt")

@@ -33,14 +33,14 @@ def generate(config: GenerateConfig) -> CaptureReport:
             TeacherRequest(
                 request_id=name,
                 token_ids=item.token_ids,
-                max_new_tokens=min(room, config.max_tokens or room),
+                max_new_tokens=min(room, config.max_new_tokens or room),
                 seed=_seed(config.seed, name),
                 capture_prompt=config.capture_prompt,
             )
             for name in names
         ]
 
-    recorded = {**asdict(sampling), "max_tokens": config.max_tokens, "seed": config.seed}
+    recorded = {**asdict(sampling), "max_tokens": config.max_new_tokens, "seed": config.seed}
     if config.stop_at_tokens is not None:
         recorded["stop_at_tokens"] = config.stop_at_tokens
     render = PromptRenderer(tokenizer, longest, files.vocab_size(), row_columns(config))

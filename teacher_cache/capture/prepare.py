@@ -20,7 +20,7 @@ def run_job(config: CaptureConfig, job: Job) -> CaptureReport:
     """Run a job on one engine in this process, or on replicas that Ray places."""
     if not config.on_cluster:
         return capture(job)
-    placement = ReplicaPlan(config.workers, config.ray_address, config.tensor_parallel_size)
+    placement = ReplicaPlan(config.num_replicas, config.ray_address, config.tensor_parallel_size)
     return capture(job, partial(Cluster, placement))
 
 

@@ -132,7 +132,7 @@ class Cluster:
         if 0 < num_gpus < needed:
             raise EngineError(
                 f"{placement.num_workers} replicas of {placement.gpus_per_worker} GPUs need "
-                f"{needed}, the Ray cluster has {num_gpus}: lower --workers or "
+                f"{needed}, the Ray cluster has {num_gpus}: lower --num-replicas or "
                 "--tensor-parallel-size"
             )
         return self._ray.remote(Replica).options(

@@ -15,7 +15,11 @@ from teacher_cache.format import CacheError
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="leadspan")
 def cli() -> None:
-    """Run a teacher once and keep its top-k logits as a cache of Arrow shards."""
+    """Run a teacher once and keep its top-k logits as a cache of Arrow shards.
+
+    \b
+    Shell completion: eval "$(_CACHE_TEACHER_COMPLETE=bash_source cache-teacher)"
+    """
 
 
 for _command in (

@@ -2,41 +2,50 @@
 
 import json
 import sys
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from teacher_cache.cli import report_text
-from teacher_cache.cli.options import NamedValue, named
-from teacher_cache.engines.start import ENGINES
 from teacher_cache.examine.audit import AuditConfig, audit
+from teacher_cache.format import CachePath
 from teacher_cache.format.checking.findings import Verification
 from teacher_cache.format.checking.repair import repair_cache
 from teacher_cache.format.checking.verify import verify_cache
+from teacher_cache.terminal.commands import config_command, json_option
+from teacher_cache.terminal.option import check_options, option
 
 
-@click.command("verify")
-@click.argument("cache")
-@click.option(
-    "--repair",
-    is_flag=True,
-    help="Move damaged shards to CACHE/removed and take the seal off, to capture them again.",
-)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def verify_command(cache: str, repair: bool, as_json: bool) -> None:
-    """Check every checksum, count and value of a cache; list all that is wrong, and exit with 1.
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """`cache-teacher verify`."""
 
+    cache: CachePath = option("Folder or URI of the cache, sealed or not.", is_argument=True)
+    repair: bool = option(
+        "Move damaged shards to CACHE/removed and take the seal off, to capture them again.",
+        default=False,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@config_command("verify", VerifyConfig)
+@json_option
+def verify_command(config: VerifyConfig, as_json: bool) -> None:
+    """Check every checksum, count and value of a cache.
+
+    It lists all that is wrong, and exits with 1 where something is.
     With --repair it exits with 0 when what was wrong has been taken out.
 
     \b
     cache-teacher verify cache
     cache-teacher verify cache --repair
     """
-    found = _verified(cache)
-    done = repair_cache(cache, found) if repair and found.errors else None
+    found = _verified(config.cache)
+    done = repair_cache(config.cache, found) if config.repair and found.errors else None
     if as_json:
         figures = {name: value for name, value in asdict(found).items() if name != "header"}
         repaired = None if done is None else asdict(done)
@@ -56,7 +65,7 @@ def verify_command(cache: str, repair: bool, as_json: bool) -> None:
         sys.exit(1)
 
 
-def _verified(cache: str) -> Verification:
+def _verified(cache: CachePath) -> Verification:
     if not sys.stderr.isatty():
         return verify_cache(cache)
     columns = (TextColumn("verified"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -67,50 +76,17 @@ def _verified(cache: str) -> Verification:
         )
 
 
-@click.command("audit")
-@click.argument("cache")
-@click.option("--model", required=True, help="The teacher: a folder or a Hugging Face id.")
-@click.option(
-    "--engine",
-    type=click.Choice(ENGINES),
-    default=AuditConfig.engine,
-    show_default=True,
-    help="Scores the sample; best not the one that made the cache.",
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(1),
-    default=AuditConfig.samples,
-    show_default=True,
-    help="Traces to score again.",
-)
-@click.option("--seed", type=int, default=AuditConfig.seed, show_default=True)
-@click.option(
-    "--max-kl",
-    type=click.FloatRange(0),
-    default=AuditConfig.max_kl,
-    show_default=True,
-    help="Largest mean KL from stored to live, nats per token.",
-)
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--dtype", default=AuditConfig.dtype, show_default=True)
-@click.option(
-    "--engine-arg",
-    type=NamedValue(),
-    multiple=True,
-    callback=named,
-    help="An engine argument of vLLM. Repeatable.",
-)
-@click.option("--any-model", is_flag=True, help="Let other weights through; the tokenizer counts.")
-@click.option("--allow-unsealed", is_flag=True, help="Audit what is committed so far.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def audit_command(as_json: bool, **options: Any) -> None:  # noqa: ANN401 (click's own values)
-    """Score a sample of a cache again with another engine; exit with 1 where it differs too much.
+@config_command("audit", AuditConfig)
+@json_option
+def audit_command(config: AuditConfig, as_json: bool) -> None:
+    """Score a sample again with another engine and compare.
+
+    It exits with 1 where the distributions differ too much.
 
     \b
-    cache-teacher audit cache --model Qwen/Qwen3-32B --samples 32
+    cache-teacher audit cache --model Qwen/Qwen3-32B --num-traces 32
     """
-    found = audit(AuditConfig(**options))
+    found = audit(config)
     if as_json:
         click.echo(json.dumps({"passed": found.passed, **asdict(found)}))
     else:

@@ -1,33 +1,32 @@
-"""inspect, export, truncate: what can be done with a cache that is there."""
+"""inspect, export, truncate: what can be done with a cache that exists."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from teacher_cache.cli import report_text
-from teacher_cache.cli.options import FILE
 from teacher_cache.engines import EngineError
 from teacher_cache.examine import inspection
+from teacher_cache.examine.inspection import InspectConfig
 from teacher_cache.format import CacheError, CacheHeader, open_cache, shown
+from teacher_cache.terminal.commands import config_command, json_option
+from teacher_cache.transform.export import ExportConfig, export
+from teacher_cache.transform.truncate import TruncateConfig, truncate_cache
 
 if TYPE_CHECKING:
     from teacher_cache.sources.tokenizer import TeacherTokenizer
 
 
-@click.command("inspect")
-@click.argument("cache")
-@click.option("--trace", "trace_id", help="Show this trace; the first one otherwise.")
-@click.option("--model", help="Where the teacher's tokenizer is now, to show text.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object, without the text.")
-def inspect_command(cache: str, trace_id: str | None, model: str | None, as_json: bool) -> None:
-    """Show what is inside a cache: provenance, counts, sizes, and one trace as text.
+@config_command("inspect", InspectConfig)
+@json_option
+def inspect_command(config: InspectConfig, as_json: bool) -> None:
+    """Show what is inside a cache, and one trace as text.
 
     \b
     cache-teacher inspect cache --trace gsm8k-17
     """
-    opened = open_cache(cache, allow_unsealed=True)
+    opened = open_cache(config.cache, allow_unsealed=True)
     traces = inspection.read_first_shard(opened)
     figures = inspection.inspect_cache(opened, traces)
     if as_json:
@@ -37,87 +36,40 @@ def inspect_command(cache: str, trace_id: str | None, model: str | None, as_json
         click.echo(line)
     if not traces:
         return
-    trace = traces[0] if trace_id is None else inspection.find_trace(opened, trace_id)
-    tokenizer = _tokenizer_to_show(opened.header, model)
+    trace = traces[0] if config.trace is None else inspection.find_trace(opened, config.trace)
+    tokenizer = _tokenizer_to_show(opened.header, config.model)
     click.echo(f"\ntrace {trace.trace_id} ({trace.finish_reason}) {json.dumps(dict(trace.fields))}")
     for token in inspection.show_tokens(trace, tokenizer):
         click.echo(report_text.token_line(token))
 
 
-@click.command("export")
-@click.argument("cache")
-@click.argument("out", type=FILE)
-@click.option("--text", is_flag=True, help="Add each trace's text (JSONL only).")
-@click.option("--model", help="Where the teacher's tokenizer is now, for --text.")
-@click.option("--allow-unsealed", is_flag=True, help="Export what is committed so far.")
-@click.option("--parquet", is_flag=True, help="One row per token with its logprobs, as Parquet.")
-@click.option("--logprobs", is_flag=True, help="Add each token's logprobs (JSONL only).")
-@click.option(
-    "--lead-span",
-    type=click.FloatRange(0, 1, min_open=True),
-    help="Export this first part of every trace.",
-)
-@click.option("--limit", type=click.IntRange(1), help="Export so many traces, the first ones.")
-@click.option("--trace", "trace_ids", multiple=True, help="Export this trace; repeatable.")
-def export_command(
-    cache: str,
-    out: Path,
-    text: bool,
-    model: str | None,
-    allow_unsealed: bool,
-    parquet: bool,
-    logprobs: bool,
-    lead_span: float | None,
-    limit: int | None,
-    trace_ids: tuple[str, ...],
-) -> None:
-    """Write the traces as JSONL with their token ids, as `score` reads them, or as Parquet.
+@config_command("export", ExportConfig)
+def export_command(config: ExportConfig) -> None:
+    """Write traces as JSONL, as `score` reads them, or Parquet.
 
     \b
     cache-teacher export cache traces.jsonl
     cache-teacher export cache look.jsonl --limit 3 --lead-span 0.1 --text --logprobs
     cache-teacher export cache tokens.parquet --parquet
     """
-    from teacher_cache.sources.tokenizer import load_tokenizer
-    from teacher_cache.transform.export import ExportRange, export_parquet, export_traces
-
-    if parquet and (text or logprobs):
-        raise click.UsageError(
-            "--text and --logprobs add to JSONL; leave them out with --parquet, which has the "
-            "logprobs anyway"
-        )
-    opened = open_cache(cache, allow_unsealed=allow_unsealed)
-    part = ExportRange(lead_span, limit, trace_ids)
-    if parquet:
-        click.echo(f"{out}: {export_parquet(opened, out, part):,} traces")
-        return
-    tokenizer = load_tokenizer(opened.header, model) if text else None
-    num_traces = export_traces(opened, out, tokenizer, part, logprobs=logprobs)
-    click.echo(f"{out}: {num_traces:,} traces")
+    click.echo(f"{config.out}: {export(config):,} traces")
 
 
-@click.command("truncate")
-@click.argument("source")
-@click.argument("out")
-@click.option(
-    "--lead-span",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=1.0,
-    show_default=True,
-    help="Keep this first part of every trace.",
-)
-@click.option("--top-k", type=click.IntRange(1), help="Keep at most so many entries per token.")
-def truncate_command(source: str, out: str, lead_span: float, top_k: int | None) -> None:
-    """Write a smaller cache: the first part of every trace, or fewer entries per token.
+@config_command("truncate", TruncateConfig)
+def truncate_command(config: TruncateConfig) -> None:
+    """Write a smaller cache: a lead span, or fewer entries.
 
     \b
     cache-teacher truncate cache half --lead-span 0.5 --top-k 16
     """
-    from teacher_cache.transform.truncate import truncate_cache
-
-    seal = truncate_cache(open_cache(source), out, lead_span=lead_span, top_k=top_k).seal
+    manifest = truncate_cache(
+        open_cache(config.cache), config.out, lead_span=config.lead_span, top_k=config.top_k
+    )
+    seal = manifest.seal
     if seal is not None:
-        click.echo(f"{shown(out)}: sealed, {seal.num_traces:,} traces, {seal.num_tokens:,} tokens")
+        click.echo(
+            f"{shown(config.out)}: sealed, {seal.num_traces:,} traces, {seal.num_tokens:,} tokens"
+        )
 
 
 def _tokenizer_to_show(header: CacheHeader, model: str | None) -> "TeacherTokenizer | None":

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from teacher_cache.engines import Sampling, Teacher
 
 ENGINES = ("vllm", "transformers")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def start_teacher(

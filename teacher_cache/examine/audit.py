@@ -7,24 +7,27 @@ own noise.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from teacher_cache.capture.configs import CaptureConfig, check_engine_args
 from teacher_cache.engines import Teacher, TeacherRequest
-from teacher_cache.engines.start import ENGINES, start_teacher
+from teacher_cache.engines.start import start_teacher
 from teacher_cache.examine.fidelity import Compared, add_noise, compare_trace
 from teacher_cache.format import (
     Cache,
     CacheError,
     CacheHeader,
     CacheMismatchError,
+    CachePath,
     Trace,
     open_cache,
 )
 from teacher_cache.sources.tokenizer import ModelFiles, load_tokenizer
 from teacher_cache.terminal.capture_progress import CaptureProgress
+from teacher_cache.terminal.option import check_options, option, same_option
 
 LIVE_WIDTH = 4096  # candidates per row of the engine, at most: 32 kB per token
 # Of the second pass of the transformers engine. Chunks of 2^n tokens gave the same bits on a CPU;
@@ -36,25 +39,47 @@ OTHER_CHUNK_TOKENS = 33
 class AuditConfig:
     """`cache-teacher audit`."""
 
-    cache: str
-    model: str
-    engine: str = "transformers"
-    samples: int = 32
-    seed: int = 0
-    # Mean, nats per token. Measured on tools/tiny-teacher, captured by vLLM in float32: 5e-6 (the
-    # grid of the cache alone), 8e-6 in bfloat16, 3e-4 with weights 3 % off, 7e-2 for another model.
-    max_kl: float = 1e-3
-    revision: str | None = None
-    dtype: str = "auto"
-    engine_arg: Mapping[str, object] = field(default_factory=dict)
-    any_model: bool = False
-    allow_unsealed: bool = False
+    cache: CachePath = option("Folder or URI of the cache.", is_argument=True)
+    model: str = same_option(CaptureConfig, "model", basic=False)
+    revision: str | None = same_option(CaptureConfig, "revision")
+    engine: str = same_option(
+        CaptureConfig,
+        "engine",
+        default="transformers",
+        help="Program that scores the sample; best not the one that made the cache.",
+        basic=False,
+    )
+    dtype: str = same_option(CaptureConfig, "dtype")
+    engine_arg: Mapping[str, object] = same_option(CaptureConfig, "engine_arg")
+    any_model: bool = option(
+        "Accept other weights than the capture's; the tokenizer must still be the same.",
+        default=False,
+        group="Teacher",
+    )
+    num_traces: int = option(
+        "Traces to score again; more of them give a surer verdict.",
+        default=32,
+        group="Sample",
+        at_least=1,
+    )
+    seed: int = option("Seed for drawing the traces.", default=0, group="Sample", at_least=0)
+    # Measured on tools/tiny-teacher, captured by vLLM in float32: 5e-6 (the grid of the cache
+    # alone), 8e-6 in bfloat16, 3e-4 with weights 3 % off, 7e-2 for another model.
+    max_kl: float = option(
+        "Largest mean KL from stored to live distributions that passes, in nats per token.",
+        default=1e-3,
+        group="Sample",
+        at_least=0,
+    )
+    allow_unsealed: bool = option(
+        "Audit what is committed so far of a cache that is not complete.",
+        default=False,
+        group="Sample",
+    )
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {self.engine!r}")
-        if self.engine_arg and self.engine != "vllm":
-            raise ValueError("engine arguments are vLLM's; the transformers engine takes none")
+        check_options(self)
+        check_engine_args(self.engine, self.engine_arg)
 
 
 @dataclass(frozen=True)
@@ -111,7 +136,7 @@ def audit(config: AuditConfig) -> Audit:
     """
     cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
     _require_teacher(cache.header, config)
-    traces = sample_traces(cache, config.samples, config.seed)
+    traces = sample_traces(cache, config.num_traces, config.seed)
     width = min(cache.header.vocab_size, LIVE_WIDTH)
     longest = max(len(trace.token_ids) for trace in traces)
     num_reserved = int(config.engine == "vllm")  # it scores a trace as the prompt of one token more

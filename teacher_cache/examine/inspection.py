@@ -8,10 +8,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.format import Cache, CacheError, CacheHeader, Trace, stored_logprobs
+from teacher_cache.format import Cache, CacheError, CacheHeader, CachePath, Trace, stored_logprobs
 from teacher_cache.sources.tokenizer import TeacherTokenizer
+from teacher_cache.terminal.option import check_options, option
 
 _HISTOGRAM_EDGES = (1, 2, 3, 5, 9, 17, 33, 65, 129, 256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """`cache-teacher inspect`."""
+
+    cache: CachePath = option("Folder or URI of the cache, sealed or not.", is_argument=True)
+    trace: str | None = option("Id of the trace to show.", default=None, unset="the first trace")
+    model: str | None = option(
+        "Folder or hub id of the teacher, whose tokenizer turns ids into text.",
+        default=None,
+        unset="where it was at the capture",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True)

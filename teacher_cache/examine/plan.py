@@ -5,7 +5,8 @@ the steps before it.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
+from functools import partial
 
 import numpy as np
 
@@ -13,38 +14,65 @@ from teacher_cache.format import (
     Cache,
     CacheError,
     CacheMismatchError,
+    CachePath,
     lead_span_length,
     num_bands_needed,
     open_cache,
 )
 from teacher_cache.format.writing.writer import SHARD_BYTES
+from teacher_cache.terminal.option import check_options, option
 
 LEAD_SPANS = (0.5, 0.25)  # whose bytes are told beside those of the whole
 _HOUR_S = 3600
+
+
+_capture = partial(option, group="Capture", default=None)
+_runs = partial(option, group="Student runs")
+_live = partial(option, group="Live teacher to compare with", default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """`cache-teacher plan`; what is None is measured on the sample, or left out of the plan."""
 
-    prompts: int
-    sample: str | None = None
-    samples_per_prompt: int = 1
-    tokens_per_trace: float | None = None
-    bytes_per_token: float | None = None
-    tokens_per_s: float | None = None  # of the capture on all its GPUs, prompts included
-    num_gpus: int = 1
-    runs: int = 1
-    epochs: float = 1.0
-    lead_span: float = 1.0
-    live_tokens_per_s: float | None = None  # of the teacher beside a student, on all its GPUs
-    gpu_tflops: float | None = None  # that a GPU really reaches
-    teacher_params: float | None = None
-    student_params: float | None = None
+    num_prompts: int = _capture("Prompts of the whole capture.", default=MISSING, at_least=1)
+    sample: CachePath | None = _capture(
+        "Cache of some of the prompts, made with --limit, to measure lengths and bytes on."
+    )
+    samples_per_prompt: int = _capture("Traces per prompt.", default=1, at_least=1)
+    tokens_per_trace: float | None = _capture(
+        "Tokens per trace, prompt included.", above=0, unset="the sample's"
+    )
+    bytes_per_token: float | None = _capture(
+        "Bytes of the cache per token.", above=0, unset="the sample's"
+    )
+    tokens_per_s: float | None = _capture(
+        "Tokens per second of the capture on all its GPUs, prompts included, as a trial run says.",
+        above=0,
+    )
+    num_gpus: int = _capture("GPUs that the rates are measured on.", default=1, at_least=1)
+    runs: int = _runs("Student runs on this cache.", default=1, at_least=1)
+    epochs: float = _runs("Epochs of every run.", default=1.0, above=0)
+    lead_span: float = _runs(
+        "Proportion of every trace that a run trains on.", default=1.0, above=0, at_most=1
+    )
+    live_tokens_per_s: float | None = _live(
+        "Tokens per second of a teacher beside a student, on all its GPUs.", above=0
+    )
+    gpu_tflops: float | None = _live(
+        "TFLOP/s that a GPU really reaches; stands in for a measured rate.", above=0
+    )
+    teacher_params: float | None = _live(
+        "Active parameters of the teacher, such as 32B.", above=0, has_unit_letters=True
+    )
+    student_params: float | None = _live(
+        "Parameters of the student, such as 1.5B.", above=0, has_unit_letters=True
+    )
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.gpu_tflops is not None and self.teacher_params is None:
-            raise ValueError("plan: --gpu-tflops is of use with --teacher-params alone")
+            raise ValueError("--gpu-tflops: needs --teacher-params, the work that it is used for")
 
 
 @dataclass(frozen=True)
@@ -77,7 +105,7 @@ class _Sample:
     read_shares: Mapping[float, float]  # lead span -> part of the bytes that it reads
 
     @classmethod
-    def of(cls, path: str) -> "_Sample":
+    def of(cls, path: CachePath) -> "_Sample":
         cache = open_cache(path, allow_unsealed=True)
         if cache.header.max_lead_span < 1:
             raise CacheMismatchError(
@@ -125,12 +153,12 @@ def _bytes_read(cache: Cache, lead_span: float) -> int:
 
 def _size(config: PlanConfig, sample: _Sample | None) -> Iterator[Step]:
     """How much there is to capture and to keep."""
-    traces = config.prompts * config.samples_per_prompt
+    traces = config.num_prompts * config.samples_per_prompt
     yield Step(
         "traces",
         traces,
         "",
-        f"{config.prompts:,} prompts x {config.samples_per_prompt:,} traces each (given)",
+        f"{config.num_prompts:,} prompts x {config.samples_per_prompt:,} traces each (given)",
     )
     length = _given_or_measured("tokens per trace", config.tokens_per_trace, sample)
     yield length
@@ -155,7 +183,7 @@ def _given_or_measured(name: str, given: float | None, sample: _Sample | None) -
         return Step(name, given, "", "given")
     if sample is None:
         option = name.replace(" ", "-")
-        raise ValueError(f"plan: expected a sample (--from) or --{option}, got neither")
+        raise ValueError(f"plan: expected a sample (--sample) or --{option}, got neither")
     return sample.measured[name]
 
 

@@ -1,23 +1,27 @@
-"""One truth for an option: what a configuration's field says of itself.
+"""One truth for an option: what a configuration's field says about itself.
 
     @dataclass(frozen=True, kw_only=True)
     class TrainConfig:
         lead_span: float | None = option(
             "Proportion of every trace to train on, from its start.",
-            default=None, group="Tokens", basic=True, above=0, at_most=1, unset="whole traces",
+            default=None, group="Data", basic=True, above=0, at_most=1, unset="whole traces",
         )
 
         def __post_init__(self) -> None:
             check_options(self)
 
-Name, type and default are the field's own. The command line, configuration files, the checks of
-values, the groups of --help and the option reference are made from it. Nothing here loads click.
+Name, type and default are the field's own. The command line (commands.py), configuration files
+(config_file.py), the checks of values, the groups of --help and the option reference are made from
+it. Nothing here loads click.
 """
 
 import dataclasses
 import difflib
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
@@ -26,27 +30,28 @@ _KEY = "option"
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What is known of an option beside its field's name, type and default.
+    """What is known of an option besides its field's name, type and default.
 
     Attributes:
-        help: A sentence that says what it sets, and when to touch it.
+        help: Sentence that says what it sets, and when to touch it.
         group: Heading under which --help shows it.
         basic: Whether it stands among the first options of --help.
-        choices: The values that it takes; all where there are none named. Of a tuple, its items'.
-        at_least: Smallest number.
-        above: The number must be larger.
+        choices: Values that it takes; any where none are listed. For a tuple, those of its items.
+        at_least: Smallest number; bounds of a tuple are those of its items.
+        above: Number that it must exceed.
         at_most: Largest number.
-        below: The number must be smaller.
-        unset: What happens where it is None, for --help.
-        metavar: What --help calls its value.
-        changeable: Whether a run may be continued with another value.
+        below: Number that it must stay below.
+        unset: What --help says in place of the default, such as what None does.
+        metavar: Name of its value in --help.
+        changeable: Whether a run may be resumed with another value.
         is_argument: Whether it stands without a name on the command line.
         is_repeatable: Whether a tuple is given by repeating the option, not with commas.
+        can_be_empty: Whether a tuple without items, or an empty text, is a value.
         has_unit_letters: Whether a number may be written 32B, 600M, 100k.
     """
 
     help: str
-    group: str = "Other"
+    group: str = "Options"
     basic: bool = False
     choices: tuple[str, ...] = ()
     at_least: float | None = None
@@ -58,16 +63,14 @@ class Option:
     changeable: bool = False
     is_argument: bool = False
     is_repeatable: bool = False
+    can_be_empty: bool = False
     has_unit_letters: bool = False
-
-    @property
-    def has_range(self) -> bool:
-        """Whether it is a number with bounds."""
-        return any(b is not None for b in (self.at_least, self.above, self.at_most, self.below))
 
     @property
     def range_text(self) -> str:
         """Its bounds in words; empty without any."""
+        if self.at_least is not None and self.at_most is not None:
+            return f"from {self.at_least:g} to {self.at_most:g}"
         low = f"at least {self.at_least:g}" if self.at_least is not None else ""
         low = f"above {self.above:g}" if self.above is not None else low
         high = f"at most {self.at_most:g}" if self.at_most is not None else ""
@@ -75,10 +78,9 @@ class Option:
         return " and ".join(text for text in (low, high) if text)
 
     def holds(self, number: float) -> bool:
-        """Whether a number is inside the bounds; NaN never is."""
-        return not (
-            math.isnan(number)
-            or (self.at_least is not None and number < self.at_least)
+        """Whether a number is finite and inside the bounds."""
+        return math.isfinite(number) and not (
+            (self.at_least is not None and number < self.at_least)
             or (self.above is not None and number <= self.above)
             or (self.at_most is not None and number > self.at_most)
             or (self.below is not None and number >= self.below)
@@ -99,6 +101,21 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+def same_option(
+    config: type,
+    name: str,
+    *,
+    default: Any = MISSING,  # noqa: ANN401  # of the field's type
+    **changed: Any,  # noqa: ANN401  # attributes of Option
+) -> Any:  # noqa: ANN401  # stands where a value of the field's type is expected
+    """Make a field that is another configuration's option `name`, with attributes `changed`."""
+    item = options_of(config)[name]
+    metadata = {_KEY: dataclasses.replace(option_of(item), **changed)}
+    if item.default_factory is not MISSING and default is MISSING:
+        return field(default_factory=item.default_factory, metadata=metadata)
+    return field(default=item.default if default is MISSING else default, metadata=metadata)
+
+
 def option_of(item: "dataclasses.Field[Any]") -> Option:
     """The option that a field is.
 
@@ -116,15 +133,40 @@ def options_of(config: type) -> "dict[str, dataclasses.Field[Any]]":
     return {item.name: item for item in dataclasses.fields(config)}
 
 
+@functools.cache
+def kinds_of(config: type) -> Mapping[str, Any]:
+    """Types of a configuration's fields by name, without None; a path or URI counts as text."""
+    return {name: _without_none(hint) for name, hint in typing.get_type_hints(config).items()}
+
+
+def _without_none(hint: object) -> Any:  # noqa: ANN401  # a type, of any kind
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        left = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        return left[0] if len(left) == 1 else str
+    return hint
+
+
+def is_mapping(kind: object) -> bool:
+    """Whether a field of this type is given as name=value."""
+    return typing.get_origin(kind) is Mapping
+
+
+def item_kind(kind: object) -> Any:  # noqa: ANN401  # a type, of any kind
+    """Type of the items where `kind` is a tuple's, else None."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+
+
 def changeable_names(config: type) -> frozenset[str]:
-    """Fields that may have another value when a run is continued."""
+    """Fields that may have another value when a run is resumed."""
     fields = options_of(config)
     return frozenset(name for name, item in fields.items() if option_of(item).changeable)
 
 
-def flag_of(name: str) -> str:
-    """A field's name as the command line spells it."""
-    return f"--{name.replace('_', '-')}"
+def flag_of(item: "dataclasses.Field[Any]") -> str:
+    """A field as the command line spells it: `--lead-span`, or `CACHE` for an argument."""
+    if option_of(item).is_argument:
+        return item.name.upper()
+    return f"--{item.name.replace('_', '-')}"
 
 
 def check_options(config: object) -> None:
@@ -133,45 +175,46 @@ def check_options(config: object) -> None:
     Raises:
         ValueError: Naming the option, what was expected and what was found.
     """
-    for item in dataclasses.fields(config):  # type: ignore[arg-type]  # a dataclass by contract
-        value, known = getattr(config, item.name), option_of(item)
-        if value is None:
-            continue
-        for one in value if isinstance(value, tuple) else (value,):
-            _check_value(flag_of(item.name), known, one)
+    for item in options_of(type(config)).values():
+        check_value(type(config), item, getattr(config, item.name))
 
 
-def _check_value(flag: str, known: Option, value: object) -> None:
-    if known.choices and isinstance(value, str) and value not in known.choices:
-        listed = ", ".join(name or "''" for name in known.choices)
-        raise ValueError(
-            f"{flag}: expected one of {listed}, got {value!r}{near(value, known.choices)}"
-        )
-    if known.has_range and isinstance(value, int | float) and not known.holds(value):
-        raise ValueError(f"{flag}: expected a number {known.range_text}, got {value}")
+def check_value(config: type, item: "dataclasses.Field[Any]", value: object) -> None:
+    """Check one field's value; None always passes.
+
+    Raises:
+        ValueError: Naming the option, what was expected and what was found.
+    """
+    known, flag = option_of(item), flag_of(item)
+    if value is None:
+        return
+    if item_kind(kinds_of(config)[item.name]) is None:
+        _check_one(flag, known, value)
+        return
+    if not isinstance(value, tuple):
+        raise ValueError(f"{flag}: expected a tuple, got {value!r}")
+    if not value and not known.can_be_empty:
+        raise ValueError(f"{flag}: expected at least one value, got none")
+    for one in value:
+        for each in one if isinstance(one, tuple) else (one,):
+            _check_one(flag, known, each)
+
+
+def _check_one(flag: str, known: Option, value: object) -> None:
+    if isinstance(value, str):
+        if known.choices and value not in known.choices:
+            listed = ", ".join(known.choices)
+            raise ValueError(
+                f"{flag}: expected one of {listed}, got {value!r}{near(value, known.choices)}"
+            )
+        if not value and not known.can_be_empty:
+            raise ValueError(f"{flag}: expected a value, got an empty text")
+    elif isinstance(value, int | float) and not known.holds(value):
+        expected = f"a number {known.range_text}" if known.range_text else "a finite number"
+        raise ValueError(f"{flag}: expected {expected}, got {value}")
 
 
 def near(name: str, names: Iterable[str]) -> str:
     """`; did you mean ...?` where one of the names is close to a misspelt one, else nothing."""
     found = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {found[0]!r}?" if found else ""
-
-
-def read_values(config: type, values: dict[str, Any], reserved: Sequence[str] = ()) -> None:
-    """Check the names in a configuration file's content.
-
-    Args:
-        config: Whose options they should be.
-        values: By name, with dashes or underscores already made underscores.
-        reserved: Names that the caller sets itself.
-
-    Raises:
-        ValueError: Naming the first that is unknown or reserved.
-    """
-    known = options_of(config)
-    for name in values:
-        if name in reserved:
-            raise ValueError(f"{name}: it is set for every run and must not stand here")
-        if name not in known:
-            listed = ", ".join(sorted(set(known) - set(reserved)))
-            raise ValueError(f"no option {name!r}{near(name, known)}; there are {listed}")

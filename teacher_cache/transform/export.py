@@ -11,43 +11,88 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from teacher_cache.format import Cache, CacheError, Trace, lead_span_length, stored_logprobs
-from teacher_cache.sources.tokenizer import TeacherTokenizer
+from teacher_cache.format import (
+    Cache,
+    CacheError,
+    CachePath,
+    Trace,
+    lead_span_length,
+    open_cache,
+    stored_logprobs,
+)
+from teacher_cache.sources.tokenizer import TeacherTokenizer, load_tokenizer
+from teacher_cache.terminal.option import check_options, option
 
 
-@dataclass(frozen=True)
-class ExportRange:
-    """Which part of a cache is exported; the defaults are all of it."""
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """`cache-teacher export`."""
 
-    lead_span: float | None = None  # of every trace; all that the cache holds
-    limit: int | None = None  # traces, the first ones
-    trace_ids: tuple[str, ...] = ()  # these alone
+    cache: CachePath = option("Folder or URI of the cache.", is_argument=True)
+    out: Path = option("File to write, JSONL or Parquet.", is_argument=True)
+    limit: int | None = option(
+        "Export this many traces, the first ones.", default=None, at_least=1, unset="all"
+    )
+    trace: tuple[str, ...] = option(
+        "Id of a trace to export; repeatable.",
+        default=(),
+        is_repeatable=True,
+        can_be_empty=True,
+        unset="all",
+    )
+    lead_span: float | None = option(
+        "Proportion of every trace to export, from its start.",
+        default=None,
+        above=0,
+        at_most=1,
+        unset="all that the cache holds",
+    )
+    text: bool = option("Add each trace's text; for JSONL.", default=False)
+    model: str | None = option(
+        "Folder or hub id of the teacher, whose tokenizer turns ids into text.",
+        default=None,
+        unset="where it was at the capture",
+    )
+    logprobs: bool = option("Add each token's logprobs; for JSONL.", default=False)
+    parquet: bool = option(
+        "Write Parquet instead, one row per token with its logprobs.", default=False
+    )
+    allow_unsealed: bool = option(
+        "Export what is committed so far of a cache that is not complete.", default=False
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.parquet and (self.text or self.logprobs):
+            raise ValueError(
+                "--text and --logprobs add to JSONL; leave them out with --parquet, which has the "
+                "logprobs anyway"
+            )
 
 
-def export_traces(
-    cache: Cache,
-    out: Path,
-    tokenizer: TeacherTokenizer | None,
-    part: ExportRange = ExportRange(),
-    *,
-    logprobs: bool = False,
-) -> int:
+def export(config: ExportConfig) -> int:
     """Write every trace once; returns how many.
 
-    Args:
-        cache: An open cache.
-        out: The JSONL file; written beside and renamed, so that it is whole or absent.
-        tokenizer: Adds the trace's text as `text`.
-        part: Which traces, and how much of them.
-        logprobs: Adds `top_ids`, `top_logprobs` and `tail_mass`, lists with a place per token.
+    The file is written beside its name and renamed, so that it is whole or absent.
 
     Raises:
-        CacheError: If the cache holds no trace of a name, or less than the lead span.
+        CacheError: If the cache cannot be read, or holds no trace of a name or less than the lead
+            span.
+        EngineError: If the teacher's tokenizer is needed and cannot be loaded.
     """
+    cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
+    if config.parquet:
+        return _export_parquet(cache, config)
+    tokenizer = load_tokenizer(cache.header, config.model) if config.text else None
+    return _export_jsonl(cache, tokenizer, config)
+
+
+def _export_jsonl(cache: Cache, tokenizer: TeacherTokenizer | None, config: ExportConfig) -> int:
+    """With logprobs `top_ids`, `top_logprobs` and `tail_mass`, lists with a place per token."""
     num_traces = 0
-    with _whole(out) as temporary, temporary.open("w") as file:
-        for trace in _traces(cache, part):
-            row = _row(trace, tokenizer) | (_distributions(trace) if logprobs else {})
+    with _whole(config.out) as temporary, temporary.open("w") as file:
+        for trace in _traces(cache, config):
+            row = _row(trace, tokenizer) | (_distributions(trace) if config.logprobs else {})
             file.write(json.dumps(row) + "\n")
             num_traces += 1
     return num_traces
@@ -64,27 +109,19 @@ PARQUET_SCHEMA = pa.schema({
 })  # fmt: skip
 
 
-def export_parquet(cache: Cache, out: Path, part: ExportRange = ExportRange()) -> int:
-    """Write one plain row per token, distributions included; returns how many traces.
+def _export_parquet(cache: Cache, config: ExportConfig) -> int:
+    """Write one plain row per token, distributions included.
 
     Columns: `trace_id`, `position`, `section` (prompt, cot, answer), `token_id`, `top_ids` and
     `top_logprobs` (nats, most probable first; null where the token has no distribution) and
     `tail_mass` (the probability outside them; null there too). Each trace is a row group.
-
-    Args:
-        cache: An open cache.
-        out: The Parquet file; written beside and renamed, so that it is whole or absent.
-        part: Which traces, and how much of them.
-
-    Raises:
-        CacheError: If the cache holds no trace of a name, or less than the lead span.
     """
     num_traces = 0
     with (
-        _whole(out) as temporary,
+        _whole(config.out) as temporary,
         pq.ParquetWriter(temporary, PARQUET_SCHEMA, compression="zstd") as writer,
     ):
-        for trace in _traces(cache, part):
+        for trace in _traces(cache, config):
             writer.write_batch(_token_rows(trace))
             num_traces += 1
     return num_traces
@@ -126,21 +163,21 @@ def _distributions(trace: Trace) -> dict[str, Any]:
     return {name: rows[name].to_pylist() for name in ("top_ids", "top_logprobs", "tail_mass")}
 
 
-def _traces(cache: Cache, part: ExportRange) -> Iterator[Trace]:
+def _traces(cache: Cache, config: ExportConfig) -> Iterator[Trace]:
     rows_of: dict[int, dict[int, int]] = {}
-    wanted, num_taken = set(part.trace_ids), 0
+    wanted, num_taken = set(config.trace), 0
     for shard, row in cache.traces:
         info = cache.shards[shard].traces[row]
-        if part.trace_ids and info.trace_id not in wanted:
+        if config.trace and info.trace_id not in wanted:
             continue
-        if num_taken == part.limit:
+        if num_taken == config.limit:
             break
         wanted.discard(info.trace_id)
         num_taken += 1
-        span = part.lead_span
+        span = config.lead_span
         num_tokens = cache.num_held(info) if span is None else lead_span_length(info.n_total, span)
         rows_of.setdefault(shard, {})[row] = num_tokens
-    if wanted and num_taken != part.limit:
+    if wanted and num_taken != config.limit:
         raise CacheError(f"{cache.path}: no trace {sorted(wanted)[0]!r} among {len(cache.traces)}")
     for shard, keep in rows_of.items():
         yield from cache.read(shard, keep).values()

@@ -4,7 +4,7 @@ Nothing is chosen again: tokens and entries are those of the full cache, cut int
 of a cache with another grid are rounded to this version's.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from teacher_cache.format import (
     LOGIT_GRID,
@@ -19,6 +19,24 @@ from teacher_cache.format import (
     seal_cache,
 )
 from teacher_cache.format.codec import is_clamped_tail
+from teacher_cache.terminal.option import check_options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncateConfig:
+    """`cache-teacher truncate`."""
+
+    cache: CachePath = option("Folder or URI of the cache.", is_argument=True)
+    out: CachePath = option("Folder or URI of the smaller cache.", is_argument=True)
+    lead_span: float = option(
+        "Proportion of every trace to keep, from its start.", default=1.0, above=0, at_most=1
+    )
+    top_k: int | None = option(
+        "Largest number of entries to keep per token.", default=None, at_least=1, unset="all"
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def truncate_cache(
