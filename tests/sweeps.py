@@ -7,7 +7,7 @@ import numpy as np
 FACTS = {
     "cache": "cache", "cache_fingerprint": "f" * 32, "student": "models/<tiny> & co",
     "train_options": {"lr": 1e-3}, "eval_prompts": "p.jsonl", "eval_prompts_sha256": "0" * 64,
-    "eval_cache": None, "eval_cache_fingerprint": None, "eval_options": {},
+    "heldout_cache": None, "heldout_cache_fingerprint": None, "eval_options": {},
     "calls": [["train-student", "sweep", "--cache", "cache"]],
 }  # fmt: skip
 

@@ -1,6 +1,5 @@
 """audit: stored against live distributions, by arithmetic that is checked entry by entry."""
 
-import dataclasses
 import json
 from dataclasses import replace
 
@@ -161,14 +160,6 @@ def test_a_cache_without_distributions_has_nothing_to_audit(tmp_path):
     path = make_cache(tmp_path / "cache", [make_trace("t", 9, without_entries=range(1, 9))])
     with pytest.raises(CacheError, match="no trace with distributions among 1 drawn"):
         sample_traces(open_cache(path), 4, 0)
-
-
-def test_the_options_are_the_fields_of_the_configuration():
-    command = cli.commands["audit"]
-    options = command.make_context("audit", ["c", "--model", "m"]).params
-    fields = vars(AuditConfig(cache="c", model="m"))
-    assert options == fields | {"as_json": False}
-    assert {field.name for field in dataclasses.fields(AuditConfig)} == set(fields)
 
 
 def test_the_command_exits_by_its_verdict(captured, live):

@@ -60,8 +60,8 @@ def test_tokens_without_a_distribution_are_not_valid():
     [
         (WHOLE, 40),
         (TokenSelection(lead_span=0.5), 20),
-        (TokenSelection(max_tokens=7), 7),
-        (TokenSelection(max_tokens=700), 40),
+        (TokenSelection(trace_tokens=7), 7),
+        (TokenSelection(trace_tokens=700), 40),
         (TokenSelection(sections=("prompt", "cot")), 30),
         (TokenSelection(lead_span=0.5, sections=("answer",)), 1),
     ],
@@ -75,11 +75,11 @@ def test_no_more_is_read_than_is_trained_on(selection, num_read):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lead_span": 0.0}, "expected a proportion in"),
-        ({"lead_span": 1.5}, "expected a proportion in"),
-        ({"lead_span": float("nan")}, "expected a proportion in"),
-        ({"max_tokens": 0}, "max_tokens: expected at least 1, got 0"),
-        ({"lead_span": 0.5, "max_tokens": 5}, "not both"),
+        ({"lead_span": 0.0}, "expected a number above 0 and at most 1"),
+        ({"lead_span": 1.5}, "expected a number above 0 and at most 1"),
+        ({"lead_span": float("nan")}, "expected a number above 0 and at most 1"),
+        ({"trace_tokens": 0}, "--trace-tokens: expected a number at least 1, got 0"),
+        ({"lead_span": 0.5, "trace_tokens": 5}, "not both"),
         ({"sections": ("cot", "middle")}, "prompt, cot, answer, got 'middle'"),
         ({"sections": ()}, "got none"),
     ],

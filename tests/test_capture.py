@@ -116,7 +116,7 @@ def write_prompts(path, num_prompts, first=0):
 def config(model, tmp_path):
     prompts = write_prompts(tmp_path / "prompts.jsonl", 6)
     return GenerateConfig(
-        model=model, prompts=prompts, out=tmp_path / "cache", top_k=8, max_tokens=20
+        model=model, prompts=prompts, out=tmp_path / "cache", top_k=8, max_new_tokens=20
     )
 
 
@@ -262,7 +262,7 @@ def test_seeds_do_not_depend_on_what_else_is_captured(config, asked):
 
 
 def test_a_cut_chain_of_thought_is_kept_and_counted(config, asked):
-    report = generate(replace(config, max_tokens=4))
+    report = generate(replace(config, max_new_tokens=4))
     assert report.num_unfinished == 6
     for trace in read_all(open_cache(str(config.out))).values():
         assert trace.finish_reason == "length"
@@ -272,7 +272,7 @@ def test_a_cut_chain_of_thought_is_kept_and_counted(config, asked):
 def test_generation_stops_at_a_budget_that_counts_the_prompt(config, asked):
     with config.prompts.open("a") as file:
         file.write('{"id": "long", "prompt": "a 1 2 3 4 5 6 7"}\n')
-    report = generate(replace(config, stop_at_tokens=6, max_tokens=None))
+    report = generate(replace(config, stop_at_tokens=6, max_new_tokens=None))
     cache = open_cache(str(config.out))
     traces = read_all(cache)
 
@@ -281,11 +281,11 @@ def test_generation_stops_at_a_budget_that_counts_the_prompt(config, asked):
     assert all(trace.finish_reason == "length" for trace in traces.values())
     assert cache.header.sampling["stop_at_tokens"] == 6
     with pytest.raises(CacheMismatchError, match="stop_at_tokens"):
-        generate(replace(config, stop_at_tokens=7, max_tokens=None))
+        generate(replace(config, stop_at_tokens=7, max_new_tokens=None))
 
 
 def test_the_smaller_of_two_budgets_counts(config, asked):
-    generate(replace(config, stop_at_tokens=30, max_tokens=4))
+    generate(replace(config, stop_at_tokens=30, max_new_tokens=4))
     assert {request.max_new_tokens for request in asked} == {4}
 
 

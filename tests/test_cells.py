@@ -7,7 +7,7 @@ from student_train.sweep.config import SweepConfig
 
 
 def config_of(**changes):
-    settings = {"cache": "c", "student": "s", "out": "o", "eval_prompts": "p", "seeds": 1}
+    settings = {"cache": "c", "student": "s", "out": "o", "eval_prompts": "p", "num_seeds": 1}
     return SweepConfig(**(settings | changes))
 
 
@@ -16,7 +16,7 @@ def names(num_steps=100, **changes):
 
 
 def test_cells_come_seed_by_seed_and_each_once():
-    found = names(lead_spans=(0.5, 1.0), baselines=("base", "full", "sft"), seeds=2)
+    found = names(lead_spans=(0.5, 1.0), baselines=("base", "full", "sft"), num_seeds=2)
 
     assert found == [
         "base", "span-0.5_seed-0", "span-1_seed-0", "sft_seed-0",
@@ -27,8 +27,8 @@ def test_cells_come_seed_by_seed_and_each_once():
 def test_every_combination_of_the_lists_is_a_cell_with_a_name_of_its_own():
     sections = (("prompt", "cot", "answer"), ("cot",))
     found = names(
-        lead_spans=(0.5,), max_tokens_list=(64,), sections_list=sections,
-        loss_on=("lead", "last"), baselines=(),
+        lead_spans=(0.5,), trace_tokens_list=(64,), sections_list=sections,
+        loss_on_list=("lead", "last"), baselines=(),
     )  # fmt: skip
     parts = itertools.product(("span-0.5", "tokens-64"), ("", "_last"), ("", "_cot"))
 
@@ -36,7 +36,7 @@ def test_every_combination_of_the_lists_is_a_cell_with_a_name_of_its_own():
 
 
 def test_middle_and_last_of_a_whole_trace_are_not_run_again():
-    found = names(lead_spans=(0.5, 1.0), loss_on=("middle", "last"), baselines=())
+    found = names(lead_spans=(0.5, 1.0), loss_on_list=("middle", "last"), baselines=())
 
     assert found == ["span-0.5_middle_seed-0", "span-0.5_last_seed-0"]
 
@@ -73,7 +73,7 @@ def test_options_of_every_run_reach_its_configuration(tmp_path):
     options = tmp_path / "run.toml"
     options.write_text('lr = 1e-3\nbatch-traces = 4\nschedule = "linear"\n')
     config = config_of(run_options=options)
-    run = config.train_config({"ce_weight": 1.0, "sections": ["cot"]})
+    run = config.train_config({"ce_weight": 1.0, "sections": ("cot",)})
 
     assert (run.lr, run.batch_traces, run.ce_weight, run.sections) == (1e-3, 4, 1.0, ("cot",))
 
@@ -81,9 +81,9 @@ def test_options_of_every_run_reach_its_configuration(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lead-span = 0.5\n", "lead_span: the sweep sets it itself"),
-        ("learning-rate = 1\n", "learning_rate: there is no such option"),
-        ("lr = \n", "not TOML"),
+        ("lead-span = 0.5\n", "run.toml: lead-span: expected no such option here"),
+        ("learning-rate = 1\n", "run.toml: no option 'learning-rate'"),
+        ("lr = \n", "run.toml: expected a TOML file"),
     ],
 )
 def test_options_that_a_sweep_cannot_pass_on_are_named(tmp_path, text, message):
@@ -96,13 +96,16 @@ def test_options_that_a_sweep_cannot_pass_on_are_named(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lead_spans": (0.5, 1.5)}, r"lead span: expected a proportion in \(0, 1\], got 1.5"),
+        (
+            {"lead_spans": (0.5, 1.5)},
+            "--lead-spans: expected a number above 0",
+        ),
         ({"sections_list": (("cot", "thoughts"),)}, "got 'thoughts'"),
-        ({"baselines": ("best",)}, "baselines: expected some of base, sft, full"),
+        ({"baselines": ("best",)}, "--baselines: expected one of base, sft, full"),
         ({"baselines": ("live",)}, "live: expected the teacher as --live-teacher"),
-        ({"loss_on": ("first",)}, "loss_on: expected some of lead, middle, last"),
-        ({"loss_on": ()}, "expected at least one each"),
-        ({"seeds": 0}, "seeds: expected at least 1"),
+        ({"loss_on_list": ("first",)}, "--loss-on-list: expected one of lead, middle, last"),
+        ({"loss_on_list": ()}, "--loss-on-list: expected at least one value"),
+        ({"num_seeds": 0}, "--num-seeds: expected a number at least 1"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused_at_once(settings, message):
@@ -112,12 +115,15 @@ def test_a_sweep_that_cannot_be_is_refused_at_once(settings, message):
 
 def test_the_command_names_what_differs_from_the_defaults():
     config = config_of(
-        lead_spans=(0.5, 1.0), sections_list=(("cot", "answer"), ("cot",)), parallel=3,
+        lead_spans=(0.5, 1.0), sections_list=(("cot", "answer"), ("cot",)), num_parallel=3,
         allow_seen_prompts=True,
     )  # fmt: skip
 
-    assert config.command() == [
-        "train-student", "sweep", "--cache", "c", "--student", "s", "--out", "o",
-        "--eval-prompts", "p", "--lead-spans", "0.5,1.0", "--sections-list", "cot+answer,cot",
-        "--seeds", "1", "--allow-seen-prompts",
-    ]  # fmt: skip
+    command = config.command()
+    assert command[:2] == ["train-student", "sweep"]
+    command.remove("--allow-seen-prompts")
+    named = dict(zip(command[2::2], command[3::2], strict=True))
+    assert named == {
+        "--cache": "c", "--student": "s", "--out": "o", "--eval-prompts": "p",
+        "--lead-spans": "0.5,1.0", "--sections-list": "cot+answer,cot", "--num-seeds": "1",
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""--workers: a real Ray cluster on this machine, and one of its actors killed."""
+"""--num-replicas: a real Ray cluster on this machine, and one of its actors killed."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def capture_of(one_thread, tmp_path_factory):
     prompts = write_rows(folder / "prompts.jsonl", rows)
 
     def call(out, *more):
-        return arguments(folder / "model", prompts, out, "--max-tokens", "60", *more)
+        return arguments(folder / "model", prompts, out, "--max-new-tokens", "60", *more)
 
     run(*call(folder / "alone"))
     return call, read_all(open_cache(str(folder / "alone")))
@@ -77,7 +77,7 @@ def assert_equal(found, expected):
 def test_a_killed_actor_is_replaced_and_nothing_is_lost_or_made_twice(capture_of, tmp_path):
     call, expected = capture_of
     process = start_and_wait_for_traces(
-        call(tmp_path / "cache", "--workers", 2), tmp_path / "cache"
+        call(tmp_path / "cache", "--num-replicas", 2), tmp_path / "cache"
     )
     actors = actors_of(process)
     assert len(actors) == 2
@@ -96,7 +96,7 @@ def test_a_killed_actor_is_replaced_and_nothing_is_lost_or_made_twice(capture_of
 @pytest.mark.slow
 def test_a_stopped_cluster_keeps_what_it_has_and_goes_on(capture_of, tmp_path):
     call, expected = capture_of
-    args = call(tmp_path / "cache", "--workers", 2)
+    args = call(tmp_path / "cache", "--num-replicas", 2)
     process = start_and_wait_for_traces(args, tmp_path / "cache")
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=200)
@@ -114,7 +114,7 @@ def test_an_error_of_an_actor_is_one_line(capture_of, tmp_path):
     model.mkdir()
     make_small_model(model)
     (model / "model.safetensors").unlink()
-    args = call(tmp_path / "cache", "--workers", 2)
+    args = call(tmp_path / "cache", "--num-replicas", 2)
     args[args.index("--model") + 1] = str(model)
     done = run(*args, expect=1)
     assert done.stdout == ""

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from teacher_cache.format import open_cache
 
 
 def config_of(**changes):
-    return EvaluateConfig(**({"model": "", "prompts": "", "max_tokens": 12} | changes))
+    return EvaluateConfig(**({"model": "m", "prompts": Path("p"), "max_new_tokens": 12} | changes))
 
 
 def test_batches_generate_what_single_prompts_do():
@@ -147,7 +148,7 @@ def test_several_samples_give_avg_at_n_clustered_by_prompt(tmp_path):
     file = tmp_path / "completions.jsonl"
     result = evaluate(
         config_of(
-            model=student, prompts=prompts, samples=3, temperature=1.0, group_by="size",
+            model=student, prompts=prompts, samples_per_prompt=3, temperature=1.0, group_by="size",
             completions=file,
         )
     )  # fmt: skip
@@ -175,9 +176,9 @@ def test_a_small_top_p_is_greedy():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"samples": 4}, "4 at temperature 0 would be the same"),
-        ({"samples": 0}, "samples: expected at least 1"),
-        ({"top_p": 0.0}, r"top_p: expected a probability in \(0, 1\]"),
+        ({"samples_per_prompt": 4}, "4 answers at temperature 0 would be the same"),
+        ({"samples_per_prompt": 0}, "--samples-per-prompt: expected a number at least 1"),
+        ({"top_p": 0.0}, "--top-p: expected a number above 0 and at most 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
@@ -221,7 +222,7 @@ def test_vllm_writes_what_transformers_does(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     written = {}
     for engine in ("transformers", "vllm"):
-        options = ["--model", tmp_path / "student", "--prompts", prompts, "--max-tokens", "12"]
+        options = ["--model", tmp_path / "student", "--prompts", prompts, "--max-new-tokens", "12"]
         options += ["--engine", engine, "--json", "--completions", tmp_path / engine]
         done = subprocess.run(
             [sys.executable, "-m", "student_train.cli", "evaluate", *map(str, options)],

@@ -48,7 +48,7 @@ def teacher(tmp_path):
 def batch_of(model):
     traces = [trace_of(model, f"t{n}", length, n) for n, length in enumerate((12, 7, 9))]
     (batch,) = micro_batches(
-        traces, TokenSelection(max_tokens=8), batch_tokens=100, loss_reduction="token"
+        traces, TokenSelection(trace_tokens=8), batch_tokens=100, loss_reduction="token"
     )
     return batch
 

@@ -390,7 +390,7 @@ def test_bf16_and_gradient_checkpointing_train_too(config, tmp_path):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
     loop.Accelerator().state._reset_state(reset_partial_state=True)
-    half = config(out=tmp_path / "half", max_steps=3, dtype="bf16")
+    half = config(out=tmp_path / "half", max_steps=3, dtype="bfloat16")
     train(half)
     loop.Accelerator().state._reset_state(reset_partial_state=True)
     for one, other in zip(metrics_of(plain), metrics_of(half), strict=True):
@@ -661,7 +661,7 @@ def test_a_student_that_does_not_exist_is_refused_in_one_line(config, tmp_path):
     ("selection", "capture_prompt"),
     [
         ({"sections": ("answer",), "lead_span": 0.5}, True),
-        ({"max_tokens": 1}, True),
+        ({"trace_tokens": 1}, True),
         ({"sections": ("prompt",)}, False),
         ({"lead_span": 0.2}, False),
     ],
@@ -681,9 +681,9 @@ def test_an_empty_cache_is_refused(config, tmp_path):
 def test_traces_longer_than_the_student_are_refused_with_a_remedy(config, tmp_path):
     student = make_student(tmp_path / "student", max_position_embeddings=32)
 
-    with pytest.raises(ValueError, match="the student has 32 positions; use --max-tokens 33"):
+    with pytest.raises(ValueError, match="the student has 32 positions; use --trace-tokens 33"):
         train(config(student=student))
-    assert train(config(student=student, max_tokens=33, max_steps=1)).num_steps == 1
+    assert train(config(student=student, trace_tokens=33, max_steps=1)).num_steps == 1
 
 
 def test_training_outside_the_main_thread_works(config):
@@ -711,7 +711,7 @@ def test_handlers_of_signals_are_put_back(config):
         ({"schedule": "zigzag"}, "schedule: expected one of cosine, linear, constant, onecycle"),
         ({"sharding": "full", "compile": True}, "leave out --compile"),
         ({"sharding": "full", "optimizer": "adafactor"}, "sharding full: adafactor works on whole"),
-        ({"dtype": "int8"}, "dtype: expected one of float32, bf16"),
+        ({"dtype": "int8"}, "--dtype: expected one of float32, bfloat16"),
         ({"packing": True, "live_teacher": "t"}, "packing: a live teacher reads rows of one"),
         ({"loss_reduction": "words"}, "loss_reduction: expected one of token, sequence"),
     ],

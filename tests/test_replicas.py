@@ -108,7 +108,7 @@ def threads(config, asked, monkeypatch):
     monkeypatch.setattr(ray_driver, "_connected", lambda _: ray)
     monkeypatch.setattr(ray_driver.os, "dup2", lambda *_: None)
     write_prompts(config.prompts, 100)
-    return ray, replace(config, workers=2)
+    return ray, replace(config, num_replicas=2)
 
 
 def test_replicas_share_the_work_and_the_driver_seals(threads, asked):
@@ -168,5 +168,5 @@ def test_more_gpus_than_the_cluster_has_are_refused_before_anything_starts(threa
 
 
 def test_a_name_of_a_worker_has_no_meaning_on_a_cluster(config):
-    with pytest.raises(ValueError, match="leave it out with --workers"):
-        replace(config, workers=2, worker="0/2")
+    with pytest.raises(ValueError, match="leave it out with --num-replicas"):
+        replace(config, num_replicas=2, worker="0/2")

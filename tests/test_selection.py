@@ -14,11 +14,11 @@ TRACE = make_trace("t", 40)  # prompt to 10, chain of thought to 30, answer to 4
         ({"loss_on": "lead", "lead_span": 0.25}, [*range(1, 10)]),
         ({"loss_on": "middle", "lead_span": 0.25}, [*range(15, 25)]),
         ({"loss_on": "last", "lead_span": 0.25}, [*range(30, 40)]),
-        ({"loss_on": "last", "max_tokens": 3}, [37, 38, 39]),
+        ({"loss_on": "last", "trace_tokens": 3}, [37, 38, 39]),
         ({"loss_on": "last", "lead_span": 0.5, "sections": ("cot",)}, [*range(20, 30)]),
         ({"lead_span_of": "reasoning"}, [*range(1, 30)]),
         ({"lead_span_of": "reasoning", "lead_span": 0.5}, [*range(1, 15)]),
-        ({"lead_span_of": "reasoning", "max_tokens": 35}, [*range(1, 30)]),
+        ({"lead_span_of": "reasoning", "trace_tokens": 35}, [*range(1, 30)]),
         ({"lead_span_of": "reasoning", "loss_on": "last", "lead_span": 0.5}, [*range(15, 30)]),
         ({"lead_span_of": "reasoning", "sections": ("answer",)}, []),
     ],
@@ -56,13 +56,13 @@ def test_a_selection_says_what_it_is():
 @pytest.mark.parametrize("settings", [{"loss_on": "first"}, {"lead_span_of": "cot"}])
 def test_unknown_parts_and_wholes_are_refused(settings):
     (name,) = settings
-    with pytest.raises(ValueError, match=f"{name}: expected "):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}: expected "):
         TokenSelection(**settings)
 
 
 @pytest.mark.parametrize(("share", "num_masked"), [(0.0, 0), (0.3, 9), (0.5, 14), (0.99, 29)])
 def test_a_random_mask_leaves_out_its_share_after_truncation(share, num_masked):
-    selection = TokenSelection(max_tokens=30)
+    selection = TokenSelection(trace_tokens=30)
     valid = valid_positions(TRACE, selection)
     left = valid_positions(TRACE, selection, LossDropout(share, seed=1, epoch=0))
 

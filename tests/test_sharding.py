@@ -83,7 +83,7 @@ def test_sharded_bf16_stays_near_float32(tmp_path):
         lr=3e-3, batch_traces=4, max_steps=5,
     )  # fmt: skip
     train(whole)
-    half = replace(whole, out=tmp_path / "half", sharding="full", dtype="bf16")
+    half = replace(whole, out=tmp_path / "half", sharding="full", dtype="bfloat16")
     run_sharded(half)
 
     one, other = metrics_of(whole), metrics_of(half)

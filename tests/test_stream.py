@@ -219,12 +219,12 @@ def test_leaving_does_not_wait_for_a_store_that_does_not_answer(cache_path, monk
 @pytest.mark.parametrize(
     "selection",
     [
-        TokenSelection(max_tokens=3),
-        TokenSelection(max_tokens=17),
-        TokenSelection(max_tokens=1000),
+        TokenSelection(trace_tokens=3),
+        TokenSelection(trace_tokens=17),
+        TokenSelection(trace_tokens=1000),
         TokenSelection(sections=("prompt",)),
         TokenSelection(sections=("cot",)),
-        TokenSelection(max_tokens=30, sections=("cot", "answer")),
+        TokenSelection(trace_tokens=30, sections=("cot", "answer")),
     ],
     ids=str,
 )
@@ -239,7 +239,7 @@ def test_a_budget_or_sections_read_up_to_the_last_band_that_a_trace_needs(tmp_pa
         while trace.n_total * needed // 20 < (ranges[-1][1] if ranges else 1):
             needed += 1
     assert steps[-1].bytes_read == shard.prefix_bytes(needed)
-    assert (needed == 20) == (selection.max_tokens == 1000)
+    assert (needed == 20) == (selection.trace_tokens == 1000)
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def parts(tmp_path):
     options = tmp_path / "run.toml"
     options.write_text("max-steps = 40\nepochs = 20\nbatch-traces = 4\nsave-every = 2\n")
     evaluation = tmp_path / "evaluate.toml"
-    evaluation.write_text("max-tokens = 5\n")
+    evaluation.write_text("max-new-tokens = 5\n")
     return {
         "cache": make_cache(tmp_path / "cache", traces),
         "student": make_student(tmp_path / "student"),
@@ -106,7 +106,7 @@ def ran(monkeypatch):
 
 def test_workers_share_the_cells_and_the_last_call_reports_all_of_them(parts, ran):
     settings, _ = parts
-    config = SweepConfig(**settings, lead_spans=(0.5, 1.0), baselines=("base", "sft"), seeds=2)
+    config = SweepConfig(**settings, lead_spans=(0.5, 1.0), baselines=("base", "sft"), num_seeds=2)
     results = [sweep(replace(config, worker=worker)) for worker in ("1/2", "0/2")]
 
     assert sorted(ran) == sorted(cell.name for cell in config.cells(40))
@@ -121,7 +121,7 @@ def test_workers_share_the_cells_and_the_last_call_reports_all_of_them(parts, ra
 def test_another_call_adds_cells_and_one_without_a_full_length_says_so(parts, ran, caplog):
     settings, _ = parts
     caplog.set_level("WARNING")
-    short = SweepConfig(**settings, lead_spans=(0.5,), baselines=(), seeds=1)
+    short = SweepConfig(**settings, lead_spans=(0.5,), baselines=(), num_seeds=1)
     assert "no full-length cell" in sweep(short).answer
     assert "no full-length cell: retention has no base" in caplog.text
     caplog.clear()
@@ -139,7 +139,7 @@ def command(settings, *options):
         for name, value in settings.items()
         for word in (f"--{name.replace('_', '-')}", str(value))
     ]
-    return [*PROGRAM, *named, "--lead-spans", "0.5", "--seeds", "1", *options]
+    return [*PROGRAM, *named, "--lead-spans", "0.5", "--num-seeds", "1", *options]
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def test_a_sweep_is_stopped_goes_on_reports_a_failed_cell_and_repeats_nothing(pa
     assert not list(cells.glob("*/failed.txt"))
 
     done = subprocess.run(
-        [*call, "--parallel", "2"], env=ENVIRONMENT, capture_output=True, text=True, check=False
+        [*call, "--num-parallel", "2"], env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1, done.stderr
     assert "cell live_seed-0 failed" in done.stderr
@@ -177,6 +177,6 @@ def test_a_sweep_is_stopped_goes_on_reports_a_failed_cell_and_repeats_nothing(pa
     assert len((settings["out"] / "results.csv").read_text().splitlines()) == 2
 
     before = (cells / "span-0.5_seed-0" / "result.json").stat().st_mtime_ns
-    again = sweep(SweepConfig(**settings, lead_spans=(0.5,), baselines=(), seeds=1))
+    again = sweep(SweepConfig(**settings, lead_spans=(0.5,), baselines=(), num_seeds=1))
     assert (again.num_finished, again.failed) == (1, ())
     assert (cells / "span-0.5_seed-0" / "result.json").stat().st_mtime_ns == before

@@ -103,7 +103,12 @@ def test_measuring_changes_nothing(base, tmp_path):
 def test_another_cache_gives_the_heldout_traces(base, tmp_path, caplog):
     fresh = make_cache(tmp_path / "fresh", make_traces(6, seed=3))
     config = replace(
-        base, out=tmp_path / "run", heldout_share=0.0, eval_cache=fresh, eval_traces=4, max_steps=1
+        base,
+        out=tmp_path / "run",
+        heldout_share=0.0,
+        heldout_cache=fresh,
+        heldout_traces=4,
+        max_steps=1,
     )
     train(config)
 
@@ -117,7 +122,7 @@ def test_another_cache_gives_the_heldout_traces(base, tmp_path, caplog):
 
 
 def test_a_cache_that_is_trained_on_measures_nothing(base, tmp_path):
-    config = replace(base, out=tmp_path / "run", heldout_share=0.0, eval_cache=base.cache[0])
+    config = replace(base, out=tmp_path / "run", heldout_share=0.0, heldout_cache=base.cache[0])
     with pytest.raises(ValueError, match="it is trained on; name another"):
         train(config)
 
@@ -125,21 +130,21 @@ def test_a_cache_that_is_trained_on_measures_nothing(base, tmp_path):
 def test_heldout_traces_without_a_distribution_are_refused(base, tmp_path):
     bare = [make_trace(f"bare{n}", 30, without_entries=range(30)) for n in range(3)]
     empty = str(make_cache(tmp_path / "bare", bare))
-    config = replace(base, out=tmp_path / "run", heldout_share=0.0, eval_cache=empty)
+    config = replace(base, out=tmp_path / "run", heldout_share=0.0, heldout_cache=empty)
     with pytest.raises(ValueError, match="none of 3 held-out traces has a token with a distrib"):
         train(config)
 
 
 def test_heldout_traces_longer_than_the_student_are_refused(base, tmp_path):
     student = make_student(tmp_path / "student", max_position_embeddings=32)
-    config = replace(base, out=tmp_path / "run", student=student, max_tokens=10)
+    config = replace(base, out=tmp_path / "run", student=student, trace_tokens=10)
     with pytest.raises(ValueError, match=r"held-out trace 't\d+' has .*--where 'n_total <= 33'"):
         train(config)
 
 
 @pytest.mark.parametrize("change", [{"eval_every": 5}, {"select": "heldout"}])
 def test_measuring_without_heldout_traces_is_refused(base, change):
-    with pytest.raises(ValueError, match="give held-out traces"):
+    with pytest.raises(ValueError, match="expected held-out traces"):
         replace(base, heldout_share=0.0, **change)
 
 

@@ -1,7 +1,7 @@
 """What capturing costs beside generating alone: real vLLM, every way in turns on one engine.
 
     python tools/bench_capture.py                             # the tiny teacher, any machine
-    python tools/bench_capture.py --shape qwen3-4b --max-tokens 1024 --concurrency 256   # a GPU
+    python tools/bench_capture.py --shape qwen3-4b --max-new-tokens 1024 --concurrency 256   # a GPU
 
 Ways, all with the same requests, window and sampling:
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--shape", help="random weights of this size instead, e.g. qwen3-4b")
     parser.add_argument("--prompts", type=Path, default=TOOLS / "prompts" / "train.jsonl")
     parser.add_argument("--num-prompts", type=int, default=300)
-    parser.add_argument("--max-tokens", type=int, default=240)
+    parser.add_argument("--max-new-tokens", type=int, default=240)
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
@@ -124,7 +124,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         prompts=arguments.prompts,
         out=folder / "unused",
         top_k=arguments.top_k,
-        max_tokens=arguments.max_tokens,
+        max_new_tokens=arguments.max_new_tokens,
         limit=arguments.num_prompts,
         engine_arg=engine_args,
     )

@@ -89,7 +89,7 @@ class Step:
         self.student = StudentWithLoss(model, head_of(model), ce_weight=0.5)
         self.student.train()
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-6)
-        self.is_half = arguments.dtype == "bf16"
+        self.is_half = arguments.dtype == "bfloat16"
         self.batch_tokens = arguments.batch_tokens
         vocab = SHAPES[arguments.shape][-1]
         self.traces = [
@@ -250,7 +250,7 @@ SETTINGS = (
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
-    parser.add_argument("--dtype", choices=["float32", "bf16"], help="bf16 on CUDA")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on CUDA")
     parser.add_argument("--shape", choices=list(SHAPES), help="small on the CPU, 0.6b on CUDA")
     parser.add_argument("--lead-spans", type=float, nargs="+", help="1.0 0.5 and on CUDA 0.25")
     parser.add_argument("--tokens", type=int, help="of a trace; 1024 on the CPU, 8192 on CUDA")
@@ -263,7 +263,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--memory-of", type=float, help=argparse.SUPPRESS)  # it starts itself so
     arguments = parser.parse_args()
     on_cuda = arguments.device == "cuda"
-    arguments.dtype = arguments.dtype or ("bf16" if on_cuda else "float32")
+    arguments.dtype = arguments.dtype or ("bfloat16" if on_cuda else "float32")
     arguments.shape = arguments.shape or ("0.6b" if on_cuda else "small")
     arguments.tokens = arguments.tokens or (8192 if on_cuda else 1024)
     arguments.lead_spans = arguments.lead_spans or ([1.0, 0.5, 0.25] if on_cuda else [1.0, 0.5])

@@ -75,9 +75,9 @@ def steps(*, smoke: bool) -> list[Step]:
             (*device, *(small_moves if smoke else ())), 30, _to_device,
         )
     )  # fmt: skip
-    sizes = ("--num-prompts", "8", "--max-tokens", "24", "--rounds", "1", "--concurrency", "8")
+    sizes = ("--num-prompts", "8", "--max-new-tokens", "24", "--rounds", "1", "--concurrency", "8")
     if not smoke:
-        sizes = ("--shape", "qwen3-4b", "--num-prompts", "256", "--max-tokens", "256",
+        sizes = ("--shape", "qwen3-4b", "--num-prompts", "256", "--max-new-tokens", "256",
                  "--rounds", "2")  # fmt: skip
     found.append(
         Step(

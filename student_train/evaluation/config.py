@@ -36,6 +36,8 @@ class EvaluateConfig:
     think_close: str = _measured(
         "Mark that closes the chain of thought; the answer is what follows the last one.",
         default="</think>",
+        can_be_empty=True,
+        unset="</think>; an empty text makes all of it the answer",
     )
     engine: str = _sampling(
         "Program that generates; vllm must be installed, and pays for many prompts or a large "

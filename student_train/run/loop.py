@@ -420,8 +420,8 @@ def check_selection(data: TrainingData, selection: TokenSelection, model: PreTra
         if limit is not None and selection.num_read(longest) - 1 > limit:
             raise ValueError(
                 f"{path}: {selection.num_read(longest):,} tokens of trace {longest.trace_id!r} "
-                f"are selected, the student has {limit:,} positions; use --trace-tokens {limit + 1} "
-                "or a smaller lead span"
+                f"are selected, the student has {limit:,} positions; use --trace-tokens "
+                f"{limit + 1} or a smaller lead span"
             )
 
 

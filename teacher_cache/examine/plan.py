@@ -71,6 +71,10 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        for name in ("tokens_per_trace", "bytes_per_token"):
+            if self.sample is None and getattr(self, name) is None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"expected a sample (--sample) or {flag}, got neither")
         if self.gpu_tflops is not None and self.teacher_params is None:
             raise ValueError("--gpu-tflops: needs --teacher-params, the work that it is used for")
 
@@ -160,11 +164,12 @@ def _size(config: PlanConfig, sample: _Sample | None) -> Iterator[Step]:
         "",
         f"{config.num_prompts:,} prompts x {config.samples_per_prompt:,} traces each (given)",
     )
-    length = _given_or_measured("tokens per trace", config.tokens_per_trace, sample)
+    measured = {} if sample is None else sample.measured
+    length = _given_or_measured("tokens per trace", config.tokens_per_trace, measured)
     yield length
     tokens = traces * length.value
     yield Step("tokens", tokens, "", f"{traces:,} traces x {length.value:,.1f}")
-    width = _given_or_measured("bytes per token", config.bytes_per_token, sample)
+    width = _given_or_measured("bytes per token", config.bytes_per_token, measured)
     yield width
     disk = tokens * width.value
     yield Step("disk", disk, "bytes", f"{tokens:,.0f} tokens x {width.value:.2f} bytes")
@@ -178,13 +183,8 @@ def _size(config: PlanConfig, sample: _Sample | None) -> Iterator[Step]:
         )
 
 
-def _given_or_measured(name: str, given: float | None, sample: _Sample | None) -> Step:
-    if given is not None:
-        return Step(name, given, "", "given")
-    if sample is None:
-        option = name.replace(" ", "-")
-        raise ValueError(f"plan: expected a sample (--sample) or --{option}, got neither")
-    return sample.measured[name]
+def _given_or_measured(name: str, given: float | None, measured: Mapping[str, Step]) -> Step:
+    return measured[name] if given is None else Step(name, given, "", "given")
 
 
 def _cost(config: PlanConfig, tokens: float) -> Iterator[Step]:

@@ -149,18 +149,19 @@ def _parameter(item: "Field[Any]", kind: object) -> click.Parameter:
     required = not has_default and item.default_factory is MISSING
     if known.is_argument:
         return click.Argument([item.name], type=_click_type(known, kind), required=required)
-    default = item.default if has_default else None
     flag = flag_of(item)
-    if kind is bool and default is False:
+    if kind is bool and item.default is False:
         return click.Option([flag, item.name], is_flag=True, default=False, help=_help(item, kind))
+    # An explicit default of None would count as a value of a required option.
+    default: dict[str, Any] = {"default": item.default} if has_default else {}
     return click.Option(
         [f"{flag}/--no-{flag[2:]}" if kind is bool else flag, item.name],
         type=_click_type(known, kind),
         required=required,
-        default=default,
         multiple=is_mapping(kind) or known.is_repeatable,
         metavar=known.metavar,
         help=_help(item, kind),
+        **default,
     )
 
 
@@ -176,7 +177,9 @@ def _click_type(known: Option, kind: Any) -> click.ParamType:  # type: ignore[ty
         return click.Choice(known.choices)
     if kind is Path:
         return click.Path(path_type=Path)
-    return {int: click.INT, float: click.FLOAT, bool: click.BOOL}.get(kind, click.STRING)
+    if kind in (int, float, bool):
+        return click.types.convert_type(kind)
+    return click.STRING
 
 
 def notes_of(item: "Field[Any]", kind: object) -> list[str]:

@@ -79,8 +79,8 @@ def _of_toml(known: Option, kind: Any, value: Any) -> Any:  # noqa: ANN401  # TO
         return value
     if known.has_unit_letters and isinstance(value, str):
         return parse_count(value)
-    expected = {int: int, float: (int, float)}.get(kind, str)
-    if isinstance(value, bool) or not isinstance(value, expected):  # a bool is an int in Python
+    of_toml = {int: (int,), float: (int, float)}.get(kind, (str,))
+    if isinstance(value, bool) or not isinstance(value, of_toml):  # a bool is an int in Python
         raise ValueError(f"expected {_NAMES[kind]}, got {value!r}")
     return kind(value)
 

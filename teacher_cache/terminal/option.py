@@ -152,8 +152,8 @@ def is_mapping(kind: object) -> bool:
 
 
 def item_kind(kind: object) -> Any:  # noqa: ANN401  # a type, of any kind
-    """Type of the items where `kind` is a tuple's, else None."""
-    return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+    """Type of the items where `kind` is a tuple's, else None; a path or URI counts as text."""
+    return _without_none(typing.get_args(kind)[0]) if typing.get_origin(kind) is tuple else None
 
 
 def changeable_names(config: type) -> frozenset[str]:
