@@ -34,10 +34,10 @@ class EvaluateConfig:
         "Column of the prompts; accuracy is also given for each of its values.", default=None
     )
     think_close: str = _measured(
-        "Mark that closes the chain of thought; the answer is what follows the last one.",
+        "Mark that closes the chain of thought; the answer is what follows the last one. An empty "
+        "text takes all of it.",
         default="</think>",
         can_be_empty=True,
-        unset="</think>; an empty text makes all of it the answer",
     )
     engine: str = _sampling(
         "Program that generates; vllm must be installed, and pays for many prompts or a large "
