@@ -494,7 +494,7 @@ def test_settings_outside_their_range_are_refused(config, bad):
         ({"slice": "left:0.5"}, "expected lead, middle, last with a proportion"),
         ({"slice": "lead:1.5"}, "got 'lead:1.5'"),
         ({"slice": "lead"}, "got 'lead'"),
-        ({"prompt_turns": "user"}, "expected all or assistant"),
+        ({"prompt_turns": "user"}, "expected one of all, assistant"),
         ({"prompt_turns": "assistant", "capture_prompt": False}, "without --capture-prompt"),
     ],
 )

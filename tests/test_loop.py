@@ -28,6 +28,7 @@ from teacher_cache.format import (
     open_cache,
     seal_cache,
 )
+from teacher_cache.terminal.option import changeable_names
 
 # A resumed run reads a shard again.
 TIMING = ("tokens_per_s", "train_s", "data_wait_share", "peak_memory_bytes", "bytes_read")
@@ -220,6 +221,22 @@ def test_going_on_with_other_settings_is_refused(config, change, message, monkey
         train(config())
     with pytest.raises(ValueError, match=message):
         train(config(**change))
+
+
+def test_a_run_resumes_with_other_values_of_what_may_change(config, monkeypatch):
+    changed = {
+        "save_every": 2, "keep_last": 2, "log_every": 2, "batch_tokens": 100,
+        "gradient_checkpointing": True, "packing": False, "tracker": "none",
+    }  # fmt: skip
+    assert changed.keys() <= changeable_names(TrainConfig)
+    stop_after(monkeypatch, 3)
+    with pytest.raises(InterruptedRunError):
+        train(config(max_steps=5))
+    result = train(config(max_steps=5, **changed))
+
+    assert result.num_steps == 5
+    written = json.loads((config().out / "config.json").read_text())["config"]
+    assert {name: written[name] for name in changed} == changed
 
 
 def test_going_on_with_another_cache_or_student_is_refused(config, tmp_path):
@@ -705,15 +722,15 @@ def test_handlers_of_signals_are_put_back(config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
-        ({"lr": -1.0}, "lr: expected at least 0"),
-        ({"ce_weight": 1.2}, "ce_weight: expected 0 to 1"),
-        ({"schedule": "zigzag"}, "schedule: expected one of cosine, linear, constant, onecycle"),
+        ({"epochs": 0}, "--epochs: expected a number at least 1, got 0"),
+        ({"lr": -1.0}, "--lr: expected a number at least 0"),
+        ({"ce_weight": 1.2}, "--ce-weight: expected a number from 0 to 1"),
+        ({"schedule": "zigzag"}, "--schedule: expected one of cosine, linear, constant, onecycle"),
         ({"sharding": "full", "compile": True}, "leave out --compile"),
         ({"sharding": "full", "optimizer": "adafactor"}, "sharding full: adafactor works on whole"),
         ({"dtype": "int8"}, "--dtype: expected one of float32, bfloat16"),
         ({"packing": True, "live_teacher": "t"}, "packing: a live teacher reads rows of one"),
-        ({"loss_reduction": "words"}, "loss_reduction: expected one of token, sequence"),
+        ({"loss_reduction": "words"}, "--loss-reduction: expected one of token, sequence"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(config, change, message):

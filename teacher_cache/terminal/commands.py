@@ -177,9 +177,11 @@ def _click_type(known: Option, kind: Any) -> click.ParamType:  # type: ignore[ty
         return click.Choice(known.choices)
     if kind is Path:
         return click.Path(path_type=Path)
-    if kind in (int, float, bool):
-        return click.types.convert_type(kind)
-    return click.STRING
+    if kind is int:
+        return click.INT
+    if kind is float:
+        return click.FLOAT
+    return click.BOOL if kind is bool else click.STRING
 
 
 def notes_of(item: "Field[Any]", kind: object) -> list[str]:
