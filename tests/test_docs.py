@@ -11,7 +11,10 @@ from test_format import write
 
 import student_train.cli
 import teacher_cache.cli
+from student_train.evaluation.config import EvaluateConfig
+from student_train.run.config import TrainConfig
 from teacher_cache.format import stored_logprobs
+from teacher_cache.terminal.config_file import read_config_file
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -91,3 +94,27 @@ def test_the_snippet_of_the_readme_rebuilds_the_logprobs_without_this_package(tr
 
 def test_no_placeholder_is_left_in_the_readme():
     assert re.findall(r"\b[A-Z]{4,}_[A-Z]{4,}\b|\bNUMBERS\b", README) == []
+
+
+@pytest.mark.parametrize("script", ["tools/demo", "tools/truncation/experiment"])
+def test_the_commands_of_a_script_exist_with_their_options(script):
+    text = (ROOT / script).read_text().replace("\\\n", " ")
+    text = re.sub(r"^ *sweep ", "train-student sweep ", text, flags=re.MULTILINE)  # a function
+    calls = re.findall(r"\b(cache-teacher|train-student) (\w+)([^|;\n]*)", text)
+    assert len(calls) >= 3
+    for program, name, rest in calls:
+        known = {flag for param in GROUPS[program].commands[name].params for flag in param.opts}
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= known
+
+
+@pytest.mark.parametrize(
+    ("recipe", "config"),
+    [
+        ("tools/demo.toml", TrainConfig),
+        ("tools/paper.toml", TrainConfig),
+        ("tools/truncation/run.toml", TrainConfig),
+        ("tools/truncation/evaluate.toml", EvaluateConfig),
+    ],
+)
+def test_a_recipe_holds_options_of_its_command(recipe, config):
+    assert read_config_file(ROOT / recipe, config)
