@@ -8,16 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from fakes import TOKENS, make_cache, make_trace, make_traces, write_shards
 from same_bits import assert_bitwise_equal
 from students import make_model, make_student, make_tokenizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
+import student_train.run.finish as finish
 import student_train.run.loop as loop
 from student_train.data.order import data_order
 from student_train.data.traces import open_data
 from student_train.errors import InterruptedRunError, NonFiniteLossError, OutOfMemoryError
+from student_train.model.forward import StudentWithLoss
 from student_train.run.config import TrainConfig
 from student_train.run.loop import train
 from student_train.run.optimizers import make_optimizer, make_schedule
@@ -406,10 +409,10 @@ def test_bf16_and_gradient_checkpointing_train_too(config, tmp_path):
     for one, other in zip(metrics_of(plain), metrics_of(again), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
-    loop.Accelerator().state._reset_state(reset_partial_state=True)
+    Accelerator().state._reset_state(reset_partial_state=True)
     half = config(out=tmp_path / "half", max_steps=3, dtype="bfloat16")
     train(half)
-    loop.Accelerator().state._reset_state(reset_partial_state=True)
+    Accelerator().state._reset_state(reset_partial_state=True)
     for one, other in zip(metrics_of(plain), metrics_of(half), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=2e-2)
         assert one["loss"] != other["loss"]
@@ -494,7 +497,7 @@ def test_running_out_of_memory_says_what_to_lower(config, monkeypatch):
     def forward(self, batch):
         return torch.empty(2**60, dtype=torch.uint8)  # which no machine has
 
-    monkeypatch.setattr(loop.StudentWithLoss, "forward", forward)
+    monkeypatch.setattr(StudentWithLoss, "forward", forward)
     with pytest.raises(OutOfMemoryError, match="lower --batch-tokens \\(now 150\\) or") as error:
         train(config())
     assert "add --gradient-checkpointing" in str(error.value)
@@ -508,7 +511,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(config, monkeypatch):
     def forward(self, batch):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(loop.StudentWithLoss, "forward", forward)
+    monkeypatch.setattr(StudentWithLoss, "forward", forward)
     with pytest.raises(RuntimeError, match="mat1"):
         train(config())
 
@@ -598,13 +601,13 @@ def test_traces_without_a_valid_token_are_counted_beside_others(config, tmp_path
 
 
 def test_a_student_that_the_last_step_broke_is_not_written(config, monkeypatch):
-    real = loop.gathered_weights
+    real = finish.gathered_weights
 
     def broken(model):
         weights = real(model)
         return {name: weight / 0 for name, weight in weights.items()}
 
-    monkeypatch.setattr(loop, "gathered_weights", broken)
+    monkeypatch.setattr(finish, "gathered_weights", broken)
     settings = config(max_steps=1)
     with pytest.raises(NonFiniteLossError, match=r"the last step left .* without finite numbers"):
         train(settings)

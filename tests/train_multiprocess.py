@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 import student_train.run.loop as loop
+import student_train.run.setup as setup
 from student_train.errors import InterruptedRunError
 
 
@@ -18,7 +19,7 @@ def sharded_run(rank, world_size, port, config, stop_at):
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
         "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
-    place, micro_batches, num_calls = loop.place, loop.micro_batches, 0
+    place, micro_batches, num_calls = setup.place, loop.micro_batches, 0
 
     def checked_place(*args):
         placed = place(*args)
@@ -37,7 +38,7 @@ def sharded_run(rank, world_size, port, config, stop_at):
             signal.raise_signal(signal.SIGTERM)
         return micro_batches(*args, **settings)
 
-    loop.place, loop.micro_batches = checked_place, counted_micro_batches
+    setup.place, loop.micro_batches = checked_place, counted_micro_batches
     try:
         loop.train(config)
     except InterruptedRunError:

@@ -3,6 +3,7 @@
 order -> shards read when first needed -> global batches -> a bounded prefetch thread.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -20,6 +21,17 @@ from teacher_cache.format import Trace
 
 PREFETCH_STEPS = 4
 CLOSE_S = 10.0  # far more than reading a shard takes
+
+
+def steps_per_epoch(num_traces: int, batch_traces: int) -> int:
+    """Global batches of an epoch; the last one may be smaller."""
+    return math.ceil(num_traces / batch_traces)
+
+
+def num_steps(num_traces: int, batch_traces: int, *, epochs: int, limit: int | None) -> int:
+    """Global batches of a run, which ends after so many epochs or steps."""
+    in_epochs = epochs * steps_per_epoch(num_traces, batch_traces)
+    return in_epochs if limit is None else min(in_epochs, limit)
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ class TraceStream:
     @property
     def steps_per_epoch(self) -> int:
         """Global batches of an epoch."""
-        return -(-self._data.num_traces // self._batch_traces)
+        return steps_per_epoch(self._data.num_traces, self._batch_traces)
 
     @property
     def wait_s(self) -> float:

@@ -1,46 +1,26 @@
 """Checkpoints: everything that the next step depends on, whole or absent."""
 
 import json
-import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from student_train.data.stream import Cursor
 from student_train.run.folder import RunFolder
+from student_train.run.state import RunState
 from teacher_cache.format.files import fsync, publish_folder, remove_folder
 
 _PROGRESS = "progress.json"
 _STATE = "state.pt"
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is."""
-
-    step: int = 0
-    cursor: Cursor = field(default_factory=Cursor)
-    metrics_bytes: int = 0  # length of metrics.jsonl
-    bytes_read: int = 0  # from shards, by all ranks, in all processes of the run so far
-    num_empty_steps: int = 0  # steps without a valid token
-    num_empty_traces: int = 0  # times that a trace had none
-    num_absent: int = 0  # kept entries trained on whose id the student lacks
-    num_tokens: int = 0  # valid ones, so far
-    flops: int = 0  # by FlopFormula, so far
-    train_s: float = 0.0  # in the loop, so far
-    best_step: int = 0  # 0: not evaluated yet
-    best_kl: float = math.inf  # on held-out traces, after that step
-
-
 def write_checkpoint(
     run: RunFolder,
-    progress: Progress,
-    state: Mapping[str, Any],
+    state: RunState,
+    tensors: Mapping[str, Any],
     accelerator: Accelerator,
     *,
     keep_last: int,
@@ -49,12 +29,12 @@ def write_checkpoint(
 
     Args:
         run: Its folder.
-        progress: `metrics_bytes` is filled in here.
-        state: Name -> state dict; the main process' is written.
+        state: Of the run.
+        tensors: Name -> state dict; the main process' is written.
         accelerator: Of the run.
         keep_last: How many of the newest stay, beside the best one.
     """
-    folder = run.checkpoint_of(progress.step)
+    folder = run.checkpoint_of(state.step)
     temporary = folder.with_name(f".tmp-ranks-{folder.name}")
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -64,25 +44,27 @@ def write_checkpoint(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         fsync(run.metrics_file)
-        size = run.metrics_file.stat().st_size
-        values = {**asdict(progress), "metrics_bytes": size, "cursor": progress.cursor.to_json()}
+        progress = {
+            "state": state.to_json(),
+            "metrics_bytes": run.metrics_file.stat().st_size,
+        }
         with publish_folder(folder) as final:
             for file in temporary.iterdir():
                 file.rename(final / file.name)
-            _save(dict(state), final / _STATE)
-            (final / _PROGRESS).write_text(json.dumps(values), encoding="utf-8")
+            _save(dict(tensors), final / _STATE)
+            (final / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
         temporary.rmdir()
-        best = run.checkpoint_of(progress.best_step)
+        best = run.checkpoint_of(state.best_step)
         for old in sorted(run.checkpoints.glob("step-*"))[:-keep_last]:
             if old != best:
                 remove_folder(old)
     accelerator.wait_for_everyone()
 
 
-def read_progress(folder: Path) -> Progress:
-    """How far the run was at a checkpoint."""
-    values = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
-    return Progress(**{**values, "cursor": Cursor.from_json(values["cursor"])})
+def read_checkpoint(folder: Path) -> tuple[RunState, int]:
+    """How far the run was at a checkpoint, and the length of `metrics.jsonl` then."""
+    progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+    return RunState.from_json(progress["state"]), progress["metrics_bytes"]
 
 
 def read_state(folder: Path) -> dict[str, Any]:

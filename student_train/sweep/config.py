@@ -1,6 +1,5 @@
 """What can be set for a sweep, and the cells that follow from it. No torch here."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -8,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from student_train.data.stream import num_steps
 from student_train.data.tokens import ALL_SECTIONS, LOSS_RANGES, TokenSelection
 from student_train.evaluation.config import EvaluateConfig
 from student_train.run.config import TrainConfig
@@ -188,5 +188,6 @@ class SweepConfig:
     def num_steps(self, num_traces: int) -> int:
         """Of a full-length run on so many traces."""
         config = self.train_config({})
-        in_epochs = config.epochs * -(-num_traces // config.batch_traces)
-        return int(min(in_epochs, config.max_steps or math.inf))
+        return num_steps(
+            num_traces, config.batch_traces, epochs=config.epochs, limit=config.max_steps
+        )

@@ -1,0 +1,125 @@
+"""From the last step to the student in the run's folder."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from student_train.errors import NonFiniteLossError
+from student_train.model.adapters import with_trained_adapters
+from student_train.model.load import load_model
+from student_train.model.save import make_savable, save_student
+from student_train.run.checkpoint import read_state
+from student_train.run.inputs import RunInputs
+from student_train.run.model_card import model_card
+from student_train.run.setup import Run
+from student_train.run.sharding import gathered_weights, restore_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to."""
+
+    model: Path  # Hugging Face folder
+    num_steps: int
+    metrics: dict[str, Any]  # of the last step
+    was_finished: bool  # before this call
+
+
+def finished_before(inputs: RunInputs) -> TrainResult:
+    """The result of a run whose student an earlier call has written."""
+    metrics = inputs.folder.last_metrics()
+    return TrainResult(inputs.folder.model, metrics["step"], metrics, was_finished=True)
+
+
+def finish(run: Run) -> TrainResult:
+    """Choose the student, check its weights and write it; every process calls it.
+
+    Raises:
+        NonFiniteLossError: If the last step left weights that are no finite numbers.
+        OSError: If the student cannot be written.
+    """
+    inputs, folder = run.inputs, run.inputs.folder
+    metrics = folder.last_metrics()
+    chosen = _choose_student(run, metrics)
+    weights = gathered_weights(inputs.model)  # of adapters, where only they were trained
+    if inputs.accelerator.is_main_process:
+        _check_weights(weights)
+        _log_counts(run)
+        _write_student(run, weights, chosen)
+    inputs.accelerator.wait_for_everyone()
+    inputs.accelerator.end_training()  # and its processes' group
+    return TrainResult(folder.model, run.num_steps, metrics, was_finished=False)
+
+
+def _choose_student(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Restore the best step's weights if it is asked for; the metrics of the step chosen."""
+    folder, state = run.inputs.folder, run.state
+    if run.inputs.config.select != "heldout" or state.best_step == run.num_steps:
+        return metrics
+    best = folder.checkpoint_of(state.best_step)
+    restore_weights(run.inputs.model, read_state(best)["student"])
+    if run.inputs.accelerator.is_main_process:
+        logger.info(
+            "the student after step %d is taken, with a held-out KL of %.4f",
+            state.best_step,
+            state.best_kl,
+        )
+    return folder.metrics_of(state.best_step)
+
+
+def _check_weights(weights: Mapping[str, Tensor]) -> None:
+    """Refuse to write a student that the last step broke: no later loss would show it.
+
+    Raises:
+        NonFiniteLossError: Naming the first weight that is no finite number.
+    """
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise NonFiniteLossError(
+                f"the last step left {name} without finite numbers, so no student is written. "
+                "Lower --lr and begin again in another --out."
+            )
+
+
+def _log_counts(run: Run) -> None:
+    state = run.state
+    if state.num_absent:
+        logger.warning(
+            "%s kept entries had ids that the student lacks; their mass was in the tail",
+            f"{state.num_absent:,}",
+        )
+    if state.num_empty_traces:
+        logger.warning(
+            "%s times a trace had no valid token and taught nothing; %d of %d steps had only "
+            "such traces and changed nothing",
+            f"{state.num_empty_traces:,}",
+            state.num_empty_steps,
+            run.num_steps,
+        )
+
+
+def _write_student(run: Run, weights: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:
+    """Put the model folder under its name; adapters are merged first, if that is asked for."""
+    inputs, config = run.inputs, run.inputs.config
+    model: Any = inputs.model
+    if config.lora is not None:
+        model, _ = load_model(config.student, revision=config.student_revision, dtype=torch.float32)
+        make_savable(config.student, model)
+        is_merged = config.lora_output == "merged"
+        model = with_trained_adapters(model, config.lora, weights, merged=is_merged)
+        weights = model.state_dict()
+    save_student(
+        model,
+        inputs.tokenizer,
+        inputs.folder.model,
+        weights=weights,
+        terminal_token_ids=inputs.data.terminal_token_ids,
+        card=model_card(config, inputs.data, metrics, run.num_steps),
+    )

@@ -1,0 +1,127 @@
+"""What a run is made of, opened and checked before anything is trained or written."""
+
+import importlib.util
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from student_train.data.tokens import TokenSelection
+from student_train.data.traces import TrainingData, open_data
+from student_train.model.load import check_student, load_model, student_fingerprint
+from student_train.model.save import make_savable
+from student_train.run.config import TrainConfig
+from student_train.run.folder import RunFolder, RunIdentity
+from student_train.run.memory import PeakMemory
+from student_train.run.validation import check_positions, heldout_data, num_trained_too
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """A run's folder, its data and its student as they are before training."""
+
+    config: TrainConfig
+    selection: TokenSelection  # which tokens of a trace are trained on
+    folder: RunFolder
+    identity: RunIdentity
+    accelerator: Accelerator
+    memory: PeakMemory
+    data: TrainingData
+    heldout: TrainingData | None
+    model: PreTrainedModel  # float32, on the CPU
+    tokenizer: PreTrainedTokenizerBase
+
+
+def open_inputs(config: TrainConfig) -> RunInputs:
+    """Open everything that a run needs, and refuse what does not fit; every process calls it.
+
+    Raises:
+        CacheError: If the cache cannot be read, or does not fit the student.
+        ValueError: If the settings do not fit the cache, the student, or the run's folder.
+    """
+    folder = RunFolder(config.out)
+    if importlib.util.find_spec(config.tracker) is None and config.tracker != "none":
+        raise ValueError(f"tracker: {config.tracker} is not installed; pip install it")
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.dtype == "bfloat16" else "no",
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_config=ProjectConfiguration(project_dir=config.out, logging_dir=config.out),
+    )
+    memory = PeakMemory(accelerator.device)
+    selection = config.selection
+    data = open_data(
+        config.cache,
+        weights=config.cache_weights,
+        where=config.where,
+        heldout_share=config.heldout_share,
+        top_k=config.top_k,
+        mass=config.mass,
+        allow_unsealed=config.allow_unsealed,
+        snapshots=folder.snapshots,
+        prefix_cache=config.kept_prefixes,
+    )
+    model, tokenizer = load_model(
+        config.student, revision=config.student_revision, dtype=torch.float32
+    )
+    for source in data.sources:
+        check_student(config.student, model, tokenizer, source.cache.header)
+    make_savable(config.student, model)
+    check_selection(data, selection, model)
+    heldout = heldout_data(config, data)
+    if heldout is not None:
+        for source in heldout.sources:
+            check_student(config.student, model, tokenizer, source.cache.header)
+        check_positions(heldout, model)
+    identity = RunIdentity(
+        config,
+        data.fingerprint,
+        student_fingerprint(model),
+        None if heldout is None else heldout.fingerprint,
+        data.snapshots,
+    )
+    folder.check_identity(identity)
+    return RunInputs(
+        config, selection, folder, identity, accelerator, memory, data, heldout, model, tokenizer
+    )
+
+
+def log_inputs(inputs: RunInputs, cot_share: float) -> None:
+    """Say what is trained on; the main process calls it."""
+    logger.info("%s", inputs.data.summary)
+    logger.info("%s: %.1f %% of the chains of thought", inputs.selection, 100 * cot_share)
+    num_known = 0 if inputs.heldout is None else num_trained_too(inputs.heldout, inputs.data)
+    if num_known:
+        logger.warning("%d held-out traces are trained on too", num_known)
+
+
+def check_selection(data: TrainingData, selection: TokenSelection, model: PreTrainedModel) -> None:
+    """Refuse a selection that leaves nothing of a cache, or traces that the student cannot hold.
+
+    Raises:
+        ValueError: Saying what to change.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for source in data.sources:
+        path, header = source.cache.path, source.cache.header
+        infos = source.train_infos()
+        captured = tuple(
+            name for name in selection.sections if name != "prompt" or header.capture_prompt
+        )
+        if not captured or not replace(selection, sections=captured).selects_any(infos):
+            without = "" if header.capture_prompt else " (it has no prompt distributions)"
+            raise ValueError(
+                f"{path}: nothing to train on: {selection} selects no token that has a "
+                f"distribution in any of {len(infos):,} traces{without}"
+            )
+        longest = max(infos, key=selection.num_read)
+        if limit is not None and selection.num_read(longest) - 1 > limit:
+            raise ValueError(
+                f"{path}: {selection.num_read(longest):,} tokens of trace {longest.trace_id!r} "
+                f"are selected, the student has {limit:,} positions; use --trace-tokens "
+                f"{limit + 1} or a smaller lead span"
+            )

@@ -1,0 +1,182 @@
+"""From checked inputs to a run that is ready for its next step, the first or one after a stop."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.utils import set_seed
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from student_train.data.stream import TraceStream, num_steps, steps_per_epoch
+from student_train.model.adapters import add_adapters, count_trained
+from student_train.model.attention import prepare_attention
+from student_train.model.flops import FlopFormula
+from student_train.model.forward import StudentWithLoss
+from student_train.model.live_teacher import LiveTeacher
+from student_train.model.load import compile_layers, head_of, output_layer
+from student_train.run.checkpoint import read_checkpoint, read_state, restore_random_state
+from student_train.run.config import TrainConfig
+from student_train.run.inputs import RunInputs, log_inputs
+from student_train.run.memory import advice_when_out_of_memory
+from student_train.run.optimizers import make_optimizer, make_schedule
+from student_train.run.sharding import place, restore_state
+from student_train.run.state import RunState
+from student_train.run.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the loop works with; only `state` and what torch holds change."""
+
+    inputs: RunInputs
+    student: nn.Module  # in its place; its parameters are those of `inputs.model`
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    validation: Validation | None  # None without held-out traces
+    teacher: LiveTeacher | None
+    formula: FlopFormula
+    layout: str  # how traces share rows; see `packing.LAYOUTS`
+    num_ids: int  # that the student has a row for
+    num_steps: int
+    steps_per_epoch: int
+    cot_share: float  # of the chains of thought that is trained on
+    state: RunState
+
+
+def prepare(inputs: RunInputs) -> Run:
+    """Place the student, make its optimizer, and restore the last checkpoint if there is one.
+
+    Every process calls it; the main one also makes the run's folder ready.
+
+    Raises:
+        CacheError: If the live teacher is not the cache's, or held-out traces cannot be read.
+        OutOfMemoryError: If the student does not fit the device.
+        ValueError: If the settings do not fit the student.
+    """
+    config, accelerator, model = inputs.config, inputs.accelerator, inputs.model
+    all_infos = [info for source in inputs.data.sources for info in source.train_infos()]
+    cot_share = inputs.selection.cot_share(all_infos)
+    if accelerator.is_main_process:
+        log_inputs(inputs, cot_share)
+
+    set_seed(config.seed, device_specific=True)
+    head = head_of(model)  # while the model is as it was loaded
+    layout = _change_model(inputs)
+    formula = FlopFormula.of(model)  # before its parameters are split
+    with_loss = StudentWithLoss(model, head, config.ce_weight)
+    with advice_when_out_of_memory(config):
+        student = place(with_loss, accelerator, config.sharding)
+    # Neither is prepared by accelerate, which would advance the schedule once per rank.
+    optimizer = make_optimizer(
+        config.optimizer, model, lr=config.lr, weight_decay=config.weight_decay
+    )
+    last_step = num_steps(
+        inputs.data.num_traces, config.batch_traces, epochs=config.epochs, limit=config.max_steps
+    )
+    scheduler = make_schedule(config.schedule, optimizer, warmup=config.warmup, num_steps=last_step)
+    student.train()
+    validation = None
+    if inputs.heldout is not None:
+        validation = Validation(with_loss, inputs.heldout, accelerator, limit=config.heldout_traces)
+    num_ids = output_layer(model).weight.shape[0]
+    teacher = None
+    if config.live_teacher is not None:
+        headers = [source.cache.header for source in inputs.data.sources]
+        teacher = LiveTeacher(config.live_teacher, headers, accelerator.device, num_ids=num_ids)
+
+    state = _restored(inputs, optimizer, scheduler, last_step)
+    return Run(
+        inputs=inputs,
+        student=student,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        validation=validation,
+        teacher=teacher,
+        formula=formula,
+        layout=layout,
+        num_ids=num_ids,
+        num_steps=last_step,
+        steps_per_epoch=steps_per_epoch(inputs.data.num_traces, config.batch_traces),
+        cot_share=cot_share,
+        state=state,
+    )
+
+
+def open_stream(run: Run) -> TraceStream:
+    """This process' part of every global batch that is still to come."""
+    config, accelerator = run.inputs.config, run.inputs.accelerator
+    return TraceStream(
+        run.inputs.data,
+        run.inputs.selection,
+        batch_traces=config.batch_traces,
+        num_epochs=config.epochs if run.state.step < run.num_steps else 0,
+        seed=config.seed,
+        num_lanes=config.shuffle_lanes,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+        cursor=run.state.cursor,
+    )
+
+
+def _change_model(inputs: RunInputs) -> str:
+    """Checkpointing, attention, adapters and compilation, in place; how traces may share rows."""
+    config, accelerator, model = inputs.config, inputs.accelerator, inputs.model
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    packing = config.packs_on(accelerator.device.type)
+    layout = prepare_attention(
+        model, config.attention, packing=packing, half_precision=config.dtype == "bfloat16"
+    )
+    if packing and layout == "alone" and accelerator.is_main_process:
+        logger.info("%s would mix traces in one row: each gets its own", type(model).__name__)
+    if config.lora is not None:
+        add_adapters(model, config.lora)
+        if accelerator.is_main_process:
+            logger.info("%s of %s weights are trained", *map("{:,}".format, count_trained(model)))
+    if config.compile:
+        compile_layers(model)
+    return layout
+
+
+def _restored(
+    inputs: RunInputs, optimizer: Optimizer, scheduler: LRScheduler, last_step: int
+) -> RunState:
+    """Set everything as the last checkpoint has it, and make the folder ready to go on from it."""
+    folder, accelerator = inputs.folder, inputs.accelerator
+    state, metrics_bytes = RunState(), 0
+    path = folder.latest_checkpoint
+    if path is not None:
+        state, metrics_bytes = read_checkpoint(path)
+        tensors = read_state(path)
+        restore_state(inputs.model, optimizer, tensors)
+        scheduler.load_state_dict(tensors["scheduler"])
+        del tensors  # which are mapped from a file that will be removed
+        restore_random_state(path, accelerator.process_index)
+        if accelerator.is_main_process:
+            logger.info("going on after step %s of %s", f"{state.step:,}", f"{last_step:,}")
+    accelerator.wait_for_everyone()  # nobody may look for a checkpoint any more
+    if accelerator.is_main_process:
+        folder.begin(inputs.identity, metrics_bytes)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers(
+        "tensorboard" if inputs.config.tracker == "tensorboard" else "leadspan",
+        init_kwargs=_tracker_settings(inputs.config, state.step),
+    )
+    return state
+
+
+def _tracker_settings(config: TrainConfig, done_steps: int) -> dict[str, dict[str, Any]]:
+    """What makes a tracker continue a run instead of beginning another."""
+    name = hashlib.sha256(str(config.out.resolve()).encode()).hexdigest()[:16]
+    return {
+        "tensorboard": {"purge_step": done_steps + 1},
+        "wandb": {
+            "id": name, "name": config.out.name, "resume": "allow", "dir": str(config.out),
+            "config": config.to_json(),
+        },
+    }  # fmt: skip

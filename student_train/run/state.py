@@ -1,0 +1,50 @@
+"""How far a run is: what its loop counts, and every checkpoint holds."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from student_train.data.stream import Cursor
+
+
+@dataclass
+class RunState:
+    """Counts over all steps and all processes so far; the same in every process."""
+
+    step: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    bytes_read: int = 0  # from shards
+    num_empty_steps: int = 0  # steps without a valid token
+    num_empty_traces: int = 0  # times that a trace had none
+    num_absent: int = 0  # kept entries trained on whose id the student lacks
+    num_tokens: int = 0  # valid ones
+    flops: int = 0  # by FlopFormula
+    train_s: float = 0.0  # in the loop
+    best_step: int = 0  # 0: not evaluated yet
+    best_kl: float = math.inf  # on held-out traces, after that step
+
+    def advance(
+        self, cursor: Cursor, *, num_valid: int, num_absent: int, num_empty_traces: int
+    ) -> None:
+        """Begin the next step, with what its global batch holds."""
+        self.step += 1
+        self.cursor = cursor
+        self.num_tokens += num_valid
+        self.num_absent += num_absent
+        self.num_empty_traces += num_empty_traces
+        self.num_empty_steps += num_valid == 0
+
+    def note_heldout(self, kl: float) -> None:
+        """Remember this step if no step before it had so low a held-out KL."""
+        if kl < self.best_kl:
+            self.best_step, self.best_kl = self.step, kl
+
+    def to_json(self) -> dict[str, Any]:
+        """Every count as a JSON value."""
+        return {**asdict(self), "cursor": self.cursor.to_json()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "RunState":
+        """Read what `to_json` wrote."""
+        return cls(**{**values, "cursor": Cursor.from_json(values["cursor"])})

@@ -1,0 +1,136 @@
+"""What one step computes, over all processes: counts, gradients, totals, and its logged figures."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from student_train.batch.micro_batch import MicroBatch, empty_micro_batch, normaliser
+from student_train.data.stream import TraceStream
+from student_train.model.forward import SUMS
+from student_train.run.setup import Run
+from student_train.run.sharding import without_exchange
+
+
+@dataclass(frozen=True)
+class GlobalCounts:
+    """What a global batch holds, over all processes."""
+
+    num_valid: int  # tokens that enter the loss
+    num_traces: int  # with such a token
+    num_absent: int  # kept entries whose id the student lacks
+    num_batches: int  # the most micro-batches of one process
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Sums of a step over all processes."""
+
+    sums: Mapping[str, float]  # the loss, normalised, and `SUMS`, which are not
+    flops: int
+    bytes_read: int  # from shards since this process started
+    is_asked_to_stop: bool  # some process is
+
+
+def global_counts(accelerator: Accelerator, batches: Sequence[MicroBatch]) -> GlobalCounts:
+    """Counts of all processes' micro-batches of a step; every process calls it."""
+    counts = [(b.num_valid, b.num_traces, b.num_absent, 1) for b in batches]
+    local = torch.tensor(counts, dtype=torch.int64, device=accelerator.device).reshape(-1, 4)
+    counts_R4 = accelerator.gather(local.sum(dim=0, keepdim=True))
+    num_valid, num_traces, num_absent, _ = counts_R4.sum(dim=0).tolist()
+    return GlobalCounts(num_valid, num_traces, num_absent, int(counts_R4[:, 3].max()))
+
+
+def add_gradients(run: Run, batches: Sequence[MicroBatch], counts: GlobalCounts) -> Tensor:
+    """Forward and backward of every micro-batch of a step; every process runs as many.
+
+    Returns:
+        [1 + len(SUMS)] float64, this process' loss and sums.
+    """
+    accelerator = run.inputs.accelerator
+    divisor = normaliser(counts.num_valid, counts.num_traces, run.inputs.config.loss_reduction)
+    sums = torch.zeros(1 + len(SUMS), dtype=torch.float64, device=accelerator.device)
+    for index in range(counts.num_batches if counts.num_valid else 0):
+        batch = batches[index] if index < len(batches) else empty_micro_batch()
+        batch = batch.to(accelerator.device)
+        if run.teacher is not None:
+            batch = run.teacher.taught(batch)
+        is_last = index == counts.num_batches - 1
+        with without_exchange(run.student, accelerator, is_last=is_last):
+            loss, parts = run.student(batch)
+            # Ranks average their gradients; the loss is one sum over all of them.
+            accelerator.backward(loss * (accelerator.num_processes / divisor))
+        sums += torch.cat([loss.detach().double()[None] / divisor, parts.double()])
+    return sums
+
+
+def all_reduced(
+    accelerator: Accelerator, sums: Tensor, *, flops: int, bytes_read: int, signal_number: int
+) -> StepTotals:
+    """Sum what each process has of a step; every process calls it, and they wait for each other."""
+    local = torch.cat([sums, sums.new_tensor([flops, bytes_read, signal_number])])
+    *totals, all_flops, all_bytes, all_signals = accelerator.reduce(local, "sum").tolist()
+    named = dict(zip(("loss", *SUMS), totals, strict=True))
+    return StepTotals(named, int(all_flops), int(all_bytes), all_signals > 0)
+
+
+class StepFigures:
+    """Clocks and counts from which a step's line of metrics is made; every process has them."""
+
+    def __init__(self, run: Run, stream: TraceStream) -> None:
+        self._run = run
+        self._stream = stream
+        self._step_began_s = time.perf_counter()
+        self._begin_line(self._step_began_s)
+
+    def _begin_line(self, now_s: float) -> None:
+        self._line_began_s, self._wait_began_s = now_s, self._stream.wait_s
+        self._num_tokens = 0
+
+    def begin_step(self) -> None:
+        """Start the clock of a step; the time since the last one ended is nobody's."""
+        self._step_began_s = time.perf_counter()
+
+    def end_step(self, num_valid: int) -> float:
+        """Stop it.
+
+        Returns:
+            Seconds that the step took, its wait for data included.
+        """
+        self._step_ended_s = time.perf_counter()
+        self._num_tokens += num_valid
+        return self._step_ended_s - self._step_began_s
+
+    def line(
+        self, totals: StepTotals, num_valid: int, *, grad_norm: float, lr: float
+    ) -> dict[str, Any]:
+        """The figures of the last step, and rates since the line before."""
+        run, state = self._run, self._run.state
+        elapsed_s = self._step_ended_s - self._line_began_s
+        waited_s = self._stream.wait_s - self._wait_began_s
+        figures = {
+            "step": state.step,
+            "epoch": state.step / run.steps_per_epoch,
+            "loss": totals.sums["loss"],
+            **{name: totals.sums[name] / max(1, num_valid) for name in SUMS},
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": num_valid,
+            "num_empty_steps": state.num_empty_steps,
+            "num_empty_traces": state.num_empty_traces,
+            "num_absent_entries": state.num_absent,
+            "tokens_trained": state.num_tokens,
+            "bytes_read": state.bytes_read,
+            "flops": state.flops,
+            "peak_memory_bytes": run.inputs.memory.peak_bytes,
+            "train_s": state.train_s,
+            "tokens_per_s": self._num_tokens / elapsed_s,
+            "data_wait_share": waited_s / elapsed_s,
+            "cot_share": run.cot_share,
+        }
+        self._begin_line(self._step_ended_s)
+        return figures
