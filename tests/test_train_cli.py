@@ -3,7 +3,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -317,29 +316,66 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(
     assert_same_run(parts["out"], uninterrupted["out"])
 
 
+LAUNCHED_BY_TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
+]  # fmt: skip
+
+
 @pytest.mark.slow
-def test_two_processes_train_the_same_student_as_one(parts, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+@pytest.mark.parametrize("asks_for_cpu", [True, False])
+def test_two_processes_train_the_same_student_as_one(parts, tmp_path, asks_for_cpu):
+    """accelerate joins processes on a CPU only where it is asked to; we do in any case."""
     options = ("--epochs", 2, "--lr", "1e-3", "--loss-reduction", "sequence", "--batch-tokens", 100)
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", str(port), "-m",
-    ]  # fmt: skip
+    environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true" if asks_for_cpu else "false"}
     done = subprocess.run(
-        [*launch, "student_train.cli", *command(parts, *options)],
-        env=ENVIRONMENT, capture_output=True, text=True, check=False,
+        [*LAUNCHED_BY_TORCHRUN, "student_train.cli", *command(parts, *options)],
+        env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     one = {**parts, "out": tmp_path / "one"}
     alone = invoke(*command(one, *options))
     assert alone.exit_code == 0, alone.stderr
 
+    checkpoint = max((parts["out"] / "checkpoints").iterdir())
+    assert len(list(checkpoint.glob("random-*.pt"))) == 2  # both took part
     two, one = metrics_of(parts["out"]), metrics_of(one["out"])
     assert len(two) == len(one) == 20
     for left, right in zip(two, one, strict=True):
         for name in ("loss", "kl", "tokens", "grad_norm", "lr"):
             assert left[name] == pytest.approx(right[name], rel=1e-4)
     assert two[-1]["bytes_read"] == one[-1]["bytes_read"]
+
+
+def test_processes_that_do_not_find_each_other_are_refused(parts, monkeypatch):
+    """As where something has set up torch before: this process has found nobody."""
+    assert invoke(*command(parts, "--max-steps", 1)).exit_code == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    other = {**parts, "out": parts["out"].with_name("other")}
+    done = invoke(*command(other, "--max-steps", 1))
+
+    assert done.exit_code == 1
+    assert "2 processes were started (WORLD_SIZE 2, LOCAL_RANK 1), this one finds 1" in done.stderr
+    assert "torchrun --nproc_per_node 2" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not other["out"].exists()
+
+
+@pytest.mark.slow
+def test_a_second_run_on_one_folder_is_refused_and_the_first_is_as_it_would_be(
+    uninterrupted, tmp_path
+):
+    parts = {**uninterrupted, "out": tmp_path / "run"}
+    call = [*PROGRAM, *command(parts, *LONG_RUN)]
+    with subprocess.Popen(call, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as first:
+        wait_for_lines(parts["out"] / "metrics.jsonl", 5, first)
+        first.send_signal(signal.SIGSTOP)  # as in a long step
+        second = subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        first.send_signal(signal.SIGCONT)
+    assert second.returncode == 1
+    assert second.stderr.count("\n") == 1
+    assert f"{parts['out']}: in use by process {first.pid} on " in second.stderr
+    assert first.returncode == 0
+    assert_same_run(parts["out"], uninterrupted["out"])
+    assert len(metrics_of(parts["out"])) == 120
+    assert not (parts["out"] / "lock").exists()

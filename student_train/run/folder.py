@@ -5,6 +5,7 @@ metrics.jsonl    one object per logged step
 checkpoints/     the last ones, and the best
 tensorboard/     the same figures for TensorBoard
 model/           the student as a Hugging Face folder; there when the run is finished
+lock             held by the main process while it is at work; see folder_lock
 """
 
 import json
@@ -16,6 +17,7 @@ from typing import Any
 from student_train.run.config import TrainConfig
 from teacher_cache.format import ShardList
 from teacher_cache.format.files import publish, remove_unpublished
+from teacher_cache.format.folder_lock import LOCK_NAME
 from teacher_cache.terminal.option import changeable_names
 
 _RUN_VERSION = 1
@@ -58,8 +60,6 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{path}: expected a folder for the run, found a file")
         self._before = self._read_config()
         if self._before is None and path.exists() and not _holds_nothing(path):
             raise ValueError(
@@ -157,5 +157,6 @@ class RunFolder:
 
 
 def _holds_nothing(folder: Path) -> bool:
-    """Nothing, or what a run left that was killed, or had no disk, as it began."""
-    return all(path.name.startswith(_UNPUBLISHED_CONFIG) for path in folder.iterdir())
+    """Nothing but a lock, or what a run left that was killed, or had no disk, as it began."""
+    names = (path.name for path in folder.iterdir())
+    return all(name == LOCK_NAME or name.startswith(_UNPUBLISHED_CONFIG) for name in names)

@@ -1,12 +1,10 @@
 """What a run is made of, opened and checked before anything is trained or written."""
 
-import importlib.util
 import logging
 from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from student_train.data.tokens import TokenSelection
@@ -37,7 +35,7 @@ class RunInputs:
     tokenizer: PreTrainedTokenizerBase
 
 
-def open_inputs(config: TrainConfig) -> RunInputs:
+def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     """Open everything that a run needs, and refuse what does not fit; every process calls it.
 
     Raises:
@@ -45,13 +43,6 @@ def open_inputs(config: TrainConfig) -> RunInputs:
         ValueError: If the settings do not fit the cache, the student, or the run's folder.
     """
     folder = RunFolder(config.out)
-    if importlib.util.find_spec(config.tracker) is None and config.tracker != "none":
-        raise ValueError(f"tracker: {config.tracker} is not installed; pip install it")
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.dtype == "bfloat16" else "no",
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_config=ProjectConfiguration(project_dir=config.out, logging_dir=config.out),
-    )
     memory = PeakMemory(accelerator.device)
     selection = config.selection
     data = open_data(

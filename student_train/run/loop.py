@@ -12,6 +12,7 @@ from student_train.run.config import TrainConfig
 from student_train.run.finish import TrainResult, finish, finished_before
 from student_train.run.inputs import open_inputs
 from student_train.run.memory import advice_when_out_of_memory
+from student_train.run.processes import join_processes, owned
 from student_train.run.progress import TrainingProgress
 from student_train.run.setup import Run, open_stream, prepare
 from student_train.run.sharding import clip_gradients, gathered_state
@@ -37,15 +38,29 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         CacheError: If the cache cannot be read, or does not fit the student.
         ValueError: If the settings do not fit the cache, the student, or the run's folder.
+        InUseError: If another process is at work in that folder.
         NonFiniteLossError: If the loss diverges; the last checkpoint stays.
         InterruptedRunError: After SIGINT or SIGTERM, when a checkpoint has been written.
     """
-    # Every line runs in every process, unless it says otherwise. Once:
-    inputs = open_inputs(config)
-    if inputs.folder.finished:
-        return finished_before(inputs)
-    run = prepare(inputs)
-    accelerator, state = inputs.accelerator, run.state
+    accelerator = join_processes(config)
+    with owned(config.out, accelerator):
+        inputs = open_inputs(config, accelerator)
+        if inputs.folder.finished:
+            return finished_before(inputs)
+        run = prepare(inputs)
+        _take_steps(run)
+        return finish(run)
+
+
+def _take_steps(run: Run) -> None:
+    """From the state of the run to its last step.
+
+    Every line runs in every process, where no comment says otherwise; processes wait for each
+    other where they count, sum, measure and save.
+    """
+    # Once.
+    inputs, config, state = run.inputs, run.inputs.config, run.state
+    accelerator = inputs.accelerator
     bytes_before = state.bytes_read  # by the processes that this run had before
     stream = open_stream(run)
     shown = TrainingProgress(run.num_steps, state.step, enabled=accelerator.is_main_process)
@@ -120,8 +135,6 @@ def train(config: TrainConfig) -> TrainResult:
                     stop.received or signal.SIGTERM,
                 )
             figures.begin_step()
-    # Once; the main process writes the student.
-    return finish(run)
 
 
 def _is_turn(step: int, every: int | None) -> bool:

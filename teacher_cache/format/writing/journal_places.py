@@ -8,7 +8,6 @@ A journal outside the cache is announced in the cache as `journal/w0.open`, so t
 without it on another machine.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -16,10 +15,10 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from teacher_cache.format.errors import CacheMismatchError
 from teacher_cache.format.files import fsync, make_folder, publish
+from teacher_cache.format.folder_lock import FolderLock, InUseError
 from teacher_cache.format.manifest import JOURNAL_FOLDER
 from teacher_cache.format.store import CachePath, Store, identity
 
@@ -36,22 +35,19 @@ class Journals:
     store: Store
     inside: bool  # part of the cache itself
 
-    def lock(self, worker: str) -> TextIO:
-        """Become this worker, until the file that is returned is closed.
+    def lock(self, worker: str) -> FolderLock:
+        """Become this worker, until the lock is closed.
 
         Raises:
             CacheMismatchError: If another process is.
         """
-        file = (self.folder / f"{worker}.lock").open("w")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
+            return FolderLock(self.folder / f"{worker}.lock", keep=True)  # see `workers`
+        except InUseError as error:
             raise CacheMismatchError(
-                f"{self.store.where}: another process writes here as worker {worker!r}; "
-                "wait for it to end"
-            ) from None
-        return file
+                f"{self.store.where}: another process writes here as worker {worker!r} "
+                f"({error.holder}); wait for it to end"
+            ) from error
 
     def workers(self) -> list[str]:
         """Everybody who ever wrote here."""

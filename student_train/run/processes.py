@@ -1,0 +1,72 @@
+"""The processes of a run: joined to one, of which the main one owns the run's folder."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+
+from student_train.run.config import TrainConfig
+from teacher_cache.format.folder_lock import LOCK_NAME, FolderLock
+
+# What launchers tell a process of how many it is one of: torchrun and accelerate, MPIs.
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def join_processes(config: TrainConfig) -> Accelerator:
+    """Find the other processes of this run; every process calls it, first of all.
+
+    Raises:
+        ValueError: If a launcher started several that do not find each other (each would train
+            alone, and all of them into one folder), or if the tracker is not installed.
+    """
+    if importlib.util.find_spec(config.tracker) is None and config.tracker != "none":
+        raise ValueError(f"tracker: {config.tracker} is not installed; pip install it")
+    num_started = max(int(os.environ.get(name) or 1) for name in _SIZES)
+    num_started = max(num_started, int(os.environ.get("LOCAL_RANK") or 0) + 1)
+    if num_started > 1 and not torch.accelerator.is_available():
+        PartialState(cpu=True)  # which accelerate does on its own with ACCELERATE_USE_CPU alone
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.dtype == "bfloat16" else "no",
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_config=ProjectConfiguration(project_dir=config.out, logging_dir=config.out),
+    )
+    if accelerator.num_processes < num_started:
+        raise ValueError(
+            f"the environment says that {num_started} processes were started (WORLD_SIZE "
+            f"{os.environ.get('WORLD_SIZE')}, LOCAL_RANK {os.environ.get('LOCAL_RANK')}), this one "
+            f"finds {accelerator.num_processes}: each would train alone into {config.out}. Start "
+            f"them with `torchrun --nproc_per_node {num_started} -m student_train.cli run ...`, "
+            "or unset these variables to train with one process"
+        )
+    return accelerator
+
+
+@contextmanager
+def owned(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Own a run's folder: the main process holds its lock, for all of them.
+
+    Raises:
+        InUseError: In every process, if another run is at work there.
+        OSError: In every process, if the folder cannot be made or locked.
+    """
+    lock: FolderLock | None = None
+    refusal: OSError | None = None
+    if accelerator.is_main_process:
+        try:
+            lock = FolderLock(folder / LOCK_NAME)
+        except OSError as error:
+            refusal = error
+    (refusal,) = broadcast_object_list([refusal])
+    if refusal is not None:
+        raise refusal
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
