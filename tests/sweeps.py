@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 
+from teacher_cache.format.checksums import publish_record, sha256_of
+
 FACTS = {
     "cache": "cache", "cache_fingerprint": "f" * 32, "student": "models/<tiny> & co",
     "train_options": {"lr": 1e-3}, "eval_prompts": "p.jsonl", "eval_prompts_sha256": "0" * 64,
@@ -21,7 +23,7 @@ def make_sweep(out, cells, *, num_prompts=200):
         num_prompts: That every cell answered.
     """
     out.mkdir(parents=True, exist_ok=True)
-    (out / "sweep.json").write_text(json.dumps(FACTS))
+    publish_record(out / "sweep.json", FACTS)
     for cell in cells:
         add_cell(out, *cell, num_prompts=num_prompts)
     return out
@@ -55,7 +57,8 @@ def add_cell(out, group, kind, seed, options, accuracy, *, num_prompts=200):
             "flops": int(1e9 * span), "peak_memory_bytes": int(1e6 * (0.2 + span)), "train_s": 2.0,
         }  # fmt: skip
         result["student_fingerprint"] = "s" * 32
-    (folder / "result.json").write_text(json.dumps(result))
+    result["completions_sha256"] = sha256_of(folder / "completions.jsonl")
+    publish_record(folder / "result.json", result)
 
 
 def curve(accuracies, *, seeds=3, base=0.2):

@@ -14,6 +14,7 @@ from sweeps import add_cell
 from student_train.sweep import protocol
 from student_train.sweep.config import SweepConfig
 from student_train.sweep.protocol import sweep
+from teacher_cache.format.checksums import publish_record
 
 PROGRAM = [sys.executable, "-m", "student_train.cli", "sweep"]
 ENVIRONMENT = {
@@ -85,7 +86,7 @@ def test_a_folder_of_something_else_or_of_another_sweep_is_refused(parts):
     (settings["out"] / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="expected an empty folder or a sweep's"):
         sweep(SweepConfig(**settings))
-    (settings["out"] / "sweep.json").write_text(json.dumps({"cache_fingerprint": "other"}))
+    publish_record(settings["out"] / "sweep.json", {"cache_fingerprint": "other"})
     with pytest.raises(ValueError, match="holds another sweep"):
         sweep(SweepConfig(**settings))
 

@@ -17,7 +17,9 @@ from student_train.evaluation.prompts import Prompt, prompt_ids, read_prompts
 from student_train.model.forward import StudentWithLoss
 from student_train.model.heldout import SectionFigures, heldout_figures
 from student_train.model.load import check_student, head_of, load_model, load_tokenizer
+from student_train.model.save import check_saved
 from teacher_cache.format import Cache, open_cache
+from teacher_cache.format.folder_lock import FolderLock
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,20 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         ValueError: If the model cannot be loaded, a prompt line is wrong (file and line), or
             completions have no folder to go to.
         CacheError: If the cache cannot be read or does not fit the model.
+        DamagedFileError: If the model is a run's student and not as it was written.
+        InUseError: If another evaluation writes its completions to the same file.
     """
     if config.completions is not None and not config.completions.parent.is_dir():
         raise ValueError(f"completions: there is no folder {config.completions.parent}")
+    check_saved(config.model)
+    if config.completions is None:
+        return _evaluate(config)
+    lock = config.completions.with_name(f".{config.completions.name}.lock")
+    with FolderLock(lock, owned=config.completions):
+        return _evaluate(config)
+
+
+def _evaluate(config: EvaluateConfig) -> Evaluation:
     prompts = list(islice(read_prompts(config.prompts, config.group_by), config.limit))
     if not prompts:
         raise ValueError(f"{config.prompts}: expected at least one prompt, found none")

@@ -10,10 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from student_train.model.load import no_bars
+from teacher_cache.format.checksums import CHECKSUMS_NAME, check_folder, write_checksums
 from teacher_cache.format.files import publish_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+_CARD = "README.md"
 
 logger = logging.getLogger(__name__)
 
@@ -77,4 +80,23 @@ def save_student(
             raise OSError(f"{folder}: the student cannot be written: {error}") from error
         model.generation_config.save_pretrained(temporary)  # beside adapters there would be none
         tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / _CARD).write_text(card, encoding="utf-8")
+        write_checksums(temporary, leave_out=[_CARD])  # which people edit
+
+
+def check_saved(name: str) -> None:
+    """Refuse a student that `save_student` wrote and that is not as it was written.
+
+    Args:
+        name: Folder or hub id; only folders with checksums are read.
+
+    Raises:
+        DamagedFileError: Naming the file.
+    """
+    folder = Path(name)
+    if (folder / CHECKSUMS_NAME).is_file():
+        check_folder(
+            folder,
+            f"Restore it from a copy; or, if it was changed on purpose, remove "
+            f"{folder / CHECKSUMS_NAME}.",
+        )

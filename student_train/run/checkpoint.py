@@ -1,6 +1,14 @@
-"""Checkpoints: everything that the next step depends on, whole or absent."""
+"""Checkpoints: everything that the next step depends on, whole or absent, and never damaged unseen.
+
+checkpoints/step-000000500/state.pt           weights, optimizer and schedule
+checkpoints/step-000000500/random-00000.pt    random generators of each process
+checkpoints/step-000000500/progress.json      RunState, and what metrics.jsonl was
+checkpoints/step-000000500/checksums.json     sha256 of each, verified before any is read
+checkpoints/damaged-step-000000500/           one that was not as it was written, out of the way
+"""
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,9 +17,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from student_train.run.folder import RunFolder
+from student_train.run.folder import MetricsMark, RunFolder
 from student_train.run.state import RunState
+from teacher_cache.format.checksums import DamagedFileError, check_folder, write_checksums
 from teacher_cache.format.files import fsync, publish_folder, remove_folder
+
+logger = logging.getLogger(__name__)
 
 _PROGRESS = "progress.json"
 _STATE = "state.pt"
@@ -44,27 +55,71 @@ def write_checkpoint(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         fsync(run.metrics_file)
-        progress = {
-            "state": state.to_json(),
-            "metrics_bytes": run.metrics_file.stat().st_size,
-        }
+        progress = {"state": state.to_json(), "metrics": run.metrics_mark.to_json()}
         with publish_folder(folder) as final:
             for file in temporary.iterdir():
                 file.rename(final / file.name)
             _save(dict(tensors), final / _STATE)
             (final / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+            write_checksums(final)
         temporary.rmdir()
         best = run.checkpoint_of(state.best_step)
-        for old in sorted(run.checkpoints.glob("step-*"))[:-keep_last]:
+        for old in run.checkpoint_folders()[:-keep_last]:
             if old != best:
                 remove_folder(old)
     accelerator.wait_for_everyone()
 
 
-def read_checkpoint(folder: Path) -> tuple[RunState, int]:
-    """How far the run was at a checkpoint, and the length of `metrics.jsonl` then."""
+def whole_checkpoint(run: RunFolder, *, needs_best: bool) -> Path | None:
+    """Find the newest checkpoint of which nothing is damaged; newer ones go out of its way.
+
+    The main process alone calls it.
+
+    Args:
+        run: Its folder.
+        needs_best: Whether the student of the best step may be asked for at the end, so that its
+            checkpoint has to be whole too.
+
+    Raises:
+        DamagedFileError: If there are checkpoints, and none is whole.
+    """
+    found: list[tuple[Path, DamagedFileError]] = []
+    for folder in reversed(run.checkpoint_folders()):
+        try:
+            _check(run, folder, needs_best=needs_best)
+        except DamagedFileError as error:
+            found.append((folder, error))
+            continue
+        for damaged, error in found:
+            aside = run.put_aside(damaged)
+            logger.warning(
+                "%s The run is resumed from %s; %s is put aside as %s",
+                error, folder.name, damaged.name, aside.name,
+            )  # fmt: skip
+        return folder
+    if found:
+        raise DamagedFileError(
+            f"{found[0][1]} No other checkpoint is whole: restore the file from a copy, or remove "
+            f"{run.checkpoints} to begin the run anew."
+        )
+    return None
+
+
+def check_best(run: RunFolder, state: RunState) -> None:
+    """Make sure that the checkpoint of the best step is as it was written.
+
+    Raises:
+        DamagedFileError: Naming what is not.
+    """
+    check_folder(
+        run.checkpoint_of(state.best_step), "The best student of this run is lost with it."
+    )
+
+
+def read_checkpoint(folder: Path) -> tuple[RunState, MetricsMark]:
+    """How far the run was at a checkpoint, and what `metrics.jsonl` was."""
     progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
-    return RunState.from_json(progress["state"]), progress["metrics_bytes"]
+    return RunState.from_json(progress["state"]), MetricsMark(**progress["metrics"])
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -85,6 +140,14 @@ def restore_random_state(folder: Path, rank: int) -> None:
     torch.set_rng_state(state["cpu"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _check(run: RunFolder, folder: Path, *, needs_best: bool) -> None:
+    check_folder(folder, "")
+    state, mark = read_checkpoint(folder)
+    run.check_metrics(mark)
+    if needs_best and state.best_step not in (0, state.step):
+        check_best(run, state)
 
 
 def _save(state: Mapping[str, Any], file: Path) -> None:

@@ -13,9 +13,10 @@ from student_train.errors import NonFiniteLossError
 from student_train.model.adapters import with_trained_adapters
 from student_train.model.load import load_model
 from student_train.model.save import make_savable, save_student
-from student_train.run.checkpoint import read_state
+from student_train.run.checkpoint import check_best, read_state
 from student_train.run.inputs import RunInputs
 from student_train.run.model_card import model_card
+from student_train.run.processes import decided_by_main
 from student_train.run.setup import Run
 from student_train.run.sharding import gathered_weights, restore_weights
 
@@ -33,8 +34,12 @@ class TrainResult:
 
 
 def finished_before(inputs: RunInputs) -> TrainResult:
-    """The result of a run whose student an earlier call has written."""
-    metrics = inputs.folder.last_metrics()
+    """The result of a run whose student an earlier call has written.
+
+    Raises:
+        DamagedFileError: If the student, or the record of the result, is not as it was written.
+    """
+    metrics = decided_by_main(inputs.accelerator, inputs.folder.read_result)
     return TrainResult(inputs.folder.model, metrics["step"], metrics, was_finished=True)
 
 
@@ -42,16 +47,18 @@ def finish(run: Run) -> TrainResult:
     """Choose the student, check its weights and write it; every process calls it.
 
     Raises:
+        DamagedFileError: If the best step's checkpoint or `metrics.jsonl` is not as it was written.
         NonFiniteLossError: If the last step left weights that are no finite numbers.
         OSError: If the student cannot be written.
     """
     inputs, folder = run.inputs, run.inputs.folder
-    metrics = folder.last_metrics()
+    metrics = decided_by_main(inputs.accelerator, folder.last_metrics)
     chosen = _choose_student(run, metrics)
     weights = gathered_weights(inputs.model)  # of adapters, where only they were trained
     if inputs.accelerator.is_main_process:
         _check_weights(weights)
         _log_counts(run)
+        folder.write_result(metrics)
         _write_student(run, weights, chosen)
     inputs.accelerator.wait_for_everyone()
     inputs.accelerator.end_training()  # and its processes' group
@@ -60,18 +67,19 @@ def finish(run: Run) -> TrainResult:
 
 def _choose_student(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     """Restore the best step's weights if it is asked for; the metrics of the step chosen."""
-    folder, state = run.inputs.folder, run.state
+    folder, state, accelerator = run.inputs.folder, run.state, run.inputs.accelerator
     if run.inputs.config.select != "heldout" or state.best_step == run.num_steps:
         return metrics
+    decided_by_main(accelerator, lambda: check_best(folder, state))
     best = folder.checkpoint_of(state.best_step)
     restore_weights(run.inputs.model, read_state(best)["student"])
-    if run.inputs.accelerator.is_main_process:
+    if accelerator.is_main_process:
         logger.info(
             "the student after step %d is taken, with a held-out KL of %.4f",
             state.best_step,
             state.best_kl,
         )
-    return folder.metrics_of(state.best_step)
+    return decided_by_main(accelerator, lambda: folder.metrics_of(state.best_step))
 
 
 def _check_weights(weights: Mapping[str, Tensor]) -> None:

@@ -2,21 +2,29 @@
 
 config.json      the resolved configuration and what was trained on what
 metrics.jsonl    one object per logged step
+result.json      the last step's metrics; there when the run is finished
 checkpoints/     the last ones, and the best
 tensorboard/     the same figures for TensorBoard
 model/           the student as a Hugging Face folder; there when the run is finished
 lock             held by the main process while it is at work; see folder_lock
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from student_train.run.config import TrainConfig
 from teacher_cache.format import ShardList
-from teacher_cache.format.files import publish, remove_unpublished
+from teacher_cache.format.checksums import (
+    DamagedFileError,
+    check_folder,
+    publish_record,
+    read_record,
+)
+from teacher_cache.format.files import remove_folder, remove_unpublished
 from teacher_cache.format.folder_lock import LOCK_NAME
 from teacher_cache.terminal.option import changeable_names
 
@@ -26,7 +34,7 @@ _UNPUBLISHED_CONFIG = ".tmp-config.json-"
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What must stay the same for a run to be gone on with."""
+    """What must stay the same for a run to be resumed."""
 
     config: TrainConfig
     cache_fingerprint: str
@@ -46,21 +54,36 @@ class RunIdentity:
         }
 
 
+@dataclass(frozen=True)
+class MetricsMark:
+    """What `metrics.jsonl` was at some moment: its first bytes, by number and hash."""
+
+    num_bytes: int
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object of the constructor's arguments."""
+        return asdict(self)
+
+
 class RunFolder:
-    """Paths of a run's files, and the rules of beginning and going on."""
+    """Paths of a run's files, and the rules of beginning and resuming."""
 
     def __init__(self, path: Path) -> None:
         """Name the folder; nothing is made.
 
         Raises:
+            DamagedFileError: If it holds a run whose `config.json` is not what was written.
             ValueError: If it holds something else than a run.
         """
         self.path = path
         self.config_file = path / "config.json"
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.result_file = path / "result.json"
         self.model = path / "model"
         self._before = self._read_config()
+        self._num_metrics_bytes, self._metrics_hash = 0, hashlib.sha256()
         if self._before is None and path.exists() and not _holds_nothing(path):
             raise ValueError(
                 f"{path}: expected a new or empty folder, or one of an earlier run, found other "
@@ -68,16 +91,22 @@ class RunFolder:
             )
 
     def _read_config(self) -> dict[str, Any] | None:
-        try:
-            record = json.loads(self.config_file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        if not self.config_file.exists():
             return None
-        return record if isinstance(record, dict) and "leadspan_run" in record else None
+        text = self.config_file.read_bytes()
+        is_ours = b"leadspan_run" in text or b"checksum" in text or self.checkpoints.exists()
+        if not is_ours:
+            return None  # a model's, say
+        return read_record(
+            self.config_file,
+            "Without it, nobody knows whether the settings are those that the run began with: "
+            "restore it from a copy, or begin the run again in another folder.",
+        )
 
     @property
     def snapshots(self) -> list[ShardList | None] | None:
-        """What a run that can be gone on with was begun on; see `open_data`."""
-        if self._before is None or not (self.finished or self.latest_checkpoint):
+        """What a run that can be resumed was begun on; see `open_data`."""
+        if self._before is None or not self._can_resume:
             return None
         found = self._before.get("snapshots", [])
         return [shards and tuple((name, checksum) for name, checksum in shards) for shards in found]
@@ -88,22 +117,33 @@ class RunFolder:
         return self.model.exists()
 
     @property
-    def latest_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint."""
-        return max(self.checkpoints.glob("step-*"), default=None)
+    def _can_resume(self) -> bool:
+        return self.finished or bool(self.checkpoint_folders())
+
+    def checkpoint_folders(self) -> list[Path]:
+        """Every checkpoint that was written whole, the oldest first."""
+        return sorted(self.checkpoints.glob("step-*"))
 
     def checkpoint_of(self, step: int) -> Path:
         """Where the checkpoint after a step is, if there is one."""
         return self.checkpoints / f"step-{step:09d}"
 
+    def put_aside(self, checkpoint: Path) -> Path:
+        """Rename a checkpoint so that it does not count; an older one of that name goes."""
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        if aside.exists():
+            remove_folder(aside)
+        checkpoint.rename(aside)
+        return aside
+
     def check_identity(self, identity: RunIdentity) -> None:
-        """Refuse to go on with a run that was another one.
+        """Refuse to resume a run that was another one.
 
         Raises:
             ValueError: Naming every difference.
         """
-        if self._before is None or not (self.finished or self.latest_checkpoint):
-            return  # nothing to go on with: the run begins anew
+        if self._before is None or not self._can_resume:
+            return  # nothing to resume: the run begins anew
         now = identity.to_json()
         differences = [
             f"{name}: {self._before.get(name)!r} before, {now[name]!r} now"
@@ -123,37 +163,83 @@ class RunFolder:
                 "Name another --out, or repeat that run's settings."
             )
 
-    def begin(self, identity: RunIdentity, metrics_bytes: int) -> None:
+    def begin(self, identity: RunIdentity, mark: MetricsMark | None) -> None:
         """Make the folder ready: configuration written, metrics cut back to the checkpoint.
 
         Args:
             identity: Of the run.
-            metrics_bytes: Length of `metrics.jsonl` at the checkpoint, 0 for a new run.
+            mark: `metrics.jsonl` at the checkpoint, None for a new run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         remove_unpublished(self.path)
         remove_unpublished(self.checkpoints)
-        publish(self.config_file, (json.dumps(identity.to_json(), indent=1) + "\n").encode())
+        publish_record(self.config_file, identity.to_json())
         self.checkpoints.mkdir(exist_ok=True)  # second: without config.json they are a stranger's
         with self.metrics_file.open("ab") as file:
-            file.truncate(metrics_bytes)
+            file.truncate(0 if mark is None else mark.num_bytes)
+        text = self.metrics_file.read_bytes()
+        self._num_metrics_bytes, self._metrics_hash = len(text), hashlib.sha256(text)
+
+    @property
+    def metrics_mark(self) -> MetricsMark:
+        """`metrics.jsonl` as this process has left it; of the main process, after `begin`."""
+        return MetricsMark(self._num_metrics_bytes, self._metrics_hash.hexdigest())
+
+    def check_metrics(self, mark: MetricsMark) -> None:
+        """Compare the first bytes of `metrics.jsonl` with what they were.
+
+        Raises:
+            DamagedFileError: If they are others, or fewer.
+        """
+        text = b""
+        if self.metrics_file.exists():
+            with self.metrics_file.open("rb") as file:
+                text = file.read(mark.num_bytes)
+        found = MetricsMark(len(text), hashlib.sha256(text).hexdigest())
+        if found != mark:
+            raise DamagedFileError(
+                f"{self.metrics_file}: damaged in its first {mark.num_bytes:,} bytes (sha256 "
+                f"{found.sha256[:16]}, expected {mark.sha256[:16]})."
+            )
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Add one line to `metrics.jsonl`."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        line = (json.dumps(values) + "\n").encode()
+        with self.metrics_file.open("ab") as file:
+            file.write(line)
+        self._num_metrics_bytes += len(line)
+        self._metrics_hash.update(line)
 
     def last_metrics(self) -> dict[str, Any]:
-        """The last line of `metrics.jsonl`."""
+        """The last line of `metrics.jsonl`; of the main process, after `begin`."""
         return self._metrics()[-1]
 
     def metrics_of(self, step: int) -> dict[str, Any]:
-        """The line of a step that was logged."""
+        """The line of a step that was logged; of the main process, after `begin`."""
         return next(values for values in self._metrics() if values["step"] == step)
 
     def _metrics(self) -> list[dict[str, Any]]:
+        self.check_metrics(self.metrics_mark)
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
+
+    def write_result(self, metrics: Mapping[str, Any]) -> None:
+        """Keep what the run came to, before the student gets its name."""
+        publish_record(self.result_file, {"metrics": dict(metrics)})
+
+    def read_result(self) -> dict[str, Any]:
+        """The last step's metrics of a finished run, whose student is as it was written.
+
+        Raises:
+            DamagedFileError: If either is not.
+        """
+        remedy = (
+            f"Restore it from a copy; or remove {self.model} and run the same command again, which "
+            "writes the student again from the last checkpoint."
+        )
+        check_folder(self.model, remedy)
+        metrics: dict[str, Any] = read_record(self.result_file, remedy)["metrics"]
+        return metrics
 
 
 def _holds_nothing(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from student_train.data.tokens import TokenSelection
 from student_train.data.traces import TrainingData, open_data
 from student_train.model.load import check_student, load_model, student_fingerprint
-from student_train.model.save import make_savable
+from student_train.model.save import check_saved, make_savable
 from student_train.run.config import TrainConfig
 from student_train.run.folder import RunFolder, RunIdentity
 from student_train.run.memory import PeakMemory
@@ -40,6 +40,8 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
 
     Raises:
         CacheError: If the cache cannot be read, or does not fit the student.
+        DamagedFileError: If the run's configuration, or a student that an earlier run wrote, is
+            not as it was written.
         ValueError: If the settings do not fit the cache, the student, or the run's folder.
     """
     folder = RunFolder(config.out)
@@ -56,6 +58,7 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
         snapshots=folder.snapshots,
         prefix_cache=config.kept_prefixes,
     )
+    check_saved(config.student)
     model, tokenizer = load_model(
         config.student, revision=config.student_revision, dtype=torch.float32
     )

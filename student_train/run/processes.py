@@ -2,9 +2,10 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,8 @@ from teacher_cache.format.folder_lock import LOCK_NAME, FolderLock
 
 # What launchers tell a process of how many it is one of: torchrun and accelerate, MPIs.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+_T = TypeVar("_T")
 
 
 def join_processes(config: TrainConfig) -> Accelerator:
@@ -47,6 +50,24 @@ def join_processes(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def decided_by_main(accelerator: Accelerator, decide: Callable[[], _T]) -> _T:
+    """What the main process finds, in every process; the others wait for it.
+
+    Raises:
+        OSError, ValueError: As `decide` does, in every process.
+    """
+    found: tuple[_T | None, OSError | ValueError | None] = (None, None)
+    if accelerator.is_main_process:
+        try:
+            found = (decide(), None)
+        except (OSError, ValueError) as error:
+            found = (None, error)
+    (decision, refusal), *_ = broadcast_object_list([found])
+    if refusal is not None:
+        raise refusal
+    return cast("_T", decision)
+
+
 @contextmanager
 def owned(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     """Own a run's folder: the main process holds its lock, for all of them.
@@ -55,18 +76,10 @@ def owned(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         InUseError: In every process, if another run is at work there.
         OSError: In every process, if the folder cannot be made or locked.
     """
-    lock: FolderLock | None = None
-    refusal: OSError | None = None
-    if accelerator.is_main_process:
-        try:
-            lock = FolderLock(folder / LOCK_NAME)
-        except OSError as error:
-            refusal = error
-    (refusal,) = broadcast_object_list([refusal])
-    if refusal is not None:
-        raise refusal
-    try:
+    with ExitStack() as held:
+
+        def lock() -> None:
+            held.enter_context(FolderLock(folder / LOCK_NAME))
+
+        decided_by_main(accelerator, lock)
         yield
-    finally:
-        if lock is not None:
-            lock.close()

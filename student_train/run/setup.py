@@ -17,11 +17,17 @@ from student_train.model.flops import FlopFormula
 from student_train.model.forward import StudentWithLoss
 from student_train.model.live_teacher import LiveTeacher
 from student_train.model.load import compile_layers, head_of, output_layer
-from student_train.run.checkpoint import read_checkpoint, read_state, restore_random_state
+from student_train.run.checkpoint import (
+    read_checkpoint,
+    read_state,
+    restore_random_state,
+    whole_checkpoint,
+)
 from student_train.run.config import TrainConfig
 from student_train.run.inputs import RunInputs, log_inputs
 from student_train.run.memory import advice_when_out_of_memory
 from student_train.run.optimizers import make_optimizer, make_schedule
+from student_train.run.processes import decided_by_main
 from student_train.run.sharding import place, restore_state
 from student_train.run.state import RunState
 from student_train.run.validation import Validation
@@ -55,6 +61,7 @@ def prepare(inputs: RunInputs) -> Run:
 
     Raises:
         CacheError: If the live teacher is not the cache's, or held-out traces cannot be read.
+        DamagedFileError: If the run has checkpoints, and none of them is as it was written.
         OutOfMemoryError: If the student does not fit the device.
         ValueError: If the settings do not fit the student.
     """
@@ -147,11 +154,12 @@ def _restored(
     inputs: RunInputs, optimizer: Optimizer, scheduler: LRScheduler, last_step: int
 ) -> RunState:
     """Set everything as the last checkpoint has it, and make the folder ready to go on from it."""
-    folder, accelerator = inputs.folder, inputs.accelerator
-    state, metrics_bytes = RunState(), 0
-    path = folder.latest_checkpoint
+    config, folder, accelerator = inputs.config, inputs.folder, inputs.accelerator
+    path = decided_by_main(
+        accelerator, lambda: whole_checkpoint(folder, needs_best=config.select == "heldout")
+    )
+    state, mark = (RunState(), None) if path is None else read_checkpoint(path)
     if path is not None:
-        state, metrics_bytes = read_checkpoint(path)
         tensors = read_state(path)
         restore_state(inputs.model, optimizer, tensors)
         scheduler.load_state_dict(tensors["scheduler"])
@@ -161,11 +169,11 @@ def _restored(
             logger.info("going on after step %s of %s", f"{state.step:,}", f"{last_step:,}")
     accelerator.wait_for_everyone()  # nobody may look for a checkpoint any more
     if accelerator.is_main_process:
-        folder.begin(inputs.identity, metrics_bytes)
+        folder.begin(inputs.identity, mark)
     accelerator.wait_for_everyone()
     accelerator.init_trackers(
-        "tensorboard" if inputs.config.tracker == "tensorboard" else "leadspan",
-        init_kwargs=_tracker_settings(inputs.config, state.step),
+        "tensorboard" if config.tracker == "tensorboard" else "leadspan",
+        init_kwargs=_tracker_settings(config, state.step),
     )
     return state
 

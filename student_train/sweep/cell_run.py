@@ -8,15 +8,13 @@ OUT/cells/NAME/failed.txt      why the last try failed
 OUT/cells/NAME/lock            held by the processes at work here
 """
 
-import contextlib
-import fcntl
 import json
 import shlex
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,8 @@ from student_train.evaluation.config import EvaluateConfig
 from student_train.run.config import TrainConfig
 from student_train.sweep.cells import Cell
 from student_train.sweep.config import SweepConfig
+from teacher_cache.format.checksums import DamagedFileError, publish_record, read_record, sha256_of
+from teacher_cache.format.folder_lock import LOCK_NAME, FolderLock, InUseError
 from teacher_cache.terminal.config_file import as_words
 
 PROGRAM = (sys.executable, "-m", "student_train.cli")
@@ -123,41 +123,46 @@ def run_cell(config: SweepConfig, cell: Cell, children: Children) -> str:
     Returns:
         A line that says what came of it. A failure also stands in failed.txt.
     """
+    try:
+        lock = FolderLock(cell_folder(config, cell) / LOCK_NAME)
+    except InUseError as error:
+        return str(error)
+    with lock:
+        return _run_commands(config, cell, children, lock)
+
+
+def _run_commands(config: SweepConfig, cell: Cell, children: Children, lock: FolderLock) -> str:
     folder = cell_folder(config, cell)
-    folder.mkdir(parents=True, exist_ok=True)
+    sweep_on = sweep_record(config.out)["cache_fingerprint"]
     commands = [evaluate_command(config, cell)]
     if cell.options is not None:
         commands.insert(0, run_command(config, cell))
     with (
-        _locked(folder / "lock") as lock,
         (folder / "log.txt").open("a", encoding="utf-8") as log,
         (folder / "evaluation.json").open("w", encoding="utf-8") as answer,
     ):
-        if lock is None:
-            return _failed(folder, "another process is at work in its folder")
         for command in commands:
             out = log if command[0] == "run" else answer
-            code = children.run(command, stdout=out.fileno(), stderr=log.fileno(), lock=lock)
+            code = children.run(
+                command, stdout=out.fileno(), stderr=log.fileno(), lock=lock.fileno()
+            )
             if children.stopped_by:
                 return "stopped"
             if code != 0:
                 return _failed(folder, f"exit code {code}: {_last_line(folder / 'log.txt')}")
-    result = _result(config, cell, commands)
-    write_json(folder / "result.json", result)
+    try:
+        result = _result(config, cell, commands)
+    except DamagedFileError as error:
+        return _failed(folder, str(error))
+    if result.get("cache_fingerprint", sweep_on) != sweep_on:
+        return _failed(
+            folder,
+            "the capture went on, so it was trained on more shards than the sweep began with: seal "
+            "the cache, and sweep into another --out",
+        )
+    publish_record(folder / "result.json", result)
     (folder / "failed.txt").unlink(missing_ok=True)
     return f"accuracy {result['evaluation']['answers']['accuracy']:.1%}"
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int | None]:
-    """The open file of a lock, None if another process holds it."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-        else:
-            yield file.fileno()
 
 
 def _last_line(log: Path) -> str:
@@ -181,16 +186,23 @@ def _result(config: SweepConfig, cell: Cell, commands: Sequence[Sequence[str]]) 
         "commands": [shlex.join(["train-student", *command]) for command in commands],
         "evaluation": json.loads((folder / "evaluation.json").read_text(encoding="utf-8")),
     }
+    result["completions_sha256"] = sha256_of(folder / "completions.jsonl")
     if cell.options is not None:
-        lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        run = json.loads((folder / "run" / "config.json").read_text(encoding="utf-8"))
-        result["run"] = json.loads(lines[-1])
-        result["student_fingerprint"] = run["student_fingerprint"]
+        run = folder / "run"
+        remedy = f"Remove {run} and run the same sweep again."
+        begun = read_record(run / "config.json", remedy)
+        result["run"] = read_record(run / "result.json", remedy)["metrics"]
+        result["student_fingerprint"] = begun["student_fingerprint"]
+        result["cache_fingerprint"] = begun["cache_fingerprint"]
     return result
 
 
-def write_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Write a file that is whole or not there."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(file)
+def sweep_record(out: Path) -> dict[str, Any]:
+    """What all cells of a sweep's folder have in common.
+
+    Raises:
+        DamagedFileError: If it is not what was written.
+    """
+    return read_record(
+        out / "sweep.json", "Restore it from a copy, or run the sweep in a new --out."
+    )

@@ -3,6 +3,7 @@
 OUT/sweep.json      what all cells have in common, and the calls that were made
 OUT/flops.json      FLOPs by formula and as PyTorch counts them
 OUT/cells/NAME/     a cell; see cell_run
+OUT/w0of1.lock      held by a worker at work here
 OUT/results.csv, report.png, report.html
 """
 
@@ -22,12 +23,14 @@ from student_train.errors import InterruptedRunError
 from student_train.evaluation.prompts import Prompt, prompt_ids, read_prompts, seen_in
 from student_train.model.flops import compare_flops, count_parameters
 from student_train.model.load import load_tokenizer
-from student_train.sweep.cell_run import Children, cell_folder, is_finished, run_cell, write_json
+from student_train.sweep.cell_run import Children, cell_folder, is_finished, run_cell, sweep_record
 from student_train.sweep.cells import FULL, Cell
 from student_train.sweep.config import SweepConfig
 from student_train.sweep.costs import span_costs
 from student_train.sweep.report import write_report
 from teacher_cache.format import Cache, open_cache, parse_worker
+from teacher_cache.format.checksums import publish_record
+from teacher_cache.format.folder_lock import FolderLock
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,8 @@ def sweep(config: SweepConfig) -> SweepResult:
         CacheError: If a cache cannot be read.
         ValueError: If the settings do not fit each other, the cache or the folder, or evaluation
             prompts were trained on.
+        DamagedFileError: If a file of the sweep's own is not what was written.
+        InUseError: If another process is this worker of the sweep.
         InterruptedRunError: After SIGINT or SIGTERM; the runs in progress have stopped.
     """
     source = _source(config, {})
@@ -63,8 +68,17 @@ def sweep(config: SweepConfig) -> SweepResult:
         raise ValueError(f"{config.eval_prompts}: expected at least one prompt, found none")
     if not config.allow_seen_prompts:
         _refuse_seen_prompts(config, prompts, cache)
-    _describe(config, cache)
     mine = _part(cells, config.worker)
+    worker, _ = parse_worker(config.worker)
+    with FolderLock(config.out / f"{worker}.lock", owned=config.out):
+        return _run_and_report(config, cache, cells, mine)
+
+
+def _run_and_report(
+    config: SweepConfig, cache: Cache, cells: Sequence[Cell], mine: Sequence[Cell]
+) -> SweepResult:
+    with _alone(config):
+        _describe(config, cache)
     unfinished = [cell for cell in mine if not is_finished(config, cell)]
     where = "" if len(mine) == len(cells) else f" (worker {config.worker})"
     logger.info("%d cells, %d of them to run here%s", len(cells), len(unfinished), where)
@@ -76,15 +90,26 @@ def sweep(config: SweepConfig) -> SweepResult:
     _run_all(config, unfinished)
     left = [cell for cell in cells if not is_finished(config, cell)]
     failed = tuple(c.name for c in left if cell_folder(config, c).joinpath("failed.txt").exists())
-    _compare_flops(config, cache)
-    answer = write_report(config.out, cache.header.to_json(), partial(_costs, config))
+    with _alone(config):
+        _compare_flops(config, cache)
+        answer = write_report(config.out, cache.header.to_json(), partial(_costs, config))
     return SweepResult(len(cells) - len(left), failed, answer)
+
+
+def _alone(config: SweepConfig) -> FolderLock:
+    """Workers of a sweep share its folder, and wait for each other where they write the same."""
+    return FolderLock(config.out / "sweep.lock", wait=True)
 
 
 def _source(config: SweepConfig, options: Mapping[str, Any]) -> CacheTraces:
     """What a run with these options trains on."""
     run = config.train_config(options)
-    data = open_data(run.cache, where=run.where, heldout_share=run.heldout_share)
+    data = open_data(
+        run.cache,
+        where=run.where,
+        heldout_share=run.heldout_share,
+        allow_unsealed=run.allow_unsealed,
+    )
     return data.sources[0]
 
 
@@ -133,7 +158,7 @@ def _describe(config: SweepConfig, cache: Cache) -> None:
     facts = json.loads(json.dumps(facts, default=str))  # as the file gives them back
     file = config.out / "sweep.json"
     if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = sweep_record(config.out)
         moved = {"cache", "student", "eval_prompts", "heldout_cache"}  # they may lie elsewhere now
         calls = before.get("calls", [])
         for name in facts.keys() - moved:
@@ -143,12 +168,11 @@ def _describe(config: SweepConfig, cache: Cache) -> None:
                     f"{facts[name]!r} now). Name another --out, or repeat that sweep's settings."
                 )
         if config.command() not in calls:
-            write_json(file, {**before, "calls": [*calls, config.command()]})
+            publish_record(file, {**before, "calls": [*calls, config.command()]})
         return
-    if config.out.exists() and any(config.out.iterdir()):
+    if any(path.suffix != ".lock" for path in config.out.iterdir()):
         raise ValueError(f"{config.out}: expected an empty folder or a sweep's, found other files")
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_json(file, {**facts, "calls": [config.command()]})
+    publish_record(file, {**facts, "calls": [config.command()]})
 
 
 def _part(cells: Sequence[Cell], worker: str) -> Sequence[Cell]:
@@ -192,4 +216,4 @@ def _compare_flops(config: SweepConfig, cache: Cache) -> None:
         return
     compared = compare_flops(config.student, cache, list(spans.values()))
     rows = [{"lead_span": span, **asdict(c)} for span, c in zip(spans, compared, strict=True)]
-    write_json(file, {"rows": rows})
+    publish_record(file, {"rows": rows})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from student_train.model.flops import FORMULA
+from student_train.sweep.cell_run import sweep_record
 from student_train.sweep.cells import FULL
 from student_train.sweep.conclusion import COSTS, conclusion, percent, share_of_full
 from student_train.sweep.picture import draw
@@ -22,6 +23,7 @@ from student_train.sweep.results import (
     group_cells,
     read_cells,
 )
+from teacher_cache.format.checksums import read_record
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
@@ -77,7 +79,7 @@ def _page(
     header: Mapping[str, Any],
 ) -> str:
     picture = base64.b64encode((out / "report.png").read_bytes()).decode("ascii")
-    facts = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
+    facts = sweep_record(out)
     failed = {
         file.parent.name: file.read_text(encoding="utf-8").strip()
         for file in sorted(out.glob("cells/*/failed.txt"))
@@ -194,7 +196,7 @@ def _flop_table(file: Path) -> str:
             *(f"{row[name]:,}" for name in ("num_positions", "by_formula", "counted")),
             f"{row['counted'] / row['by_formula']:.3f}",
         ]
-        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]
+        for row in read_record(file, "Remove it: it is made again.")["rows"]
     ]
     columns = ["lead span of one trace", "positions", "by formula", "PyTorch's counter", "ratio"]
     return _table(columns, rows) + "<p>PyTorch counts the masked half of attention too.</p>"

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from student_train.sweep.cells import FULL
+from teacher_cache.format.checksums import DamagedFileError, read_record, sha256_of
 
 NUM_DRAWS = 4000
 
@@ -92,15 +93,24 @@ def read_cells(out: Path, costs: Costs) -> list[CellResult]:
         costs: From the options of a cell's run to `span_costs`.
 
     Raises:
+        DamagedFileError: If a cell's figures or completions are not what was written.
+        OSError: If a file is missing.
         ValueError: If they started from different students or answered different prompts.
     """
     cells = []
     for file in sorted(out.glob("cells/*/result.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
+        remedy = (
+            f"Restore it from a copy; or remove {file} and run the same sweep again, which has "
+            "the student of this cell and evaluates it again."
+        )
+        result = read_record(file, remedy)
         if result["options"] is not None:
             result["costs"] = costs(result["options"])
             result["break_even_runs"] = break_even_runs(result)
-        cells.append(CellResult(result, _right(file.with_name("completions.jsonl"))))
+        completions = file.with_name("completions.jsonl")
+        if sha256_of(completions) != result["completions_sha256"]:
+            raise DamagedFileError(f"{completions}: damaged. {remedy}")
+        cells.append(CellResult(result, _right(completions)))
     students = {cell.result.get("student_fingerprint") for cell in cells} - {None}
     if len(students) > 1:
         raise ValueError(f"{out}: its cells started from {len(students)} different students")
