@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from fakes import make_trace
@@ -40,7 +42,8 @@ def test_the_lead_middle_and_last_thirds_make_up_the_whole(sections):
 
 
 def test_a_trace_without_a_chain_of_thought_has_no_reasoning_to_train_on():
-    assert TokenSelection(lead_span_of="reasoning").ranges(20, 0, 0) == []
+    without = replace(TRACE, cot_start=0, answer_start=0)
+    assert TokenSelection(lead_span_of="reasoning").ranges(without) == []
 
 
 def test_a_selection_says_what_it_is():

@@ -235,7 +235,7 @@ def test_a_budget_or_sections_read_up_to_the_last_band_that_a_trace_needs(tmp_pa
     (shard,) = cache.shards
     needed = 0  # a band more is needed as long as a trace's tokens go beyond those before it
     for trace in shard.traces:
-        ranges = selection.ranges(trace.n_total, trace.cot_start, trace.answer_start)
+        ranges = selection.ranges(trace)
         while trace.n_total * needed // 20 < (ranges[-1][1] if ranges else 1):
             needed += 1
     assert steps[-1].bytes_read == shard.prefix_bytes(needed)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from student_train.losses import TeacherTargets
-from teacher_cache.format import Trace
+from teacher_cache.format import Trace, entry_offsets
 
 _Value = TypeVar("_Value", bound=np.generic)
 
@@ -40,8 +40,8 @@ def targets_of(tokens: Sequence[tuple[Trace, NDArray[np.int64]]]) -> TeacherTarg
 def _entries_of(trace: Trace, valid: NDArray[np.int64]) -> slice | NDArray[np.bool_]:
     """Where the entries of these tokens stand: a slice, unless others lie between them."""
     first, last = valid[0], valid[-1]
-    ends = np.cumsum(trace.k, dtype=np.int64)
-    between = slice(int(ends[first]) - int(trace.k[first]), int(ends[last]))
+    offsets = trace.entry_offsets
+    between = slice(int(offsets[first]), int(offsets[last + 1]))
     if between.stop - between.start == trace.k[valid].sum(dtype=np.int64):
         return between
     is_valid = np.zeros(len(trace.k), np.bool_)
@@ -52,7 +52,7 @@ def _entries_of(trace: Trace, valid: NDArray[np.int64]) -> slice | NDArray[np.bo
 def _places(k_N: NDArray[np.int64]) -> NDArray[np.int64]:
     """[E] where each entry of ragged rows stands in the flat [N, K] that holds them."""
     row_starts = np.arange(len(k_N)) * k_N.max()
-    places = np.repeat(row_starts - (np.cumsum(k_N) - k_N), k_N)
+    places = np.repeat(row_starts - entry_offsets(k_N)[:-1], k_N)
     places += np.arange(len(places))
     return places
 

@@ -83,7 +83,7 @@ def valid_positions(
 ) -> NDArray[np.int64]:
     """Tokens of a trace that enter the loss: selected, with a distribution, not masked."""
     selected = np.zeros(len(trace.k), np.bool_)
-    for first, end in selection.ranges(trace.n_total, trace.cot_start, trace.answer_start):
+    for first, end in selection.ranges(trace):
         selected[first:end] = True
     valid = np.flatnonzero(selected & (trace.k > 0))
     return valid if mask is None else valid[mask.kept(trace.trace_id, len(valid))]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from teacher_cache.format import CacheMismatchError, Trace, stored_logprobs
+from teacher_cache.format import CacheMismatchError, Trace
 
 
 def within_vocabulary(trace: Trace, num_ids: int) -> Trace:
@@ -34,15 +34,14 @@ def within_vocabulary(trace: Trace, num_ids: int) -> Trace:
     is_kept = trace.top_ids < num_ids
     if is_kept.all():
         return trace
-    num_tokens = len(trace.k)
-    token_of_entry = np.repeat(np.arange(num_tokens), trace.k)
-    probs = np.exp(stored_logprobs(trace.k, trace.top_logits, trace.tail_logit))
+    num_tokens = len(trace)
+    token_of_entry, probs = trace.token_of_entry, np.exp(trace.top_logprobs)
     inside = np.bincount(token_of_entry, weights=probs * is_kept, minlength=num_tokens)
     dropped = np.bincount(token_of_entry, weights=probs * ~is_kept, minlength=num_tokens)
     changed = np.flatnonzero(dropped)
     tail_logit = trace.tail_logit.copy()
-    tail = dropped + np.exp(-np.logaddexp(0.0, -trace.tail_logit.astype(np.float64)))
-    tail_logit[changed] = np.log(tail[changed]) - np.log(inside[changed])
+    tail = trace.tail[changed] + dropped[changed]
+    tail_logit[changed] = np.log(tail) - np.log(inside[changed])
 
     token_of_entry, top_logits = token_of_entry[is_kept], trace.top_logits[is_kept]
     largest = np.full(num_tokens, -np.inf, np.float32)

@@ -8,10 +8,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.format import TraceInfo, lead_span_length
+from teacher_cache.format import SECTIONS, Trace, TraceInfo, lead_span_length
 from teacher_cache.terminal.option import check_options, option
 
-ALL_SECTIONS = ("prompt", "cot", "answer")
 LOSS_RANGES = ("lead", "middle", "last")
 WHOLES = ("trace", "reasoning")
 
@@ -45,8 +44,8 @@ class TokenSelection:
     )
     sections: tuple[str, ...] = _tokens(
         "Sections whose tokens enter the loss, with commas between them.",
-        default=ALL_SECTIONS,
-        choices=ALL_SECTIONS,
+        default=SECTIONS,
+        choices=SECTIONS,
     )
     loss_on: str = _tokens(
         "Part of a trace that has the length of the lead span and enters the loss; tokens before "
@@ -65,9 +64,9 @@ class TokenSelection:
         if self.lead_span is not None and self.trace_tokens is not None:
             raise ValueError("--trace-tokens: give it or --lead-span, not both")
 
-    def span(self, n_total: int, answer_start: int) -> tuple[int, int]:
+    def span(self, trace: Trace | TraceInfo) -> tuple[int, int]:
         """First token and end of the part of a trace that its sections are looked for in."""
-        whole = answer_start if self.lead_span_of == "reasoning" else n_total
+        whole = trace.answer_start if self.lead_span_of == "reasoning" else trace.n_total
         if self.trace_tokens is not None:
             keep = self.trace_tokens
         else:
@@ -89,25 +88,28 @@ class TokenSelection:
             )
         return f"{span}, sections {', '.join(self.sections)}"
 
-    def ranges(self, n_total: int, cot_start: int, answer_start: int) -> list[tuple[int, int]]:
-        """Half-open ranges of the tokens trained on, in order; token 0 has no distribution."""
-        bounds = (1, max(1, cot_start), max(1, answer_start), n_total)
-        span = self.span(n_total, answer_start)
+    def ranges(self, trace: Trace | TraceInfo) -> list[tuple[int, int]]:
+        """Half-open ranges of the tokens trained on, in order; token 0 has no distribution.
+
+        They are those of the whole trace, however many of its first tokens a `Trace` holds.
+        """
+        bounds = (1, max(1, trace.cot_start), max(1, trace.answer_start), trace.n_total)
+        span = self.span(trace)
         found = []
-        for section, *bound in zip(ALL_SECTIONS, bounds, bounds[1:], strict=False):
+        for section, *bound in zip(SECTIONS, bounds, bounds[1:], strict=False):
             first, end = max(bound[0], span[0]), min(bound[1], span[1])
             if section in self.sections and first < end:
                 found.append((first, end))
         return found
 
-    def num_read(self, info: TraceInfo) -> int:
+    def num_read(self, trace: Trace | TraceInfo) -> int:
         """How many of its first tokens hold everything trained on; at least 1."""
-        ranges = self.ranges(info.n_total, info.cot_start, info.answer_start)
+        ranges = self.ranges(trace)
         return ranges[-1][1] if ranges else 1
 
     def selects_any(self, traces: Iterable[TraceInfo]) -> bool:
         """Whether a token of any of these traces is trained on."""
-        return any(self.ranges(t.n_total, t.cot_start, t.answer_start) for t in traces)
+        return any(self.ranges(info) for info in traces)
 
     def cot_share(self, traces: Iterable[TraceInfo]) -> float:
         """Share of all tokens of the chains of thought that are trained on; 0 without any."""
@@ -115,7 +117,7 @@ class TokenSelection:
         for info in traces:
             first, end = max(1, info.cot_start), info.answer_start
             num_all += max(0, end - first)
-            for left, right in self.ranges(info.n_total, info.cot_start, info.answer_start):
+            for left, right in self.ranges(info):
                 num_selected += max(0, min(right, end) - max(left, first))
         return num_selected / max(1, num_all)
 

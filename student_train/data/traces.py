@@ -185,7 +185,7 @@ def open_data(
         for path, snapshot in zip(caches, snapshots, strict=True)
     ]
     for number, cache in enumerate(opened):
-        if not cache.traces:
+        if not len(cache):
             raise ValueError(f"{cache.path}: the cache holds no trace")
         if cache.fingerprint in {other.fingerprint for other in opened[:number]}:
             raise ValueError(f"{cache.path}: the same cache is named twice; give it a weight")

@@ -192,17 +192,7 @@ def _heldout(name: str, cache: Cache) -> dict[str, SectionFigures]:
     model, tokenizer = load_model(name, dtype=torch.float32)
     check_student(name, model, tokenizer, cache.header)
     student = StudentWithLoss(model, head_of(model), ce_weight=0.5).to(_device()).eval()
-    rows_of_shard: dict[int, list[int]] = {}
-    for shard, row in cache.traces:
-        rows_of_shard.setdefault(shard, []).append(row)
-    traces = (
-        trace
-        for shard, rows in rows_of_shard.items()
-        for trace in cache.read(
-            shard, {row: cache.num_held(cache.shards[shard].traces[row]) for row in rows}
-        ).values()
-    )
-    return heldout_figures(student, traces, _device())
+    return heldout_figures(student, cache, _device())
 
 
 def _device() -> torch.device:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from teacher_cache.format import Cache
+from teacher_cache.format import Cache, rows_by_shard
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,8 @@ def seen_in(cache: Cache, prompts: Sequence[Sequence[int]]) -> list[int]:
     wanted: dict[tuple[int, ...], list[int]] = {}
     for index, ids in enumerate(prompts):
         wanted.setdefault(_without_opening(list(ids), mark), []).append(index)
-    rows_of_shard: dict[int, list[int]] = {}
-    for shard, row in cache.traces:
-        rows_of_shard.setdefault(shard, []).append(row)
     found: set[int] = set()
-    for shard, rows in rows_of_shard.items():
+    for shard, rows in rows_by_shard(cache.traces).items():
         infos = cache.shards[shard].traces
         lengths = {row: min(infos[row].cot_start, cache.num_held(infos[row])) for row in rows}
         keep = {row: length for row, length in lengths.items() if length}

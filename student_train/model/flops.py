@@ -112,12 +112,10 @@ def compare_flops(
     model, _ = load_model(name, dtype=torch.float32)
     model.set_attn_implementation("eager")
     student, formula = StudentWithLoss(model, head_of(model), ce_weight=0.5), FlopFormula.of(model)
-    shard, row = cache.traces[0]
-    whole = cache.num_held(cache.shards[shard].traces[row])
-    trace = cache.read(shard, {row: whole})[row]
+    trace = next(cache.read_held(cache.traces[:1]))
     compared = []
     for selection in selections:
-        batches = micro_batches([trace], selection, batch_tokens=whole, loss_reduction="token")
+        batches = micro_batches([trace], selection, batch_tokens=len(trace), loss_reduction="token")
         compared.append(
             FlopComparison(
                 sum(sum(batch.num_positions) for batch in batches),

@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 
 from student_train.batch.micro_batch import empty_micro_batch, micro_batches
-from student_train.data.tokens import ALL_SECTIONS, TokenSelection
+from student_train.data.tokens import TokenSelection
 from student_train.model.forward import StudentWithLoss
 from student_train.model.load import output_layer
-from teacher_cache.format import Trace
+from teacher_cache.format import SECTIONS, Trace
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def heldout_sums(
         device: Where to compute.
     """
     num_ids = output_layer(student.model).weight.shape[0]
-    sums = np.zeros((len(ALL_SECTIONS), 4))
+    sums = np.zeros((len(SECTIONS), 4))
     for trace in traces:
         # One by one: a micro-batch does not say which trace and section a token is of.
         batches = micro_batches(
@@ -63,23 +63,17 @@ def heldout_sums(
         if trace is None:
             continue
         parts = torch.stack([result.kl.double(), result.ce.double(), result.top1.double()])
-        section = _sections(trace, (batch.hidden_index + 1).numpy())
+        section = trace.section_of_token[(batch.hidden_index + 1).numpy()]
         counted = np.concatenate([np.ones((1, len(section))), parts.cpu().numpy()])
-        for index in range(len(ALL_SECTIONS)):
+        for index in range(len(SECTIONS)):
             sums[index] += counted[:, section == index].sum(axis=1)
     return sums
 
 
 def section_figures(sums: NDArray[np.float64]) -> dict[str, SectionFigures]:
     """The means of `heldout_sums`, by section and of "all"."""
-    figures = {name: _figures(row) for name, row in zip(ALL_SECTIONS, sums, strict=True) if row[0]}
+    figures = {name: _figures(row) for name, row in zip(SECTIONS, sums, strict=True) if row[0]}
     return {**figures, "all": _figures(sums.sum(axis=0))} if figures else {}
-
-
-def _sections(trace: Trace, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[N] index into ALL_SECTIONS of each token."""
-    bounds = np.array([trace.cot_start, trace.answer_start])
-    return np.searchsorted(bounds, positions, side="right")
 
 
 def _figures(sums: NDArray[np.float64]) -> SectionFigures:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from student_train.data.stream import num_steps
-from student_train.data.tokens import ALL_SECTIONS, LOSS_RANGES, TokenSelection
+from student_train.data.tokens import LOSS_RANGES, TokenSelection
 from student_train.evaluation.config import EvaluateConfig
 from student_train.run.config import TrainConfig
 from student_train.sweep.cells import Cell
+from teacher_cache.format import SECTIONS
 from teacher_cache.terminal.config_file import as_words, read_config_file
 from teacher_cache.terminal.option import check_options, option, same_option
 
@@ -66,8 +67,8 @@ class SweepConfig:
     )
     sections_list: tuple[tuple[str, ...], ...] = _cells(
         "Sets of sections, such as prompt+cot+answer,cot+answer; each with every span.",
-        default=(ALL_SECTIONS,),
-        choices=ALL_SECTIONS,
+        default=(SECTIONS,),
+        choices=SECTIONS,
     )
     loss_on_list: tuple[str, ...] = _cells(
         "Parts of a trace that have the span's length and enter the loss; each with every span.",

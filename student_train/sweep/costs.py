@@ -20,7 +20,7 @@ def span_costs(source: CacheTraces, selection: TokenSelection) -> dict[str, floa
     cache, infos = source.cache, source.train_infos()
     labels = num_read = 0
     for info in infos:
-        ranges = selection.ranges(info.n_total, info.cot_start, info.answer_start)
+        ranges = selection.ranges(info)
         labels += sum(end - first for first, end in ranges)
         num_read += selection.num_read(info)
     num_tokens = sum(info.n_total for info in infos)
@@ -34,5 +34,5 @@ def span_costs(source: CacheTraces, selection: TokenSelection) -> dict[str, floa
         "trace_share": labels / num_tokens,
         "cache_bytes": cache_bytes,
         "tokens_saved": num_tokens - num_read,
-        "num_captured": sum(cache.shards[s].traces[row].n_total for s, row in cache.traces),
+        "num_captured": sum(info.n_total for info in cache.infos),
     }

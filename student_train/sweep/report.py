@@ -23,6 +23,7 @@ from student_train.sweep.results import (
     group_cells,
     read_cells,
 )
+from teacher_cache.format import SECTIONS
 from teacher_cache.format.checksums import read_record
 
 _STYLE = """
@@ -203,7 +204,7 @@ def _flop_table(file: Path) -> str:
 
 
 def _heldout_table(groups: Sequence[Group]) -> str:
-    sections = ("prompt", "cot", "answer", "all")
+    sections = (*SECTIONS, "all")
     rows = []
     for group in groups:
         row = [group.name.replace("_", " ")]

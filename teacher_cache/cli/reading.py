@@ -36,7 +36,7 @@ def inspect_command(config: InspectConfig, as_json: bool) -> None:
         click.echo(line)
     if not traces:
         return
-    trace = traces[0] if config.trace is None else inspection.find_trace(opened, config.trace)
+    trace = traces[0] if config.trace is None else opened[config.trace]
     tokenizer = _tokenizer_to_show(opened.header, config.model)
     click.echo(f"\ntrace {trace.trace_id} ({trace.finish_reason}) {json.dumps(dict(trace.fields))}")
     for token in inspection.show_tokens(trace, tokenizer):

@@ -89,7 +89,7 @@ def estimate_line(report: CaptureReport, cache: Cache) -> str:
     """Time and disk of the whole input, from the traces of a trial run."""
     num_wanted = report.survey.num_wanted
     stored_bytes = sum(shard.size_bytes for shard in cache.shards)
-    whole_bytes = stored_bytes / len(cache.traces) * num_wanted
+    whole_bytes = stored_bytes / len(cache) * num_wanted
     whole_s = report.seconds / report.num_traces * num_wanted
     return (
         f"estimate for all {num_wanted:,} traces, from {report.num_traces:,}: "

@@ -170,14 +170,8 @@ def sample_traces(cache: Cache, num_samples: int, seed: int) -> list[Trace]:
     """
     rng = np.random.default_rng(seed)
     drawn = rng.permutation(len(cache.traces))[:num_samples]
-    rows_of: dict[int, list[int]] = {}
-    for shard, row in (cache.traces[place] for place in sorted(drawn)):
-        rows_of.setdefault(shard, []).append(row)
-    traces: list[Trace] = []
-    for shard, rows in rows_of.items():
-        infos = cache.shards[shard].traces
-        traces += cache.read(shard, {row: cache.num_held(infos[row]) for row in rows}).values()
-    traces = [trace for trace in traces if trace.num_entries]
+    read = cache.read_held(cache.traces[place] for place in sorted(drawn))
+    traces = [trace for trace in read if trace.num_entries]
     if not traces:
         raise CacheError(f"{cache.path}: no trace with distributions among {len(drawn)} drawn")
     return traces

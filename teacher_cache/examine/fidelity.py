@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_cache.engines import TeacherRows
-from teacher_cache.format import TAIL_FLOOR, CacheHeader, Trace, stored_logprobs
+from teacher_cache.format import TAIL_FLOOR, CacheHeader, Trace, entry_offsets, row_of_entry
 
 _Floats = NDArray[np.float64]
 _ROWS_AT_ONCE = 64  # [64, V] float32 are 39 MB at V = 152k
@@ -47,7 +47,7 @@ def logprobs_at(
     num_ids = 1 + int(max(live.ids.max(initial=0), ids.max(initial=0)))
     dense = np.full((_ROWS_AT_ONCE, num_ids), np.nan, np.float32)
     least = live.logprobs[:, 1:].min(axis=1)
-    ends = np.concatenate([[0], np.cumsum(k, dtype=np.int64)])
+    ends = entry_offsets(k)
     for first in range(0, len(k), _ROWS_AT_ONCE):
         part = live.part(slice(first, first + _ROWS_AT_ONCE))
         rows = np.arange(len(part.ids))
@@ -61,8 +61,7 @@ def logprobs_at(
 
 def tails(k: NDArray[np.uint8], logprobs: _Floats) -> _Floats:
     """[R] mass outside some entries, at least what a cache can tell from none."""
-    row_of_entry = np.repeat(np.arange(len(k)), k)
-    inside = np.bincount(row_of_entry, weights=np.exp(logprobs), minlength=len(k))
+    inside = np.bincount(row_of_entry(k), weights=np.exp(logprobs), minlength=len(k))
     return np.clip(1 - inside, TAIL_FLOOR, None)
 
 
@@ -70,9 +69,8 @@ def divergence(
     k: NDArray[np.uint8], p_logprobs: _Floats, p_tail: _Floats, q_logprobs: _Floats, q_tail: _Floats
 ) -> _Floats:
     """[R] KL(p || q) in nats over the kept entries and one bucket for the tail."""
-    row_of_entry = np.repeat(np.arange(len(k)), k)
     terms = np.exp(p_logprobs) * (p_logprobs - q_logprobs)
-    of_entries = np.bincount(row_of_entry, weights=terms, minlength=len(k))
+    of_entries = np.bincount(row_of_entry(k), weights=terms, minlength=len(k))
     result: _Floats = of_entries + p_tail * (np.log(p_tail) - np.log(q_tail))
     return result
 
@@ -147,15 +145,14 @@ def _stored(
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.bool_]]:
     """Tokens with a distribution among the first ones, their k, and which entries are theirs."""
     tokens = np.flatnonzero(trace.k[:num_tokens] > 0)
-    return tokens, trace.k[tokens], np.repeat(np.arange(len(trace.k)) < num_tokens, trace.k)
+    return tokens, trace.k[tokens], trace.token_of_entry < num_tokens
 
 
 def compare_trace(trace: Trace, rows: TeacherRows, header: CacheHeader) -> Compared:
     """Hold the stored distributions of a trace against an engine's rows of it."""
     tokens, k, is_used = _stored(trace, len(rows.token_ids))
     ids = trace.top_ids[is_used]
-    stored = stored_logprobs(trace.k, trace.top_logits, trace.tail_logit)[is_used]
-    tail = 1 / (1 + np.exp(-trace.tail_logit[tokens].astype(np.float64)))
+    stored, tail = trace.top_logprobs[is_used], trace.tail[tokens]
     everything = LiveRows(rows.row_ids, rows.row_logprobs)
     own = tokens - rows.first_row
     live = everything.part(own)
@@ -171,7 +168,7 @@ def compare_trace(trace: Trace, rows: TeacherRows, header: CacheHeader) -> Compa
             logprobs, tails(k[is_inside], logprobs),
         )  # fmt: skip
     is_own = ids == np.repeat(trace.token_ids[tokens], k)
-    first_ids = ids[np.concatenate([[0], np.cumsum(k, dtype=np.int64)[:-1]])]
+    first_ids = ids[entry_offsets(k)[:-1]]
     return Compared(
         trace_id=trace.trace_id,
         tokens=tokens,

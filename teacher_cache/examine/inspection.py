@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.format import Cache, CacheError, CacheHeader, CachePath, Trace, stored_logprobs
+from teacher_cache.format import SECTIONS, Cache, CacheHeader, CachePath, Trace
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 from teacher_cache.terminal.option import check_options, option
 
@@ -59,20 +59,16 @@ def inspect_cache(cache: Cache, traces: Mapping[int, Trace]) -> Inspection:
         cache: An open cache.
         traces: Any of its traces, whole; `read_first_shard` gives those of one shard.
     """
-    infos = [cache.shards[shard].traces[row] for shard, row in cache.traces]
+    infos = cache.infos
     held = [cache.num_held(info) for info in infos]
     before_cot = sum(min(info.cot_start, n) for info, n in zip(infos, held, strict=True))
     before_answer = sum(min(info.answer_start, n) for info, n in zip(infos, held, strict=True))
-    sections = {
-        "prompt": before_cot,
-        "cot": before_answer - before_cot,
-        "answer": sum(held) - before_answer,
-    }
+    counts = (before_cot, before_answer - before_cot, sum(held) - before_answer)
+    sections = dict(zip(SECTIONS, counts, strict=True))
     num_tokens = sum(sections.values())
     shard_bytes = sum(shard.size_bytes for shard in cache.shards)
     k = _concatenated([trace.k for trace in traces.values()])
-    tail_logit = _concatenated([trace.tail_logit for trace in traces.values()])
-    tail = 1 / (1 + np.exp(-tail_logit[k > 0].astype(np.float64)))
+    tail = _concatenated([trace.tail for trace in traces.values()])[k > 0]
     kept = k[k > 0]
     return Inspection(
         sealed=cache.sealed,
@@ -101,19 +97,6 @@ def read_first_shard(cache: Cache) -> dict[int, Trace]:
     return cache.read(0, {row: cache.num_held(info) for row, info in enumerate(infos)})
 
 
-def find_trace(cache: Cache, trace_id: str) -> Trace:
-    """Read one trace.
-
-    Raises:
-        CacheError: If the cache has none of this id.
-    """
-    for shard, row in cache.traces:
-        info = cache.shards[shard].traces[row]
-        if info.trace_id == trace_id:
-            return cache.read(shard, {row: cache.num_held(info)})[row]
-    raise CacheError(f"{cache.path}: no trace {trace_id!r} among {len(cache.traces)}")
-
-
 @dataclass(frozen=True)
 class ShownToken:
     """One token of a trace and what the teacher thought of it."""
@@ -134,22 +117,20 @@ def show_tokens(
     def text(token_id: int) -> str:
         return str(token_id) if tokenizer is None else tokenizer.decode([token_id])
 
-    probs = np.exp(stored_logprobs(trace.k, trace.top_logits, trace.tail_logit))
-    ends = np.concatenate([[0], np.cumsum(trace.k, dtype=np.int64)])
     shown = []
-    for t, (begin, end) in enumerate(itertools.pairwise(ends)):
-        token_id = int(trace.token_ids[t])
-        ids, p = trace.top_ids[begin:end].tolist(), probs[begin:end].tolist()
+    for t, token_id in enumerate(trace.token_ids.tolist()):
+        entries = trace.logprobs(t)
+        ids, p = entries.ids.tolist(), np.exp(entries.logprobs).tolist()
         others = [(text(i), q) for i, q in zip(ids, p, strict=True) if i != token_id]
-        has_entry = end > begin
+        has_entry = len(ids) > 0
         shown.append(
             ShownToken(
                 position=t,
-                section=_section(trace, t),
+                section=trace.section(t),
                 text=text(token_id),
                 probability=p[ids.index(token_id)] if has_entry else None,
                 alternatives=tuple(others[:num_alternatives]),
-                tail=float(1 / (1 + np.exp(-trace.tail_logit[t]))) if has_entry else None,
+                tail=float(trace.tail[t]) if has_entry else None,
             )
         )
     return shown
@@ -158,12 +139,6 @@ def show_tokens(
 def to_json(inspection: Inspection, header: CacheHeader) -> dict[str, Any]:
     """One object with everything, for scripts."""
     return {"header": header.to_json(), **asdict(inspection)}
-
-
-def _section(trace: Trace, t: int) -> str:
-    if t < trace.cot_start:
-        return "prompt"
-    return "cot" if t < trace.answer_start else "answer"
 
 
 def _concatenated(parts: list[NDArray[Any]]) -> NDArray[Any]:

@@ -116,7 +116,7 @@ class _Sample:
                 f"{cache.path}: a sample must hold whole traces; plan from the cache that it was "
                 "made from"
             )
-        lengths = [cache.shards[shard].traces[row].n_total for shard, row in cache.traces]
+        lengths = [info.n_total for info in cache.infos]
         if len(lengths) < 2:
             raise CacheError(
                 f"{cache.path}: {len(lengths)} traces are no sample; capture some (--limit)"

@@ -10,11 +10,17 @@ from teacher_cache.format.codec import (
     stored_logprobs,
 )
 from teacher_cache.format.commit import ShardCommit, TraceInfo
-from teacher_cache.format.errors import CacheError, CacheFormatError, CacheMismatchError
+from teacher_cache.format.errors import (
+    CacheError,
+    CacheFormatError,
+    CacheMismatchError,
+    TraceNotFoundError,
+)
 from teacher_cache.format.header import CacheHeader, content_hash, tokenizer_fingerprint
 from teacher_cache.format.manifest import Manifest, Seal, ShardList
+from teacher_cache.format.ragged import entry_offsets, row_of_entry, tail_mass
 from teacher_cache.format.reading.prefix_cache import PrefixCache
-from teacher_cache.format.reading.reader import Cache, open_cache
+from teacher_cache.format.reading.reader import Cache, open_cache, rows_by_shard
 from teacher_cache.format.reading.view import narrowed
 from teacher_cache.format.records import read_manifest
 from teacher_cache.format.shares import (
@@ -26,7 +32,7 @@ from teacher_cache.format.shares import (
     shares_to_come,
 )
 from teacher_cache.format.store import CachePath, Store, open_store, shown
-from teacher_cache.format.trace import MAX_K, Trace
+from teacher_cache.format.trace import MAX_K, SECTIONS, TokenLogprobs, Trace
 from teacher_cache.format.writing.journal import FinishedTrace
 from teacher_cache.format.writing.sealing import compact_journals, seal_cache
 from teacher_cache.format.writing.writer import CacheWriter
@@ -34,6 +40,7 @@ from teacher_cache.format.writing.writer import CacheWriter
 __all__ = [
     "LOGIT_GRID",
     "MAX_K",
+    "SECTIONS",
     "TAIL_FLOOR",
     "Cache",
     "CacheError",
@@ -53,10 +60,13 @@ __all__ = [
     "ShardList",
     "ShareRecord",
     "Store",
+    "TokenLogprobs",
     "Trace",
     "TraceInfo",
+    "TraceNotFoundError",
     "compact_journals",
     "content_hash",
+    "entry_offsets",
     "keep_entries",
     "lead_span_length",
     "narrowed",
@@ -67,9 +77,12 @@ __all__ = [
     "publish_share",
     "read_manifest",
     "read_shares",
+    "row_of_entry",
+    "rows_by_shard",
     "seal_cache",
     "shares_to_come",
     "shown",
     "stored_logprobs",
+    "tail_mass",
     "tokenizer_fingerprint",
 ]

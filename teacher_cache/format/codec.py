@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from teacher_cache.format.ragged import row_of_entry
+
 # Logprobs arrive as float32, which resolve the mass outside the kept entries to about 1e-7.
 TAIL_FLOOR = 1e-7
 
@@ -168,11 +170,11 @@ def stored_logprobs(
 
     With the tail they sum to one in every row.
     """
-    row_of_entry = np.repeat(np.arange(len(k)), k)
+    rows = row_of_entry(k)
     logits = top_logits.astype(np.float64)
-    sums = np.bincount(row_of_entry, weights=np.exp(logits), minlength=len(k))
+    sums = np.bincount(rows, weights=np.exp(logits), minlength=len(k))
     log_inside = -np.logaddexp(0.0, tail_logit.astype(np.float64))
     with np.errstate(divide="ignore"):  # rows without entries, which nothing below refers to
         offset = log_inside - np.log(sums)
-    logprobs: NDArray[np.float64] = logits + offset[row_of_entry]
+    logprobs: NDArray[np.float64] = logits + offset[rows]
     return logprobs

@@ -2,7 +2,8 @@
 
 CacheError
 ├── CacheFormatError     the bytes are wrong: damaged, cut off, or not of this format
-└── CacheMismatchError   the bytes are right, but belong to something else
+├── CacheMismatchError   the bytes are right, but belong to something else
+└── TraceNotFoundError   the cache has no trace of this id; a KeyError too
 """
 
 
@@ -16,3 +17,10 @@ class CacheFormatError(CacheError):
 
 class CacheMismatchError(CacheError):
     """The bytes are right, but belong to another capture, teacher, tokenizer or student."""
+
+
+class TraceNotFoundError(CacheError, KeyError):
+    """The cache has no trace of this id; the message names ids that are alike."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError would show the message in quotes

@@ -4,18 +4,37 @@ Letters: m tokens held (all of the trace, or its first part), E kept entries of 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from teacher_cache.format.codec import stored_logprobs
+from teacher_cache.format.ragged import entry_offsets, row_of_entry, tail_mass
+
 MAX_K = 254  # the realised token may come on top of the top-k, and `k` is a uint8
+SECTIONS = ("prompt", "cot", "answer")  # of a trace, in their order
 
 
-@dataclass(frozen=True, eq=False)
+class TokenLogprobs(NamedTuple):
+    """The teacher's kept entries for one token, most probable first; empty without a distribution.
+
+    The token itself is among them, last where it is not in the top-k. With `Trace.tail` of the
+    token their probabilities sum to one.
+    """
+
+    ids: NDArray[np.int32]  # [k]
+    logprobs: NDArray[np.float64]  # [k], nats
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Trace:
     """Prompt, chain of thought and answer, with what the teacher said of each token.
+
+    `len(trace)` is m, `trace[:n]` the trace cut to its first n tokens, `trace.logprobs(t)` what
+    the teacher said of token t. The arrays are constants: values derived from them are kept.
 
     Entry t is the teacher's distribution over token t given the tokens before it. Its kept ids
     are in order of falling probability; the realised token is among them, last where it is not
@@ -36,10 +55,108 @@ class Trace:
     finish_reason: str = "stop"
     fields: Mapping[str, Any] = field(default_factory=dict)  # the user's own, JSON values
 
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __repr__(self) -> str:
+        num_tokens = f"{len(self):,}"
+        if len(self) < self.n_total:
+            num_tokens += f" of {self.n_total:,}"
+        counts = np.bincount(self.section_of_token, minlength=len(SECTIONS)).tolist()
+        parts = ", ".join(f"{name} {n:,}" for name, n in zip(SECTIONS, counts, strict=True))
+        return (
+            f"Trace({self.trace_id!r}: {num_tokens} tokens ({parts}), {self.num_entries:,} entries)"
+        )
+
+    def __getitem__(self, tokens: slice) -> "Trace":
+        """The trace cut to its first tokens: `trace[:n]`, or `trace[:-n]` without the last n.
+
+        `n_total` and the bounds stay those of the whole trace, as where a cache is read to a lead
+        span. Entry t is given the tokens before it, so a cut from the start only is a trace.
+
+        Raises:
+            TypeError: If `tokens` is no slice; `logprobs(t)` gives one token.
+            ValueError: If it leaves out the first token or steps over some, or leaves none.
+        """
+        if not isinstance(tokens, slice):
+            raise TypeError(
+                f"trace[{tokens!r}]: expected a slice trace[:n]; one token's entries are "
+                f"trace.logprobs({tokens!r}), its id is trace.token_ids[{tokens!r}]"
+            )
+        first, end, step = tokens.indices(len(self))
+        if first != 0 or step != 1 or end < 1:
+            raise ValueError(
+                f"trace {self.trace_id!r}: expected a slice [:n] that begins at the first of its "
+                f"{len(self):,} tokens and holds one, got [{first}:{end}:{step}]"
+            )
+        entries = int(self.entry_offsets[end])
+        return replace(
+            self,
+            token_ids=self.token_ids[:end],
+            k=self.k[:end],
+            top_ids=self.top_ids[:entries],
+            top_logits=self.top_logits[:entries],
+            tail_logit=self.tail_logit[:end],
+        )
+
     @property
     def num_entries(self) -> int:
         """Kept entries of all tokens held."""
         return len(self.top_ids)
+
+    @cached_property
+    def entry_offsets(self) -> NDArray[np.int64]:
+        """[m + 1] where each token's entries begin in `top_ids`, and where the last one's end."""
+        return entry_offsets(self.k)
+
+    @cached_property
+    def tail(self) -> NDArray[np.float64]:
+        """[m] the teacher's probability outside the kept entries; NaN without a distribution."""
+        return np.where(self.k > 0, tail_mass(self.tail_logit), np.nan)
+
+    @cached_property
+    def section_of_token(self) -> NDArray[np.int64]:
+        """[m] index into `SECTIONS` of every token."""
+        bounds = np.array([self.cot_start, self.answer_start])
+        return np.searchsorted(bounds, np.arange(len(self)), side="right")
+
+    # What follows is [E]: several times the trace itself, so it is made anew at every access.
+
+    @property
+    def token_of_entry(self) -> NDArray[np.int64]:
+        """[E] the token that each kept entry belongs to."""
+        return row_of_entry(self.k)
+
+    @property
+    def top_logprobs(self) -> NDArray[np.float64]:
+        """[E] logprobs of the kept entries in nats, beside `top_ids`."""
+        return stored_logprobs(self.k, self.top_logits, self.tail_logit)
+
+    def logprobs(self, t: int) -> TokenLogprobs:
+        """What the teacher said of token t given the tokens before it.
+
+        Args:
+            t: Place of the token, 0 to m - 1; from the end where negative.
+
+        Raises:
+            IndexError: If the trace holds no such token.
+        """
+        t = self._place(t)
+        entries = slice(*self.entry_offsets[t : t + 2].tolist())
+        one = slice(t, t + 1)
+        logprobs = stored_logprobs(self.k[one], self.top_logits[entries], self.tail_logit[one])
+        return TokenLogprobs(self.top_ids[entries], logprobs)
+
+    def section(self, t: int) -> str:
+        """Name of the section that token t is in, one of `SECTIONS`; raises as `logprobs`."""
+        return SECTIONS[self.section_of_token[self._place(t)]]
+
+    def _place(self, t: int) -> int:
+        if not -len(self) <= t < len(self):
+            raise IndexError(
+                f"trace {self.trace_id!r}: expected a token of 0 to {len(self) - 1}, got {t}"
+            )
+        return t % len(self)
 
     def validate(self) -> None:
         """Check every invariant that the class promises.
@@ -48,7 +165,7 @@ class Trace:
             ValueError: Naming the trace, what was expected and what was found.
         """
         where = f"trace {self.trace_id!r}"
-        m = len(self.token_ids)
+        m = len(self)
         if not 1 <= m <= self.n_total:
             raise ValueError(f"{where}: expected 1 to n_total={self.n_total} tokens, got {m}")
         if not 0 <= self.cot_start <= self.answer_start <= self.n_total:
@@ -78,7 +195,7 @@ class Trace:
             raise ValueError(f"{where}: top_logits must be finite and at most 0")
         if not np.isfinite(self.tail_logit).all():
             raise ValueError(f"{where}: tail_logit must be finite")
-        token_of_entry = np.repeat(np.arange(len(self.k)), self.k)
+        token_of_entry = self.token_of_entry
         # Sorting token by token: equal neighbours are an id that stands twice.
         keys = np.sort((token_of_entry << 32) | self.top_ids)
         twice = np.flatnonzero(keys[1:] == keys[:-1])

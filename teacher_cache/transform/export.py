@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 
 from teacher_cache.format import (
+    SECTIONS,
     Cache,
-    CacheError,
     CachePath,
     Trace,
+    TraceInfo,
     lead_span_length,
     open_cache,
-    stored_logprobs,
+    rows_by_shard,
 )
 from teacher_cache.sources.tokenizer import TeacherTokenizer, load_tokenizer
 from teacher_cache.terminal.option import check_options, option
@@ -140,21 +141,18 @@ def _whole(out: Path) -> Iterator[Path]:
 
 
 def _token_rows(trace: Trace) -> pa.RecordBatch:
-    positions = np.arange(len(trace.token_ids), dtype=np.int32)
-    bounds = np.array([trace.cot_start, trace.answer_start])
-    section = np.searchsorted(bounds, positions, side="right")
-    ends = pa.array(np.concatenate([[0], np.cumsum(trace.k, dtype=np.int32)]), pa.int32())
+    positions = np.arange(len(trace), dtype=np.int32)
+    ends = pa.array(trace.entry_offsets.astype(np.int32))
     absent = pa.array(trace.k == 0)
-    logprobs = stored_logprobs(trace.k, trace.top_logits, trace.tail_logit).astype(np.float32)
-    tail = 1 / (1 + np.exp(-trace.tail_logit.astype(np.float64)))
+    logprobs = trace.top_logprobs.astype(np.float32)
     columns = {
         "trace_id": pa.array([trace.trace_id] * len(positions)),
         "position": positions,
-        "section": pa.array(np.array(["prompt", "cot", "answer"])[section]),
+        "section": pa.array(np.array(SECTIONS)[trace.section_of_token]),
         "token_id": trace.token_ids,
         "top_ids": pa.ListArray.from_arrays(ends, pa.array(trace.top_ids), mask=absent),
         "top_logprobs": pa.ListArray.from_arrays(ends, pa.array(logprobs), mask=absent),
-        "tail_mass": pa.array(tail.astype(np.float32), mask=trace.k == 0),
+        "tail_mass": pa.array(trace.tail.astype(np.float32), mask=trace.k == 0),
     }
     return pa.record_batch(columns, schema=PARQUET_SCHEMA)
 
@@ -165,23 +163,17 @@ def _distributions(trace: Trace) -> dict[str, Any]:
 
 
 def _traces(cache: Cache, config: ExportConfig) -> Iterator[Trace]:
-    rows_of: dict[int, dict[int, int]] = {}
-    wanted, num_taken = set(config.trace), 0
-    for shard, row in cache.traces:
-        info = cache.shards[shard].traces[row]
-        if config.trace and info.trace_id not in wanted:
-            continue
-        if num_taken == config.limit:
-            break
-        wanted.discard(info.trace_id)
-        num_taken += 1
-        span = config.lead_span
-        num_tokens = cache.num_held(info) if span is None else lead_span_length(info.n_total, span)
-        rows_of.setdefault(shard, {})[row] = num_tokens
-    if wanted and num_taken != config.limit:
-        raise CacheError(f"{cache.path}: no trace {sorted(wanted)[0]!r} among {len(cache.traces)}")
-    for shard, keep in rows_of.items():
+    named = {cache.place(trace_id) for trace_id in config.trace}
+    places = [place for place in cache.traces if place in named or not named]
+    for shard, rows in rows_by_shard(places[: config.limit]).items():
+        keep = {row: _num_exported(cache, cache.shards[shard].traces[row], config) for row in rows}
         yield from cache.read(shard, keep).values()
+
+
+def _num_exported(cache: Cache, info: TraceInfo, config: ExportConfig) -> int:
+    if config.lead_span is None:
+        return cache.num_held(info)
+    return lead_span_length(info.n_total, config.lead_span)
 
 
 def _row(trace: Trace, tokenizer: TeacherTokenizer | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from teacher_cache.format import (
     KeepPolicy,
     Manifest,
     narrowed,
+    rows_by_shard,
     seal_cache,
 )
 from teacher_cache.format.codec import is_clamped_tail
@@ -70,17 +71,10 @@ def truncate_cache(
                 f"{writer.where}: holds a part of another cache; use another folder"
             )
         if not writer.sealed:
-            for shard, rows in _rows_of_shards(cache).items():
+            for shard, rows in rows_by_shard(cache.traces).items():
                 _copy_shard(cache, shard, rows, writer)
             writer.finish()
     return seal_cache(out)
-
-
-def _rows_of_shards(cache: Cache) -> dict[int, list[int]]:
-    rows: dict[int, list[int]] = {}
-    for shard, row in cache.traces:
-        rows.setdefault(shard, []).append(row)
-    return rows
 
 
 def _copy_shard(cache: Cache, shard: int, rows: list[int], writer: CacheWriter) -> None:

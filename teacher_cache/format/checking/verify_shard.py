@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from teacher_cache.format.codec import is_clamped_tail, stored_logprobs, tail_logit_of
+from teacher_cache.format.codec import is_clamped_tail, tail_logit_of
 from teacher_cache.format.commit import ShardCommit
 from teacher_cache.format.errors import CacheFormatError
 from teacher_cache.format.header import UNUSABLE_JSON, CacheHeader, content_hash
@@ -120,10 +120,8 @@ def _broken_content(
 def broken_promises(trace: Trace, header: CacheHeader) -> Iterator[str]:
     """What the policy of a cache promises of every token, beyond what `Trace.validate` checks."""
     has_entries = trace.k > 0
-    tail = 1 / (1 + np.exp(-trace.tail_logit.astype(np.float64)))
-    token_of_entry = np.repeat(np.arange(len(trace.k)), trace.k)
-    probs = np.exp(stored_logprobs(trace.k, trace.top_logits, trace.tail_logit))
-    mass = np.bincount(token_of_entry, weights=probs, minlength=len(trace.k)) + tail
+    tail, probs = trace.tail, np.exp(trace.top_logprobs)
+    mass = np.bincount(trace.token_of_entry, weights=probs, minlength=len(trace)) + tail
     outside = (1 - header.mass) * _TAIL_SLACK + 1e-6
     checks = (
         ("has more entries than top_k and the token itself", trace.k > header.top_k + 1),

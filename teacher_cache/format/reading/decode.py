@@ -14,6 +14,7 @@ from teacher_cache.format.bands import band_start
 from teacher_cache.format.commit import ShardCommit
 from teacher_cache.format.errors import CacheFormatError
 from teacher_cache.format.header import CacheHeader
+from teacher_cache.format.ragged import entry_offsets
 from teacher_cache.format.reading.ipc import declared_bytes
 from teacher_cache.format.schema import check_schema
 from teacher_cache.format.trace import Trace
@@ -161,8 +162,7 @@ def _decode_batch(
     )
     if not same_tokens:
         raise CacheFormatError(f"{where}: the lists of its columns have wrong lengths")
-    token_ends = np.concatenate([[0], np.cumsum(num_tokens)])
-    entry_ends = np.concatenate([[0], np.cumsum(k, dtype=np.int64)])
+    token_ends, entry_ends = entry_offsets(num_tokens), entry_offsets(k)
     row_ends = entry_ends[token_ends]
     for name, found in (("top_ids", id_lengths), ("top_logits", logit_lengths)):
         if not np.array_equal(found, np.diff(row_ends)):

@@ -6,15 +6,18 @@ anything is handed out.
 
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from bisect import bisect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
 
 import pyarrow as pa
 
 from teacher_cache.format.bands import num_bands_needed
 from teacher_cache.format.codec import KeepPolicy
 from teacher_cache.format.commit import ShardCommit, TraceInfo
-from teacher_cache.format.errors import CacheFormatError, CacheMismatchError
+from teacher_cache.format.errors import CacheFormatError, CacheMismatchError, TraceNotFoundError
 from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.manifest import SHARD_FOLDER, Manifest, ShardList, shards_fingerprint
 from teacher_cache.format.reading.decode import assemble, decode_bands
@@ -31,10 +34,16 @@ from teacher_cache.format.trace import Trace
 
 logger = logging.getLogger(__name__)
 
+_NUM_NEIGHBORS = 1000  # ids that are compared with one that is not there, on either side of it
 
-@dataclass
+
+@dataclass(repr=False)
 class Cache:
-    """An open cache: an immutable snapshot of its commit records, and access to its shards."""
+    """An open cache: an immutable snapshot of its commit records, and access to its shards.
+
+    `len(cache)` counts its traces, `cache["some-id"]` reads one, `for trace in cache` all of them,
+    as far as the cache holds them. `read` takes any first tokens of the traces of one shard.
+    """
 
     path: str
     manifest: Manifest
@@ -45,6 +54,62 @@ class Cache:
     prefix_cache: PrefixCache | None = None
     bytes_read: int = 0  # from shards, by this object
     bytes_fetched: int = 0  # of these, not found in the prefix cache
+
+    def __len__(self) -> int:
+        return len(self.traces)
+
+    def __repr__(self) -> str:
+        num_tokens = sum(self.num_held(info) for info in self.infos)
+        state = "sealed" if self.sealed else "not sealed"
+        return (
+            f"Cache({self.path!r}: {len(self):,} traces, {num_tokens:,} tokens, "
+            f"{len(self.shards):,} shards, teacher {self.header.teacher!r}, {state})"
+        )
+
+    def __iter__(self) -> Iterator[Trace]:
+        """Every trace once, shard by shard; raises as `read`. Memory: the traces of one shard."""
+        return self.read_held(self.traces)
+
+    def __contains__(self, trace_id: object) -> bool:
+        """Whether there is a trace of this id; nothing is read."""
+        return trace_id in self._place_of_id
+
+    def __getitem__(self, trace_id: str) -> Trace:
+        """Read one trace; its shard is read anew each time.
+
+        Raises:
+            TypeError: If `trace_id` is no text.
+            TraceNotFoundError: If there is none of this id; a KeyError too.
+            CacheFormatError: If its shard is missing or damaged.
+        """
+        if not isinstance(trace_id, str):
+            raise TypeError(
+                f"cache[{trace_id!r}]: expected the id of a trace, such as "
+                f"{next(iter(self._place_of_id), 'some-id')!r}; `for trace in cache` gives all"
+            )
+        return next(self.read_held([self.place(trace_id)]))
+
+    def place(self, trace_id: str) -> tuple[int, int]:
+        """(shard, row) of a trace, as in `traces`.
+
+        Raises:
+            TraceNotFoundError: If there is none of this id.
+        """
+        if trace_id not in self._place_of_id:
+            raise TraceNotFoundError(
+                f"{self.path}: no trace {trace_id!r} among {len(self):,}"
+                f"{_alike(trace_id, sorted(self._place_of_id))}"
+            )
+        return self._place_of_id[trace_id]
+
+    @cached_property
+    def infos(self) -> tuple[TraceInfo, ...]:
+        """What is known of every trace without reading shards, in the order of `traces`."""
+        return tuple(self.shards[shard].traces[row] for shard, row in self.traces)
+
+    @cached_property
+    def _place_of_id(self) -> Mapping[str, tuple[int, int]]:
+        return {info.trace_id: place for info, place in zip(self.infos, self.traces, strict=True)}
 
     @property
     def header(self) -> CacheHeader:
@@ -93,6 +158,19 @@ class Cache:
         if mass is None or mass == self.header.mass:
             mass = 1.0
         return KeepPolicy(top_k or self.header.top_k, mass)
+
+    def read_held(self, places: Iterable[tuple[int, int]]) -> Iterator[Trace]:
+        """Read traces as far as the cache holds them, each shard once; raises as `read`.
+
+        Args:
+            places: (shard, row) of each, such as some of `traces`.
+
+        Yields:
+            The traces of one shard after those of another. Memory: the traces of one shard.
+        """
+        for shard, rows in rows_by_shard(places).items():
+            infos = self.shards[shard].traces
+            yield from self.read(shard, {row: self.num_held(infos[row]) for row in rows}).values()
 
     def read(
         self, shard_index: int, keep: Mapping[int, int], view: KeepPolicy | None = None
@@ -165,6 +243,23 @@ class Cache:
         if damage is not None:
             raise CacheFormatError(f"{where}: {damage}")
         return data
+
+
+def rows_by_shard(places: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+    """Shard -> rows of the (shard, row) places in it, both in their order."""
+    rows: dict[int, list[int]] = {}
+    for shard, row in places:
+        rows.setdefault(shard, []).append(row)
+    return rows
+
+
+def _alike(trace_id: str, ids: Sequence[str]) -> str:
+    """Ends a message with ids that may be meant, out of those that stand near by name."""
+    place = bisect(ids, trace_id)
+    near = ids[max(0, place - _NUM_NEIGHBORS) : place + _NUM_NEIGHBORS]
+    if matches := get_close_matches(trace_id, near):
+        return f". Did you mean {' or '.join(map(repr, matches))}?"
+    return f". Its ids are such as {', '.join(map(repr, ids[:3]))}." if ids else ""
 
 
 def _damage(data: pa.Buffer, commit: ShardCommit, num_bands: int) -> str | None:

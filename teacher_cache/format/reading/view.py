@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.format.codec import KeepPolicy, stored_logprobs, tail_logit_of
+from teacher_cache.format.codec import KeepPolicy, tail_logit_of
 from teacher_cache.format.trace import Trace
 
 
@@ -24,9 +24,8 @@ def narrowed(trace: Trace, policy: KeepPolicy) -> Trace:
             the realised token. The mass is counted in stored probabilities, which are rounded:
             for fewer entries alone, pass a mass of 1.
     """
-    probs = np.exp(stored_logprobs(trace.k, trace.top_logits, trace.tail_logit))
-    token_of_entry = np.repeat(np.arange(len(trace.k)), trace.k)
-    starts = np.concatenate([[0], np.cumsum(trace.k, dtype=np.int64)])[token_of_entry]
+    probs, token_of_entry = np.exp(trace.top_logprobs), trace.token_of_entry
+    starts = trace.entry_offsets[token_of_entry]
     before = np.concatenate([[0.0], np.cumsum(probs)])
     mass_before = before[:-1] - before[starts]
     is_kept = mass_before < policy.mass

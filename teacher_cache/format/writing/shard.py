@@ -14,6 +14,7 @@ from teacher_cache.format.bands import band_start
 from teacher_cache.format.codec import LOGIT_GRID, logit_codes
 from teacher_cache.format.commit import Block, block_of
 from teacher_cache.format.header import CacheHeader
+from teacher_cache.format.ragged import entry_offsets
 from teacher_cache.format.schema import MAX_NARROW_IDS, shard_schema
 from teacher_cache.format.trace import Trace
 
@@ -52,7 +53,7 @@ def encode_shard(traces: Sequence[Trace], header: CacheHeader) -> EncodedShard:
         trace_ids=pa.array([trace.trace_id for trace in traces], pa.string()),
         id_dictionary=pa.array(id_dictionary),
         index_of_id=index_of_id,
-        entry_starts=[np.concatenate([[0], np.cumsum(t.k, dtype=np.int64)]) for t in traces],
+        entry_starts=[trace.entry_offsets for trace in traces],
     )
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(
@@ -149,8 +150,7 @@ class _Columns:
 
 
 def _offsets(slices: Sequence[slice]) -> pa.Array:
-    lengths = [s.stop - s.start for s in slices]
-    return pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    return pa.array(entry_offsets([s.stop - s.start for s in slices]).astype(np.int32))
 
 
 def _lists(
