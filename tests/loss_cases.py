@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import reference
 import torch
 
-from student_train.losses import TeacherTargets, sparse_kl
+from student_train.losses import Objective, TeacherTargets, sparse_kl
 
 # Every objective that is allowed, with a mix away from the default where there is one.
 DIVERGENCES = [
@@ -113,7 +113,7 @@ def errors_and_yardstick(hidden, weight, targets):
         return losses, losses.mean()
 
     def ours(hidden, weight):
-        output = sparse_kl(hidden, weight, targets, token_weight)
+        output = sparse_kl(hidden, weight, targets, token_weight, Objective(ce_weight=0.0))
         return output.kl, output.loss
 
     truth = _losses_and_gradients(plain_float64, hidden.double(), weight.double())

@@ -16,15 +16,16 @@ import loss_cases
 import reference
 import torch
 
-from student_train.losses import chunks, sparse_kl, sparse_kl_per_token
+from student_train.losses import Objective, chunks, sparse_kl, sparse_kl_per_token
 from student_train.losses.rows import TorchPasses
 
 # Beside every objective: what stands between the head's outputs and the logits.
 HEADS = [
-    {},
-    {"softcap": 3.0, "logit_scale": 0.7},
+    {"ce_weight": 0.0},
+    {"softcap": 3.0, "logit_scale": 0.7, "ce_weight": 0.0},
     {"softcap": 3.0, "tail": "renormalise", "temperature": 0.7, "ce_weight": 0.3},
 ]
+KL_ALONE = {"ce_weight": 0.0}
 WIDE = 20_011  # ids: more than two blocks of a kernel, and no multiple of anything
 # Relative, by norm, between two orders of the same sums on one device.
 TOLERANCE = {
@@ -43,7 +44,7 @@ def every_objective(device, num_vocab):
             hidden, weight, targets, token_weight = loss_cases.ragged_case(num_vocab=width)
             bias = torch.linspace(-1, 1, width, dtype=torch.float64)
             got = _loss_and_gradients(
-                sparse_kl, device, (hidden, weight, bias), targets, token_weight, settings
+                _fused, device, (hidden, weight, bias), targets, token_weight, settings
             )
             truth = _loss_and_gradients(
                 _definition, "cpu", (hidden, weight, bias), targets, token_weight, settings
@@ -63,7 +64,7 @@ def per_token(device, _):
         for where in (device, "cpu"):
             operands = [each.to(where).requires_grad_() for each in (hidden, weight)]
             on_device = loss_cases.on_device(targets, where)
-            output = sparse_kl_per_token(*operands, on_device, chunk_bytes=1, **settings)
+            output = sparse_kl_per_token(*operands, on_device, Objective(**settings), chunk_bytes=1)
             gradients = torch.autograd.grad(output.loss, operands, upstream.to(where))
             parts = (output.kl, output.ce, output.student_mass, output.top1.double())
             results.append([output.loss, *parts, *gradients])
@@ -104,7 +105,7 @@ def half_precision_equals_pytorch(device, num_vocab):
                 try:
                     results.append(
                         _loss_and_gradients(
-                            sparse_kl, device, (hidden, weight, None), targets,
+                            _fused, device, (hidden, weight, None), targets,
                             torch.full((len(hidden),), 1 / len(hidden)), settings,
                         )
                     )  # fmt: skip
@@ -130,7 +131,9 @@ def extremes(device, _):
             student = (1e4 * signs).to(device, dtype).requires_grad_()
             weight = torch.eye(9, device=device, dtype=dtype).requires_grad_()
             moved = loss_cases.on_device(targets, device)
-            output = sparse_kl(student, weight, moved, torch.ones(12, device=device), **settings)
+            output = sparse_kl(
+                student, weight, moved, torch.ones(12, device=device), Objective(**settings)
+            )
             output.loss.backward()
             for tensor in (output.kl, output.ce, student.grad, weight.grad):
                 assert tensor.isfinite().all(), f"{settings}, {dtype}: not finite"
@@ -143,8 +146,9 @@ def repeats(device, num_vocab):
         hidden, weight, targets = loss_cases.distillation_case(dtype, 1, 1, num_vocab=num_vocab)
         runs = [
             _loss_and_gradients(
-                sparse_kl, device, (hidden, weight, None), targets,
-                torch.full((len(hidden),), 1 / len(hidden)), {"chunk_bytes": chunk_bytes},
+                _fused, device, (hidden, weight, None), targets,
+                torch.full((len(hidden),), 1 / len(hidden)),
+                {**KL_ALONE, "chunk_bytes": chunk_bytes},
             )
             for chunk_bytes in (None, None, 7 * 8 * num_vocab)
         ]  # fmt: skip
@@ -163,10 +167,10 @@ def autocast(device, num_vocab):
     token_weight = torch.full((len(hidden),), 1 / len(hidden))
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
         got = _loss_and_gradients(
-            sparse_kl, device, (hidden, weight, None), targets, token_weight, {}
+            _fused, device, (hidden, weight, None), targets, token_weight, KL_ALONE
         )
     truth = _loss_and_gradients(
-        sparse_kl, "cpu", (hidden.double(), weight.double(), None), targets, token_weight, {}
+        _fused, "cpu", (hidden.double(), weight.double(), None), targets, token_weight, KL_ALONE
     )
     worst = 0.0
     for one, other in zip(got, truth, strict=True):
@@ -181,18 +185,18 @@ def offsets_beyond_32_bits(device, _):
     num_vocab, num_rows = 151_936, 2**31 // 151_936 + 64
     hidden, weight, targets = _big_case(device, num_rows, num_vocab, hidden_size=16)
     last = slice(num_rows - 32, None)
-    whole = sparse_kl_per_token(hidden, weight, targets, chunk_bytes=2**36)
-    part = sparse_kl_per_token(hidden[last], weight, targets.select(last))
+    kl_alone = Objective(**KL_ALONE)
+    whole = sparse_kl_per_token(hidden, weight, targets, kl_alone, chunk_bytes=2**36)
+    part = sparse_kl_per_token(hidden[last], weight, targets.select(last), kl_alone)
     torch.testing.assert_close(whole.loss[last], part.loss, rtol=1e-5, atol=1e-5)
     token_weight = torch.zeros(num_rows, device=device)
     token_weight[last] = 1.0
     token_weight[: num_rows - 32] = 1e-30  # rows of weight 0 would be left out
-    (whole,) = torch.autograd.grad(
-        sparse_kl(hidden.requires_grad_(), weight, targets, token_weight, chunk_bytes=2**36).loss,
-        hidden,
-    )
+    hidden.requires_grad_()
+    loss = sparse_kl(hidden, weight, targets, token_weight, kl_alone, chunk_bytes=2**36).loss
+    (whole,) = torch.autograd.grad(loss, hidden)
     hidden_part = hidden.detach()[last].requires_grad_()
-    loss = sparse_kl(hidden_part, weight, targets.select(last), token_weight[last]).loss
+    loss = sparse_kl(hidden_part, weight, targets.select(last), token_weight[last], kl_alone).loss
     (part,) = torch.autograd.grad(loss, hidden_part)
     torch.testing.assert_close(whole[last], part, rtol=2e-2, atol=1e-4)
     return 2, 0.0
@@ -206,7 +210,7 @@ def memory(device, _):
     token_weight = torch.full((num_rows,), 1 / num_rows, device=device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    sparse_kl(*operands, targets, token_weight).loss.backward()
+    sparse_kl(*operands, targets, token_weight, Objective(**KL_ALONE)).loss.backward()
     extra = torch.cuda.max_memory_allocated(device) - before
     gradients = num_vocab * hidden_size * (4 + 2) + num_rows * hidden_size * 2
     limit = gradients + (640 + 128) * 2**20
@@ -239,6 +243,13 @@ def checks_for(device):
     return (*CHECKS, *CUDA_CHECKS, *others)
 
 
+def _fused(hidden, weight, targets, token_weight, *, bias, chunk_bytes=None, **settings):
+    return sparse_kl(
+        hidden, weight, targets, token_weight, Objective(**settings), bias=bias,
+        chunk_bytes=chunk_bytes,
+    ).loss  # fmt: skip
+
+
 def _definition(hidden, weight, targets, token_weight, *, bias, **settings):
     losses = reference.sparse_kl(hidden, weight, targets, bias=bias, **settings)
     return (losses * token_weight).sum()
@@ -248,11 +259,10 @@ def _loss_and_gradients(function, device, operands, targets, token_weight, setti
     """Loss and gradients of hidden, weight and bias, on the CPU in float64."""
     moved = [None if each is None else each.to(device).requires_grad_() for each in operands]
     hidden, weight, bias = moved
-    result = function(
+    loss = function(
         hidden, weight, loss_cases.on_device(targets, device), token_weight.to(device),
         bias=bias, **settings,
     )  # fmt: skip
-    loss = result if isinstance(result, torch.Tensor) else result.loss
     given = [each for each in moved if each is not None]
     return [each.detach().cpu().double() for each in (loss, *torch.autograd.grad(loss, given))]
 

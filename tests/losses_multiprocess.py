@@ -6,16 +6,16 @@ import loss_cases
 import torch
 import torch.distributed as dist
 
-from student_train.losses import VocabShard, sparse_kl, sparse_kl_per_token
+from student_train.losses import Objective, VocabShard, sparse_kl, sparse_kl_per_token
 
 NUM_VOCAB = 37
 # First ids of each process: uneven, and less than the kept entries of some row.
 STARTS = {2: [0, 23], 4: [0, 3, 20, 31]}
 OBJECTIVES = [
-    {"ce_weight": 0.3},
-    {"divergence": "jsd", "softcap": 3.0},
-    {"tail": "zero", "logit_scale": 0.5},
-    {"tail": "renormalise", "temperature": 2.0, "ce_weight": 0.4},
+    Objective(ce_weight=0.3),
+    Objective(divergence="jsd", softcap=3.0, ce_weight=0.0),
+    Objective(tail="zero", logit_scale=0.5, ce_weight=0.0),
+    Objective(tail="renormalise", temperature=2.0, ce_weight=0.4),
 ]
 
 
@@ -40,21 +40,27 @@ def vocab_parallel(rank, world_size, folder):
     stop = [*STARTS[world_size], NUM_VOCAB][rank + 1]
     shard = VocabShard(dist.group.WORLD, start, NUM_VOCAB)
 
-    def run(function, parts, **settings):
+    def run(function, parts, objective, shard=None):
         operands = leaves(*parts)
         extra = (token_weight,) if function is sparse_kl else ()
         output = function(
-            *operands[:2], targets, *extra, bias=operands[2], chunk_bytes=900, **settings
+            *operands[:2],
+            targets,
+            *extra,
+            objective,
+            bias=operands[2],
+            chunk_bytes=900,
+            shard=shard,
         )
         loss = output.loss if function is sparse_kl else (output.loss * token_weight).sum()
         grads = torch.autograd.grad(loss, operands)
         return output, loss, grads
 
     for function in (sparse_kl, sparse_kl_per_token):
-        for settings in OBJECTIVES:
-            whole, loss, grads = run(function, (hidden, weight, bias), **settings)
+        for objective in OBJECTIVES:
+            whole, loss, grads = run(function, (hidden, weight, bias), objective)
             own = (hidden, weight[start:stop], bias[start:stop])
-            part, part_loss, part_grads = run(function, own, shard=shard, **settings)
+            part, part_loss, part_grads = run(function, own, objective, shard)
             expected = [grads[0], grads[1][start:stop], grads[2][start:stop]]
             torch.testing.assert_close(part_loss, loss, rtol=1e-13, atol=1e-13)
             for one, other in zip(part_grads, expected, strict=True):
@@ -78,7 +84,7 @@ class Student(torch.nn.Module):
 
     def forward(self, tokens, targets, token_weight):
         hidden = torch.tanh(self.body(self.embedding(tokens)))
-        return sparse_kl(hidden, self.head.weight, targets, token_weight, ce_weight=0.3).loss
+        return sparse_kl(hidden, self.head.weight, targets, token_weight).loss
 
 
 def sharded_head(rank, world_size, folder):

@@ -73,12 +73,12 @@ def sparse_kl(
     weight,
     targets,
     *,
+    ce_weight,
     bias=None,
     divergence="forward_kl",
     mix=None,
     tail="bucket",
     temperature=1.0,
-    ce_weight=0.0,
     softcap=None,
     logit_scale=1.0,
 ):

@@ -51,7 +51,7 @@ MIXING = {
 
 def outcome(model, layout, traces=TRACES, *, head=None):
     """Hidden states by all tokens up to theirs, the loss, and its gradients."""
-    student = StudentWithLoss(model, head or head_of(model), ce_weight=0.5)
+    student = StudentWithLoss(model, head or head_of(model))
     hidden, losses, seen = {}, [], []
     hook = model.base_model.register_forward_hook(
         lambda module, args, output: seen.append(output.last_hidden_state.detach())

@@ -25,7 +25,7 @@ def test_the_formula_is_pytorchs_count_but_for_the_masked_half_of_attention(sele
     model = make_model(attn_implementation="eager")
     formula = FlopFormula.of(model)
     (batch,) = micro_batches(TRACES, selection, batch_tokens=10_000, loss_reduction="token")
-    counted = counted_flops(StudentWithLoss(model, head_of(model), 0.5), batch)
+    counted = counted_flops(StudentWithLoss(model, head_of(model)), batch)
     masked = 6 * formula.attention_width * sum(n * n for n in batch.num_positions)
 
     assert counted == formula.flops(batch.num_positions, batch.num_valid) + masked

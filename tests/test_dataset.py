@@ -100,7 +100,7 @@ def test_the_example_trains_resumes_and_shares_its_work(path, tmp_path):
     first = logged["log_history"][0]["loss"]
     model = AutoModelForCausalLM.from_pretrained(student)
     item = next(iter(dataset_of(path, seed=0)))
-    loss, _ = StudentWithLoss(model, head_of(model), ce_weight=0.5)(item["batch"])
+    loss, _ = StudentWithLoss(model, head_of(model))(item["batch"])
     assert first == pytest.approx(loss.item() / item["batch"].num_valid, rel=1e-4)
 
     shutil.copytree(tmp_path / "whole" / "checkpoint-5", tmp_path / "rest" / "checkpoint-5")

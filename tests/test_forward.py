@@ -18,6 +18,7 @@ from transformers import (
 
 from student_train.batch.micro_batch import micro_batches
 from student_train.data.tokens import TokenSelection
+from student_train.losses import Objective
 from student_train.model.forward import StudentWithLoss
 from student_train.model.load import head_of
 from student_train.run.config import TrainConfig
@@ -44,7 +45,7 @@ def test_the_loss_is_that_of_the_models_own_logits(head):
     (batch,) = micro_batches(
         [make_trace("t", 60)], TokenSelection(), batch_tokens=1000, loss_reduction="token"
     )
-    loss, sums = StudentWithLoss(model, head_of(model), ce_weight=1.0)(batch)
+    loss, sums = StudentWithLoss(model, head_of(model), Objective(ce_weight=1.0))(batch)
 
     rows = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.hidden_index]
     expected = torch.nn.functional.cross_entropy(rows, batch.targets.target_ids, reduction="sum")

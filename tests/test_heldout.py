@@ -35,7 +35,7 @@ def dense_figures(model, traces, first, end):
 def test_figures_are_those_of_the_whole_traces_by_section():
     traces = [make_trace(f"t{n}", 24 + 7 * n, seed=n, without_entries=(9,)) for n in range(3)]
     model = make_model(initializer_range=0.5).double().eval()
-    student = StudentWithLoss(model, head_of(model), ce_weight=0.5)
+    student = StudentWithLoss(model, head_of(model))
     found = heldout_figures(student, traces, CPU)
 
     sections = {
@@ -56,7 +56,7 @@ def test_figures_are_those_of_the_whole_traces_by_section():
 def test_a_section_without_distributions_is_left_out_and_nothing_gives_nothing():
     trace = make_trace("t", 40, without_entries=range(10))
     model = make_model().eval()
-    student = StudentWithLoss(model, head_of(model), ce_weight=0.5)
+    student = StudentWithLoss(model, head_of(model))
 
     assert list(heldout_figures(student, [trace], CPU)) == ["cot", "answer", "all"]
     assert heldout_figures(student, [], CPU) == {}

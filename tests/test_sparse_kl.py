@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 
-from student_train.losses import sparse_kl, sparse_kl_per_token
+from student_train.losses import Objective, sparse_kl, sparse_kl_per_token
 
 ALLOWED = list(loss_cases.allowed_objectives())
 SETTINGS = [
@@ -35,8 +35,9 @@ def test_gradcheck_holds_for_every_allowed_objective(objective):
 
     def loss(hidden, weight):
         return sparse_kl(
-            hidden, weight, targets, token_weight, chunk_bytes=3 * TWO_ROWS_OF_SEVEN, **objective
-        ).loss
+            hidden, weight, targets, token_weight, Objective(**objective),
+            chunk_bytes=3 * TWO_ROWS_OF_SEVEN,
+        ).loss  # fmt: skip
 
     assert torch.autograd.gradcheck(loss, (leaf(hidden), leaf(weight)))
 
@@ -49,8 +50,9 @@ def test_gradcheck_holds_through_bias_softcap_and_scale(settings, ce_weight):
 
     def loss(hidden, weight, bias):
         return sparse_kl(
-            hidden, weight, targets, token_weight, bias=bias, ce_weight=ce_weight, **settings
-        ).loss
+            hidden, weight, targets, token_weight, Objective(ce_weight=ce_weight, **settings),
+            bias=bias,
+        ).loss  # fmt: skip
 
     assert torch.autograd.gradcheck(loss, (leaf(hidden), leaf(weight), leaf(bias)))
 
@@ -60,7 +62,10 @@ def test_gradcheck_holds_per_token(objective):
     hidden, weight, targets, _ = loss_cases.ragged_case()
 
     def losses(hidden, weight):
-        return sparse_kl_per_token(hidden, weight, targets, chunk_bytes=300, **objective).loss
+        output = sparse_kl_per_token(
+            hidden, weight, targets, Objective(**objective), chunk_bytes=300
+        )
+        return output.loss
 
     assert torch.autograd.gradcheck(losses, (leaf(hidden), leaf(weight)))
 
@@ -70,10 +75,13 @@ def test_equals_the_dense_definition_to_1e_12(objective):
     hidden, weight, targets, token_weight = loss_cases.ragged_case(num_vocab=41, hidden_size=5)
 
     def ours(hidden, weight):
-        return sparse_kl(hidden, weight, targets, token_weight, chunk_bytes=1, **objective).loss
+        output = sparse_kl(
+            hidden, weight, targets, token_weight, Objective(**objective), chunk_bytes=1
+        )
+        return output.loss
 
     def per_token(hidden, weight):
-        losses = sparse_kl_per_token(hidden, weight, targets, **objective).loss
+        losses = sparse_kl_per_token(hidden, weight, targets, Objective(**objective)).loss
         return (losses * token_weight).sum()
 
     def dense(hidden, weight):
@@ -92,7 +100,8 @@ def test_bias_softcap_and_scale_equal_the_dense_definition(settings):
     settings = {"ce_weight": 0.4, **settings}
 
     def ours(hidden, weight, bias):
-        return sparse_kl(hidden, weight, targets, token_weight, bias=bias, **settings).loss
+        objective = Objective(**settings)
+        return sparse_kl(hidden, weight, targets, token_weight, objective, bias=bias).loss
 
     def dense(hidden, weight, bias):
         losses = reference.sparse_kl(hidden, weight, targets, bias=bias, **settings)
@@ -105,7 +114,8 @@ def test_bias_softcap_and_scale_equal_the_dense_definition(settings):
 
 def test_parts_are_what_they_are_called():
     hidden, weight, targets, token_weight = loss_cases.ragged_case()
-    output = sparse_kl(leaf(hidden), leaf(weight), targets, token_weight, ce_weight=0.25)
+    objective = Objective(ce_weight=0.25)
+    output = sparse_kl(leaf(hidden), leaf(weight), targets, token_weight, objective)
     q = torch.softmax(hidden @ weight.T, dim=1)
     for n, k in enumerate(targets.k.tolist()):
         kl, ce = reference.token_parts(q.log(), targets, n, "forward_kl", None, "bucket", 1.0)
@@ -128,7 +138,8 @@ def test_parts_are_what_they_are_called():
 def kl_at(k, teacher_logits, logits, **objective):
     targets = loss_cases.targets_of(teacher_logits, k, dtype=torch.float64)
     identity = torch.eye(logits.shape[1], dtype=torch.float64)
-    return sparse_kl_per_token(logits, identity, targets, **objective).loss
+    objective = Objective(ce_weight=0.0, **objective)
+    return sparse_kl_per_token(logits, identity, targets, objective).loss
 
 
 def random_logits(num_rows, num_vocab, seed=0):
@@ -161,7 +172,8 @@ def test_a_student_equal_to_the_teacher_has_no_loss_and_no_gradient(name, mix):
     teacher, _ = random_logits(6, 23)
     targets = loss_cases.targets_of(teacher, [1, 2, 5, 9, 22, 23], dtype=torch.float64)
     student, identity = leaf(teacher), torch.eye(23, dtype=torch.float64)
-    loss = sparse_kl(student, identity, targets, torch.ones(6), divergence=name, mix=mix).loss
+    objective = Objective(divergence=name, mix=mix, ce_weight=0.0)
+    loss = sparse_kl(student, identity, targets, torch.ones(6), objective).loss
     (gradient,) = torch.autograd.grad(loss, student)
     # abs(p - q) has a kink there: rounding decides the sign, not the size, of its gradient.
     assert abs(loss) < 1e-14
@@ -174,7 +186,7 @@ def test_gradient_rows_sum_to_zero(objective):
     teacher, student = random_logits(6, 23)
     targets = loss_cases.targets_of(teacher, [1, 2, 5, 9, 22, 23], [3] * 6, dtype=torch.float64)
     student, identity = leaf(student), torch.eye(23, dtype=torch.float64)
-    loss = sparse_kl(student, identity, targets, torch.ones(6), **objective).loss
+    loss = sparse_kl(student, identity, targets, torch.ones(6), Objective(**objective)).loss
     (gradient,) = torch.autograd.grad(loss, student)
     assert gradient.sum(dim=1).abs().max() < 1e-14
 
@@ -184,8 +196,9 @@ def test_a_constant_added_to_a_rows_logits_changes_nothing(objective):
     teacher, student = random_logits(6, 23)
     targets = loss_cases.targets_of(teacher, 5, dtype=torch.float64)
     identity, weight = torch.eye(23, dtype=torch.float64), torch.ones(6)
-    plain = sparse_kl(student, identity, targets, weight, **objective).loss
-    shifted = sparse_kl(student + 1000, identity, targets, weight, **objective).loss
+    objective = Objective(**objective)
+    plain = sparse_kl(student, identity, targets, weight, objective).loss
+    shifted = sparse_kl(student + 1000, identity, targets, weight, objective).loss
     torch.testing.assert_close(plain, shifted, rtol=1e-11, atol=1e-11)
 
 
@@ -200,7 +213,7 @@ def test_the_order_of_kept_entries_does_not_matter():
         target_ids=targets.target_ids.int(),
         **fields,
     )
-    first = sparse_kl(student, identity, targets, torch.ones(6), ce_weight=0.5)
-    second = sparse_kl(student, identity, turned, torch.ones(6), ce_weight=0.5)
+    first = sparse_kl(student, identity, targets, torch.ones(6))
+    second = sparse_kl(student, identity, turned, torch.ones(6))
     torch.testing.assert_close(first.loss, second.loss)
     assert torch.equal(first.top1, second.top1)

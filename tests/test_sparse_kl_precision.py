@@ -8,7 +8,7 @@ import loss_cases
 import pytest
 import torch
 
-from student_train.losses import sparse_kl, sparse_kl_per_token
+from student_train.losses import Objective, sparse_kl, sparse_kl_per_token
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -45,7 +45,8 @@ def test_value_and_gradient_are_exact_however_small_the_students_tail(name, stud
     for dtype in (torch.float32, torch.float64):
         student = logits.to(dtype).requires_grad_()
         identity = torch.eye(7, dtype=dtype)
-        loss = sparse_kl(student, identity, targets, torch.ones(1), divergence=name).loss
+        objective = Objective(divergence=name, ce_weight=0.0)
+        loss = sparse_kl(student, identity, targets, torch.ones(1), objective).loss
         results[dtype] = loss.detach(), torch.autograd.grad(loss, student)[0]
     for got, truth in zip(results[torch.float32], results[torch.float64], strict=True):
         torch.testing.assert_close(got.double(), truth, rtol=2e-6, atol=0)
@@ -60,7 +61,7 @@ def test_extreme_logits_give_finite_losses_and_gradients(objective, dtype):
     targets = loss_cases.targets_of(teacher, [1, 2, 3, 8] * 3, [4] * 12)
     student = (1e4 * signs).to(dtype).requires_grad_()
     weight = torch.eye(9, dtype=dtype).requires_grad_()
-    output = sparse_kl(student, weight, targets, torch.ones(12), **objective)
+    output = sparse_kl(student, weight, targets, torch.ones(12), Objective(**objective))
     output.loss.backward()
     for tensor in (output.kl, output.ce, student.grad, weight.grad):
         assert tensor.isfinite().all()
@@ -69,7 +70,8 @@ def test_extreme_logits_give_finite_losses_and_gradients(objective, dtype):
 def test_a_nearly_certain_label_keeps_its_gradient():
     student = torch.tensor([[20.0, 0.0, -1.0]], requires_grad=True)
     targets = loss_cases.targets_of(torch.tensor([[3.0, 1.0, 0.0]]), 2)
-    loss = sparse_kl(student, torch.eye(3), targets, torch.ones(1), ce_weight=1.0).loss
+    label_alone = Objective(ce_weight=1.0)
+    loss = sparse_kl(student, torch.eye(3), targets, torch.ones(1), label_alone).loss
     loss.backward()
     expected = torch.softmax(student.detach().double()[0], dim=0)
     expected[0] = -expected[1:].sum()

@@ -13,7 +13,7 @@ from sweeps import add_cell
 
 from student_train.sweep import protocol
 from student_train.sweep.config import SweepConfig
-from student_train.sweep.protocol import sweep
+from student_train.sweep.protocol import run_sweep
 from teacher_cache.format.checksums import publish_record
 
 PROGRAM = [sys.executable, "-m", "student_train.cli", "sweep"]
@@ -51,7 +51,7 @@ def test_prompts_that_were_trained_on_are_refused_unless_forced(parts):
     own = " ".join(TOKENS[token] for token in traces[3].token_ids[: traces[3].cot_start])
     write_prompts(settings["eval_prompts"], ["3 4", own])
     with pytest.raises(ValueError, match=r"1 of 2 prompts stand in the training cache.*prompt 2: "):
-        sweep(SweepConfig(**settings))
+        run_sweep(SweepConfig(**settings))
     assert not settings["out"].exists()
 
 
@@ -69,7 +69,7 @@ def test_a_sweep_that_has_nothing_to_do_is_refused(parts, changes, message):
         settings["eval_prompts"].write_text("")
         changes = {}
     with pytest.raises(ValueError, match=message):
-        sweep(SweepConfig(**settings | changes))
+        run_sweep(SweepConfig(**settings | changes))
 
 
 def test_sections_with_prompts_need_a_cache_that_has_them(parts, tmp_path):
@@ -77,7 +77,7 @@ def test_sections_with_prompts_need_a_cache_that_has_them(parts, tmp_path):
     settings["cache"] = make_cache(tmp_path / "without", traces, capture_prompt=False)
     sections = (("prompt", "cot"), ("cot",))
     with pytest.raises(ValueError, match=r"sections prompt\+cot: .* has no distributions of prom"):
-        sweep(SweepConfig(**settings, sections_list=sections))
+        run_sweep(SweepConfig(**settings, sections_list=sections))
 
 
 def test_a_folder_of_something_else_or_of_another_sweep_is_refused(parts):
@@ -85,10 +85,10 @@ def test_a_folder_of_something_else_or_of_another_sweep_is_refused(parts):
     settings["out"].mkdir()
     (settings["out"] / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="expected an empty folder or a sweep's"):
-        sweep(SweepConfig(**settings))
+        run_sweep(SweepConfig(**settings))
     publish_record(settings["out"] / "sweep.json", {"cache_fingerprint": "other"})
     with pytest.raises(ValueError, match="holds another sweep"):
-        sweep(SweepConfig(**settings))
+        run_sweep(SweepConfig(**settings))
 
 
 @pytest.fixture
@@ -108,12 +108,12 @@ def ran(monkeypatch):
 def test_workers_share_the_cells_and_the_last_call_reports_all_of_them(parts, ran):
     settings, _ = parts
     config = SweepConfig(**settings, lead_spans=(0.5, 1.0), baselines=("base", "sft"), num_seeds=2)
-    results = [sweep(replace(config, worker=worker)) for worker in ("1/2", "0/2")]
+    results = [run_sweep(replace(config, worker=worker)) for worker in ("1/2", "0/2")]
 
     assert sorted(ran) == sorted(cell.name for cell in config.cells(40))
     assert [result.num_finished for result in results] == [3, 7]
     assert len((config.out / "results.csv").read_text().splitlines()) == 8
-    sweep(config)
+    run_sweep(config)
     assert len(ran) == 7
     calls = json.loads((config.out / "sweep.json").read_text())["calls"]
     assert calls == [config.command()]  # however its cells were shared
@@ -126,8 +126,8 @@ def test_another_call_adds_cells_and_one_without_a_full_length_says_so(parts, ra
     assert "no full-length cell" in sweep(short).answer
     assert "no full-length cell: retention has no base" in caplog.text
     caplog.clear()
-    sweep(replace(short, lead_spans=(1.0,)))
-    sweep(replace(short, lead_spans=(0.25,)))
+    run_sweep(replace(short, lead_spans=(1.0,)))
+    run_sweep(replace(short, lead_spans=(0.25,)))
 
     assert not caplog.text
     assert ran == ["span-0.5_seed-0", "span-1_seed-0", "span-0.25_seed-0"]
@@ -178,6 +178,6 @@ def test_a_sweep_is_stopped_goes_on_reports_a_failed_cell_and_repeats_nothing(pa
     assert len((settings["out"] / "results.csv").read_text().splitlines()) == 2
 
     before = (cells / "span-0.5_seed-0" / "result.json").stat().st_mtime_ns
-    again = sweep(SweepConfig(**settings, lead_spans=(0.5,), baselines=(), num_seeds=1))
+    again = run_sweep(SweepConfig(**settings, lead_spans=(0.5,), baselines=(), num_seeds=1))
     assert (again.num_finished, again.failed) == (1, ())
     assert (cells / "span-0.5_seed-0" / "result.json").stat().st_mtime_ns == before

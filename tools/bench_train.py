@@ -86,7 +86,7 @@ class Step:
         model = make_model(arguments.shape, arguments.tokens, self.device)
         if arguments.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.student = StudentWithLoss(model, head_of(model), ce_weight=0.5)
+        self.student = StudentWithLoss(model, head_of(model))
         self.student.train()
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-6)
         self.is_half = arguments.dtype == "bfloat16"

@@ -5,10 +5,7 @@ import sys
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from student_train.batch.torch_dataset import DistillationDataset
-from student_train.data.tokens import TokenSelection
-from student_train.data.traces import open_data
-from student_train.losses import sparse_kl
+from student_train import DistillationDataset, TokenSelection, open_data, sparse_kl
 
 
 class DistillationTrainer(Trainer):
@@ -22,7 +19,7 @@ class DistillationTrainer(Trainer):
         outputs = model(input_ids=batch.input_ids, output_hidden_states=True, logits_to_keep=1)
         hidden = outputs.hidden_states[-1].flatten(0, 1)[batch.hidden_index]
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        result = sparse_kl(hidden, head.weight, batch.targets, batch.token_weight, ce_weight=0.5)
+        result = sparse_kl(hidden, head.weight, batch.targets, batch.token_weight)
         # One sum over all processes, whose gradients are averaged; items are valid tokens.
         loss = result.loss * self.accelerator.num_processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss

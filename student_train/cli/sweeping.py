@@ -22,9 +22,9 @@ def sweep_command(config: SweepConfig) -> None:
     Every combination of the lists is a cell. Run it again to resume, or with other lists to add
     cells: OUT/results.csv, report.png and report.html show everything that the folder holds.
     """
-    from student_train.sweep.protocol import sweep
+    from student_train.sweep.protocol import run_sweep
 
-    result = sweep(config)
+    result = run_sweep(config)
     click.echo(f"{config.out / 'report.html'}: {result.num_finished} cells of this call finished")
     click.echo(result.answer)
     for name in result.failed:

@@ -141,9 +141,7 @@ class TrainingData:
         for (number, shard), rows in list(rows_of_shard.items())[rank::num_ranks]:
             source = self.sources[number]
             cache = replace(source.cache, bytes_read=0)  # counts for itself
-            infos = cache.shards[shard].traces
-            keep = {row: cache.num_held(infos[row]) for row in rows}
-            yield from cache.read(shard, keep).values()
+            yield from cache.read_held((shard, row) for row in rows)
 
 
 def open_data(

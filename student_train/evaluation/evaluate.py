@@ -191,7 +191,7 @@ def _write_completions(path: Path, checked: Sequence[_Checked]) -> None:
 def _heldout(name: str, cache: Cache) -> dict[str, SectionFigures]:
     model, tokenizer = load_model(name, dtype=torch.float32)
     check_student(name, model, tokenizer, cache.header)
-    student = StudentWithLoss(model, head_of(model), ce_weight=0.5).to(_device()).eval()
+    student = StudentWithLoss(model, head_of(model)).to(_device()).eval()
     return heldout_figures(student, cache, _device())
 
 

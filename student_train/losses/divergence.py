@@ -58,7 +58,8 @@ class Objective:
         tail: One of `TAILS`.
         temperature: T; both distributions are raised to 1 / T and the divergence multiplied by T^2
             (Hinton et al., arXiv 1503.02531). The cross entropy stays at 1.
-        ce_weight: In [0, 1].
+        ce_weight: In [0, 1]: 0 is the divergence alone, 1 the cross entropy alone. The default is
+            that of arXiv 2512.21002, and of `train-student run`.
         softcap: Logits x become softcap * tanh(x / softcap), after scaling; None for no cap.
         logit_scale: The head's outputs are multiplied by it, before the cap.
 
@@ -71,7 +72,7 @@ class Objective:
     mix: float | None = None
     tail: str = "bucket"
     temperature: float = 1.0
-    ce_weight: float = 0.0
+    ce_weight: float = 0.5
     softcap: float | None = None
     logit_scale: float = 1.0
 
@@ -115,6 +116,9 @@ class Objective:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         if not math.isfinite(self.logit_scale):
             raise ValueError(f"logit_scale: expected a finite number, got {self.logit_scale}")
+
+
+DEFAULT_OBJECTIVE = Objective()
 
 
 def teacher_logprobs(

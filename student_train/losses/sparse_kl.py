@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from student_train.losses.chunks import Problem
-from student_train.losses.divergence import Objective
+from student_train.losses.divergence import DEFAULT_OBJECTIVE, Objective
 from student_train.losses.fused import PerTokenLoss, ScalarLoss
 from student_train.losses.targets import TeacherTargets
 from student_train.losses.vocab_parallel import VocabShard
@@ -52,15 +52,9 @@ def sparse_kl(
     weight_VD: Tensor,
     targets: TeacherTargets,
     token_weight_N: Tensor,
+    objective: Objective = DEFAULT_OBJECTIVE,
     *,
     bias: Tensor | None = None,
-    divergence: str = Objective.divergence,
-    mix: float | None = Objective.mix,
-    tail: str = Objective.tail,
-    temperature: float = Objective.temperature,
-    ce_weight: float = Objective.ce_weight,
-    softcap: float | None = Objective.softcap,
-    logit_scale: float = Objective.logit_scale,
     chunk_bytes: int | None = None,
     shard: VocabShard | None = None,
 ) -> SparseKLOutput:
@@ -69,9 +63,9 @@ def sparse_kl(
         loss = sum_n token_weight_n ((1 - ce_weight) D_n + ce_weight CE_n)
 
     D_n is the divergence between teacher and student at token n, CE_n the cross entropy with the
-    realised token; `Objective` defines both, and the arguments from divergence to logit_scale. To
-    average over valid tokens give each the weight 1 / num_valid_tokens, counted over the whole
-    step, all ranks and micro-batches included.
+    realised token; `Objective` defines both, and ce_weight. To average over valid tokens give each
+    the weight 1 / num_valid_tokens, counted over the whole step, all ranks and micro-batches
+    included.
 
     The gradients of hidden_ND, weight_VD and bias, where they are required, are formed here, at
     three matrix products in all. Tokens of weight 0 are taken out first and cost nothing; finding
@@ -86,14 +80,9 @@ def sparse_kl(
             on the head, give the sum of weight and update.
         targets: The teacher's rows.
         token_weight_N: [N] float, a constant.
+        objective: Divergence, tail, temperature and ce_weight, and what the head does to its
+            outputs. By default half forward KL and half cross entropy, as in arXiv 2512.21002.
         bias: [V] or None.
-        divergence: See `Objective`.
-        mix: See `Objective`.
-        tail: See `Objective`.
-        temperature: See `Objective`.
-        ce_weight: See `Objective`.
-        softcap: See `Objective`.
-        logit_scale: See `Objective`.
         chunk_bytes: Bound of the buffers for logits, but one row is always computed. None is 640
             MiB on CUDA and 96 MiB elsewhere.
         shard: Given if weight_VD and bias are one process' part of the vocabulary.
@@ -102,9 +91,8 @@ def sparse_kl(
         The loss and its parts; the parts of a token of weight 0 are 0, its teacher_mass apart.
 
     Raises:
-        ValueError: If arguments do not fit together, or the objective is refused.
+        ValueError: If arguments do not fit together.
     """
-    objective = Objective(divergence, mix, tail, temperature, ce_weight, softcap, logit_scale)
     dtype = _check_operands(hidden_ND, weight_VD, bias, targets, chunk_bytes, shard)
     _check_token_weight(hidden_ND, token_weight_N)
     rows = token_weight_N.nonzero()[:, 0]
@@ -128,15 +116,9 @@ def sparse_kl_per_token(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     targets: TeacherTargets,
+    objective: Objective = DEFAULT_OBJECTIVE,
     *,
     bias: Tensor | None = None,
-    divergence: str = Objective.divergence,
-    mix: float | None = Objective.mix,
-    tail: str = Objective.tail,
-    temperature: float = Objective.temperature,
-    ce_weight: float = Objective.ce_weight,
-    softcap: float | None = Objective.softcap,
-    logit_scale: float = Objective.logit_scale,
     chunk_bytes: int | None = None,
     shard: VocabShard | None = None,
 ) -> SparseKLOutput:
@@ -149,9 +131,8 @@ def sparse_kl_per_token(
         As `sparse_kl`, with loss [N] = (1 - ce_weight) D_n + ce_weight CE_n.
 
     Raises:
-        ValueError: If arguments do not fit together, or the objective is refused.
+        ValueError: If arguments do not fit together.
     """
-    objective = Objective(divergence, mix, tail, temperature, ce_weight, softcap, logit_scale)
     dtype = _check_operands(hidden_ND, weight_VD, bias, targets, chunk_bytes, shard)
     problem = Problem(objective, targets, dtype, chunk_bytes, shard)
     loss, *parts = PerTokenLoss.apply(  # type: ignore[no-untyped-call]  # torch has no types for it

@@ -111,7 +111,7 @@ def compare_flops(
     """
     model, _ = load_model(name, dtype=torch.float32)
     model.set_attn_implementation("eager")
-    student, formula = StudentWithLoss(model, head_of(model), ce_weight=0.5), FlopFormula.of(model)
+    student, formula = StudentWithLoss(model, head_of(model)), FlopFormula.of(model)
     trace = next(cache.read_held(cache.traces[:1]))
     compared = []
     for selection in selections:

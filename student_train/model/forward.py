@@ -3,6 +3,7 @@
 Letters: B rows, T positions, N valid tokens, D hidden size, V vocabulary.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from student_train.batch.micro_batch import MicroBatch
-from student_train.losses import SparseKLOutput, sparse_kl, sparse_kl_per_token
+from student_train.losses import (
+    DEFAULT_OBJECTIVE,
+    Objective,
+    SparseKLOutput,
+    sparse_kl,
+    sparse_kl_per_token,
+)
 from student_train.model.load import HeadScaling, output_layer
 
 # What StudentWithLoss sums over valid tokens, beside the loss.
@@ -20,11 +27,13 @@ SUMS = ("kl", "ce", "student_mass", "teacher_mass", "top1_agreement")
 class StudentWithLoss(nn.Module):
     """Body and loss in one forward, so that a sharded head is whole where the loss uses it."""
 
-    def __init__(self, model: PreTrainedModel, head: HeadScaling, ce_weight: float) -> None:
+    def __init__(
+        self, model: PreTrainedModel, head: HeadScaling, objective: Objective = DEFAULT_OBJECTIVE
+    ) -> None:
+        """Take an objective apart from its softcap and logit_scale, which are the head's."""
         super().__init__()
         self.model = model
-        self._head = head
-        self._ce_weight = ce_weight
+        self._objective = replace(objective, softcap=head.softcap, logit_scale=head.logit_scale)
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Run one micro-batch.
@@ -39,10 +48,8 @@ class StudentWithLoss(nn.Module):
             output.weight,
             batch.targets,
             batch.token_weight,
+            self._objective,
             bias=output.bias,
-            ce_weight=self._ce_weight,
-            softcap=self._head.softcap,
-            logit_scale=self._head.logit_scale,
         )
         parts = (result.kl, result.ce, result.student_mass, result.teacher_mass, result.top1)
         return result.loss, torch.stack([part.double().sum() for part in parts])
@@ -55,10 +62,8 @@ class StudentWithLoss(nn.Module):
             self._hidden(batch),
             output.weight,
             batch.targets,
+            self._objective,
             bias=output.bias,
-            ce_weight=self._ce_weight,
-            softcap=self._head.softcap,
-            logit_scale=self._head.logit_scale,
         )
 
     def _hidden(self, batch: MicroBatch) -> Tensor:

@@ -46,7 +46,7 @@ class SweepResult:
     answer: str  # of all cells of the folder
 
 
-def sweep(config: SweepConfig) -> SweepResult:
+def run_sweep(config: SweepConfig) -> SweepResult:
     """Run every cell that is not finished yet; a cell that fails does not stop the others.
 
     Raises:
