@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from fakes import make_trace, make_traces
@@ -100,13 +99,12 @@ def test_hidden_states_point_one_position_before_the_token_and_targets_are_its_o
             (trace,) = (t for t in left if tokens[: t.n_total - 1] == t.token_ids[:-1].tolist())
             left.remove(trace)
             assert not any(tokens[trace.n_total - 1 :])  # padding
-            ends = np.cumsum(trace.k)
             for t in range(1, trace.n_total):
                 assert divmod(int(batch.hidden_index[n]), batch.input_ids.shape[1]) == (
                     row,
                     first + t - 1,
                 )
-                own = slice(int(ends[t]) - int(trace.k[t]), int(ends[t]))
+                own = slice(*trace.entry_offsets[t : t + 2])
                 k = int(batch.targets.k[n])
                 assert k == trace.k[t]
                 assert batch.targets.top_ids[n, :k].tolist() == trace.top_ids[own].tolist()

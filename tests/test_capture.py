@@ -23,7 +23,6 @@ from teacher_cache.format import (
     open_cache,
     seal_cache,
     store,
-    stored_logprobs,
 )
 from teacher_cache.format.writing import writer
 from teacher_cache.sources import SourceError
@@ -143,15 +142,13 @@ def test_every_prompt_becomes_a_trace_with_its_sections_and_fields(config, asked
 def test_entry_t_is_the_distribution_over_token_t(config, asked):
     generate(replace(config, capture_prompt=True, mass=1.0))
     for trace in read_all(open_cache(str(config.out))).values():
-        logprobs = stored_logprobs(trace.k, trace.top_logits, trace.tail_logit)
-        ends = np.cumsum(trace.k, dtype=int)
         for t in range(1, trace.n_total):
-            part = slice(ends[t] - trace.k[t], ends[t])
-            expected = row_over(int(trace.token_ids[t - 1]))[trace.top_ids[part]]
-            shifted = row_over(int(trace.token_ids[t]))[trace.top_ids[part]]
+            ids, logprobs = trace.logprobs(t)
+            expected = row_over(int(trace.token_ids[t - 1]))[ids]
+            shifted = row_over(int(trace.token_ids[t]))[ids]
             near = expected > expected.max() - 5
-            assert np.abs(logprobs[part] - expected)[near].max() < 0.05
-            assert np.abs(logprobs[part] - shifted)[near].max() > 0.05
+            assert np.abs(logprobs - expected)[near].max() < 0.05
+            assert np.abs(logprobs - shifted)[near].max() > 0.05
 
 
 def test_what_is_finished_is_not_asked_again(config, asked):
@@ -398,11 +395,8 @@ def test_turns_of_the_prompt_that_are_not_the_assistants_can_go_without_distribu
     (tmp_path / "scored").rename(tmp_path / "assistant")
     whole = scoring()
     assert (whole.k > 0).tolist() == [False] + [True] * (whole.n_total - 1)
-    ends = np.cumsum(whole.k, dtype=int)
-    kept = np.concatenate(
-        [np.arange(ends[t] - whole.k[t], ends[t]) for t in np.flatnonzero(trace.k)]
-    )
-    np.testing.assert_array_equal(trace.top_ids, whole.top_ids[kept])
+    kept = [whole.logprobs(t).ids for t in np.flatnonzero(trace.k)]
+    np.testing.assert_array_equal(trace.top_ids, np.concatenate(kept))
     np.testing.assert_array_equal(trace.tail_logit[trace.k > 0], whole.tail_logit[trace.k > 0])
 
 

@@ -7,7 +7,6 @@ from students import make_model
 from student_train.model.forward import StudentWithLoss
 from student_train.model.heldout import heldout_figures
 from student_train.model.load import head_of
-from teacher_cache.format import stored_logprobs
 
 CPU = torch.device("cpu")
 
@@ -19,13 +18,11 @@ def dense_figures(model, traces, first, end):
         with torch.no_grad():
             ids = torch.from_numpy(trace.token_ids.astype(np.int64))[None]
             student = model.double()(input_ids=ids).logits[0].log_softmax(-1).numpy()
-        teacher = stored_logprobs(trace.k, trace.top_logits, trace.tail_logit)
-        ends = np.cumsum(trace.k)
         for t in range(first(trace), end(trace)):
             if trace.k[t]:
-                entries = slice(ends[t] - trace.k[t], ends[t])
-                p = np.exp(teacher[entries])
-                q = np.exp(student[t - 1][trace.top_ids[entries]])
+                teacher = trace.logprobs(t)
+                p = np.exp(teacher.logprobs)
+                q = np.exp(student[t - 1][teacher.ids])
                 tail_p, tail_q = 1 - p.sum(), 1 - q.sum()
                 kl.append((p * np.log(p / q)).sum() + tail_p * np.log(tail_p / tail_q))
                 nll.append(-student[t - 1][trace.token_ids[t]])

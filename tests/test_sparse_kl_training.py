@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from student_train.losses import Objective, TeacherTargets, sparse_kl, sparse_kl_per_token
+from student_train.run.config import TrainConfig
 
 
 def case(dtype=torch.float64):
@@ -239,6 +240,10 @@ def test_lora_on_the_head_trains_through_the_merged_weight():
 def test_objectives_without_meaning_are_refused_with_the_reason(settings, message):
     with pytest.raises(ValueError, match=message):
         Objective(**settings)
+
+
+def test_the_default_weight_of_the_cross_entropy_is_that_of_the_command():
+    assert Objective().ce_weight == TrainConfig.ce_weight == 0.5
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_another_call_adds_cells_and_one_without_a_full_length_says_so(parts, ra
     settings, _ = parts
     caplog.set_level("WARNING")
     short = SweepConfig(**settings, lead_spans=(0.5,), baselines=(), num_seeds=1)
-    assert "no full-length cell" in sweep(short).answer
+    assert "no full-length cell" in run_sweep(short).answer
     assert "no full-length cell: retention has no base" in caplog.text
     caplog.clear()
     run_sweep(replace(short, lead_spans=(1.0,)))

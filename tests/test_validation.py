@@ -15,7 +15,7 @@ from student_train.data.tokens import TokenSelection
 from student_train.data.traces import open_data
 from student_train.run.config import TrainConfig
 from student_train.run.loop import train
-from teacher_cache.format import open_cache, stored_logprobs
+from teacher_cache.format import open_cache
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +36,11 @@ def kl_by_hand(model, trace, first, end):
     """Mean over the tokens first..end of a trace, from the dense logits, with a tail bucket."""
     ids = torch.from_numpy(trace.token_ids.astype(np.int64))
     log_q = model(ids[None]).logits[0].double().log_softmax(dim=-1)
-    ends = np.cumsum(trace.k, dtype=np.int64)
-    logprobs = torch.from_numpy(stored_logprobs(trace.k, trace.top_logits, trace.tail_logit))
     sums = []
     for t in range(max(1, first), end):
-        entries = slice(ends[t] - trace.k[t], ends[t])
-        log_p = logprobs[entries]
-        q = log_q[t - 1, torch.from_numpy(trace.top_ids[entries].astype(np.int64))]
+        top_ids, logprobs = trace.logprobs(t)
+        log_p = torch.from_numpy(logprobs)
+        q = log_q[t - 1, torch.from_numpy(top_ids.astype(np.int64))]
         tail_p, tail_q = -torch.expm1(log_p.logsumexp(0)), -torch.expm1(q.logsumexp(0))
         sums.append((log_p.exp() * (log_p - q)).sum() + tail_p * (tail_p.log() - tail_q.log()))
     return torch.stack(sums)

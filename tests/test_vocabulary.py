@@ -14,7 +14,7 @@ from student_train.data.tokens import TokenSelection
 from student_train.data.traces import open_data
 from student_train.run.config import TrainConfig
 from student_train.run.loop import train
-from teacher_cache.format import CacheMismatchError, stored_logprobs
+from teacher_cache.format import CacheMismatchError
 
 TEACHER_IDS = 96  # of a teacher with padding above the tokens that it shares with the student
 
@@ -26,27 +26,22 @@ def of_padded_teacher(trace):
     return replace(trace, top_ids=np.where(moved, trace.top_ids + 50, trace.top_ids).astype("i4"))
 
 
-def tail_mass(trace):
-    return 1 / (1 + np.exp(-trace.tail_logit.astype(np.float64)))
-
-
 def test_the_mass_of_absent_ids_joins_the_tail_and_nothing_else_changes():
     trace = of_padded_teacher(make_trace("t", 60))
     fitted = within_vocabulary(trace, VOCAB_SIZE)
     fitted.validate()
     held = trace.top_ids < VOCAB_SIZE
-    token = np.repeat(np.arange(60), trace.k)
-    probs = np.exp(stored_logprobs(trace.k, trace.top_logits, trace.tail_logit))
+    token, probs = trace.token_of_entry, np.exp(trace.top_logprobs)
     lost = np.bincount(token, weights=probs * ~held, minlength=60)
 
     assert 0 < (lost > 0).sum() < 60
     assert (lost > 0.3).any()
     np.testing.assert_array_equal(fitted.top_ids, trace.top_ids[held])
-    found = np.exp(stored_logprobs(fitted.k, fitted.top_logits, fitted.tail_logit))
+    found = np.exp(fitted.top_logprobs)
     np.testing.assert_allclose(found, probs[held], rtol=1e-5)
     has_entries = trace.k > 0
     np.testing.assert_allclose(
-        tail_mass(fitted)[has_entries], (tail_mass(trace) + lost)[has_entries], rtol=1e-5
+        fitted.tail[has_entries], (trace.tail + lost)[has_entries], rtol=1e-5
     )
     np.testing.assert_array_equal(fitted.tail_logit[lost == 0], trace.tail_logit[lost == 0])
 

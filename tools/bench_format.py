@@ -56,6 +56,7 @@ from teacher_cache.format import (
     open_cache,
     seal_cache,
     stored_logprobs,
+    tail_mass,
 )
 from teacher_cache.format.writing.shard import encode_shard
 
@@ -338,7 +339,7 @@ def compare(rows: Sequence[Rows], kept: Sequence[KeptEntries]) -> dict[str, floa
             place = same.argmax(axis=1)
             logprob = np.take_along_axis(row.logprobs, place[:, None], axis=1)[:, 0]
             true[:, number] = np.where(inside[:, number], np.exp(logprob, dtype=np.float64), 0.0)
-        tail = 1 / (1 + np.exp(-entries.tail_logit.astype(np.float64)))
+        tail = tail_mass(entries.tail_logit)
         divergences.append(divergence(true, 1 - true.sum(axis=1), found, tail))
         errors.append(np.abs(stored - np.log(true[inside])).max())
     kl = np.concatenate(divergences)
