@@ -171,8 +171,10 @@ def test_a_trace_that_is_not_there_is_a_key_error_that_names_others(cache):
     )
     with pytest.raises(TraceNotFoundError, match=r"Its ids are such as 't0', 't1', 't2'\.$"):
         cache["gsm8k"]
-    with pytest.raises(TypeError, match=r"cache\[0\]: expected the id of a trace, such as 't0'"):
+    with pytest.raises(TypeError, match="expected the id of a trace, such as 't0', got 0"):
         cache[0]
+    with pytest.raises(TypeError, match=r"expected the id of a trace, .* got Trace\('t1': "):
+        _ = cache["t1"] in cache  # would be False, though iteration gives it
 
 
 def test_a_cache_shows_itself_in_a_line(cache, made):

@@ -19,8 +19,9 @@ from teacher_cache.format.errors import (
 from teacher_cache.format.header import CacheHeader, content_hash, tokenizer_fingerprint
 from teacher_cache.format.manifest import Manifest, Seal, ShardList
 from teacher_cache.format.ragged import entry_offsets, row_of_entry, tail_mass
+from teacher_cache.format.reading.places import rows_by_shard
 from teacher_cache.format.reading.prefix_cache import PrefixCache
-from teacher_cache.format.reading.reader import Cache, open_cache, rows_by_shard
+from teacher_cache.format.reading.reader import Cache, open_cache
 from teacher_cache.format.reading.view import narrowed
 from teacher_cache.format.records import read_manifest
 from teacher_cache.format.shares import (

@@ -6,10 +6,8 @@ anything is handed out.
 
 import logging
 import zlib
-from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 
 import pyarrow as pa
@@ -21,6 +19,12 @@ from teacher_cache.format.errors import CacheFormatError, CacheMismatchError, Tr
 from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.manifest import SHARD_FOLDER, Manifest, ShardList, shards_fingerprint
 from teacher_cache.format.reading.decode import assemble, decode_bands
+from teacher_cache.format.reading.places import (
+    Place,
+    alike_ids,
+    each_trace_once,
+    rows_by_shard,
+)
 from teacher_cache.format.reading.prefix_cache import PrefixCache
 from teacher_cache.format.reading.view import narrowed
 from teacher_cache.format.records import (
@@ -34,8 +38,6 @@ from teacher_cache.format.trace import Trace
 
 logger = logging.getLogger(__name__)
 
-_NUM_NEIGHBORS = 1000  # ids that are compared with one that is not there, on either side of it
-
 
 @dataclass(repr=False)
 class Cache:
@@ -48,7 +50,7 @@ class Cache:
     path: str
     manifest: Manifest
     shards: tuple[ShardCommit, ...]  # by name
-    traces: tuple[tuple[int, int], ...]  # (shard, row) of every trace, each counted once
+    traces: tuple[Place, ...]  # (shard, row) of every trace, each counted once
     fingerprint: str  # of the shards' content
     store: Store
     prefix_cache: PrefixCache | None = None
@@ -70,8 +72,13 @@ class Cache:
         """Every trace once, shard by shard; raises as `read`. Memory: the traces of one shard."""
         return self.read_held(self.traces)
 
-    def __contains__(self, trace_id: object) -> bool:
-        """Whether there is a trace of this id; nothing is read."""
+    def __contains__(self, trace_id: str) -> bool:
+        """Whether there is a trace of this id; nothing is read.
+
+        Raises:
+            TypeError: If `trace_id` is no text.
+        """
+        self._require_text(trace_id)
         return trace_id in self._place_of_id
 
     def __getitem__(self, trace_id: str) -> Trace:
@@ -82,14 +89,18 @@ class Cache:
             TraceNotFoundError: If there is none of this id; a KeyError too.
             CacheFormatError: If its shard is missing or damaged.
         """
-        if not isinstance(trace_id, str):
-            raise TypeError(
-                f"cache[{trace_id!r}]: expected the id of a trace, such as "
-                f"{next(iter(self._place_of_id), 'some-id')!r}; `for trace in cache` gives all"
-            )
+        self._require_text(trace_id)
         return next(self.read_held([self.place(trace_id)]))
 
-    def place(self, trace_id: str) -> tuple[int, int]:
+    def _require_text(self, trace_id: object) -> None:
+        if not isinstance(trace_id, str):
+            raise TypeError(
+                f"{self.path}: expected the id of a trace, such as "
+                f"{next(iter(self._place_of_id), 'some-id')!r}, got {trace_id!r}; `for trace in "
+                "cache` gives all traces"
+            )
+
+    def place(self, trace_id: str) -> Place:
         """(shard, row) of a trace, as in `traces`.
 
         Raises:
@@ -98,7 +109,7 @@ class Cache:
         if trace_id not in self._place_of_id:
             raise TraceNotFoundError(
                 f"{self.path}: no trace {trace_id!r} among {len(self):,}"
-                f"{_alike(trace_id, sorted(self._place_of_id))}"
+                f"{alike_ids(trace_id, self._place_of_id)}"
             )
         return self._place_of_id[trace_id]
 
@@ -108,7 +119,7 @@ class Cache:
         return tuple(self.shards[shard].traces[row] for shard, row in self.traces)
 
     @cached_property
-    def _place_of_id(self) -> Mapping[str, tuple[int, int]]:
+    def _place_of_id(self) -> Mapping[str, Place]:
         return {info.trace_id: place for info, place in zip(self.infos, self.traces, strict=True)}
 
     @property
@@ -159,7 +170,7 @@ class Cache:
             mass = 1.0
         return KeepPolicy(top_k or self.header.top_k, mass)
 
-    def read_held(self, places: Iterable[tuple[int, int]]) -> Iterator[Trace]:
+    def read_held(self, places: Iterable[Place]) -> Iterator[Trace]:
         """Read traces as far as the cache holds them, each shard once; raises as `read`.
 
         Args:
@@ -245,23 +256,6 @@ class Cache:
         return data
 
 
-def rows_by_shard(places: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
-    """Shard -> rows of the (shard, row) places in it, both in their order."""
-    rows: dict[int, list[int]] = {}
-    for shard, row in places:
-        rows.setdefault(shard, []).append(row)
-    return rows
-
-
-def _alike(trace_id: str, ids: Sequence[str]) -> str:
-    """Ends a message with ids that may be meant, out of those that stand near by name."""
-    place = bisect(ids, trace_id)
-    near = ids[max(0, place - _NUM_NEIGHBORS) : place + _NUM_NEIGHBORS]
-    if matches := get_close_matches(trace_id, near):
-        return f". Did you mean {' or '.join(map(repr, matches))}?"
-    return f". Its ids are such as {', '.join(map(repr, ids[:3]))}." if ids else ""
-
-
 def _damage(data: pa.Buffer, commit: ShardCommit, num_bands: int) -> str | None:
     """What is wrong with the first bands of a shard; None where they are what was committed."""
     size = commit.prefix_bytes(num_bands)
@@ -323,7 +317,7 @@ def open_cache(
         path=store.where,
         manifest=manifest,
         shards=tuple(commits),
-        traces=_each_trace_once(commits),
+        traces=each_trace_once(commits),
         fingerprint=shards_fingerprint([(c.name, c.checksum) for c in commits]),
         store=store,
         prefix_cache=prefix_cache,
@@ -344,14 +338,3 @@ def _check_shard_files(store: Store, commits: Sequence[ShardCommit]) -> None:
                 f"{store.where}: shard {commit.name}.arrow has {size_bytes} bytes, expected "
                 f"{commit.size_bytes}; it is damaged or not fully copied"
             )
-
-
-def _each_trace_once(commits: Sequence[ShardCommit]) -> tuple[tuple[int, int], ...]:
-    seen = set()
-    once = []
-    for shard_index, commit in enumerate(commits):
-        for row, trace in enumerate(commit.traces):
-            if trace.trace_id not in seen:
-                seen.add(trace.trace_id)
-                once.append((shard_index, row))
-    return tuple(once)
