@@ -17,7 +17,6 @@ import student_train.cli
 import teacher_cache.cli
 from student_train.evaluation.config import EvaluateConfig
 from student_train.run.config import TrainConfig
-from teacher_cache.format import stored_logprobs
 from teacher_cache.terminal.config_file import read_config_file
 
 ROOT = Path(__file__).parent.parent
@@ -179,13 +178,11 @@ def test_the_snippet_for_plain_tools_rebuilds_the_logprobs_without_this_package(
 
     exec(code, {"print": note})
     for trace in traces:
-        ends = np.cumsum(trace.k)
-        logprobs = stored_logprobs(trace.k, trace.top_logits, trace.tail_logit)
         for t in np.flatnonzero(trace.k):
-            entries = slice(ends[t] - trace.k[t], ends[t])
+            ids, logprobs = trace.logprobs(t)
             top_ids, found = printed.pop((trace.trace_id, t))
-            assert top_ids == trace.top_ids[entries].tolist()
-            np.testing.assert_allclose(found, logprobs[entries], atol=1e-9)
+            assert top_ids == ids.tolist()
+            np.testing.assert_allclose(found, logprobs, atol=1e-9)
     assert not printed
 
 
