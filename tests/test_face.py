@@ -173,7 +173,9 @@ def test_a_consumer_of_the_wheel_is_checked_by_strict_mypy(distributions, tmp_pa
 
     (tmp_path / "consumer.py").write_text(CONSUMER)
     (tmp_path / "mistakes.py").write_text(MISTAKES)
-    (tmp_path / "mypy.ini").write_text("[mypy-transformers.*]\nfollow_imports = skip\n")  # minutes
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\n[mypy-transformers.*]\nfollow_imports = skip\n"
+    )  # minutes
     command = [
         *(sys.executable, "-m", "mypy", "--strict", "--no-incremental"),
         *("--python-executable", str(environment / "bin" / "python")),
@@ -182,8 +184,11 @@ def test_a_consumer_of_the_wheel_is_checked_by_strict_mypy(distributions, tmp_pa
     bare = {"PATH": "/usr/bin:/bin"}  # without MYPYPATH and PYTHONPATH
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=bare)
     found = done.stdout
-    assert re.findall(r"^(.*?):.* error: (.*?)  \[", found, re.MULTILINE) == [
-        ("mistakes.py", 'Unexpected keyword argument "weight" for "Objective"'),
+    assert re.findall(r"^(.*?):.* error: (.*)  \[", found, re.MULTILINE) == [
+        (
+            "mistakes.py",
+            'Unexpected keyword argument "weight" for "Objective"; did you mean "ce_weight"?',
+        ),
         ("mistakes.py", 'Invalid index type "int" for "Cache"; expected type "str"'),
     ], found + done.stderr
     revealed = re.findall(r'Revealed type is "(.*)"', found)
