@@ -73,7 +73,7 @@ def outcome(model, layout, traces=TRACES, *, head=None):
 
 def batches_of(traces, layout):
     return micro_batches(
-        traces, TokenSelection(), batch_tokens=400, loss_reduction="token", layout=layout
+        TokenSelection().selected(traces), batch_tokens=400, loss_reduction="token", layout=layout
     )
 
 

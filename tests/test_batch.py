@@ -15,7 +15,10 @@ def batches_of(
     traces, selection=WHOLE, *, batch_tokens=10_000, loss_reduction="token", layout="flat"
 ):
     return micro_batches(
-        traces, selection, batch_tokens=batch_tokens, loss_reduction=loss_reduction, layout=layout
+        selection.selected(traces),
+        batch_tokens=batch_tokens,
+        loss_reduction=loss_reduction,
+        layout=layout,
     )
 
 

@@ -7,6 +7,7 @@ from fakes import make_cache, make_trace, make_traces
 from students import make_model, make_student
 
 from student_train.batch.micro_batch import micro_batches
+from student_train.data.draw import draw_spans
 from student_train.data.tokens import TokenSelection
 from student_train.data.traces import open_data
 from student_train.model.flops import FlopFormula, compare_flops, count_parameters, counted_flops
@@ -24,7 +25,9 @@ TRACES = [make_trace(f"t{n}", 40, seed=n) for n in range(3)]
 def test_the_formula_is_pytorchs_count_but_for_the_masked_half_of_attention(selection):
     model = make_model(attn_implementation="eager")
     formula = FlopFormula.of(model)
-    (batch,) = micro_batches(TRACES, selection, batch_tokens=10_000, loss_reduction="token")
+    (batch,) = micro_batches(
+        selection.selected(TRACES), batch_tokens=10_000, loss_reduction="token"
+    )
     counted = counted_flops(StudentWithLoss(model, head_of(model)), batch)
     masked = 6 * formula.attention_width * sum(n * n for n in batch.num_positions)
 
@@ -63,8 +66,8 @@ def test_a_span_costs_the_bands_that_hold_it(tmp_path):
         [make_cache(tmp_path / "cache", make_traces(12, lengths=(60, 200)))]
     ).sources
     cache = source.cache
-    full = span_costs(source, TokenSelection())
-    half = span_costs(source, TokenSelection(0.5))
+    full = span_costs(draw_spans(source, TokenSelection(), seed=0))
+    half = span_costs(draw_spans(source, TokenSelection(0.5), seed=0))
 
     assert full["cot_share"] == 1.0
     assert full["tokens_saved"] == 0
@@ -80,8 +83,8 @@ def test_a_span_costs_the_bands_that_hold_it(tmp_path):
 
 def test_labels_of_the_last_part_alone_still_cost_the_whole_trace(tmp_path):
     (source,) = open_data([make_cache(tmp_path / "cache", make_traces(5))]).sources
-    last = span_costs(source, TokenSelection(0.25, loss_on="last"))
-    full = span_costs(source, TokenSelection())
+    last = span_costs(draw_spans(source, TokenSelection(0.25, loss_on="last"), seed=0))
+    full = span_costs(draw_spans(source, TokenSelection(), seed=0))
 
     assert last["num_positions"] == full["num_positions"]
     assert last["trace_share"] == pytest.approx(0.25, abs=0.02)
@@ -102,7 +105,9 @@ def test_traces_that_are_held_out_cost_their_capture_and_no_training(tmp_path):
     path = make_cache(tmp_path / "cache", make_traces(40))
     (all_of_it,) = open_data([path]).sources
     (half,) = open_data([path], heldout_share=0.5).sources
-    costs = [span_costs(source, TokenSelection()) for source in (all_of_it, half)]
+    costs = [
+        span_costs(draw_spans(source, TokenSelection(), seed=0)) for source in (all_of_it, half)
+    ]
 
     assert costs[0]["num_captured"] == costs[1]["num_captured"] == costs[0]["num_positions"]
     assert costs[1]["num_positions"] == sum(info.n_total for info in half.train_infos())

@@ -20,7 +20,7 @@ def path(tmp_path_factory):
 def trained_ids(data, **settings):
     settings = {"batch_traces": 8, "num_epochs": 1} | settings
     with TraceStream(data, TokenSelection(), **settings) as stream:
-        return [trace.trace_id for step in stream for trace in step.traces]
+        return [item.trace.trace_id for step in stream for item in step.traces]
 
 
 def test_heldout_traces_are_whole_and_never_trained_on(path):
@@ -213,7 +213,7 @@ def test_a_mixture_resumes_in_the_middle_with_any_number_of_ranks(two, num_ranks
             parts.append(list(rest))
 
     for step, *ranks in zip(whole[7:], *parts, strict=True):
-        together = [trace.trace_id for part in ranks for trace in part.traces]
+        together = [item.trace.trace_id for part in ranks for item in part.traces]
         assert sorted(together) == sorted(step.trace_ids)
         assert all(part.trace_ids == step.trace_ids for part in ranks)
 

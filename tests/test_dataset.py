@@ -44,7 +44,9 @@ def test_items_are_the_batches_of_the_stream(path):
 
     assert len(items) == len(dataset) == len(steps) == 12
     for item, step in zip(items, steps, strict=True):
-        valid = [t.token_ids[valid_positions(t, SELECTION)] for t in step.traces]
+        valid = [
+            item.trace.token_ids[valid_positions(item.trace, SELECTION)] for item in step.traces
+        ]
         assert item["labels"][0] == -100
         assert sorted(item["labels"][1:].tolist()) == sorted(i for ids in valid for i in ids)
         assert item["batch"].input_ids.shape[0] == len(step.traces)

@@ -43,7 +43,7 @@ def test_the_loss_is_that_of_the_models_own_logits(head):
     torch.manual_seed(0)
     model = HEADS[head]().eval()
     (batch,) = micro_batches(
-        [make_trace("t", 60)], TokenSelection(), batch_tokens=1000, loss_reduction="token"
+        TokenSelection().selected([make_trace("t", 60)]), batch_tokens=1000, loss_reduction="token"
     )
     loss, sums = StudentWithLoss(model, head_of(model), Objective(ce_weight=1.0))(batch)
 

@@ -48,7 +48,7 @@ def teacher(tmp_path):
 def batch_of(model):
     traces = [trace_of(model, f"t{n}", length, n) for n, length in enumerate((12, 7, 9))]
     (batch,) = micro_batches(
-        traces, TokenSelection(trace_tokens=8), batch_tokens=100, loss_reduction="token"
+        TokenSelection(trace_tokens=8).selected(traces), batch_tokens=100, loss_reduction="token"
     )
     return batch
 
@@ -94,7 +94,10 @@ def test_students_padded_to_another_width_get_the_same_distribution(tmp_path, nu
     trace = trace_of(model, "t", 12, 0)
     trace = replace(trace, token_ids=trace.token_ids.clip(max=num_ids - 1))
     (batch,) = micro_batches(
-        [trace], TokenSelection(), batch_tokens=100, loss_reduction="token", num_ids=num_ids
+        TokenSelection().selected([trace]),
+        batch_tokens=100,
+        loss_reduction="token",
+        num_ids=num_ids,
     )
     live._check = lambda *_: None  # the clipped trace is not the one that was captured
     targets = live.taught(batch).targets

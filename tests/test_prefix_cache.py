@@ -29,7 +29,11 @@ def read(path, kept, lead_span):
     """What an epoch holds, and how many bytes came from the prefix cache's outside."""
     data = open_data([path], prefix_cache=kept)
     with TraceStream(data, TokenSelection(lead_span), batch_traces=4, num_epochs=1) as stream:
-        traces = {t.trace_id: t.token_ids.tolist() for step in stream for t in step.traces}
+        traces = {
+            item.trace.trace_id: item.trace.token_ids.tolist()
+            for step in stream
+            for item in step.traces
+        }
     return traces, data.sources[0].cache.bytes_fetched
 
 

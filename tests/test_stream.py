@@ -30,7 +30,7 @@ def steps_of(path, selection=WHOLE, *, limit=None, **settings):
 
 
 def ids(steps):
-    return [[trace.trace_id for trace in step.traces] for step in steps]
+    return [[item.trace.trace_id for item in step.traces] for step in steps]
 
 
 def test_an_epoch_holds_every_trace_once_and_ends_with_a_smaller_batch(cache_path):
@@ -61,9 +61,9 @@ def test_a_view_gives_fewer_entries_of_the_same_tokens(cache_path):
     )
     assert ids(narrow) == ids(whole)
     for left, right in zip(narrow, whole, strict=True):
-        for mine, trace in zip(left.traces, right.traces, strict=True):
-            assert mine.token_ids.tolist() == trace.token_ids.tolist()
-            assert mine.k.max() <= 3 < trace.k.max()
+        for mine, whole_one in zip(left.traces, right.traces, strict=True):
+            assert mine.trace.token_ids.tolist() == whole_one.trace.token_ids.tolist()
+            assert mine.trace.k.max() <= 3 < whole_one.trace.k.max()
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
@@ -72,8 +72,8 @@ def test_ranks_together_hold_the_batches_of_one(cache_path, num_ranks):
     ranks = [steps_of(cache_path, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
 
     for step, *parts in zip(whole, *ranks, strict=True):
-        together = [trace.trace_id for part in parts for trace in part.traces]
-        assert sorted(together) == sorted(trace.trace_id for trace in step.traces)
+        together = [item.trace.trace_id for part in parts for item in part.traces]
+        assert sorted(together) == sorted(item.trace.trace_id for item in step.traces)
         assert all(part.trace_ids == step.trace_ids for part in parts)
 
 
@@ -109,7 +109,7 @@ def test_a_run_that_changes_its_number_of_ranks_sees_the_same_batches(many_shard
         settings |= {"num_ranks": num_ranks, "limit": num_steps, "cursor": cursor}
         ranks = [steps_of(many_shards, rank=rank, **settings) for rank in range(num_ranks)]
         for parts in zip(*ranks, strict=True):
-            together = [trace.trace_id for part in parts for trace in part.traces]
+            together = [item.trace.trace_id for part in parts for item in part.traces]
             assert sorted(together) == sorted(parts[0].trace_ids)
             done.append(parts[0].trace_ids)
         cursor = ranks[0][-1].cursor
@@ -136,9 +136,9 @@ def test_truncation_changes_neither_order_nor_what_a_step_holds(cache_path):
     half = steps_of(cache_path, TokenSelection(lead_span=0.5))
 
     assert ids(half) == ids(whole)
-    for trace, full in zip(half[0].traces, whole[0].traces, strict=True):
-        assert len(trace.token_ids) == full.n_total // 2
-        assert trace.token_ids.tolist() == full.token_ids[: full.n_total // 2].tolist()
+    for cut, full in zip(half[0].traces, whole[0].traces, strict=True):
+        length = full.trace.n_total // 2
+        assert cut.trace.token_ids.tolist() == full.trace.token_ids[:length].tolist()
 
 
 def test_half_a_lead_span_reads_fewer_bytes(tmp_path):
@@ -154,7 +154,11 @@ def test_half_a_lead_span_reads_fewer_bytes(tmp_path):
 def test_sections_before_the_answer_do_not_read_it(cache_path):
     steps = steps_of(cache_path, TokenSelection(sections=("prompt", "cot")))
 
-    assert all(len(t.token_ids) == t.answer_start for step in steps for t in step.traces)
+    assert all(
+        len(item.trace.token_ids) == item.trace.answer_start
+        for step in steps
+        for item in step.traces
+    )
 
 
 @pytest.mark.parametrize("num_traces", [1, 3])

@@ -11,6 +11,7 @@ from fakes import make_cache, make_trace, make_traces
 from students import make_student
 from transformers import AutoModelForCausalLM
 
+from student_train.data.draw import SpanFigures, draw_spans
 from student_train.data.tokens import TokenSelection
 from student_train.data.traces import open_data
 from student_train.run.config import TrainConfig
@@ -148,10 +149,14 @@ def test_measuring_without_heldout_traces_is_refused(base, change):
 
 def test_the_share_of_the_chain_of_thought_is_said(base, tmp_path, caplog):
     traces = [make_trace("a", 100), make_trace("b", 40)]  # the middle halves are the reasoning
-    infos = open_cache(make_cache(tmp_path / "cache", traces)).shards[0].traces
-    assert TokenSelection(0.5).cot_share(infos) == pytest.approx(35 / 70)
-    assert TokenSelection(0.5, sections=("prompt",)).cot_share(infos) == 0.0
-    assert TokenSelection().cot_share(infos) == 1.0
+    (source,) = open_data([make_cache(tmp_path / "cache", traces)]).sources
+
+    def cot_share(selection):
+        return SpanFigures.of([draw_spans(source, selection, seed=0)]).cot_share
+
+    assert cot_share(TokenSelection(0.5)) == pytest.approx(35 / 70)
+    assert cot_share(TokenSelection(0.5, sections=("prompt",))) == 0.0
+    assert cot_share(TokenSelection()) == 1.0
 
     caplog.set_level("INFO")
     config = replace(base, out=tmp_path / "run", max_steps=1, lead_span=0.5)

@@ -223,7 +223,9 @@ def to_dense(held: Sequence[Trace]) -> None:
     selection = TokenSelection()
     for first in range(0, len(held), 8):
         micro_batches(
-            held[first : first + 8], selection, batch_tokens=BATCH_TOKENS, loss_reduction="token"
+            selection.selected(held[first : first + 8]),
+            batch_tokens=BATCH_TOKENS,
+            loss_reduction="token",
         )
 
 

@@ -164,8 +164,8 @@ def child(name: str, folder: Path, train_tokens_per_s: float) -> dict[str, float
 
 def read_ours(cache: Path) -> Iterator[dict[str, NDArray[Any]]]:
     for step in stream_of(cache):
-        for trace in step.traces:
-            yield arrays_of(trace)
+        for item in step.traces:
+            yield arrays_of(item.trace)
 
 
 def stream_of(cache: Path) -> Iterator[Any]:
@@ -240,7 +240,7 @@ def waiting(cache: Path, train_tokens_per_s: float) -> dict[str, float]:
     with TraceStream(data, selection, batch_traces=BATCH_TRACES, num_epochs=1) as stream:
         for step in stream:
             first_s = first_s or time.perf_counter() - start_s
-            time.sleep(sum(len(t.token_ids) for t in step.traces) / train_tokens_per_s)
+            time.sleep(sum(len(item.trace.token_ids) for item in step.traces) / train_tokens_per_s)
             first_wait_s = first_wait_s or stream.wait_s
     after_s = time.perf_counter() - start_s - first_s
     return {"wait_share": (stream.wait_s - first_wait_s) / after_s, "first_step_s": first_s}

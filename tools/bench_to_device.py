@@ -36,8 +36,7 @@ POLICY = KeepPolicy(top_k=64, mass=0.999)
 def dense(traces: Sequence[Trace], device: torch.device) -> TeacherTargets:
     # In one row: only the teacher's rows are looked at here, whatever the student does with them.
     (batch,) = micro_batches(
-        traces,
-        TokenSelection(),
+        TokenSelection().selected(traces),
         batch_tokens=sum(len(trace.k) for trace in traces),
         loss_reduction="token",
         layout="flat",

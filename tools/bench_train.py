@@ -111,7 +111,7 @@ class Step:
         selection = TokenSelection(lead_span)
         at_s = watch()
         batches = micro_batches(
-            self.traces, selection, batch_tokens=self.batch_tokens, loss_reduction="token"
+            selection.selected(self.traces), batch_tokens=self.batch_tokens, loss_reduction="token"
         )
         data_s = watch() - at_s
         num_valid = sum(batch.num_valid for batch in batches)

@@ -15,7 +15,7 @@ from torch import Tensor
 from student_train.batch.dense_targets import targets_of
 from student_train.batch.packing import plan_micro_batches
 from student_train.batch.vocabulary import within_vocabulary
-from student_train.data.tokens import LossDropout, TokenSelection
+from student_train.data.tokens import LossDropout, SelectedTrace, TokenSelection
 from student_train.losses import TeacherTargets
 from teacher_cache.format import Trace
 
@@ -34,6 +34,7 @@ class MicroBatch:
     hidden_index: Tensor  # [N] int64, flat index into B x T of the position that predicts a token
     targets: TeacherTargets  # N rows
     token_weight: Tensor  # [N] float32, not yet divided by the step's normaliser
+    source: Tensor  # [N] int64, the cache that a token is of, where a run has several
     num_positions: tuple[int, ...]  # of each trace that has a valid token
     num_absent: int  # kept entries whose id the student lacks; they are in the tail
 
@@ -61,6 +62,7 @@ class MicroBatch:
             hidden_index=self.hidden_index.to(device),
             targets=TeacherTargets(**targets),
             token_weight=self.token_weight.to(device),
+            source=self.source.to(device),
         )
 
 
@@ -69,6 +71,7 @@ class _BatchItem:
     """A trace and what of it enters the loss."""
 
     trace: Trace
+    source: int
     valid: NDArray[np.int64]  # [n] tokens
     num_absent: int
 
@@ -90,8 +93,7 @@ def valid_positions(
 
 
 def micro_batches(
-    traces: Sequence[Trace],
-    selection: TokenSelection,
+    traces: Sequence[SelectedTrace],
     *,
     batch_tokens: int,
     loss_reduction: str,
@@ -104,8 +106,7 @@ def micro_batches(
     Traces without a valid token are left out: they have nothing to learn from.
 
     Args:
-        traces: Holding at least the selected tokens.
-        selection: Which tokens enter the loss.
+        traces: And which of their tokens enter the loss.
         batch_tokens: Cap of B x T; a trace longer than that is alone in its micro-batch.
         loss_reduction: "token" (all tokens weigh the same) or "sequence" (all traces do).
         mask: Leaves some of the selected tokens out of the loss.
@@ -118,7 +119,7 @@ def micro_batches(
     Raises:
         CacheMismatchError: If a trace holds a token that the student lacks.
     """
-    parts = [_part(trace, selection, mask, num_ids) for trace in traces]
+    parts = [_part(trace, mask, num_ids) for trace in traces]
     parts = [part for part in parts if len(part.valid)]
     plan = plan_micro_batches([part.length for part in parts], batch_tokens, layout)
     return [
@@ -131,28 +132,25 @@ def micro_batches(
     ]
 
 
-def one_micro_batch(
-    traces: Sequence[Trace], selection: TokenSelection, *, num_ids: int | None = None
-) -> MicroBatch:
+def one_micro_batch(traces: Sequence[SelectedTrace], *, num_ids: int | None = None) -> MicroBatch:
     """All traces in one micro-batch, a row each however unlike they are; every token weighs 1.
 
     `num_ids` is that of `micro_batches`.
     """
-    parts = [_part(trace, selection, None, num_ids) for trace in traces]
+    parts = [_part(trace, None, num_ids) for trace in traces]
     rows = [[part] for part in parts if len(part.valid)]
     rows.sort(key=lambda row: -row[0].length)
     return _collate(rows, per_trace=False, is_flat=False) if rows else empty_micro_batch()
 
 
-def _part(
-    trace: Trace, selection: TokenSelection, mask: LossDropout | None, num_ids: int | None
-) -> _BatchItem:
-    valid = valid_positions(trace, selection, mask)
+def _part(selected: SelectedTrace, mask: LossDropout | None, num_ids: int | None) -> _BatchItem:
+    trace = selected.trace
+    valid = valid_positions(trace, selected.selection, mask)
     if num_ids is None:
-        return _BatchItem(trace, valid, 0)
+        return _BatchItem(trace, selected.source, valid, 0)
     fitted = within_vocabulary(trace, num_ids)
     num_absent = trace.k[valid].sum(dtype=np.int64) - fitted.k[valid].sum(dtype=np.int64)
-    return _BatchItem(fitted, valid, int(num_absent))
+    return _BatchItem(fitted, selected.source, valid, int(num_absent))
 
 
 def normaliser(num_valid: int, num_traces: int, loss_reduction: str) -> int:
@@ -178,6 +176,7 @@ def empty_micro_batch() -> MicroBatch:
         hidden_index=nothing,
         targets=targets,
         token_weight=torch.zeros(0),
+        source=nothing,
         num_positions=(),
         num_absent=0,
     )
@@ -187,7 +186,7 @@ def _collate(rows: Sequence[Sequence[_BatchItem]], *, per_trace: bool, is_flat: 
     width = max(sum(part.length for part in row) for row in rows)
     input_ids_BT = np.zeros((len(rows), width), np.int64)
     position_ids_BT = np.zeros((len(rows), width), np.int64)
-    hidden_index, weights = [], []
+    hidden_index, weights, sources = [], [], []
     for number, row in enumerate(rows):
         begin = 0
         for part in row:
@@ -198,6 +197,7 @@ def _collate(rows: Sequence[Sequence[_BatchItem]], *, per_trace: bool, is_flat: 
             hidden_index.append(number * width + begin + part.valid - 1)
             weight = 1 / len(part.valid) if per_trace else 1.0
             weights.append(np.full(len(part.valid), weight, np.float32))
+            sources.append(np.full(len(part.valid), part.source))
             begin = end
     parts = [part for row in rows for part in row]
     trace_ends = np.cumsum([0, *(part.length for part in parts)], dtype=np.int32)
@@ -209,6 +209,7 @@ def _collate(rows: Sequence[Sequence[_BatchItem]], *, per_trace: bool, is_flat: 
         hidden_index=torch.from_numpy(np.concatenate(hidden_index)),
         targets=targets_of([(part.trace, part.valid) for part in parts]),
         token_weight=torch.from_numpy(np.concatenate(weights)),
+        source=torch.from_numpy(np.concatenate(sources)),
         num_positions=tuple(part.length for part in parts),
         num_absent=sum(part.num_absent for part in parts),
     )

@@ -70,7 +70,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
             rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         with self._stream(rank=rank, num_ranks=num_ranks) as stream:
             for step in stream:
-                batch = one_micro_batch(step.traces, self._selection, num_ids=self._num_ids)
+                batch = one_micro_batch(step.traces, num_ids=self._num_ids)
                 labels = nn.functional.pad(batch.targets.target_ids, (1, 0), value=-100)
                 yield {"batch": batch, "labels": labels}
 

@@ -14,10 +14,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from student_train.data.draw import draw_spans
 from student_train.data.order import check_ranks, data_order
-from student_train.data.tokens import TokenSelection
+from student_train.data.tokens import SelectedTrace, TokenSelection
 from student_train.data.traces import TrainingData
-from teacher_cache.format import Trace
 
 PREFETCH_STEPS = 4
 CLOSE_S = 10.0  # far more than reading a shard takes
@@ -57,7 +57,7 @@ class StreamStep:
 
     cursor: Cursor  # after this batch
     epoch: int  # that this batch belongs to
-    traces: list[Trace]  # of this rank, cut; may be empty where there are several ranks
+    traces: list[SelectedTrace]  # of this rank, cut; perhaps none where there are several ranks
     trace_ids: tuple[str, ...]  # of the whole global batch, in its order
     bytes_read: int  # from shards by this rank, up to and with this batch
 
@@ -85,10 +85,11 @@ class TraceStream:
 
         Args:
             data: The traces; their caches are read by no one else while the stream is.
-            selection: Decides how many tokens of a trace are read.
+            selection: Decides how many tokens of a trace are read; of a mixture, every trace's
+                lead span is drawn from the seed.
             batch_traces: Traces of a global batch, over all ranks.
             num_epochs: Where the stream ends.
-            seed: Of the order.
+            seed: Of the order, and of the lead spans of a mixture.
             num_lanes: Of the order; at least `num_ranks`, and best a multiple of it.
             rank: Whose part is yielded.
             num_ranks: How many share every global batch.
@@ -96,10 +97,11 @@ class TraceStream:
 
         Raises:
             ValueError: If there are more ranks than lanes.
+            CacheMismatchError: If more is selected than a truncated cache holds.
         """
         check_ranks(num_lanes, num_ranks)
         self._data = data
-        self._selection = selection
+        self._drawn = [draw_spans(source, selection, seed) for source in data.sources]
         self._batch_traces = batch_traces
         self._num_epochs = num_epochs
         self._seed = seed
@@ -156,7 +158,7 @@ class TraceStream:
         rows_of_shard: dict[int, list[int]] = {}  # still to come, of this rank
         for place in ahead:
             rows_of_shard.setdefault(int(order.shard[place]), []).append(int(order.row[place]))
-        open_shards: dict[int, dict[int, Trace]] = {}
+        open_shards: dict[int, dict[int, SelectedTrace]] = {}
         for step in range(first_step, self.steps_per_epoch):
             places = range(
                 step * self._batch_traces, min((step + 1) * self._batch_traces, len(order))
@@ -176,11 +178,14 @@ class TraceStream:
             cursor = Cursor(epoch + 1, 0) if is_last else Cursor(epoch, step + 1)
             yield StreamStep(cursor, epoch, traces, tuple(ids), self._data.bytes_read)
 
-    def _read(self, shard: int, rows: list[int]) -> dict[int, Trace]:
-        source, shard_of_cache = self._data.locate(shard % self._data.num_shards)
+    def _read(self, shard: int, rows: list[int]) -> dict[int, SelectedTrace]:
+        number, shard_of_cache = self._data.locate(shard % self._data.num_shards)
+        source, drawn = self._data.sources[number], self._drawn[number]
         infos = source.cache.shards[shard_of_cache].traces
-        keep = {row: self._selection.num_read(infos[row]) for row in rows}
-        return source.cache.read(shard_of_cache, keep, source.view)
+        selections = {row: drawn.of(shard_of_cache, row) for row in rows}
+        keep = {row: selection.num_read(infos[row]) for row, selection in selections.items()}
+        traces = source.cache.read(shard_of_cache, keep, source.view)
+        return {row: SelectedTrace(trace, selections[row], number) for row, trace in traces.items()}
 
 
 class _Prefetch(Iterator[StreamStep]):

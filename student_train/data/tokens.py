@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from student_train.data.lead_spans import LeadSpans, parse_span, parse_tokens
 from teacher_cache.format import SECTIONS, Trace, TraceInfo, lead_span_length
 from teacher_cache.terminal.option import check_options, option
 
@@ -21,6 +22,9 @@ _tokens = partial(option, group="What enters the loss")
 class TokenSelection:
     """A lead span or a token budget, and the sections inside it.
 
+    With a mixture of lengths it stands for several selections: `choices`, of which `draw_spans`
+    gives every trace one. Only a selection of one length has tokens.
+
     A middle or last part has as many tokens as the lead span and keeps all tokens before it as
     context (the paper cuts it out instead, which `cache-teacher score --slice` captures).
 
@@ -29,18 +33,24 @@ class TokenSelection:
             both given.
     """
 
-    lead_span: float | None = _tokens(
-        "Proportion of every trace to train on, from its start.",
+    lead_span: float | LeadSpans | None = _tokens(
+        "Proportion of every trace to train on, from its start; or several with weights, such as "
+        "0.375:4,1:1, of which each trace gets one: here a fifth of the traces are whole.",
         default=None,
         basic=True,
         above=0,
         at_most=1,
         unset="whole traces",
+        metavar="SPAN",
+        parse=parse_span,
     )
-    trace_tokens: int | None = _tokens(
-        "Number of tokens of every trace to train on, instead of a lead span.",
+    trace_tokens: int | LeadSpans | None = _tokens(
+        "Number of tokens of every trace to train on, instead of a lead span; or several with "
+        "weights.",
         default=None,
         at_least=1,
+        metavar="TOKENS",
+        parse=parse_tokens,
     )
     sections: tuple[str, ...] = _tokens(
         "Sections whose tokens enter the loss, with commas between them.",
@@ -63,10 +73,35 @@ class TokenSelection:
         check_options(self)
         if self.lead_span is not None and self.trace_tokens is not None:
             raise ValueError("--trace-tokens: give it or --lead-span, not both")
+        for choice in self.choices if len(self.choices) > 1 else ():
+            check_options(choice)
+
+    @property
+    def lengths(self) -> LeadSpans:
+        """The proportions or numbers of tokens, one where every trace has the same."""
+        length = self.lead_span if self.trace_tokens is None else self.trace_tokens
+        if isinstance(length, LeadSpans):
+            return length
+        return LeadSpans((1.0 if length is None else length,), (1.0,))
+
+    @cached_property
+    def choices(self) -> tuple["TokenSelection", ...]:
+        """The selections of one length each that it stands for, as `lengths`."""
+        if isinstance(self.trace_tokens, LeadSpans):
+            return tuple(replace(self, trace_tokens=int(n)) for n in self.trace_tokens.lengths)
+        if isinstance(self.lead_span, LeadSpans):
+            return tuple(replace(self, lead_span=span) for span in self.lead_span.lengths)
+        return (self,)
 
     def span(self, trace: Trace | TraceInfo) -> tuple[int, int]:
-        """First token and end of the part of a trace that its sections are looked for in."""
-        whole = trace.answer_start if self.lead_span_of == "reasoning" else trace.n_total
+        """First token and end of the part of a trace that its sections are looked for in.
+
+        Raises:
+            TypeError: If the selection has several lengths.
+        """
+        if isinstance(self.lead_span, LeadSpans) or isinstance(self.trace_tokens, LeadSpans):
+            raise TypeError(f"{self}: expected a selection of one length; see `choices`")
+        whole = self.whole(trace)
         if self.trace_tokens is not None:
             keep = self.trace_tokens
         else:
@@ -75,17 +110,26 @@ class TokenSelection:
         first = {"lead": 0, "middle": (whole - keep) // 2, "last": whole - keep}[self.loss_on]
         return first, first + keep
 
+    def whole(self, trace: Trace | TraceInfo) -> int:
+        """Tokens of which the length is a part."""
+        return trace.answer_start if self.lead_span_of == "reasoning" else trace.n_total
+
     def __str__(self) -> str:
         part = {"lead": "first", "middle": "middle", "last": "last"}[self.loss_on]
-        of = "every trace" if self.lead_span_of == "trace" else "every trace before its answer"
-        if self.trace_tokens is not None:
-            span = f"the {part} {self.trace_tokens:,} tokens of {of}"
-        elif self.lead_span is not None and self.lead_span < 1.0:
-            span = f"the {part} {self.lead_span:g} of {of}"
+        of, many = "trace", "traces"
+        if self.lead_span_of == "reasoning":
+            of, many = "trace before its answer", "traces before the answer"
+        pairs = list(zip(self.lengths.lengths, self.lengths.shares, strict=True))
+        texts = [f"{n:g}" if self.trace_tokens is None else f"{int(n):,} tokens" for n, _ in pairs]
+        if len(pairs) > 1:
+            texts = [
+                f"{text} of {100 * p:.3g} %" for text, (_, p) in zip(texts, pairs, strict=True)
+            ]
+            span = f"the {part} {' and '.join(texts)} of the {many}"
+        elif self.trace_tokens is not None or pairs[0][0] < 1:
+            span = f"the {part} {texts[0]} of every {of}"
         else:
-            span = (
-                "whole traces" if self.lead_span_of == "trace" else "whole traces before the answer"
-            )
+            span = f"whole {many}"
         return f"{span}, sections {', '.join(self.sections)}"
 
     def ranges(self, trace: Trace | TraceInfo) -> list[tuple[int, int]]:
@@ -107,19 +151,18 @@ class TokenSelection:
         ranges = self.ranges(trace)
         return ranges[-1][1] if ranges else 1
 
-    def selects_any(self, traces: Iterable[TraceInfo]) -> bool:
-        """Whether a token of any of these traces is trained on."""
-        return any(self.ranges(info) for info in traces)
+    def selected(self, traces: Iterable[Trace]) -> list["SelectedTrace"]:
+        """Traces with this selection of one length for each."""
+        return [SelectedTrace(trace, self) for trace in traces]
 
-    def cot_share(self, traces: Iterable[TraceInfo]) -> float:
-        """Share of all tokens of the chains of thought that are trained on; 0 without any."""
-        num_selected = num_all = 0
-        for info in traces:
-            first, end = max(1, info.cot_start), info.answer_start
-            num_all += max(0, end - first)
-            for left, right in self.ranges(info):
-                num_selected += max(0, min(right, end) - max(left, first))
-        return num_selected / max(1, num_all)
+
+@dataclass(frozen=True)
+class SelectedTrace:
+    """A trace and which of its tokens are trained on."""
+
+    trace: Trace  # holding at least these tokens
+    selection: TokenSelection  # of one length
+    source: int = 0  # its cache, where a run has several
 
 
 @dataclass(frozen=True)

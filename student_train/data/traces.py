@@ -104,18 +104,18 @@ class TrainingData:
         """Of all caches."""
         return sum(len(source.cache.shards) for source in self.sources)
 
-    def locate(self, shard: int) -> tuple[CacheTraces, int]:
+    def locate(self, shard: int) -> tuple[int, int]:
         """The source of a shard, counted through all caches, and its index in that cache."""
-        for source in self.sources:
+        for number, source in enumerate(self.sources):
             if shard < len(source.cache.shards):
-                return source, shard
+                return number, shard
             shard -= len(source.cache.shards)
         raise IndexError("no such shard")
 
     def info(self, shard: int, row: int) -> TraceInfo:
         """What is known of a trace without reading its shard."""
-        source, shard_of_cache = self.locate(shard)
-        return source.cache.shards[shard_of_cache].traces[row]
+        number, shard_of_cache = self.locate(shard)
+        return self.sources[number].cache.shards[shard_of_cache].traces[row]
 
     def heldout_traces(
         self, *, rank: int = 0, num_ranks: int = 1, limit: int | None = None

@@ -115,7 +115,9 @@ def compare_flops(
     trace = next(cache.read_held(cache.traces[:1]))
     compared = []
     for selection in selections:
-        batches = micro_batches([trace], selection, batch_tokens=len(trace), loss_reduction="token")
+        batches = micro_batches(
+            selection.selected([trace]), batch_tokens=len(trace), loss_reduction="token"
+        )
         compared.append(
             FlopComparison(
                 sum(sum(batch.num_positions) for batch in batches),

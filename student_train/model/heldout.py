@@ -55,8 +55,8 @@ def heldout_sums(
     for trace in traces:
         # One by one: a micro-batch does not say which trace and section a token is of.
         batches = micro_batches(
-            [] if trace is None else [trace],
-            TokenSelection(), batch_tokens=1, loss_reduction="token", num_ids=num_ids,
+            TokenSelection().selected([] if trace is None else [trace]),
+            batch_tokens=1, loss_reduction="token", num_ids=num_ids,
         )  # fmt: skip
         batch = batches[0] if batches else empty_micro_batch()
         result = student.per_token(batch.to(device))

@@ -1,13 +1,14 @@
 """What a run is made of, opened and checked before anything is trained or written."""
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from student_train.data.tokens import TokenSelection
+from student_train.data.draw import DrawnSpans, SpanFigures, described, draw_spans
 from student_train.data.traces import TrainingData, open_data
 from student_train.model.load import check_student, load_model, student_fingerprint
 from student_train.model.save import check_saved, make_savable
@@ -24,7 +25,7 @@ class RunInputs:
     """A run's folder, its data and its student as they are before training."""
 
     config: TrainConfig
-    selection: TokenSelection  # which tokens of a trace are trained on
+    drawn: tuple[DrawnSpans, ...]  # of each cache, which tokens of its traces are trained on
     folder: RunFolder
     identity: RunIdentity
     accelerator: Accelerator
@@ -46,7 +47,6 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     """
     folder = RunFolder(config.out)
     memory = PeakMemory(accelerator.device)
-    selection = config.selection
     data = open_data(
         config.cache,
         weights=config.cache_weights,
@@ -65,7 +65,8 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     for source in data.sources:
         check_student(config.student, model, tokenizer, source.cache.header)
     make_savable(config.student, model)
-    check_selection(data, selection, model)
+    drawn = tuple(draw_spans(source, config.selection, config.seed) for source in data.sources)
+    check_selection(drawn, model)
     heldout = heldout_data(config, data)
     if heldout is not None:
         for source in heldout.sources:
@@ -80,42 +81,40 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     )
     folder.check_identity(identity)
     return RunInputs(
-        config, selection, folder, identity, accelerator, memory, data, heldout, model, tokenizer
+        config, drawn, folder, identity, accelerator, memory, data, heldout, model, tokenizer
     )
 
 
-def log_inputs(inputs: RunInputs, cot_share: float) -> None:
+def log_inputs(inputs: RunInputs, spans: SpanFigures) -> None:
     """Say what is trained on; the main process calls it."""
     logger.info("%s", inputs.data.summary)
-    logger.info("%s: %.1f %% of the chains of thought", inputs.selection, 100 * cot_share)
+    logger.info("%s", described(inputs.drawn, spans))
     num_known = 0 if inputs.heldout is None else num_trained_too(inputs.heldout, inputs.data)
     if num_known:
         logger.warning("%d held-out traces are trained on too", num_known)
 
 
-def check_selection(data: TrainingData, selection: TokenSelection, model: PreTrainedModel) -> None:
+def check_selection(drawn: Sequence[DrawnSpans], model: PreTrainedModel) -> None:
     """Refuse a selection that leaves nothing of a cache, or traces that the student cannot hold.
 
     Raises:
         ValueError: Saying what to change.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for source in data.sources:
-        path, header = source.cache.path, source.cache.header
-        infos = source.train_infos()
+    for one in drawn:
+        path, header, selection = one.source.cache.path, one.source.cache.header, one.selection
         captured = tuple(
             name for name in selection.sections if name != "prompt" or header.capture_prompt
         )
-        if not captured or not replace(selection, sections=captured).selects_any(infos):
+        if not captured or not one.selects_any(captured):
             without = "" if header.capture_prompt else " (it has no prompt distributions)"
             raise ValueError(
                 f"{path}: nothing to train on: {selection} selects no token that has a "
-                f"distribution in any of {len(infos):,} traces{without}"
+                f"distribution in any of {len(one.source.train):,} traces{without}"
             )
-        longest = max(infos, key=selection.num_read)
-        if limit is not None and selection.num_read(longest) - 1 > limit:
+        num_read, trace_id = max((own.num_read(info), info.trace_id) for info, own in one)
+        if limit is not None and num_read - 1 > limit:
             raise ValueError(
-                f"{path}: {selection.num_read(longest):,} tokens of trace {longest.trace_id!r} "
-                f"are selected, the student has {limit:,} positions; use --trace-tokens "
-                f"{limit + 1} or a smaller lead span"
+                f"{path}: {num_read:,} tokens of trace {trace_id!r} are selected, the student has "
+                f"{limit:,} positions; use --trace-tokens {limit + 1} or a smaller lead span"
             )

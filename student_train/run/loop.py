@@ -71,7 +71,6 @@ def _take_steps(run: Run) -> None:
             dropout = LossDropout(config.loss_dropout, config.seed, item.epoch)
             batches = micro_batches(
                 item.traces,
-                inputs.selection,
                 batch_tokens=config.batch_tokens,
                 loss_reduction=config.loss_reduction,
                 mask=dropout if dropout.share else None,

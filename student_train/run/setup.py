@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from student_train.data.draw import SpanFigures
 from student_train.data.stream import TraceStream, num_steps, steps_per_epoch
 from student_train.losses import Objective
 from student_train.model.adapters import add_adapters, count_trained
@@ -51,7 +52,7 @@ class Run:
     num_ids: int  # that the student has a row for
     num_steps: int
     steps_per_epoch: int
-    cot_share: float  # of the chains of thought that is trained on
+    spans: SpanFigures
     state: RunState
 
 
@@ -67,10 +68,9 @@ def prepare(inputs: RunInputs) -> Run:
         ValueError: If the settings do not fit the student.
     """
     config, accelerator, model = inputs.config, inputs.accelerator, inputs.model
-    all_infos = [info for source in inputs.data.sources for info in source.train_infos()]
-    cot_share = inputs.selection.cot_share(all_infos)
+    spans = SpanFigures.of(inputs.drawn)
     if accelerator.is_main_process:
-        log_inputs(inputs, cot_share)
+        log_inputs(inputs, spans)
 
     set_seed(config.seed, device_specific=True)
     head = head_of(model)  # while the model is as it was loaded
@@ -110,7 +110,7 @@ def prepare(inputs: RunInputs) -> Run:
         num_ids=num_ids,
         num_steps=last_step,
         steps_per_epoch=steps_per_epoch(inputs.data.num_traces, config.batch_traces),
-        cot_share=cot_share,
+        spans=spans,
         state=state,
     )
 
@@ -120,7 +120,7 @@ def open_stream(run: Run) -> TraceStream:
     config, accelerator = run.inputs.config, run.inputs.accelerator
     return TraceStream(
         run.inputs.data,
-        run.inputs.selection,
+        config.selection,
         batch_traces=config.batch_traces,
         num_epochs=config.epochs if run.state.step < run.num_steps else 0,
         seed=config.seed,

@@ -130,7 +130,9 @@ class StepFigures:
             "train_s": state.train_s,
             "tokens_per_s": self._num_tokens / elapsed_s,
             "data_wait_share": waited_s / elapsed_s,
-            "cot_share": run.cot_share,
+            "cot_share": run.spans.cot_share,
+            "mean_lead_span": run.spans.mean_lead_span,
+            "whole_trace_share": run.spans.whole_trace_share,
         }
         self._begin_line(self._step_ended_s)
         return figures

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from student_train.data.draw import draw_spans
 from student_train.data.tokens import TokenSelection
 from student_train.data.traces import CacheTraces, open_data
 from student_train.errors import InterruptedRunError
@@ -114,7 +115,8 @@ def _source(config: SweepConfig, options: Mapping[str, Any]) -> CacheTraces:
 
 
 def _costs(config: SweepConfig, options: Mapping[str, Any]) -> dict[str, float]:
-    return span_costs(_source(config, options), config.train_config(options).selection)
+    run = config.train_config(options)
+    return span_costs(draw_spans(_source(config, options), run.selection, run.seed))
 
 
 def _check_cells(config: SweepConfig, cells: Sequence[Cell], cache: Cache) -> None:

@@ -105,7 +105,7 @@ def read_cells(out: Path, costs: Costs) -> list[CellResult]:
         )
         result = read_record(file, remedy)
         if result["options"] is not None:
-            result["costs"] = costs(result["options"])
+            result["costs"] = costs({**result["options"], "seed": result["seed"]})
             result["break_even_runs"] = break_even_runs(result)
         completions = file.with_name("completions.jsonl")
         if sha256_of(completions) != result["completions_sha256"]:

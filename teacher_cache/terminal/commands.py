@@ -167,6 +167,8 @@ def _parameter(item: "Field[Any]", kind: object) -> click.Parameter:
 
 def _click_type(known: Option, kind: Any) -> click.ParamType:  # type: ignore[type-arg]  # noqa: ANN401
     item = item_kind(kind)
+    if known.parse is not None:
+        return Parsed("text", known.parse)
     if is_mapping(kind):
         return NamedValue()
     if item is not None and not known.is_repeatable:

@@ -69,6 +69,10 @@ def _of_toml(known: Option, kind: Any, value: Any) -> Any:  # noqa: ANN401  # TO
             return split_list(value, item)
         values = value if isinstance(value, list) else [value]
         return tuple(_of_toml(known, item, one) for one in values)
+    if known.parse is not None:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError(f"expected a number or text, got {value!r}")
+        return known.parse(str(value))
     if is_mapping(kind):
         if not isinstance(value, dict):
             raise ValueError(f"expected a table of names and values, got {value!r}")

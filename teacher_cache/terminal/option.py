@@ -48,6 +48,8 @@ class Option:
         is_repeatable: Whether a tuple is given by repeating the option, not with commas.
         can_be_empty: Whether a tuple without items, or an empty text, is a value.
         has_unit_letters: Whether a number may be written 32B, 600M, 100k.
+        parse: Reads its text, or that of one item of a repeatable tuple, where its type is none of
+            the usual ones; raises ValueError.
     """
 
     help: str
@@ -65,6 +67,7 @@ class Option:
     is_repeatable: bool = False
     can_be_empty: bool = False
     has_unit_letters: bool = False
+    parse: Callable[[str], object] | None = None
 
     @property
     def range_text(self) -> str:
