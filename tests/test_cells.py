@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 
+from student_train.data.lead_spans import LeadSpans
 from student_train.sweep.cells import Cell
 from student_train.sweep.config import SweepConfig
 
@@ -127,3 +128,14 @@ def test_the_command_names_what_differs_from_the_defaults():
         "--cache": "c", "--student": "s", "--out": "o", "--eval-prompts": "p",
         "--lead-spans": "0.5,1.0", "--sections-list": "cot+answer,cot", "--num-seeds": "1",
     }  # fmt: skip
+
+
+def test_a_mixture_is_a_cell_whose_name_a_folder_can_have():
+    mixtures = (LeadSpans.parse("0.375:4,1:1"), LeadSpans.parse("0.25,1"))
+    cells = list(config_of(lead_spans=(0.5,), mixture=mixtures, baselines=()).cells(100))
+
+    assert [cell.name for cell in cells] == [
+        "span-0.5_seed-0", "mix-0.375x4+1x1_seed-0", "mix-0.25x1+1x1_seed-0",
+    ]  # fmt: skip
+    assert cells[1].selection.lead_span == mixtures[0]
+    assert {cell.kind for cell in cells[1:]} == {"mixture"}

@@ -56,7 +56,7 @@ LOW_TO_HIGH = {
         *("generate", "score"),
     ],
     "student_train": [
-        *("losses", "data", "batch", "model", "run", "evaluation", "sweep", "cli"),
+        *("losses", "data", "batch", "model", "run", "profile", "evaluation", "sweep", "cli"),
     ],
 }
 

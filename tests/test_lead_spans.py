@@ -211,7 +211,7 @@ def test_where_there_are_not_the_bytes_are_said(few):
     assert figures.whole_trace_share == pytest.approx(0.2, abs=0.03)
     assert figures.byte_share == 1.0
     assert "3 shards, fewer than 20" in described(drawn, figures)
-    assert "100.0% of the bytes" in described(drawn, figures)
+    assert "100.0 % of the bytes" in described(drawn, figures)
 
 
 def test_a_span_that_a_truncated_cache_lacks_is_refused_before_anything_is_read(few, tmp_path):

@@ -6,6 +6,7 @@ import sys
 import click
 
 from student_train.cli.evaluating import evaluate_command
+from student_train.cli.profiling import profile_command
 from student_train.cli.running import run_command
 from student_train.cli.sweeping import sweep_command
 from student_train.errors import InterruptedRunError, NonFiniteLossError, OutOfMemoryError
@@ -22,7 +23,7 @@ def cli() -> None:
     """
 
 
-for _command in (run_command, evaluate_command, sweep_command):
+for _command in (profile_command, run_command, evaluate_command, sweep_command):
     cli.add_command(_command)
 
 

@@ -175,12 +175,12 @@ class SpanFigures:
 def described(drawn: Sequence[DrawnSpans], figures: SpanFigures) -> str:
     """What is trained on and, of a mixture, what its draw came to, in one line."""
     selection = drawn[0].selection
-    text = f"{selection}: {figures.cot_share:.1%} of the chains of thought"
+    text = f"{selection}: {100 * figures.cot_share:.1f} % of the chains of thought"
     if len(selection.choices) == 1:
         return text
     text += (
-        f"; mean lead span {figures.mean_lead_span:.3f}, {figures.whole_trace_share:.1%} of the "
-        f"traces whole, {figures.byte_share:.1%} of the bytes read"
+        f"; mean lead span {figures.mean_lead_span:.3f}, {100 * figures.whole_trace_share:.1f} % "
+        f"of the traces whole, {100 * figures.byte_share:.1f} % of the bytes read"
     )
     needed = math.ceil(MIN_SHARDS_PER_SPAN / min(selection.lengths.shares))
     for one in drawn:

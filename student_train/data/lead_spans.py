@@ -96,10 +96,16 @@ def parse_tokens(text: str) -> int | LeadSpans:
         ValueError: If it is neither.
     """
     budgets = LeadSpans.parse(text)
-    for length in budgets.lengths:
-        if not length.is_integer():
-            raise ValueError(f"expected whole numbers of tokens, got {text!r}")
-    return int(budgets.lengths[0]) if len(budgets.lengths) == 1 else budgets
+    if len(budgets.lengths) > 1:
+        return budgets
+    if not budgets.lengths[0].is_integer():
+        raise ValueError(f"expected a whole number of tokens, got {text!r}")
+    return int(budgets.lengths[0])
+
+
+def in_json(length: object) -> object:
+    """A length as a JSON value: the number, or the mixture as it is written."""
+    return str(length) if isinstance(length, LeadSpans) else length
 
 
 def _text(number: float) -> str:

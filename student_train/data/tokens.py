@@ -73,6 +73,10 @@ class TokenSelection:
         check_options(self)
         if self.lead_span is not None and self.trace_tokens is not None:
             raise ValueError("--trace-tokens: give it or --lead-span, not both")
+        if isinstance(self.trace_tokens, LeadSpans):
+            for length in self.trace_tokens.lengths:
+                if length != int(length):
+                    raise ValueError(f"--trace-tokens: expected whole numbers, got {length:g}")
         for choice in self.choices if len(self.choices) > 1 else ():
             check_options(choice)
 

@@ -2,13 +2,14 @@
 
 `sparse_kl` is the loss, `sparse_kl_per_token` the same per token; `TeacherTargets` is what they
 read from a cache, `SparseKLOutput` what they return, and `VocabShard` for a head whose vocabulary
-is split over processes. Imports torch and nothing else.
+is split over processes. `target_ranks` trains nothing: it measures. Imports torch and nothing else.
 
 Shape letters in this package: N valid tokens, C rows of one chunk, D hidden size, V vocabulary,
 K kept entries of the widest row; J = K + 1 outcomes, the kept entries and, last, the tail.
 """
 
 from student_train.losses.divergence import DEFAULT_OBJECTIVE, DIVERGENCES, TAILS, Objective
+from student_train.losses.ranks import target_ranks
 from student_train.losses.sparse_kl import SparseKLOutput, sparse_kl, sparse_kl_per_token
 from student_train.losses.targets import TeacherTargets
 from student_train.losses.vocab_parallel import VocabShard
@@ -23,4 +24,5 @@ __all__ = [
     "VocabShard",
     "sparse_kl",
     "sparse_kl_per_token",
+    "target_ranks",
 ]

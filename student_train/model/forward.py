@@ -17,6 +17,7 @@ from student_train.losses import (
     SparseKLOutput,
     sparse_kl,
     sparse_kl_per_token,
+    target_ranks,
 )
 from student_train.model.load import HeadScaling, output_layer
 
@@ -57,14 +58,29 @@ class StudentWithLoss(nn.Module):
     @torch.no_grad()
     def per_token(self, batch: MicroBatch) -> SparseKLOutput:
         """What `forward` sums, token by token [N]; for measuring, not for training."""
+        return self._loss_per_token(self._hidden(batch), batch)
+
+    def _loss_per_token(self, hidden_ND: Tensor, batch: MicroBatch) -> SparseKLOutput:
         output = output_layer(self.model)
         return sparse_kl_per_token(
-            self._hidden(batch),
+            hidden_ND,
             output.weight,
             batch.targets,
             self._objective,
             bias=output.bias,
         )
+
+    @torch.no_grad()
+    def per_token_and_rank(
+        self, batch: MicroBatch, *, largest_rank: int
+    ) -> tuple[SparseKLOutput, Tensor]:
+        """`per_token`, and the rank of each realised token [N]; see `target_ranks`."""
+        output, hidden_ND = output_layer(self.model), self._hidden(batch)
+        rank_N = target_ranks(
+            hidden_ND, output.weight, batch.targets.target_ids,
+            bias=output.bias, largest=largest_rank,
+        )  # fmt: skip
+        return self._loss_per_token(hidden_ND, batch), rank_N
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         """[N, D] at the positions that predict the valid tokens."""

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from student_train.data.lead_spans import LeadSpans, in_json
 from student_train.data.tokens import TokenSelection
 from student_train.model.lora import Lora
 from teacher_cache.format import CachePath, PrefixCache, shown
@@ -71,7 +72,9 @@ class TrainConfig:
         at_least=1,
     )
     seed: int = _data(
-        "Seed for the order of traces, loss dropout and adapters.", default=0, at_least=0
+        "Seed for the order of traces, the lead spans of a mixture, loss dropout and adapters.",
+        default=0,
+        at_least=0,
     )
     allow_unsealed: bool = _data(
         "Train on the shards committed so far of a capture that is not complete.",
@@ -93,8 +96,8 @@ class TrainConfig:
     student_revision: str | None = _student(
         "Branch, tag or commit of a hub id.", default=None, changeable=True
     )
-    lead_span: float | None = _tokens("lead_span")
-    trace_tokens: int | None = _tokens("trace_tokens")
+    lead_span: float | LeadSpans | None = _tokens("lead_span")
+    trace_tokens: int | LeadSpans | None = _tokens("trace_tokens")
     sections: tuple[str, ...] = _tokens("sections")
     loss_on: str = _tokens("loss_on")
     lead_span_of: str = _tokens("lead_span_of")
@@ -323,6 +326,8 @@ class TrainConfig:
             "out": str(self.out),
             "heldout_cache": self.heldout_cache and shown(self.heldout_cache),
             "prefix_cache": self.prefix_cache and str(self.prefix_cache),
+            "lead_span": in_json(self.lead_span),
+            "trace_tokens": in_json(self.trace_tokens),
             "sections": list(self.sections),
             "lora_targets": list(self.lora_targets),
             "cache_weights": self.cache_weights and list(self.cache_weights),

@@ -47,6 +47,8 @@ Trained with leadspan on a cache of the teacher's top-k logits; no teacher was i
 - student: `{config.student}`
 {teachers}
 - trained on: {config.selection}; {metrics["cot_share"]:.1%} of the chains of thought
+- lead spans: {metrics["mean_lead_span"]:.3f} of a trace on average,
+  {metrics["whole_trace_share"]:.1%} of the traces whole
 - traces: {data.summary}{f", where `{config.where}`" if config.where else ""}
 - loss: {1 - config.ce_weight:g} KL(teacher || student) over the kept entries and one bucket for
   the tail + {config.ce_weight:g} cross entropy, averaged over every {config.loss_reduction}

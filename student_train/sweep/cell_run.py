@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from student_train.data.lead_spans import in_json
 from student_train.evaluation.config import EvaluateConfig
 from student_train.run.config import TrainConfig
 from student_train.sweep.cells import Cell
@@ -182,7 +183,7 @@ def _result(config: SweepConfig, cell: Cell, commands: Sequence[Sequence[str]]) 
         "group": cell.group,
         "kind": cell.kind,
         "seed": cell.seed,
-        "options": cell.options,
+        "options": cell.options and {name: in_json(v) for name, v in cell.options.items()},
         "commands": [shlex.join(["train-student", *command]) for command in commands],
         "evaluation": json.loads((folder / "evaluation.json").read_text(encoding="utf-8")),
     }

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from student_train.data.lead_spans import LeadSpans
 from student_train.data.tokens import TokenSelection
 from student_train.run.config import TrainConfig
 
@@ -15,7 +16,7 @@ class Cell:
     """One run and its evaluation, or the untrained student's evaluation."""
 
     group: str  # cells that differ in the seed alone are one group
-    kind: str  # "span" or a baseline
+    kind: str  # "span", "mixture" or a baseline
     seed: int | None  # None for the untrained student
     options: Mapping[str, Any] | None  # of the run; None without one
 
@@ -28,7 +29,8 @@ class Cell:
             item.name: own[item.name] for item in fields(TokenSelection) if item.name in own
         }
         TokenSelection(**selection)  # refuses what cannot be
-        return cls(_group_name(own) if kind == "span" else kind, kind, seed, own)
+        is_named = kind in ("span", "mixture")
+        return cls(_group_name(own) if is_named else kind, kind, seed, own)
 
     @property
     def name(self) -> str:
@@ -49,10 +51,13 @@ class Cell:
 
 
 def _group_name(options: Mapping[str, Any]) -> str:
+    span = options.get("lead_span", 1.0)
     if "trace_tokens" in options:
         parts = [f"tokens-{options['trace_tokens']}"]
+    elif isinstance(span, LeadSpans):  # a folder's name: no colons or commas
+        parts = [f"mix-{span}".replace(":", "x").replace(",", "+")]
     else:
-        parts = [f"span-{options.get('lead_span', 1.0):g}"]
+        parts = [f"span-{span:g}"]
     if "loss_on" in options:
         parts.append(options["loss_on"])
     if "sections" in options:

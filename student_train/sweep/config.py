@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from student_train.data.lead_spans import LeadSpans
 from student_train.data.stream import num_steps
 from student_train.data.tokens import LOSS_RANGES, TokenSelection
 from student_train.evaluation.config import EvaluateConfig
@@ -58,6 +59,16 @@ class SweepConfig:
         above=0,
         at_most=1,
         can_be_empty=True,
+    )
+    mixture: tuple[LeadSpans, ...] = _cells(
+        "Lead spans with weights, such as 0.375:4,1:1, of which each trace gets one; repeat it for "
+        "several mixtures.",
+        default=(),
+        basic=True,
+        is_repeatable=True,
+        can_be_empty=True,
+        metavar="SPANS",
+        parse=LeadSpans.parse,
     )
     trace_tokens_list: tuple[int, ...] = _cells(
         "Token budgets per trace, besides the lead spans.",
@@ -143,6 +154,8 @@ class SweepConfig:
                 continue  # all parts of a whole trace are the same
             chosen = {**span, **common, "loss_on": part, "sections": sections}
             yield Cell.of("span", seed, chosen)
+        for mixture in self.mixture:
+            yield Cell.of("mixture", seed, {"lead_span": mixture, **common})
         half = max(1, num_steps // 2)
         if "full" in self.baselines:
             yield Cell.of("span", seed, {"lead_span": 1.0})

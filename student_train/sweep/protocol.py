@@ -24,6 +24,7 @@ from student_train.errors import InterruptedRunError
 from student_train.evaluation.prompts import Prompt, prompt_ids, read_prompts, seen_in
 from student_train.model.flops import compare_flops, count_parameters
 from student_train.model.load import load_tokenizer
+from student_train.run.config import TrainConfig
 from student_train.sweep.cell_run import Children, cell_folder, is_finished, run_cell, sweep_record
 from student_train.sweep.cells import FULL, Cell
 from student_train.sweep.config import SweepConfig
@@ -32,6 +33,7 @@ from student_train.sweep.report import write_report
 from teacher_cache.format import Cache, open_cache, parse_worker
 from teacher_cache.format.checksums import publish_record
 from teacher_cache.format.folder_lock import FolderLock
+from teacher_cache.terminal.config_file import fields_of_json
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +117,9 @@ def _source(config: SweepConfig, options: Mapping[str, Any]) -> CacheTraces:
 
 
 def _costs(config: SweepConfig, options: Mapping[str, Any]) -> dict[str, float]:
-    run = config.train_config(options)
-    return span_costs(draw_spans(_source(config, options), run.selection, run.seed))
+    typed = fields_of_json(TrainConfig, options)
+    run = config.train_config(typed)
+    return span_costs(draw_spans(_source(config, typed), run.selection, run.seed))
 
 
 def _check_cells(config: SweepConfig, cells: Sequence[Cell], cache: Cache) -> None:

@@ -226,6 +226,8 @@ def _csv_row(result: Mapping[str, Any]) -> dict[str, Any]:
         "flops": run.get("flops", ""),
         "peak_memory_bytes": run.get("peak_memory_bytes", ""),
         "wall_s": run.get("train_s", ""),
+        "mean_lead_span": costs.get("mean_lead_span", ""),
+        "whole_trace_share": costs.get("whole_trace_share", ""),
         "cot_share": costs.get("cot_share", ""),
         "cache_bytes": costs.get("cache_bytes", ""),
         "teacher_tokens_saved": costs.get("tokens_saved", ""),

@@ -62,6 +62,19 @@ def read_config_file(path: Path, config: type, *, reserved: Collection[str] = ()
     return values
 
 
+def fields_of_json(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a configuration's options as its fields' types, from JSON or TOML values.
+
+    Raises:
+        ValueError: If a value is not of its field's type.
+    """
+    fields, kinds = options_of(config), kinds_of(config)
+    return {
+        name: None if value is None else _of_toml(option_of(fields[name]), kinds[name], value)
+        for name, value in values.items()
+    }
+
+
 def _of_toml(known: Option, kind: Any, value: Any) -> Any:  # noqa: ANN401  # TOML's, a field's
     item = item_kind(kind)
     if item is not None:

@@ -1,0 +1,45 @@
+"""How many ids a linear head finds likelier than the realised token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+_CHUNK_BYTES = 96 * 2**20
+
+
+@torch.no_grad()
+def target_ranks(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_ids_N: Tensor,
+    *,
+    bias: Tensor | None = None,
+    largest: int,
+) -> Tensor:
+    """Rank of each token among all ids by the head's logits, from 1 for the likeliest.
+
+    A scale or softcap of the logits does not move a rank, so neither is asked for.
+
+    Args:
+        hidden_ND: [N, D] outputs of the body at the positions that predict the tokens.
+        weight_VD: [V, D] weight of the head.
+        target_ids_N: [N] tokens that the trace holds.
+        bias: [V] or None.
+        largest: Ranks beyond it count as this one.
+
+    Returns:
+        [N] int64; of ids with the same logit each has the best rank.
+    """
+    num_rows = max(1, _CHUNK_BYTES // (4 * len(weight_VD)))
+    ranks = [
+        (logits > logits.gather(1, target_ids[:, None])).sum(dim=1) + 1
+        for logits, target_ids in (
+            (linear(hidden, weight_VD, bias), ids)
+            for hidden, ids in zip(
+                hidden_ND.split(num_rows), target_ids_N.long().split(num_rows), strict=True
+            )
+        )
+    ]
+    return torch.cat(ranks).clamp(max=largest)

@@ -1,0 +1,34 @@
+"""Which traces stand for a cache: some of several shards, chosen by a hash."""
+
+import hashlib
+
+from student_train.data.traces import CacheTraces, Place
+
+MIN_SHARDS = 10  # neighbours in a shard may be alike; every further shard costs its bytes
+
+
+def chosen_places(source: CacheTraces, num_traces: int, seed: int) -> list[Place]:
+    """Places of `num_traces` traces, or of all, out of as few shards as may be.
+
+    Args:
+        source: The traces that a run would be trained on.
+        num_traces: How many.
+        seed: Of the choice; the same gives the same traces.
+    """
+    rows_of_shard: dict[int, list[int]] = {}
+    for shard, row in source.train:
+        rows_of_shard.setdefault(shard, []).append(row)
+    shards = source.cache.shards
+    candidates: list[Place] = []
+    for number, shard in enumerate(
+        sorted(rows_of_shard, key=lambda shard: _key(seed, shards[shard].name))
+    ):
+        if number >= MIN_SHARDS and len(candidates) >= num_traces:
+            break
+        candidates += [(shard, row) for row in rows_of_shard[shard]]
+    candidates.sort(key=lambda place: _key(seed, shards[place[0]].traces[place[1]].trace_id))
+    return sorted(candidates[:num_traces])
+
+
+def _key(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"profile/{seed}/{name}".encode()).digest()

@@ -1,0 +1,97 @@
+"""One forward pass of the student over some traces, token by token.
+
+Letters: N tokens of a trace that have a distribution, E kept entries of all of them.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from student_train.batch.micro_batch import MicroBatch, micro_batches
+from student_train.data.tokens import TokenSelection
+from student_train.model.forward import StudentWithLoss
+from student_train.model.load import output_layer
+from teacher_cache.format import Trace, stored_logprobs
+
+LARGEST_RANK = 100  # as in arXiv 2601.14249: larger ones count as this one
+
+
+@dataclass(frozen=True, eq=False)
+class TraceMeasures:
+    """What teacher and student say of the tokens of one trace. In nats."""
+
+    cache: int  # which of the profiled caches
+    trace_id: str
+    n_total: int
+    token_N: NDArray[np.int64]  # its place in the trace
+    section_N: NDArray[np.int64]  # index into SECTIONS
+    kl_N: NDArray[np.float64]  # the divergence between teacher and student
+    nll_N: NDArray[np.float64]  # of the realised token under the student
+    rank_N: NDArray[np.int64]  # of the realised token under the student, from 1
+    entropy_N: NDArray[np.float64]  # of the teacher, its tail counted as one outcome
+    tail_N: NDArray[np.float64]  # the teacher's mass outside the kept entries
+    k_N: NDArray[np.int64]  # kept entries
+
+    @property
+    def is_response_N(self) -> NDArray[np.bool_]:
+        """Whether a token belongs to the chain of thought or the answer."""
+        return self.section_N > 0
+
+
+def measured(
+    student: StudentWithLoss, traces: Iterable[Trace], device: torch.device, cache: int
+) -> Iterator[TraceMeasures]:
+    """Measure traces one by one; those without a distribution are left out.
+
+    Args:
+        student: In evaluation mode, on the device.
+        traces: Whole, or as far as a truncated cache holds them.
+        device: Where to compute.
+        cache: Of the traces, among those that are profiled.
+    """
+    num_ids = output_layer(student.model).weight.shape[0]
+    for trace in traces:
+        batches = micro_batches(
+            TokenSelection().selected([trace]),
+            batch_tokens=1,
+            loss_reduction="token",
+            num_ids=num_ids,
+        )
+        if batches:
+            yield _measures(student, trace, batches[0].to(device), cache)
+
+
+def _measures(
+    student: StudentWithLoss, trace: Trace, batch: MicroBatch, cache: int
+) -> TraceMeasures:
+    result, rank = student.per_token_and_rank(batch, largest_rank=LARGEST_RANK)
+    token_N = (batch.hidden_index + 1).cpu().numpy()
+    bounds = np.array([trace.cot_start, trace.answer_start])
+    tail_logit = trace.tail_logit.astype(np.float64)
+    tail = np.exp(-np.logaddexp(0.0, -tail_logit))
+    return TraceMeasures(
+        cache=cache,
+        trace_id=trace.trace_id,
+        n_total=trace.n_total,
+        token_N=token_N,
+        section_N=np.searchsorted(bounds, token_N, side="right"),
+        kl_N=result.kl.double().cpu().numpy(),
+        nll_N=result.ce.double().cpu().numpy(),
+        rank_N=rank.cpu().numpy(),
+        entropy_N=_entropies(trace, tail)[token_N],
+        tail_N=tail[token_N],
+        k_N=trace.k[token_N].astype(np.int64),
+    )
+
+
+def _entropies(trace: Trace, tail: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of every token: kept entries and the tail as one more outcome."""
+    logprobs_E = stored_logprobs(trace.k, trace.top_logits, trace.tail_logit)
+    token_E = np.repeat(np.arange(len(trace.k)), trace.k)
+    kept = np.bincount(token_E, weights=-np.exp(logprobs_E) * logprobs_E, minlength=len(trace.k))
+    log_tail = -np.logaddexp(0.0, -trace.tail_logit.astype(np.float64))
+    entropies: NDArray[np.float64] = kept - tail * log_tail
+    return entropies

@@ -1,0 +1,160 @@
+"""`train-student profile`: one forward pass of the untrained student over a cache's traces.
+
+OUT/profile.json   tables by position, section and lead span, the advice, and the caches compared
+OUT/profile.png    the same as a picture
+OUT/traces.jsonl   a line per trace, the most suitable first
+"""
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from student_train.data.traces import TrainingData, open_data
+from student_train.model.forward import StudentWithLoss
+from student_train.model.load import check_student, head_of, load_model
+from student_train.profile.advice import Advice
+from student_train.profile.choice import chosen_places
+from student_train.profile.config import ProfileConfig
+from student_train.profile.figures import (
+    Coverage,
+    cache_row,
+    position_rows,
+    section_rows,
+    trace_row,
+)
+from student_train.profile.measure import TraceMeasures, measured
+from student_train.profile.picture import draw
+from teacher_cache.format import shown
+from teacher_cache.format.files import publish
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ProfileResult:
+    """What a profile came to."""
+
+    tables: dict[str, Any]  # content of profile.json
+    advice: Advice
+
+
+def profile(config: ProfileConfig) -> ProfileResult:
+    """Measure a student on some traces and write what they say about lead spans.
+
+    Raises:
+        CacheError: If a cache cannot be read, or does not fit the student.
+        ValueError: If the settings do not fit the caches or the student.
+    """
+    data = open_data(
+        config.cache,
+        where=config.where,
+        heldout_share=config.heldout_share,
+        allow_unsealed=config.allow_unsealed,
+    )
+    model, tokenizer = load_model(
+        config.student, revision=config.student_revision, dtype=torch.float32
+    )
+    for source in data.sources:
+        check_student(config.student, model, tokenizer, source.cache.header)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student = StudentWithLoss(model, head_of(model)).to(device).eval()
+    by_cache: list[list[TraceMeasures]] = []
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        for number in range(len(data.sources)):
+            by_cache.append(_measured_cache(config, data, number, student, device))
+    tables, advice = _tables(config, data, by_cache)
+    _write(config.out, tables, _trace_rows(config, by_cache))
+    return ProfileResult(tables, advice)
+
+
+def _measured_cache(
+    config: ProfileConfig,
+    data: TrainingData,
+    number: int,
+    student: StudentWithLoss,
+    device: torch.device,
+) -> list[TraceMeasures]:
+    source = data.sources[number]
+    cache = source.cache
+    places = chosen_places(source, config.num_traces, config.seed)
+    rows_of_shard: dict[int, list[int]] = {}
+    for shard, row in places:
+        rows_of_shard.setdefault(shard, []).append(row)
+    traces = (
+        trace
+        for shard, rows in rows_of_shard.items()
+        for trace in cache.read(
+            shard, {row: cache.num_held(cache.shards[shard].traces[row]) for row in rows}
+        ).values()
+    )
+    measures = list(measured(student, traces, device, number))
+    if not measures:
+        raise ValueError(
+            f"{cache.path}: none of {len(places):,} traces has a token with a distribution"
+        )
+    logger.info(
+        "%s: %s of %s traces, %s tokens with a distribution",
+        cache.path, f"{len(measures):,}", f"{len(source.train):,}",
+        f"{sum(len(one.token_N) for one in measures):,}",
+    )  # fmt: skip
+    if cache.header.max_lead_span < 1:
+        logger.warning(
+            "%s holds the first %g of every trace: nothing is known of what comes after, and "
+            "shares are of what it holds",
+            cache.path, cache.header.max_lead_span,
+        )  # fmt: skip
+    return measures
+
+
+def _tables(
+    config: ProfileConfig, data: TrainingData, by_cache: list[list[TraceMeasures]]
+) -> tuple[dict[str, Any], Advice]:
+    measures = [one for own in by_cache for one in own]
+    coverage = Coverage.of(measures, config.seed)
+    advice = Advice.of(coverage, len(measures))
+    caches = [
+        {
+            "cache": shown(path),
+            "fingerprint": source.cache.fingerprint,
+            "teacher": source.cache.header.teacher,
+            **cache_row(own, config.seed),
+        }
+        for path, source, own in zip(config.cache, data.sources, by_cache, strict=True)
+    ]
+    tables = {
+        "student": config.student,
+        "num_traces": len(measures),
+        "positions": position_rows(measures),
+        "sections": section_rows(measures),
+        "kl_before": coverage.to_json(),
+        "advice": asdict(advice),
+        "caches": sorted(caches, key=_suitability),
+    }
+    return tables, advice
+
+
+def _trace_rows(config: ProfileConfig, by_cache: list[list[TraceMeasures]]) -> list[dict[str, Any]]:
+    rows = [
+        trace_row(one, shown(path))
+        for path, own in zip(config.cache, by_cache, strict=True)
+        for one in own
+    ]
+    return sorted(rows, key=_suitability)
+
+
+def _suitability(row: dict[str, Any]) -> tuple[bool, float]:
+    """The lowest rank-surprisal ratio first, what has none last."""
+    ratio = row["rank_surprisal_ratio"]
+    return ratio is None, ratio or 0.0
+
+
+def _write(out: Path, tables: dict[str, Any], trace_rows: list[dict[str, Any]]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    publish(out / "profile.json", (json.dumps(tables, indent=1) + "\n").encode())
+    lines = "".join(json.dumps(row) + "\n" for row in trace_rows)
+    publish(out / "traces.jsonl", lines.encode())
+    draw(tables["positions"], tables["sections"], tables["kl_before"], out / "profile.png")
