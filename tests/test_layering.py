@@ -12,6 +12,7 @@ HEAVY = {"torch", "vllm", "transformers", "accelerate", "datasets", "ray", "trit
 
 FORMAT, TERMINAL = "teacher_cache.format", "teacher_cache.terminal"
 ENGINES, SOURCES = "teacher_cache.engines", "teacher_cache.sources"
+LOSSES = {"student_train.losses", "student_train.objective"}
 # What stage two may use of stage one.
 SHARED = {FORMAT, TERMINAL, "teacher_cache.sources.files"}
 
@@ -29,8 +30,9 @@ RULES = [
     ("teacher_cache.capture.ray_driver", {"teacher_cache"}, {"ray"}),
     ("teacher_cache.cli", {"teacher_cache"}, {"click"}),
     ("teacher_cache", {"teacher_cache"}, set()),
-    ("student_train.losses.triton_rows", {"student_train.losses"}, {"torch", "triton"}),
-    ("student_train.losses", {"student_train.losses"}, {"torch"}),
+    ("student_train.objective", set(), set()),
+    ("student_train.losses.triton_rows", LOSSES, {"torch", "triton"}),
+    ("student_train.losses", LOSSES, {"torch"}),
     ("student_train.data", {"student_train.data", FORMAT, TERMINAL}, set()),
     (
         "student_train.evaluation.generation_vllm",
@@ -56,7 +58,18 @@ LOW_TO_HIGH = {
         *("generate", "score"),
     ],
     "student_train": [
-        *("losses", "data", "batch", "model", "run", "profile", "evaluation", "sweep", "cli"),
+        *(
+            "objective",
+            "losses",
+            "data",
+            "batch",
+            "model",
+            "run",
+            "profile",
+            "evaluation",
+            "sweep",
+            "cli",
+        ),
     ],
 }
 

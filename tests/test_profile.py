@@ -66,7 +66,7 @@ def test_every_token_is_measured_by_the_definitions(measures, dense):
             kl += tail * np.log(tail / q_tail)
             entropy = -(np.exp(log_p) * log_p).sum() - tail * np.log(tail)
             realised = trace.token_ids[token]
-            assert one.kl_N[place] == pytest.approx(kl, abs=1e-5)
+            assert one.divergence_N[place] == pytest.approx(kl, abs=1e-5)
             assert one.entropy_N[place] == pytest.approx(entropy, abs=1e-5)
             assert one.tail_N[place] == pytest.approx(tail, abs=1e-6)
             assert one.nll_N[place] == pytest.approx(-q[realised], abs=1e-5)
@@ -79,10 +79,10 @@ def test_means_are_those_of_the_held_out_figures(student, measures):
     rows = {row["section"]: row for row in section_rows(measures)}
     for section in ("prompt", "cot", "answer"):
         assert rows[section]["num_tokens"] == figures[section].num_tokens
-        assert rows[section]["kl"] == pytest.approx(figures[section].kl, rel=1e-5)
+        assert rows[section]["divergence"] == pytest.approx(figures[section].kl, rel=1e-5)
         assert rows[section]["nll"] == pytest.approx(figures[section].nll, rel=1e-5)
-    assert sum(row["kl_share"] for row in rows.values()) == pytest.approx(1)
-    assert sum(row["kl_share"] for row in position_rows(measures)) == pytest.approx(1)
+    assert sum(row["divergence_share"] for row in rows.values()) == pytest.approx(1)
+    assert sum(row["divergence_share"] for row in position_rows(measures)) == pytest.approx(1)
 
 
 @given(
@@ -112,10 +112,11 @@ def test_a_cap_or_a_scale_of_the_logits_moves_no_rank(family):
 
 def test_what_lies_before_a_lead_span_is_what_training_on_it_would_see(measures):
     coverage = Coverage.of(measures, seed=0)
-    total = sum(one.kl_N.sum() for one in measures)
+    total = sum(one.divergence_N.sum() for one in measures)
     for index, span in enumerate(LEAD_SPANS):
         before = sum(
-            one.kl_N[one.token_N < lead_span_length(one.n_total, span)].sum() for one in measures
+            one.divergence_N[one.token_N < lead_span_length(one.n_total, span)].sum()
+            for one in measures
         )
         low, high = coverage.interval(index)
         assert coverage.share_S[index] == pytest.approx(before / total)

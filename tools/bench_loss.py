@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from student_train.losses import TeacherTargets, chunks, sparse_kl, sparse_kl_per_token
-from student_train.losses.divergence import Objective
 from student_train.losses.head import HeadProducts
 from student_train.losses.rows import RowGradients, TorchPasses
+from student_train.objective import Objective
 
 NUM_ERROR_TOKENS = 64
 SLOW = 10  # times our step, from which on a variant is timed once

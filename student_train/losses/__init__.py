@@ -8,11 +8,11 @@ Shape letters in this package: N valid tokens, C rows of one chunk, D hidden siz
 K kept entries of the widest row; J = K + 1 outcomes, the kept entries and, last, the tail.
 """
 
-from student_train.losses.divergence import DEFAULT_OBJECTIVE, DIVERGENCES, TAILS, Objective
 from student_train.losses.ranks import target_ranks
 from student_train.losses.sparse_kl import SparseKLOutput, sparse_kl, sparse_kl_per_token
 from student_train.losses.targets import TeacherTargets
 from student_train.losses.vocab_parallel import VocabShard
+from student_train.objective import DEFAULT_OBJECTIVE, DIVERGENCES, TAILS, Objective
 
 __all__ = [
     "DEFAULT_OBJECTIVE",

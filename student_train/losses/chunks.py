@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from student_train.losses.divergence import Objective
 from student_train.losses.head import HeadProducts
 from student_train.losses.rows import RowResults, Student, TorchPasses, evaluate_rows
 from student_train.losses.targets import TeacherTargets
+from student_train.objective import Objective
 
 if TYPE_CHECKING:
     from student_train.losses.triton_rows import TritonPasses

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from student_train.losses.chunks import Gradients, Problem, Wanted, run
-from student_train.losses.divergence import Objective
 from student_train.losses.rows import RowResults
+from student_train.objective import Objective
 
 
 class _Context(FunctionCtx):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from student_train.losses.divergence import Objective, divergence_terms, teacher_logprobs
+from student_train.losses.divergence import divergence_terms, teacher_logprobs
 from student_train.losses.targets import TeacherTargets
+from student_train.objective import Objective
 
 
 @dataclass(frozen=True)

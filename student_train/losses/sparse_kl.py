@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from student_train.losses.chunks import Problem
-from student_train.losses.divergence import DEFAULT_OBJECTIVE, Objective
 from student_train.losses.fused import PerTokenLoss, ScalarLoss
 from student_train.losses.targets import TeacherTargets
 from student_train.losses.vocab_parallel import VocabShard
+from student_train.objective import DEFAULT_OBJECTIVE, Objective
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from student_train.losses.divergence import Objective
 from student_train.losses.rows import RowGradients, TailSums, cap_
+from student_train.objective import Objective
 
 _BLOCK = 8192
 _NUM_WARPS = 16

@@ -21,27 +21,52 @@ from student_train.losses import (
 )
 from student_train.model.load import HeadScaling, output_layer
 
-# What StudentWithLoss sums over valid tokens, beside the loss.
+# What StudentWithLoss sums over valid tokens, beside the loss; kl is the objective's divergence.
 SUMS = ("kl", "ce", "student_mass", "teacher_mass", "top1_agreement")
+
+
+def sum_names(num_sources: int) -> tuple[str, ...]:
+    """`SUMS` and, where several caches are mixed, divergence and valid tokens of each."""
+    if num_sources == 1:
+        return SUMS
+    numbers = range(1, num_sources + 1)
+    return (*SUMS, *(f"kl_cache_{n}" for n in numbers), *(f"tokens_cache_{n}" for n in numbers))
 
 
 class StudentWithLoss(nn.Module):
     """Body and loss in one forward, so that a sharded head is whole where the loss uses it."""
 
     def __init__(
-        self, model: PreTrainedModel, head: HeadScaling, objective: Objective = DEFAULT_OBJECTIVE
+        self,
+        model: PreTrainedModel,
+        head: HeadScaling,
+        objective: Objective = DEFAULT_OBJECTIVE,
+        *,
+        num_sources: int = 1,
     ) -> None:
-        """Take an objective apart from its softcap and logit_scale, which are the head's."""
+        """Put the loss on a model.
+
+        Args:
+            model: The student.
+            head: Its scaling, which takes the place of the objective's softcap and logit_scale.
+            objective: What is minimised.
+            num_sources: Caches whose divergences are summed apart.
+        """
         super().__init__()
         self.model = model
         self._objective = replace(objective, softcap=head.softcap, logit_scale=head.logit_scale)
+        # Held-out figures are of the same divergence whatever is minimised.
+        self._yardstick = replace(
+            DEFAULT_OBJECTIVE, softcap=head.softcap, logit_scale=head.logit_scale
+        )
+        self._num_sources = num_sources
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Run one micro-batch.
 
         Returns:
             The loss [], weighted and summed over valid tokens, and the detached sums over valid
-            tokens [5] float64 of `SUMS`.
+            tokens, float64, of `sum_names`.
         """
         output = output_layer(self.model)
         result = sparse_kl(
@@ -53,20 +78,31 @@ class StudentWithLoss(nn.Module):
             bias=output.bias,
         )
         parts = (result.kl, result.ce, result.student_mass, result.teacher_mass, result.top1)
-        return result.loss, torch.stack([part.double().sum() for part in parts])
+        sums = torch.stack([part.double().sum() for part in parts])
+        if self._num_sources > 1:
+            sums = torch.cat([sums, self._sums_by_source(batch, result.kl)])
+        return result.loss, sums
+
+    def _sums_by_source(self, batch: MicroBatch, kl_N: Tensor) -> Tensor:
+        sums = kl_N.new_zeros(2, self._num_sources, dtype=torch.float64)
+        sums[0].index_add_(0, batch.source, kl_N.double())
+        sums[1].index_add_(0, batch.source, torch.ones_like(kl_N, dtype=torch.float64))
+        return sums.flatten()
 
     @torch.no_grad()
     def per_token(self, batch: MicroBatch) -> SparseKLOutput:
-        """What `forward` sums, token by token [N]; for measuring, not for training."""
-        return self._loss_per_token(self._hidden(batch), batch)
+        """Forward KL and cross entropy of each token [N], whatever the objective."""
+        return self._loss_per_token(self._hidden(batch), batch, self._yardstick)
 
-    def _loss_per_token(self, hidden_ND: Tensor, batch: MicroBatch) -> SparseKLOutput:
+    def _loss_per_token(
+        self, hidden_ND: Tensor, batch: MicroBatch, objective: Objective
+    ) -> SparseKLOutput:
         output = output_layer(self.model)
         return sparse_kl_per_token(
             hidden_ND,
             output.weight,
             batch.targets,
-            self._objective,
+            objective,
             bias=output.bias,
         )
 
@@ -74,13 +110,13 @@ class StudentWithLoss(nn.Module):
     def per_token_and_rank(
         self, batch: MicroBatch, *, largest_rank: int
     ) -> tuple[SparseKLOutput, Tensor]:
-        """`per_token`, and the rank of each realised token [N]; see `target_ranks`."""
+        """The objective's parts of each token [N], and the rank [N] of the realised one."""
         output, hidden_ND = output_layer(self.model), self._hidden(batch)
         rank_N = target_ranks(
             hidden_ND, output.weight, batch.targets.target_ids,
             bias=output.bias, largest=largest_rank,
         )  # fmt: skip
-        return self._loss_per_token(hidden_ND, batch), rank_N
+        return self._loss_per_token(hidden_ND, batch, self._objective), rank_N
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         """[N, D] at the positions that predict the valid tokens."""

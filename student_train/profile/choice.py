@@ -3,6 +3,7 @@
 import hashlib
 
 from student_train.data.traces import CacheTraces, Place
+from teacher_cache.format import rows_by_shard
 
 MIN_SHARDS = 10  # neighbours in a shard may be alike; every further shard costs its bytes
 
@@ -15,9 +16,7 @@ def chosen_places(source: CacheTraces, num_traces: int, seed: int) -> list[Place
         num_traces: How many.
         seed: Of the choice; the same gives the same traces.
     """
-    rows_of_shard: dict[int, list[int]] = {}
-    for shard, row in source.train:
-        rows_of_shard.setdefault(shard, []).append(row)
+    rows_of_shard = rows_by_shard(source.train)
     shards = source.cache.shards
     candidates: list[Place] = []
     for number, shard in enumerate(

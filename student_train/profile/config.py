@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from student_train.objective import Objective
 from student_train.run.config import TrainConfig
 from teacher_cache.format import CachePath
 from teacher_cache.terminal.option import check_options, option, same_option
@@ -40,6 +41,10 @@ class ProfileConfig:
     seed: int = option("Seed for the choice of traces.", group="Data", default=0, at_least=0)
     student: str = _run("student", help="Model folder or hub id to be trained.")
     student_revision: str | None = _run("student_revision")
+    divergence: str = _run("divergence")
+    mix: float | None = _run("mix")
+    tail: str = _run("tail")
+    loss_temperature: float = _run("loss_temperature")
     dtype: str = _run("dtype")
     out: Path = option(
         "Folder for profile.json, profile.png and traces.jsonl.", group="Output", basic=True
@@ -47,3 +52,9 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        _ = self.objective  # refuses what is no divergence or cannot be known from a cache
+
+    @property
+    def objective(self) -> Objective:
+        """Whose divergence is measured."""
+        return Objective(self.divergence, self.mix, self.tail, self.loss_temperature)

@@ -17,13 +17,13 @@ NUM_BINS = 20
 LEAD_SPANS = tuple(round((b + 1) / NUM_BINS, 2) for b in range(NUM_BINS))
 NUM_RESAMPLES = 1000
 
-_QUANTITIES = ("kl", "nll", "teacher_entropy", "tail", "k")
+_QUANTITIES = ("divergence", "nll", "teacher_entropy", "tail", "k")
 _DECILES = tuple(d / 10 for d in range(1, 10))
 
 
 def _values(measures: Sequence[TraceMeasures]) -> dict[str, NDArray[np.float64]]:
     """Every quantity of all tokens, one trace behind the other."""
-    columns = {"kl": "kl_N", "nll": "nll_N", "teacher_entropy": "entropy_N"}
+    columns = {"divergence": "divergence_N", "nll": "nll_N", "teacher_entropy": "entropy_N"}
     columns |= {"tail": "tail_N", "k": "k_N"}
     return {
         name: np.concatenate([getattr(one, column) for one in measures]).astype(np.float64)
@@ -57,7 +57,7 @@ def _rows(
         if not of_group.any():
             continue
         row = {**name, "num_tokens": int(of_group.sum())}
-        for quantity in ("kl", "teacher_entropy"):
+        for quantity in ("divergence", "teacher_entropy"):
             row[f"{quantity}_share"] = float(
                 values[quantity][of_group].sum() / max(values[quantity].sum(), 1e-300)
             )
@@ -80,13 +80,15 @@ class Coverage:
     @classmethod
     def of(cls, measures: Sequence[TraceMeasures], seed: int) -> "Coverage":
         """Sum what the traces have before each of `LEAD_SPANS`."""
-        kl_MS = np.array([_before(one, one.kl_N) for one in measures])
+        divergence_MS = np.array([_before(one, one.divergence_N) for one in measures])
         entropy_MS = np.array([_before(one, one.entropy_N) for one in measures])
         rng = np.random.default_rng(seed)
         num_traces = len(measures)
         weight_RM = rng.multinomial(num_traces, [1 / num_traces] * num_traces, NUM_RESAMPLES)
         return cls(
-            _shares(kl_MS.sum(axis=0)), _shares(entropy_MS.sum(axis=0)), _shares(weight_RM @ kl_MS)
+            _shares(divergence_MS.sum(axis=0)),
+            _shares(entropy_MS.sum(axis=0)),
+            _shares(weight_RM @ divergence_MS),
         )
 
     def interval(self, index: int) -> tuple[float, float]:
@@ -102,9 +104,9 @@ class Coverage:
             rows.append(
                 {
                     "lead_span": span,
-                    "kl_share": float(self.share_S[index]),
-                    "kl_share_low": low,
-                    "kl_share_high": high,
+                    "divergence_share": float(self.share_S[index]),
+                    "divergence_share_low": low,
+                    "divergence_share_high": high,
                     "teacher_entropy_share": float(self.entropy_share_S[index]),
                 }
             )
@@ -138,7 +140,7 @@ def trace_row(one: TraceMeasures, cache: str) -> dict[str, Any]:
         "trace_id": one.trace_id,
         "cache": cache,
         "num_tokens": one.n_total,
-        "student_kl": float(one.kl_N[of].mean()) if of.any() else None,
+        "student_divergence": float(one.divergence_N[of].mean()) if of.any() else None,
         "student_nll": nll,
         "student_rank": rank,
         "rank_surprisal_ratio": None if rank is None or not nll else rank / nll,
@@ -158,7 +160,9 @@ def cache_row(measures: Sequence[TraceMeasures], seed: int) -> dict[str, Any]:
     means = np.array([pair for pair in map(_means, measures) if None not in pair], np.float64)
     row: dict[str, Any] = {"num_traces": len(measures)}
     row["num_tokens"] = sum(len(one.token_N) for one in measures)
-    row["student_kl"] = float(np.mean(np.concatenate([one.kl_N for one in measures])))
+    row["student_divergence"] = float(
+        np.mean(np.concatenate([one.divergence_N for one in measures]))
+    )
     if not len(means):
         return {**row, "rank_surprisal_ratio": None}
     rng = np.random.default_rng(seed)

@@ -14,7 +14,7 @@ from student_train.batch.micro_batch import MicroBatch, micro_batches
 from student_train.data.tokens import TokenSelection
 from student_train.model.forward import StudentWithLoss
 from student_train.model.load import output_layer
-from teacher_cache.format import Trace, stored_logprobs
+from teacher_cache.format import Trace
 
 LARGEST_RANK = 100  # as in arXiv 2601.14249: larger ones count as this one
 
@@ -28,7 +28,7 @@ class TraceMeasures:
     n_total: int
     token_N: NDArray[np.int64]  # its place in the trace
     section_N: NDArray[np.int64]  # index into SECTIONS
-    kl_N: NDArray[np.float64]  # the divergence between teacher and student
+    divergence_N: NDArray[np.float64]  # the divergence between teacher and student
     nll_N: NDArray[np.float64]  # of the realised token under the student
     rank_N: NDArray[np.int64]  # of the realised token under the student, from 1
     entropy_N: NDArray[np.float64]  # of the teacher, its tail counted as one outcome
@@ -69,29 +69,25 @@ def _measures(
 ) -> TraceMeasures:
     result, rank = student.per_token_and_rank(batch, largest_rank=LARGEST_RANK)
     token_N = (batch.hidden_index + 1).cpu().numpy()
-    bounds = np.array([trace.cot_start, trace.answer_start])
-    tail_logit = trace.tail_logit.astype(np.float64)
-    tail = np.exp(-np.logaddexp(0.0, -tail_logit))
     return TraceMeasures(
         cache=cache,
         trace_id=trace.trace_id,
         n_total=trace.n_total,
         token_N=token_N,
-        section_N=np.searchsorted(bounds, token_N, side="right"),
-        kl_N=result.kl.double().cpu().numpy(),
+        section_N=trace.section_of_token[token_N],
+        divergence_N=result.kl.double().cpu().numpy(),
         nll_N=result.ce.double().cpu().numpy(),
         rank_N=rank.cpu().numpy(),
-        entropy_N=_entropies(trace, tail)[token_N],
-        tail_N=tail[token_N],
+        entropy_N=_entropies(trace)[token_N],
+        tail_N=trace.tail[token_N],
         k_N=trace.k[token_N].astype(np.int64),
     )
 
 
-def _entropies(trace: Trace, tail: NDArray[np.float64]) -> NDArray[np.float64]:
+def _entropies(trace: Trace) -> NDArray[np.float64]:
     """Of every token: kept entries and the tail as one more outcome."""
-    logprobs_E = stored_logprobs(trace.k, trace.top_logits, trace.tail_logit)
-    token_E = np.repeat(np.arange(len(trace.k)), trace.k)
-    kept = np.bincount(token_E, weights=-np.exp(logprobs_E) * logprobs_E, minlength=len(trace.k))
+    terms_E = -np.exp(trace.top_logprobs) * trace.top_logprobs
+    kept = np.bincount(trace.token_of_entry, weights=terms_E, minlength=len(trace))
     log_tail = -np.logaddexp(0.0, -trace.tail_logit.astype(np.float64))
-    entropies: NDArray[np.float64] = kept - tail * log_tail
+    entropies: NDArray[np.float64] = kept - trace.tail * log_tail
     return entropies

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 def draw(
     positions: Sequence[Mapping[str, Any]],
     sections: Sequence[Mapping[str, Any]],
-    kl_before: Sequence[Mapping[str, Any]],
+    divergence_before: Sequence[Mapping[str, Any]],
     file: Path,
 ) -> None:
     """Write the picture of the tables of `figures`."""
@@ -22,7 +22,7 @@ def draw(
         figure = Figure(figsize=(13.5, 4.2), layout="constrained")
         per_token, before, by_section = figure.subplots(1, 3)
         _draw_positions(per_token, positions)
-        _draw_shares(before, kl_before)
+        _draw_shares(before, divergence_before)
         _draw_sections(by_section, sections)
         temporary = file.with_suffix(".tmp.png")
         figure.savefig(temporary, dpi=130)
@@ -31,12 +31,17 @@ def draw(
 
 def _draw_positions(axes: Axes, positions: Sequence[Mapping[str, Any]]) -> None:
     middle = [(row["begin"] + row["end"]) / 2 for row in positions]
-    deciles = np.array([row["kl_deciles"] for row in positions])
+    deciles = np.array([row["divergence_deciles"] for row in positions])
     for low, high, alpha in ((0, 8, 0.12), (1, 7, 0.12), (2, 6, 0.12), (3, 5, 0.12)):
         axes.fill_between(
             middle, deciles[:, low], deciles[:, high], color="tab:blue", alpha=alpha, linewidth=0
         )
-    axes.plot(middle, [row["kl"] for row in positions], color="tab:blue", label="student's KL")
+    axes.plot(
+        middle,
+        [row["divergence"] for row in positions],
+        color="tab:blue",
+        label="student's divergence",
+    )
     axes.plot(
         middle,
         [row["teacher_entropy"] for row in positions],
@@ -45,21 +50,26 @@ def _draw_positions(axes: Axes, positions: Sequence[Mapping[str, Any]]) -> None:
     )
     axes.set(
         xlabel="position in the trace", ylabel="nats per token", xlim=(0, 1), ylim=(0, None),
-        title="Mean per token (shaded: deciles of the KL)",
+        title="Mean per token (shaded: deciles of the divergence)",
     )  # fmt: skip
     axes.legend()
     axes.grid(alpha=0.3)
 
 
-def _draw_shares(axes: Axes, kl_before: Sequence[Mapping[str, Any]]) -> None:
-    spans = [row["lead_span"] for row in kl_before]
-    low = [row["kl_share_low"] for row in kl_before]
-    high = [row["kl_share_high"] for row in kl_before]
+def _draw_shares(axes: Axes, divergence_before: Sequence[Mapping[str, Any]]) -> None:
+    spans = [row["lead_span"] for row in divergence_before]
+    low = [row["divergence_share_low"] for row in divergence_before]
+    high = [row["divergence_share_high"] for row in divergence_before]
     axes.fill_between(spans, low, high, color="tab:blue", alpha=0.25, linewidth=0)
-    axes.plot(spans, [row["kl_share"] for row in kl_before], color="tab:blue", label="student's KL")
     axes.plot(
         spans,
-        [row["teacher_entropy_share"] for row in kl_before],
+        [row["divergence_share"] for row in divergence_before],
+        color="tab:blue",
+        label="student's divergence",
+    )
+    axes.plot(
+        spans,
+        [row["teacher_entropy_share"] for row in divergence_before],
         color="tab:orange",
         label="teacher's entropy",
     )
@@ -80,8 +90,8 @@ def _draw_sections(axes: Axes, sections: Sequence[Mapping[str, Any]]) -> None:
         label="of the tokens",
     )  # fmt: skip
     axes.bar(
-        places + 0.2, [row["kl_share"] for row in sections], 0.4, color="tab:blue",
-        label="of the student's KL",
+        places + 0.2, [row["divergence_share"] for row in sections], 0.4, color="tab:blue",
+        label="of the divergence",
     )  # fmt: skip
     axes.set_xticks(places, [row["section"] for row in sections])
     axes.set(ylabel="share", ylim=(0, 1), title="By section")

@@ -61,7 +61,7 @@ def profile(config: ProfileConfig) -> ProfileResult:
     for source in data.sources:
         check_student(config.student, model, tokenizer, source.cache.header)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student = StudentWithLoss(model, head_of(model)).to(device).eval()
+    student = StudentWithLoss(model, head_of(model), config.objective).to(device).eval()
     by_cache: list[list[TraceMeasures]] = []
     with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         for number in range(len(data.sources)):
@@ -81,17 +81,7 @@ def _measured_cache(
     source = data.sources[number]
     cache = source.cache
     places = chosen_places(source, config.num_traces, config.seed)
-    rows_of_shard: dict[int, list[int]] = {}
-    for shard, row in places:
-        rows_of_shard.setdefault(shard, []).append(row)
-    traces = (
-        trace
-        for shard, rows in rows_of_shard.items()
-        for trace in cache.read(
-            shard, {row: cache.num_held(cache.shards[shard].traces[row]) for row in rows}
-        ).values()
-    )
-    measures = list(measured(student, traces, device, number))
+    measures = list(measured(student, cache.read_held(places), device, number))
     if not measures:
         raise ValueError(
             f"{cache.path}: none of {len(places):,} traces has a token with a distribution"
@@ -127,10 +117,11 @@ def _tables(
     ]
     tables = {
         "student": config.student,
+        "divergence": config.divergence,
         "num_traces": len(measures),
         "positions": position_rows(measures),
         "sections": section_rows(measures),
-        "kl_before": coverage.to_json(),
+        "divergence_before": coverage.to_json(),
         "advice": asdict(advice),
         "caches": sorted(caches, key=_suitability),
     }
@@ -157,4 +148,4 @@ def _write(out: Path, tables: dict[str, Any], trace_rows: list[dict[str, Any]]) 
     publish(out / "profile.json", (json.dumps(tables, indent=1) + "\n").encode())
     lines = "".join(json.dumps(row) + "\n" for row in trace_rows)
     publish(out / "traces.jsonl", lines.encode())
-    draw(tables["positions"], tables["sections"], tables["kl_before"], out / "profile.png")
+    draw(tables["positions"], tables["sections"], tables["divergence_before"], out / "profile.png")

@@ -8,6 +8,7 @@ from typing import Any
 from student_train.data.lead_spans import LeadSpans, in_json
 from student_train.data.tokens import TokenSelection
 from student_train.model.lora import Lora
+from student_train.objective import DIVERGENCES, TAILS, Objective
 from teacher_cache.format import CachePath, PrefixCache, shown
 from teacher_cache.terminal.option import check_options, option, same_option
 
@@ -121,9 +122,33 @@ class TrainConfig:
         at_most=1,
         unset="as captured",
     )
+    divergence: str = _loss(
+        "Divergence D between teacher and student; forward_kl covers all that the teacher does, "
+        "reverse_kl what it does most.",
+        default=Objective.divergence,
+        choices=DIVERGENCES,
+    )
+    mix: float | None = _loss(
+        "Weight inside combined_kl, jsd, skew_kl and skew_reverse_kl.",
+        default=None,
+        above=0,
+        below=1,
+        unset="0.5, or 0.1 for the skew divergences",
+    )
+    tail: str = _loss(
+        "Treatment of what the teacher gives to ids that were not kept: one more outcome, "
+        "impossible (the kept ones are renormalised), or left out of the sum.",
+        default=Objective.tail,
+        choices=TAILS,
+    )
+    loss_temperature: float = _loss(
+        "Temperature of both distributions in D; other than 1 with --tail renormalise alone.",
+        default=Objective.temperature,
+        above=0,
+    )
     ce_weight: float = _loss(
-        "Share w of the cross entropy: loss = (1 - w) KL + w CE.",
-        default=0.5,  # as in arXiv 2512.21002
+        "Share w of the cross entropy: loss = (1 - w) D + w CE.",
+        default=Objective.ce_weight,
         basic=True,
         at_least=0,
         at_most=1,
@@ -273,6 +298,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_options(self)
         _ = self.selection  # refuses a lead span beside a budget
+        _ = self.objective  # refuses what is no divergence or cannot be known from a cache
         if self.sharding == "full" and self.optimizer == "adafactor":
             raise ValueError(
                 "--sharding full: adafactor works on whole matrices; use --optimizer adamw, or "
@@ -296,6 +322,13 @@ class TrainConfig:
         """Which tokens of a trace are trained on."""
         return TokenSelection(
             self.lead_span, self.trace_tokens, self.sections, self.loss_on, self.lead_span_of
+        )
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return Objective(
+            self.divergence, self.mix, self.tail, self.loss_temperature, self.ce_weight
         )
 
     def packs_on(self, device_type: str) -> bool:

@@ -89,7 +89,7 @@ def _take_steps(run: Run) -> None:
             sums = add_gradients(run, batches, counts)
             grad_norm = clip_gradients(run.student.parameters(), config.clip_norm)
             totals = all_reduced(
-                accelerator,
+                run,
                 sums,
                 flops=sum(run.formula.flops(b.num_positions, b.num_valid) for b in batches),
                 bytes_read=item.bytes_read,

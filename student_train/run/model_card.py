@@ -21,7 +21,8 @@ def model_card(
         metrics: Of the step whose weights these are.
         num_steps: Of the run.
     """
-    names = [name for name in metrics if name in ("loss", *SUMS) or name.startswith("heldout_")]
+    prefixes = ("heldout_", "kl_cache_")
+    names = [name for name in metrics if name in ("loss", *SUMS) or name.startswith(prefixes)]
     rows = "\n".join(f"| {name} | {metrics[name]:.4f} |" for name in names)
     caches = [source.cache for source in data.sources]
     teachers = "\n".join(_teacher_and_cache(cache) for cache in caches)
@@ -50,8 +51,8 @@ Trained with leadspan on a cache of the teacher's top-k logits; no teacher was i
 - lead spans: {metrics["mean_lead_span"]:.3f} of a trace on average,
   {metrics["whole_trace_share"]:.1%} of the traces whole
 - traces: {data.summary}{f", where `{config.where}`" if config.where else ""}
-- loss: {1 - config.ce_weight:g} KL(teacher || student) over the kept entries and one bucket for
-  the tail + {config.ce_weight:g} cross entropy, averaged over every {config.loss_reduction}
+- loss: {config.objective},
+  averaged over every {config.loss_reduction}
 - weights trained: {weights}
 - optimizer: {config.optimizer}, lr {config.lr:g} ({config.schedule}, warm-up {config.warmup:g}),
   weight decay {config.weight_decay:g}, gradient norm at most {config.clip_norm:g}

@@ -12,7 +12,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from student_train.data.draw import SpanFigures
 from student_train.data.stream import TraceStream, num_steps, steps_per_epoch
-from student_train.losses import Objective
 from student_train.model.adapters import add_adapters, count_trained
 from student_train.model.attention import prepare_attention
 from student_train.model.flops import FlopFormula
@@ -76,7 +75,7 @@ def prepare(inputs: RunInputs) -> Run:
     head = head_of(model)  # while the model is as it was loaded
     layout = _change_model(inputs)
     formula = FlopFormula.of(model)  # before its parameters are split
-    with_loss = StudentWithLoss(model, head, Objective(ce_weight=config.ce_weight))
+    with_loss = StudentWithLoss(model, head, config.objective, num_sources=len(inputs.data.sources))
     with advice_when_out_of_memory(config):
         student = place(with_loss, accelerator, config.sharding)
     # Neither is prepared by accelerate, which would advance the schedule once per rank.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from student_train.batch.micro_batch import MicroBatch, empty_micro_batch, normaliser
 from student_train.data.stream import TraceStream
-from student_train.model.forward import SUMS
+from student_train.model.forward import SUMS, sum_names
 from student_train.run.setup import Run
 from student_train.run.sharding import without_exchange
 
@@ -30,7 +30,7 @@ class GlobalCounts:
 class StepTotals:
     """Sums of a step over all processes."""
 
-    sums: Mapping[str, float]  # the loss, normalised, and `SUMS`, which are not
+    sums: Mapping[str, float]  # the loss, normalised, and those of `sum_names`, which are not
     flops: int
     bytes_read: int  # from shards since this process started
     is_asked_to_stop: bool  # some process is
@@ -49,11 +49,11 @@ def add_gradients(run: Run, batches: Sequence[MicroBatch], counts: GlobalCounts)
     """Forward and backward of every micro-batch of a step; every process runs as many.
 
     Returns:
-        [1 + len(SUMS)] float64, this process' loss and sums.
+        [1 + sums] float64, this process' loss and what `sum_names` lists.
     """
     accelerator = run.inputs.accelerator
     divisor = normaliser(counts.num_valid, counts.num_traces, run.inputs.config.loss_reduction)
-    sums = torch.zeros(1 + len(SUMS), dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(len(_names(run)), dtype=torch.float64, device=accelerator.device)
     for index in range(counts.num_batches if counts.num_valid else 0):
         batch = batches[index] if index < len(batches) else empty_micro_batch()
         batch = batch.to(accelerator.device)
@@ -68,13 +68,20 @@ def add_gradients(run: Run, batches: Sequence[MicroBatch], counts: GlobalCounts)
     return sums
 
 
+def _names(run: Run) -> tuple[str, ...]:
+    """Of the loss and what is summed beside it."""
+    return ("loss", *sum_names(len(run.inputs.data.sources)))
+
+
 def all_reduced(
-    accelerator: Accelerator, sums: Tensor, *, flops: int, bytes_read: int, signal_number: int
+    run: Run, sums: Tensor, *, flops: int, bytes_read: int, signal_number: int
 ) -> StepTotals:
     """Sum what each process has of a step; every process calls it, and they wait for each other."""
     local = torch.cat([sums, sums.new_tensor([flops, bytes_read, signal_number])])
-    *totals, all_flops, all_bytes, all_signals = accelerator.reduce(local, "sum").tolist()
-    named = dict(zip(("loss", *SUMS), totals, strict=True))
+    *totals, all_flops, all_bytes, all_signals = run.inputs.accelerator.reduce(
+        local, "sum"
+    ).tolist()
+    named = dict(zip(_names(run), totals, strict=True))
     return StepTotals(named, int(all_flops), int(all_bytes), all_signals > 0)
 
 
@@ -117,6 +124,7 @@ class StepFigures:
             "epoch": state.step / run.steps_per_epoch,
             "loss": totals.sums["loss"],
             **{name: totals.sums[name] / max(1, num_valid) for name in SUMS},
+            **_of_each_cache(totals.sums),
             "grad_norm": grad_norm,
             "lr": lr,
             "tokens": num_valid,
@@ -136,3 +144,10 @@ class StepFigures:
         }
         self._begin_line(self._step_ended_s)
         return figures
+
+
+def _of_each_cache(sums: Mapping[str, float]) -> dict[str, float]:
+    """Mean divergence of every mixed cache that a step had tokens of, by --cache's order from 1."""
+    prefix = "tokens_cache_"
+    counts = {name.removeprefix(prefix): n for name, n in sums.items() if name.startswith(prefix)}
+    return {f"kl_cache_{n}": sums[f"kl_cache_{n}"] / count for n, count in counts.items() if count}

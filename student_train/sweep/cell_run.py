@@ -46,6 +46,7 @@ def run_command(config: SweepConfig, cell: Cell) -> list[str]:
         "cache": (config.cache,),
         "student": config.student,
         "out": cell_folder(config, cell) / "run",
+        **config.objective_options,
         **(cell.options or {}),
         "seed": cell.seed,
     }

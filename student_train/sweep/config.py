@@ -15,15 +15,17 @@ from student_train.run.config import TrainConfig
 from student_train.sweep.cells import Cell
 from teacher_cache.format import SECTIONS
 from teacher_cache.terminal.config_file import as_words, read_config_file
-from teacher_cache.terminal.option import check_options, option, same_option
+from teacher_cache.terminal.option import check_options, option, options_of, same_option
 
 BASELINES = ("base", "sft", "full", "half-traces", "half-steps", "live")
 EVERY_BASELINE_BUT_LIVE = tuple(name for name in BASELINES if name != "live")
 
+_OBJECTIVE = ("divergence", "mix", "tail", "loss_temperature")  # one for all runs of a sweep
 # What a sweep sets itself; a file of options for every run must not.
 _SET_BY_SWEEP = frozenset(
     {"cache", "student", "out", "seed", "live_teacher", "lead_span", "trace_tokens"}
     | {"sections", "loss_on", "lead_span_of", "loss_dropout"}
+    | set(_OBJECTIVE)
 )
 _SET_BY_EVALUATION = frozenset({"model", "prompts", "cache", "completions"})
 
@@ -113,6 +115,12 @@ class SweepConfig:
         default=None,
         basic=True,
     )
+    divergence: str = same_option(TrainConfig, "divergence", group="Every run and evaluation")
+    mix: float | None = same_option(TrainConfig, "mix", group="Every run and evaluation")
+    tail: str = same_option(TrainConfig, "tail", group="Every run and evaluation")
+    loss_temperature: float = same_option(
+        TrainConfig, "loss_temperature", group="Every run and evaluation"
+    )
     worker: str = _scale_out(
         "Share of the cells, as i/n with i from 0: one of n such commands, for example "
         "$SLURM_ARRAY_TASK_ID/8.",
@@ -171,11 +179,22 @@ class SweepConfig:
             yield Cell.of("live", seed, {"live_teacher": self.live_teacher})
 
     @property
+    def objective_options(self) -> dict[str, Any]:
+        """What every run minimises, where that is not a run's default."""
+        defaults = options_of(TrainConfig)
+        return {
+            name: getattr(self, name)
+            for name in _OBJECTIVE
+            if getattr(self, name) != defaults[name].default
+        }
+
+    @property
     def train_options(self) -> dict[str, Any]:
         """What every run is told beside its cell's own options."""
-        if self.run_options is None:
-            return {}
-        return read_config_file(self.run_options, TrainConfig, reserved=_SET_BY_SWEEP)
+        options = self.objective_options
+        if self.run_options is not None:
+            options |= read_config_file(self.run_options, TrainConfig, reserved=_SET_BY_SWEEP)
+        return options
 
     @property
     def eval_options(self) -> dict[str, Any]:
