@@ -36,7 +36,7 @@ class DrawnSpans:
 
     def of(self, shard: int, row: int) -> TokenSelection:
         """What is trained on of the trace there; of one length."""
-        return self.selection.choices[self.choice[shard][row]]
+        return self.selection.choices[int(self.choice[shard][row])]
 
     def __iter__(self) -> Iterator[tuple[TraceInfo, TokenSelection]]:
         """Every trace that is trained on, and what of it."""

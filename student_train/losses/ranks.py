@@ -33,13 +33,10 @@ def target_ranks(
         [N] int64; of ids with the same logit each has the best rank.
     """
     num_rows = max(1, _CHUNK_BYTES // (4 * len(weight_VD)))
-    ranks = [
-        (logits > logits.gather(1, target_ids[:, None])).sum(dim=1) + 1
-        for logits, target_ids in (
-            (linear(hidden, weight_VD, bias), ids)
-            for hidden, ids in zip(
-                hidden_ND.split(num_rows), target_ids_N.long().split(num_rows), strict=True
-            )
-        )
-    ]
+    ranks = []
+    for first in range(0, len(hidden_ND), num_rows):
+        rows = slice(first, first + num_rows)
+        logits_CV = linear(hidden_ND[rows], weight_VD, bias)
+        of_target_C1 = logits_CV.gather(1, target_ids_N[rows].long()[:, None])
+        ranks.append((logits_CV > of_target_C1).sum(dim=1) + 1)
     return torch.cat(ranks).clamp(max=largest)
