@@ -152,7 +152,7 @@ def test_what_is_not_sure_is_said():
 
 
 def test_the_ratio_of_rank_and_surprisal_is_the_papers(measures):
-    rows = [trace_row(one, "c") for one in measures]
+    rows = [trace_row(one) for one in measures]
     for one, row in zip(measures, rows, strict=True):
         of = one.section_N > 0
         assert row["rank_surprisal_ratio"] == pytest.approx(

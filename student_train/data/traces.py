@@ -4,8 +4,10 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from student_train.data.mixture import shares_of_epoch
+from student_train.data.trace_fields import TraceFields
 from student_train.data.where import BUILT_IN, Where
 from teacher_cache.format import (
     Cache,
@@ -42,11 +44,15 @@ class TrainingData:
 
     sources: tuple[CacheTraces, ...]
     weights: tuple[float, ...] | None = None  # of the sources: see mixture.py
+    fields_sha256: str | None = None  # of the file whose fields chose the traces
 
     @property
     def fingerprint(self) -> str:
-        """Of every cache's content."""
-        return ", ".join(source.cache.fingerprint for source in self.sources)
+        """Of every cache's content, and of what chose their traces beside it."""
+        parts = [source.cache.fingerprint for source in self.sources]
+        if self.fields_sha256 is not None:
+            parts.append(f"trace fields {self.fields_sha256}")
+        return ", ".join(parts)
 
     @property
     def num_traces(self) -> int:
@@ -149,6 +155,7 @@ def open_data(
     *,
     weights: Sequence[float] | None = None,
     where: str | None = None,
+    trace_fields: Path | None = None,
     heldout_share: float = 0.0,
     top_k: int | None = None,
     mass: float | None = None,
@@ -162,6 +169,7 @@ def open_data(
         caches: Folders or URIs.
         weights: Of each cache, for mixing; every trace once per epoch where it is None.
         where: Only traces for which this holds, see `Where`; held out are some of these.
+        trace_fields: JSONL of further fields that `where` can ask for, see `TraceFields`.
         heldout_share: Proportion of the traces that is not trained on; see `is_heldout`.
         top_k: As of `Cache.view`, for every cache.
         mass: As of `Cache.view`.
@@ -188,20 +196,29 @@ def open_data(
         if cache.fingerprint in {other.fingerprint for other in opened[:number]}:
             raise ValueError(f"{cache.path}: the same cache is named twice; give it a weight")
     condition = None if where is None else Where.parse(where)
+    further = None if trace_fields is None else TraceFields.read(trace_fields)
     if condition is not None:
-        _check_names(condition, opened)
+        _check_names(condition, opened, further)
     sources = tuple(
-        _choose(cache, condition, heldout_share, cache.view(top_k=top_k, mass=mass))
+        _choose(cache, condition, further, heldout_share, cache.view(top_k=top_k, mass=mass))
         for cache in opened
     )
     _check_counts(sources, where, heldout_share)
     if weights is not None:
         _check_weights(sources, weights)
-    return TrainingData(sources, None if weights is None else tuple(weights))
+    return TrainingData(
+        sources,
+        None if weights is None else tuple(weights),
+        None if further is None else further.sha256,
+    )
 
 
 def _choose(
-    cache: Cache, where: Where | None, heldout_share: float, view: KeepPolicy
+    cache: Cache,
+    where: Where | None,
+    further: TraceFields | None,
+    heldout_share: float,
+    view: KeepPolicy,
 ) -> CacheTraces:
     count = cache.manifest.config.get("samples_per_prompt", 1)
     has_samples = isinstance(count, int) and count > 1
@@ -209,7 +226,8 @@ def _choose(
     heldout: list[Place] = []
     for shard, row in cache.traces:
         info = cache.shards[shard].traces[row]
-        if where is not None and not where.holds(info):
+        known = info if further is None else further.added_to(info, cache)
+        if where is not None and not where.holds(known):
             continue
         is_out = is_heldout(info.trace_id, heldout_share, has_sample_number=has_samples)
         (heldout if is_out else train).append((shard, row))
@@ -217,8 +235,8 @@ def _choose(
     return CacheTraces(cache, view, tuple(train), tuple(heldout), num_left_out)
 
 
-def _check_names(where: Where, caches: Sequence[Cache]) -> None:
-    fields: set[str] = set()
+def _check_names(where: Where, caches: Sequence[Cache], further: TraceFields | None) -> None:
+    fields = set() if further is None else further.names
     for cache in caches:
         for shard, row in cache.traces:
             fields.update(cache.shards[shard].traces[row].fields)

@@ -23,6 +23,7 @@ class ProfileConfig:
         is_repeatable=True,
     )
     where: str | None = _run("where")
+    trace_fields: Path | None = _run("trace_fields")
     heldout_share: float = _run(
         "heldout_share",
         help="Proportion of the traces that a run will hold out; they are not profiled.",

@@ -127,7 +127,7 @@ def _shares(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return shares
 
 
-def trace_row(one: TraceMeasures, cache: str) -> dict[str, Any]:
+def trace_row(one: TraceMeasures) -> dict[str, Any]:
     """What a trace is for this student; of the chain of thought and the answer.
 
     The rank-surprisal ratio (arXiv 2601.14249) is the mean rank of the trace's tokens under the
@@ -137,9 +137,6 @@ def trace_row(one: TraceMeasures, cache: str) -> dict[str, Any]:
     of = one.is_response_N
     rank, nll = _means(one)
     return {
-        "trace_id": one.trace_id,
-        "cache": cache,
-        "num_tokens": one.n_total,
         "student_divergence": float(one.divergence_N[of].mean()) if of.any() else None,
         "student_nll": nll,
         "student_rank": rank,

@@ -52,6 +52,7 @@ def profile(config: ProfileConfig) -> ProfileResult:
     data = open_data(
         config.cache,
         where=config.where,
+        trace_fields=config.trace_fields,
         heldout_share=config.heldout_share,
         allow_unsealed=config.allow_unsealed,
     )
@@ -67,7 +68,7 @@ def profile(config: ProfileConfig) -> ProfileResult:
         for number in range(len(data.sources)):
             by_cache.append(_measured_cache(config, data, number, student, device))
     tables, advice = _tables(config, data, by_cache)
-    _write(config.out, tables, _trace_rows(config, by_cache))
+    _write(config.out, tables, _trace_rows(data, by_cache))
     return ProfileResult(tables, advice)
 
 
@@ -128,10 +129,14 @@ def _tables(
     return tables, advice
 
 
-def _trace_rows(config: ProfileConfig, by_cache: list[list[TraceMeasures]]) -> list[dict[str, Any]]:
+def _trace_rows(data: TrainingData, by_cache: list[list[TraceMeasures]]) -> list[dict[str, Any]]:
     rows = [
-        trace_row(one, shown(path))
-        for path, own in zip(config.cache, by_cache, strict=True)
+        {
+            "trace_id": one.trace_id,
+            "cache_fingerprint": source.cache.fingerprint,
+            **trace_row(one),
+        }
+        for source, own in zip(data.sources, by_cache, strict=True)
         for one in own
     ]
     return sorted(rows, key=_suitability)

@@ -59,6 +59,12 @@ class TrainConfig:
         default=None,
         unset="all traces",
     )
+    trace_fields: Path | None = _data(
+        "JSONL of further fields of the traces that --where can ask for, such as traces.jsonl of "
+        "profile.",
+        default=None,
+        changeable=True,
+    )
     heldout_share: float = _data(
         "Proportion of the traces, chosen by their ids, that is held out and measured on.",
         default=0.0,
@@ -297,6 +303,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.trace_fields is not None and self.where is None:
+            raise ValueError("--trace-fields: expected a --where that asks for them, got none")
         _ = self.selection  # refuses a lead span beside a budget
         _ = self.objective  # refuses what is no divergence or cannot be known from a cache
         if self.sharding == "full" and self.optimizer == "adafactor":
@@ -357,6 +365,7 @@ class TrainConfig:
             **asdict(self),
             "cache": [shown(path) for path in self.cache],  # without credentials
             "out": str(self.out),
+            "trace_fields": self.trace_fields and str(self.trace_fields),
             "heldout_cache": self.heldout_cache and shown(self.heldout_cache),
             "prefix_cache": self.prefix_cache and str(self.prefix_cache),
             "lead_span": in_json(self.lead_span),

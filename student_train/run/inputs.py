@@ -51,6 +51,7 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
         config.cache,
         weights=config.cache_weights,
         where=config.where,
+        trace_fields=config.trace_fields,
         heldout_share=config.heldout_share,
         top_k=config.top_k,
         mass=config.mass,

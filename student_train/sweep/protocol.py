@@ -110,6 +110,7 @@ def _source(config: SweepConfig, options: Mapping[str, Any]) -> CacheTraces:
     data = open_data(
         run.cache,
         where=run.where,
+        trace_fields=run.trace_fields,
         heldout_share=run.heldout_share,
         allow_unsealed=run.allow_unsealed,
     )
