@@ -5,7 +5,13 @@ over their tokens in that order. A trace has the same span in every epoch, whate
 processes, the size of a batch, and the step at which a run is continued.
 
 Where a cache has shards enough, the shards are dealt instead, so that each is read whole or to one
-shorter prefix: a trace that is needed whole costs the whole shard that it stands in.
+shorter prefix: a trace that is needed whole costs the whole shard that it stands in. Neighbours in
+a shard then have the same span: shuffle prompts that are sorted by topic before they are captured.
+
+How far the mean span of 0.375:4,1:1 is from 0.5, at most in 200 seeds, where shards have between
+half and one and a half times their mean size: 0.022 with 20 shards, 0.009 with 50, 0.004 with 100.
+Drawn by trace, with lengths as uneven as those of reasoning traces: 0.003 with 1,000 traces. Bytes
+follow to within a band beyond that: with 20 bands 0.375 reads 0.4 of a shard.
 """
 
 import hashlib
