@@ -94,7 +94,7 @@ def value_text(field: "Field[Any]", kind: Any) -> str:  # noqa: ANN401  # a type
     if known.choices and item is None:
         return ", ".join(f"`{choice}`" for choice in known.choices)
     if item is None:
-        said = _KINDS[kind]
+        said = _KINDS[kind] if known.parse is None else "number, or numbers with weights"
     else:
         said = "text, repeatable" if known.is_repeatable else "list with commas"
     if known.has_unit_letters:

@@ -9,7 +9,7 @@ from student_train.run.config import TrainConfig
 from teacher_cache.format import CachePath
 from teacher_cache.terminal.option import check_options, option, same_option
 
-_run = partial(same_option, TrainConfig)
+_run = partial(same_option, TrainConfig, changeable=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,10 @@ class ProfileConfig:
         basic=True,
         is_repeatable=True,
     )
-    where: str | None = _run("where")
+    where: str | None = _run(
+        "where",
+        help="""Profile traces whose fields fulfil this, such as 'verdict == "correct"'.""",
+    )
     trace_fields: Path | None = _run("trace_fields")
     heldout_share: float = _run(
         "heldout_share",
