@@ -11,7 +11,7 @@ from teacher_cache.terminal.commands import config_command, json_option
 @config_command("profile", ProfileConfig)
 @json_option
 def profile_command(config: ProfileConfig, as_json: bool) -> None:
-    """Show where in the traces a student has something to learn, before training it.
+    """Show where in the traces a student has most to learn.
 
     One forward pass over some traces tells how much of the student's divergence from the teacher
     lies before each lead span, and which traces and teachers suit it.
