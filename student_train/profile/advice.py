@@ -4,6 +4,11 @@ The rule: where a fixed lead span of at most half a trace holds nearly all of th
 divergence, that span; else a mixture of half the cost, a fifth of the traces whole and the others
 cut at 0.375, which keeps alive what stands late. Its numbers come from one task
 (tools/results/truncation): a forecast to be tested by a sweep, not a finding.
+
+There the shares tell where a gain begins, not how much of it a span keeps: before 0.4 lies 12 % of
+the divergence and runs kept 15 % of the gain, before 0.5 lies 23 % and runs kept 73 %, since a
+skill is learned from its first occurrences. The teacher's entropy is no guide: 54 % of it lies
+before 0.1, where runs lost.
 """
 
 from dataclasses import dataclass
