@@ -1,5 +1,4 @@
 import csv
-import json
 import re
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ import pytest
 from sweeps import costs, curve, make_sweep
 
 from student_train.sweep.report import write_report
+from teacher_cache.format.checksums import publish_record
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium"))), None)
 HEADER = {"teacher": "Teacher <32B>", "engine": "vllm"}
@@ -25,7 +25,7 @@ def report(tmp_path_factory):
     (out / "cells" / "span-0.5_seed-9").mkdir()
     (out / "cells" / "span-0.5_seed-9" / "failed.txt").write_text("exit code 1: <oops>\n")
     rows = [{"lead_span": 1.0, "num_positions": 9, "by_formula": 100, "counted": 103}]
-    (out / "flops.json").write_text(json.dumps({"rows": rows}))
+    publish_record(out / "flops.json", {"rows": rows})
     return out, write_report(out, HEADER, costs)
 
 

@@ -4,6 +4,12 @@ from sweeps import costs, curve, make_sweep
 
 from student_train.sweep.conclusion import conclusion
 from student_train.sweep.results import csv_rows, group_cells, read_cells
+from teacher_cache.format.checksums import (
+    DamagedFileError,
+    publish_record,
+    read_record,
+    sha256_of,
+)
 
 
 def groups_of(folder, cells, **settings):
@@ -73,12 +79,26 @@ def test_one_seed_gives_the_interval_of_prompts_alone(tmp_path):
 def test_cells_of_different_students_or_prompts_are_not_put_together(tmp_path):
     make_sweep(tmp_path, curve({1.0: 0.5}, seeds=2))
     file = tmp_path / "cells" / "span-1_seed-1" / "result.json"
-    file.write_text(file.read_text().replace("s" * 32, "t" * 32))
+    result = read_record(file, "")
+    publish_record(file, {**result, "student_fingerprint": "t" * 32})
     with pytest.raises(ValueError, match="started from 2 different students"):
         read_cells(tmp_path, costs)
-    file.with_name("completions.jsonl").write_text('{"prompt": 0, "right": true}\n')
-    file.write_text(file.read_text().replace("t" * 32, "s" * 32))
+    completions = file.with_name("completions.jsonl")
+    completions.write_text('{"prompt": 0, "right": true}\n')
+    publish_record(file, {**result, "completions_sha256": sha256_of(completions)})
     with pytest.raises(ValueError, match="different numbers of prompts"):
+        read_cells(tmp_path, costs)
+
+
+@pytest.mark.parametrize("name", ["result.json", "completions.jsonl"])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_flipped_bit_in_a_cells_figures_is_named(tmp_path, name, seed):
+    make_sweep(tmp_path, curve({1.0: 0.5}, seeds=2))
+    file = tmp_path / "cells" / "span-1_seed-1" / name
+    data, rng = bytearray(file.read_bytes()), np.random.default_rng(seed)
+    data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+    file.write_bytes(data)
+    with pytest.raises(DamagedFileError, match=rf"{name}: damaged.*run the same sweep again"):
         read_cells(tmp_path, costs)
 
 

@@ -7,14 +7,16 @@ import time
 from dataclasses import replace
 
 import pytest
-from fakes import TOKENS, make_cache, make_traces
+from fakes import TOKENS, make_cache, make_traces, write_shards
 from students import make_student
 from sweeps import add_cell
 
-from student_train.sweep import protocol
+from student_train.sweep import cell_run, protocol
 from student_train.sweep.config import SweepConfig
 from student_train.sweep.protocol import run_sweep
-from teacher_cache.format.checksums import publish_record
+from teacher_cache.format import CacheMismatchError
+from teacher_cache.format.checksums import DamagedFileError, publish_record
+from teacher_cache.format.folder_lock import FolderLock, InUseError
 
 PROGRAM = [sys.executable, "-m", "student_train.cli", "sweep"]
 ENVIRONMENT = {
@@ -132,6 +134,88 @@ def test_another_call_adds_cells_and_one_without_a_full_length_says_so(parts, ra
     assert not caplog.text
     assert ran == ["span-0.5_seed-0", "span-1_seed-0", "span-0.25_seed-0"]
     assert len((short.out / "results.csv").read_text().splitlines()) == 4
+
+
+def test_a_second_process_of_one_worker_is_refused_and_another_worker_is_not(parts, ran):
+    settings, _ = parts
+    config = SweepConfig(**settings, lead_spans=(0.5,), baselines=("base",), num_seeds=1)
+    with (
+        FolderLock(config.out / "w0of2.lock"),
+        pytest.raises(InUseError, match=rf"sweep: in use by process {os.getpid()} on "),
+    ):
+        run_sweep(replace(config, worker="0/2"))
+    assert run_sweep(replace(config, worker="1/2")).num_finished == 1
+    assert not list(config.out.glob("*.lock"))
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "flops.json"])
+def test_a_damaged_record_of_a_sweep_is_named(parts, ran, name):
+    settings, _ = parts
+    config = SweepConfig(**settings, lead_spans=(0.5,), baselines=(), num_seeds=1)
+    run_sweep(config)
+    file = config.out / name
+    file.write_bytes(file.read_bytes().replace(b"1", b"3", 1))
+    with pytest.raises(DamagedFileError, match=rf"{name}: damaged"):
+        run_sweep(config)
+
+
+def test_a_sweep_on_a_capture_that_goes_on_takes_what_is_there(parts, ran, tmp_path):
+    settings, traces = parts
+    settings["cache"] = write_shards(tmp_path / "growing", traces)
+    config = SweepConfig(**settings, lead_spans=(0.5,), baselines=(), num_seeds=1)
+    with pytest.raises(CacheMismatchError, match="not complete"):
+        run_sweep(config)
+    with settings["run_options"].open("a") as file:
+        file.write("allow-unsealed = true\n")
+    assert run_sweep(config).num_finished == 1
+
+
+class FinishedRun:
+    """In the place of a cell's processes: what they leave behind."""
+
+    stopped_by = None
+
+    def __init__(self, cell, cache_fingerprint):
+        self.cell, self.cache_fingerprint = cell, cache_fingerprint
+
+    def run(self, arguments, *, stdout, stderr, lock):
+        if arguments[0] == "run":
+            (self.cell / "run").mkdir()
+            facts = {"student_fingerprint": "s", "cache_fingerprint": self.cache_fingerprint}
+            publish_record(self.cell / "run/config.json", facts)
+            publish_record(self.cell / "run/result.json", {"metrics": {"step": 1}})
+        else:
+            (self.cell / "completions.jsonl").write_text("")
+            os.write(stdout, b'{"answers": {"accuracy": 0.5}}')
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "said"),
+    [("same", "accuracy 50.0%"), ("more", "FAILED, the capture went on, so it was trained on")],
+)
+def test_a_cell_that_was_trained_on_more_than_the_others_failed(parts, trained_on, said):
+    settings, _ = parts
+    config = SweepConfig(**settings, lead_spans=(0.5,), baselines=(), num_seeds=1)
+    (cell,) = config.cells(40)
+    config.out.mkdir()
+    publish_record(config.out / "sweep.json", {"cache_fingerprint": "same"})
+    folder = config.out / "cells" / cell.name
+    assert said in cell_run.run_cell(config, cell, FinishedRun(folder, trained_on))
+    has_failed = trained_on == "more"
+    assert (folder / "failed.txt").exists() == has_failed
+    assert (folder / "result.json").exists() != has_failed
+
+
+def test_a_cell_that_another_process_works_on_is_left_to_it(parts):
+    settings, _ = parts
+    config = SweepConfig(**settings, lead_spans=(0.5,), baselines=(), num_seeds=1)
+    (cell,) = config.cells(40)
+    folder = config.out / "cells" / cell.name
+    with FolderLock(folder / "lock"):
+        said = cell_run.run_cell(config, cell, None)
+        assert f"in use by process {os.getpid()}" in said
+        assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
 def command(settings, *options):

@@ -289,7 +289,10 @@ class TrainConfig:
         "Steps between checkpoints.", default=500, at_least=1, changeable=True
     )
     keep_last: int = _output(
-        "Number of checkpoints that stay.", default=1, at_least=1, changeable=True
+        "Number of checkpoints that stay; a run falls back on the one before a damaged one.",
+        default=2,
+        at_least=1,
+        changeable=True,
     )
     log_every: int = _output(
         "Steps between lines of metrics.jsonl.", default=1, at_least=1, changeable=True
