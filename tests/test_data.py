@@ -74,6 +74,40 @@ def test_samples_of_a_prompt_stand_on_one_side(tmp_path):
     assert data.num_heldout == 3 * len(heldout)
 
 
+def named_cache(folder, names, lengths):
+    """A cache without a word of samples, as of traces that were scored."""
+    traces = make_traces(len(names))
+    with CacheWriter(folder, make_header()) as writer:
+        for trace, name, num_prompt_tokens in zip(traces, names, lengths, strict=True):
+            trace = replace(trace, trace_id=name, cot_start=num_prompt_tokens)
+            writer.append(FinishedTrace(trace, name))
+        writer.finish()
+    seal_cache(folder)
+    return folder
+
+
+def test_samples_that_were_scored_again_stand_where_those_of_the_capture_do(tmp_path):
+    names = [f"p{number // 3}#{number % 3}" for number in range(90)]
+    scored = named_cache(tmp_path, names, [2 + number // 3 % 5 for number in range(90)])
+    data = open_data([scored], heldout_share=0.3)
+    heldout = {trace.trace_id for trace in data.heldout_traces()}
+
+    assert heldout == {name for name in names if is_heldout(name.partition("#")[0], 0.3)}
+    assert 0 < len(heldout) < 90
+
+
+def test_other_ids_that_end_in_a_number_are_not_taken_for_samples(tmp_path):
+    names = [f"gsm8k#{number}" for number in range(90)]
+    data = open_data(
+        [named_cache(tmp_path, names, [2 + number % 5 for number in range(90)])],
+        heldout_share=0.3,
+    )
+    heldout = {trace.trace_id for trace in data.heldout_traces()}
+
+    assert heldout == {name for name in names if is_heldout(name, 0.3)}
+    assert 0 < len(heldout) < 90
+
+
 @pytest.mark.parametrize(
     ("share", "message"), [(1e-6, "holds out none of 60"), (0.999999, "leaves none of 60")]
 )

@@ -31,6 +31,7 @@ from teacher_cache.format import (
     open_cache,
     seal_cache,
 )
+from teacher_cache.format.errors import repair_advice
 from teacher_cache.terminal.option import changeable_names
 
 # A resumed run reads a shard again.
@@ -72,7 +73,7 @@ def weights_of(config):
 
 
 def last_state(config):
-    (checkpoint,) = (config.out / "checkpoints").iterdir()
+    checkpoint = max((config.out / "checkpoints").iterdir())
     return torch.load(checkpoint / "state.pt", weights_only=True)
 
 
@@ -669,6 +670,38 @@ def test_a_missing_shard_is_refused_by_name(config, tmp_path):
 
     with pytest.raises(CacheFormatError, match=r"w001-00000\.arrow"):
         train(config(cache=cache))
+
+
+@pytest.mark.parametrize("loss", ["damaged", "removed", "cut"])
+def test_a_shard_lost_while_training_is_named_with_what_verify_says(
+    config, tmp_path, monkeypatch, loss
+):
+    """Kept to the end of the run: the stream reads a shard when it is first needed."""
+    cache = make_cache(tmp_path / "cache", make_traces(40))
+    settings = config(cache=cache, save_every=1)
+    last = data_order(open_data([cache]), seed=0, epoch=0, num_lanes=8).shard[-1]
+    file = tmp_path / f"cache/shards/{open_cache(cache).shards[last].name}.arrow"
+    content = file.read_bytes()
+    real = loop.open_stream
+
+    def open_stream(run):
+        if loss == "removed":
+            file.unlink()
+        else:
+            half = len(content) // 2
+            rest = b"" if loss == "cut" else bytes(100) + content[half + 100 :]
+            file.write_bytes(content[:half] + rest)
+        return real(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "open_stream", open_stream)
+        with pytest.raises(CacheFormatError) as error:
+            train(settings)
+    assert file.name in str(error.value)
+    assert str(error.value).endswith(f"; {repair_advice(cache)}")
+    assert f"cache-teacher verify {cache} --repair" in str(error.value)
+    file.write_bytes(content)
+    assert train(settings).num_steps == 10
 
 
 def test_a_student_that_does_not_exist_is_refused_in_one_line(config, tmp_path):

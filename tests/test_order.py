@@ -103,6 +103,8 @@ def test_lanes_are_balanced_by_tokens():
 def test_more_ranks_than_lanes_are_refused_and_uneven_ones_said(caplog):
     check_ranks(8, 4)
     assert not caplog.text
+    check_ranks(8, 3, rank=2)
+    assert not caplog.text  # one process says it for all
     check_ranks(8, 3)
     assert "3 processes share 8 lanes unevenly" in caplog.text
     with pytest.raises(ValueError, match="9 processes cannot share 8 lanes"):

@@ -126,13 +126,32 @@ def test_parts_are_what_they_are_called():
         torch.testing.assert_close(output.kl[n], kl)
         torch.testing.assert_close(output.ce[n], ce)
         torch.testing.assert_close(output.student_mass[n], q[n, kept].sum())
-        assert output.top1[n] == (q[n].argmax() == kept[0])
+        others = q[n].index_fill(0, kept[:1], -torch.inf)
+        assert output.top1[n] == (q[n, kept[0]] > others.max())
     torch.testing.assert_close(output.teacher_mass, 1 - torch.sigmoid(targets.tail_logit))
     weighted = token_weight * (0.75 * output.kl + 0.25 * output.ce)
     torch.testing.assert_close(output.loss, weighted.sum())
     parts = (output.kl, output.ce, output.student_mass, output.teacher_mass, output.top1)
     assert not any(part.requires_grad for part in parts)
     assert output.loss.requires_grad
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_a_tie_is_no_agreement(k):
+    """With the tail, with another kept entry, or with all that there are."""
+    teacher = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0]], dtype=torch.float64)
+    targets = loss_cases.targets_of(teacher, k, dtype=torch.float64)
+    weight, one = torch.eye(5, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+
+    def agrees(logits):
+        hidden = torch.tensor([logits], dtype=torch.float64)
+        return sparse_kl(hidden, weight, targets, one).top1.item()
+
+    assert agrees([3.0, 1.0, 1.0, 1.0, 1.0])
+    assert not agrees([1.0] * 5)  # a student that knows nothing
+    assert not agrees([3.0, 3.0, 0.0, 0.0, 0.0])
+    assert not agrees([3.0, 0.0, 0.0, 0.0, 3.0])
+    assert not agrees([3.0, 0.0, 0.0, 0.0, 4.0])
 
 
 def kl_at(k, teacher_logits, logits, **objective):

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from student_train.data.draw import SpanFigures, draw_spans
 from student_train.data.tokens import TokenSelection
 from student_train.data.traces import open_data
+from student_train.errors import NonFiniteLossError
+from student_train.run import validation
 from student_train.run.config import TrainConfig
 from student_train.run.loop import train
 from teacher_cache.format import open_cache
@@ -145,6 +147,27 @@ def test_heldout_traces_longer_than_the_student_are_refused(base, tmp_path):
 def test_measuring_without_heldout_traces_is_refused(base, change):
     with pytest.raises(ValueError, match="expected held-out traces"):
         replace(base, heldout_share=0.0, **change)
+
+
+@pytest.mark.parametrize("select", ["heldout", "last"])
+@pytest.mark.parametrize("figure", [math.nan, math.inf])
+def test_a_heldout_kl_that_is_no_number_stops_the_run(base, tmp_path, monkeypatch, select, figure):
+    real, calls = validation.section_figures, []
+
+    def section_figures(sums):
+        calls.append(None)
+        found = real(sums)
+        return {**found, "all": replace(found["all"], kl=figure)} if len(calls) == 2 else found
+
+    monkeypatch.setattr(validation, "section_figures", section_figures)
+    config = replace(base, out=tmp_path / "run", eval_every=2, select=select, save_every=3)
+    with pytest.raises(
+        NonFiniteLossError, match=rf"the held-out KL is {figure}; expected a number"
+    ):
+        train(config)
+    assert not (config.out / "model").exists()
+    monkeypatch.undo()
+    assert train(config).num_steps == 8
 
 
 def test_the_share_of_the_chain_of_thought_is_said(base, tmp_path, caplog):

@@ -100,3 +100,15 @@ def test_passes_equal_those_of_pytorch_also_packed_into_half_a_row(
     for one, other in zip(*results, strict=True):
         tolerance = max(torch.finfo(dtype).eps, 1e-6) if one.dim() == 2 else 1e-6
         torch.testing.assert_close(one, other, rtol=tolerance, atol=1e-7)
+
+
+def test_a_tie_is_no_agreement(monkeypatch):
+    _, weight, targets, token_weight = case(3, 403, 4)
+    monkeypatch.setattr(chunks, "passes_type", lambda device_type: triton_rows.TritonPasses)
+    nothing_known = torch.zeros(3, 4, dtype=torch.float64)
+    assert not sparse_kl(nothing_known, weight, targets, token_weight).top1.any()
+    first = targets.top_ids[:, 0].long()
+    known = nothing_known + weight.detach()[first]
+    is_highest = (known @ weight.T).argmax(dim=1) == first
+    assert is_highest.any()
+    assert torch.equal(sparse_kl(known, weight, targets, token_weight).top1, is_highest)

@@ -61,6 +61,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
 
         Raises:
             CacheFormatError: If a shard is missing or damaged.
+            ConnectionError: If a shard lies elsewhere and cannot be reached.
             RuntimeError: In a worker process of a DataLoader.
         """
         if get_worker_info() is not None:

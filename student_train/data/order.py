@@ -133,8 +133,8 @@ def epoch_order(
     return EpochOrder(shard[order], row[order], lane_of_trace[order])
 
 
-def check_ranks(num_lanes: int, num_ranks: int) -> None:
-    """Refuse more ranks than lanes, and say where ranks do not get equally many.
+def check_ranks(num_lanes: int, num_ranks: int, *, rank: int = 0) -> None:
+    """Refuse more ranks than lanes; rank 0 says where ranks do not get equally many.
 
     Raises:
         ValueError: If a rank would never have a trace.
@@ -144,7 +144,7 @@ def check_ranks(num_lanes: int, num_ranks: int) -> None:
             f"lanes: {num_ranks} processes cannot share {num_lanes} lanes; use a multiple of "
             f"{num_ranks} for --shuffle-lanes from the start of the run"
         )
-    if num_lanes % num_ranks:
+    if num_lanes % num_ranks and rank == 0:
         most = -(-num_lanes // num_ranks)
         logger.warning(
             "%d processes share %d lanes unevenly: some have %d of a step's traces for %d of "

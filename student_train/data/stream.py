@@ -99,7 +99,7 @@ class TraceStream:
             ValueError: If there are more ranks than lanes.
             CacheMismatchError: If more is selected than a truncated cache holds.
         """
-        check_ranks(num_lanes, num_ranks)
+        check_ranks(num_lanes, num_ranks, rank=rank)
         self._data = data
         self._drawn = [draw_spans(source, selection, seed) for source in data.sources]
         self._batch_traces = batch_traces
@@ -139,6 +139,7 @@ class TraceStream:
 
         Raises:
             CacheFormatError: If a shard is missing or damaged.
+            ConnectionError: If a shard lies elsewhere and cannot be reached.
             RuntimeError: Outside a `with` block.
         """
         if self._prefetch is None:

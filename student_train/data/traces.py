@@ -20,6 +20,8 @@ from teacher_cache.format import (
     open_cache,
 )
 
+_SAMPLE_ID = re.compile(r"(.*)#\d+\Z", re.DOTALL)
+
 Place = tuple[int, int]  # (shard, row) of a trace in its cache
 
 
@@ -139,6 +141,7 @@ class TrainingData:
 
         Raises:
             CacheFormatError: If a shard is missing or damaged.
+            ConnectionError: If a shard lies elsewhere and cannot be reached.
         """
         places = [(i, *place) for i, source in enumerate(self.sources) for place in source.heldout]
         rows_of_shard: dict[tuple[int, int], list[int]] = {}
@@ -220,8 +223,7 @@ def _choose(
     heldout_share: float,
     view: KeepPolicy,
 ) -> CacheTraces:
-    count = cache.manifest.config.get("samples_per_prompt", 1)
-    has_samples = isinstance(count, int) and count > 1
+    names = _prompt_names(cache)
     train: list[Place] = []
     heldout: list[Place] = []
     for shard, row in cache.traces:
@@ -229,7 +231,7 @@ def _choose(
         known = info if further is None else further.added_to(info, cache)
         if where is not None and not where.holds(known):
             continue
-        is_out = is_heldout(info.trace_id, heldout_share, has_sample_number=has_samples)
+        is_out = is_heldout(names.get(info.trace_id, info.trace_id), heldout_share)
         (heldout if is_out else train).append((shard, row))
     num_left_out = len(cache.traces) - len(train) - len(heldout)
     return CacheTraces(cache, view, tuple(train), tuple(heldout), num_left_out)
@@ -281,15 +283,34 @@ def _check_weights(sources: Sequence[CacheTraces], weights: Sequence[float]) -> 
             )
 
 
-def is_heldout(trace_id: str, share: float, *, has_sample_number: bool = False) -> bool:
-    """Whether a trace is held out: a property of its id alone, in every cache, run and epoch.
+def is_heldout(name: str, share: float) -> bool:
+    """Whether a prompt's traces are held out: a property of its name, in every run and epoch.
 
     Args:
-        trace_id: Of the trace.
-        share: Proportion of ids that are held out.
-        has_sample_number: The id ends in `#` and a number, which does not count: all samples of
-            a prompt stand on one side.
+        name: The trace's id; without the number of the sample, where it is one of several.
+        share: Proportion of names that are held out.
     """
-    name = re.sub(r"#\d+\Z", "", trace_id) if has_sample_number else trace_id
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def _prompt_names(cache: Cache) -> dict[str, str]:
+    """Trace id -> the id of its prompt, for traces that are one sample of several.
+
+    A capture that sampled says so, and names them `prompt#number`. Where such traces were scored
+    again, the names are all that is left; other people's ids may end like this too (`gsm8k#17`),
+    but then their prompts differ, and so does the number of their tokens.
+    """
+    count = cache.manifest.config.get("samples_per_prompt", 1)
+    has_samples = isinstance(count, int) and count > 1
+    of_prompt: dict[str, list[TraceInfo]] = {}
+    for shard, row in cache.traces:
+        info = cache.shards[shard].traces[row]
+        found = _SAMPLE_ID.match(info.trace_id)
+        if found:
+            of_prompt.setdefault(found[1], []).append(info)
+    names: dict[str, str] = {}
+    for name, infos in of_prompt.items():
+        if has_samples or len({info.cot_start for info in infos}) == 1:
+            names.update({info.trace_id: name for info in infos})
+    return names

@@ -233,7 +233,12 @@ def _assemble(
 
 
 def _top1_agrees(targets: TeacherTargets, student: Student) -> Tensor:
-    """[C] bool: no token is likelier under the student than the teacher's likeliest."""
-    likeliest = targets.top_logits.masked_fill(~targets.kept(), -torch.inf).argmax(dim=1)
-    logit = student.kept.gather(1, likeliest[:, None])[:, 0]
-    return logit >= torch.maximum(student.kept.amax(dim=1), student.tail.peak)
+    """[C] bool: every other token is less likely under the student than the teacher's likeliest.
+
+    A tie is no agreement: a student that knows nothing finds all tokens equally likely. Of the
+    teacher's ties, which its rounded logits have, the first entry counts.
+    """
+    likeliest = targets.top_logits.masked_fill(~targets.kept(), -torch.inf).argmax(dim=1)[:, None]
+    logit = student.kept.gather(1, likeliest)[:, 0]
+    others = student.kept.scatter(1, likeliest, -torch.inf).amax(dim=1)
+    return logit > torch.maximum(others, student.tail.peak)

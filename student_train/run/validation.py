@@ -1,5 +1,6 @@
 """How the student does on held-out traces while it is trained."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -8,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from student_train.data.traces import TrainingData, open_data
+from student_train.errors import NonFiniteLossError
 from student_train.model.forward import StudentWithLoss
 from student_train.model.heldout import heldout_sums, section_figures
 from student_train.run.config import TrainConfig
@@ -93,7 +95,11 @@ class Validation:
         self._traces = [*mine, *[None] * (int(counts_R2[:, 0].max()) - len(mine))]
 
     def measure(self) -> dict[str, float]:
-        """Means over whole traces: `heldout_kl` and so on, also by section: `heldout_kl_cot`."""
+        """Means over whole traces: `heldout_kl` and so on, also by section: `heldout_kl_cot`.
+
+        Raises:
+            NonFiniteLossError: If the KL is no finite number, which no other could be compared to.
+        """
         device = self._accelerator.device
         self._student.eval()
         with self._accelerator.autocast():
@@ -108,4 +114,10 @@ class Validation:
             figures[f"heldout_kl{suffix}"] = means.kl
             figures[f"heldout_nll{suffix}"] = means.nll
             figures[f"heldout_top1_agreement{suffix}"] = means.top1_agreement
+        if not math.isfinite(figures["heldout_kl"]):
+            raise NonFiniteLossError(
+                f"the held-out KL is {figures['heldout_kl']}; expected a number. The student gives "
+                "no finite logits on held-out traces that it is not trained on: lower --lr, or, "
+                "with --dtype bfloat16, measure with float32. The last checkpoint stays."
+            )
         return figures

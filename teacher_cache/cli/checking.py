@@ -14,6 +14,7 @@ from teacher_cache.format import CachePath
 from teacher_cache.format.checking.findings import Verification
 from teacher_cache.format.checking.repair import repair_cache
 from teacher_cache.format.checking.verify import verify_cache
+from teacher_cache.format.errors import repair_advice
 from teacher_cache.terminal.commands import config_command, json_option
 from teacher_cache.terminal.option import check_options, option
 
@@ -60,7 +61,7 @@ def verify_command(config: VerifyConfig, as_json: bool) -> None:
             for line in report_text.repair_lines(done, found.path):
                 click.echo(line)
         elif found.errors:
-            click.echo(report_text.verify_hint(found), err=True)
+            click.echo(repair_advice(found.path), err=True)
     if found.errors and done is None:
         sys.exit(1)
 

@@ -118,14 +118,6 @@ def verified_line(found: Verification) -> str:
     )
 
 
-def verify_hint(found: Verification) -> str:
-    """What to do with a damaged cache."""
-    return (
-        "restore these files from a copy, or take them out with "
-        f"`cache-teacher verify {found.path} --repair` and capture their traces again"
-    )
-
-
 def repair_lines(repair: Repair, path: str) -> Iterator[str]:
     """What a repair did, and what to do now."""
     for file, target in repair.removed.items():

@@ -80,12 +80,13 @@ class ShardCommit:
         return json.dumps({**record, "checksum": content_hash(record)}).encode() + b"\n"
 
 
-def parse_commit(text: bytes, name: str) -> ShardCommit:
+def parse_commit(text: bytes, name: str, advice: str = "") -> ShardCommit:
     """Read a commit record.
 
     Args:
         text: The file's bytes.
         name: The shard's name, that is the file's name without `.json`.
+        advice: What the message says to do where the record is damaged.
 
     Raises:
         CacheFormatError: If the record is damaged, or stands under another shard's name.
@@ -95,7 +96,7 @@ def parse_commit(text: bytes, name: str) -> ShardCommit:
         record = json.loads(text)
         checksum = record.pop("checksum")
         if content_hash(record) != checksum:
-            raise CacheFormatError(f"{where}: the commit record's checksum does not match")
+            raise CacheFormatError(f"{where}: the commit record's checksum does not match{advice}")
         version = record.pop("format_version")
         if version != FORMAT_VERSION:
             raise CacheFormatError(
@@ -107,7 +108,7 @@ def parse_commit(text: bytes, name: str) -> ShardCommit:
         _check_types(commit, where)
         _check(commit, name, where)
     except UNUSABLE_JSON as error:
-        raise CacheFormatError(f"{where}: not a commit record: {error!r}") from error
+        raise CacheFormatError(f"{where}: not a commit record: {error!r}{advice}") from error
     return commit
 
 

@@ -24,3 +24,11 @@ class TraceNotFoundError(CacheError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])  # a KeyError would show the message in quotes
+
+
+def repair_advice(path: str) -> str:
+    """What to do with a cache of which files are damaged or missing; no full stop at the end."""
+    return (
+        "restore these files from a copy, or take them out with "
+        f"`cache-teacher verify {path} --repair` and capture their traces again"
+    )

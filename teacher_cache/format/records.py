@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from teacher_cache.format.commit import PLAIN_NAME, ShardCommit, check_commit, parse_commit
-from teacher_cache.format.errors import CacheFormatError
+from teacher_cache.format.errors import CacheFormatError, repair_advice
 from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Manifest, parse_manifest
 from teacher_cache.format.store import CachePath, Store, open_store
@@ -50,6 +50,7 @@ def read_commits(store: Store, names: Iterable[str], header: CacheHeader) -> lis
         CacheFormatError: If one is missing or damaged.
         CacheMismatchError: If one belongs to another capture.
     """
+    advice = f"; {repair_advice(store.where)}"
 
     def read(name: str) -> ShardCommit:
         if not PLAIN_NAME.match(name):
@@ -58,9 +59,9 @@ def read_commits(store: Store, names: Iterable[str], header: CacheHeader) -> lis
             text = store.read(commit_file(name))
         except FileNotFoundError as error:
             raise CacheFormatError(
-                f"{store.where}: the commit record of shard {name!r} is missing"
+                f"{store.where}: the commit record of shard {name!r} is missing{advice}"
             ) from error
-        commit = parse_commit(text, name)
+        commit = parse_commit(text, name, advice)
         check_commit(commit, header)
         return commit
 

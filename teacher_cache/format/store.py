@@ -56,7 +56,8 @@ class Store:
 
         Raises:
             FileNotFoundError: If there is none.
-            OSError: If it cannot be read, on a remote store after several tries.
+            ConnectionError: If a remote store fails every time.
+            OSError: If it cannot be read.
         """
         return self._retried(name, lambda: self._read(self._path(name)))
 
@@ -150,7 +151,7 @@ def _retried(where: str, action: Callable[[], _T]) -> _T:
             if _PERMANENT.search(str(error)):
                 raise OSError(f"{where}: {error}") from error
             if wait_s is None:
-                raise OSError(f"{where}: given up after {number} tries: {error}") from error
+                raise ConnectionError(f"{where}: given up after {number} tries: {error}") from error
             logger.warning("%s: %s; trying again in %g s", where, error, wait_s)
             time.sleep(wait_s * random.uniform(0.5, 1.0))  # spreads workers
     raise AssertionError("unreachable")

@@ -15,7 +15,12 @@ import pyarrow as pa
 from teacher_cache.format.bands import num_bands_needed
 from teacher_cache.format.codec import KeepPolicy
 from teacher_cache.format.commit import ShardCommit, TraceInfo
-from teacher_cache.format.errors import CacheFormatError, CacheMismatchError, TraceNotFoundError
+from teacher_cache.format.errors import (
+    CacheFormatError,
+    CacheMismatchError,
+    TraceNotFoundError,
+    repair_advice,
+)
 from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.manifest import SHARD_FOLDER, Manifest, ShardList, shards_fingerprint
 from teacher_cache.format.reading.decode import assemble, decode_bands
@@ -200,6 +205,8 @@ class Cache:
 
         Raises:
             CacheFormatError: If the shard is missing, damaged, or not what its record says.
+            ConnectionError: If it lies elsewhere and cannot be reached.
+            OSError: If it cannot be read for another reason.
             CacheMismatchError: If `keep` asks for tokens that a truncated cache does not hold.
             ValueError: If `keep` asks for tokens that a trace does not have.
         """
@@ -248,11 +255,11 @@ class Cache:
                 damage = _damage(data, commit, num_bands)
                 if damage is not None:
                     kept.drop(commit.sha256)  # it came like this, and may be mended there
-        except OSError as error:
-            raise CacheFormatError(f"{where}: cannot be read: {error}") from error
+        except FileNotFoundError as error:
+            raise CacheFormatError(f"{where} is missing; {repair_advice(self.path)}") from error
         self.bytes_read += data.size
         if damage is not None:
-            raise CacheFormatError(f"{where}: {damage}")
+            raise CacheFormatError(f"{where}: {damage}; {repair_advice(self.path)}")
         return data
 
 
@@ -265,10 +272,7 @@ def _damage(data: pa.Buffer, commit: ShardCommit, num_bands: int) -> str | None:
     for band, block in enumerate(commit.blocks[:num_bands]):
         found = zlib.crc32(view[block.offset : block.offset + block.length])
         if found != block.crc32:
-            return (
-                f"band {band} is damaged (crc32 {found:08x}, expected {block.crc32:08x}). Restore "
-                "the file from a copy, or capture again into another folder."
-            )
+            return f"band {band} is damaged (crc32 {found:08x}, expected {block.crc32:08x})"
     return None
 
 
@@ -310,7 +314,8 @@ def open_cache(
         if expected is not None and commit.checksum != expected[commit.name]:
             raise CacheFormatError(
                 f"{store.where}: the commit record of {commit.name} is not the "
-                f"{'sealed one' if snapshot is None else 'one that was read before'}"
+                f"{'sealed one' if snapshot is None else 'one that was read before'}; "
+                f"{repair_advice(store.where)}"
             )
     _check_shard_files(store, commits)
     return Cache(
@@ -330,11 +335,11 @@ def _check_shard_files(store: Store, commits: Sequence[ShardCommit]) -> None:
         size_bytes = sizes.get(f"{commit.name}.arrow")
         if size_bytes is None:
             raise CacheFormatError(
-                f"{store.where}: shard {commit.name}.arrow is missing. Restore it from a copy, or "
-                "capture its traces again into another folder."
+                f"{store.where}: shard {commit.name}.arrow is missing; {repair_advice(store.where)}"
             )
         if size_bytes != commit.size_bytes:
             raise CacheFormatError(
                 f"{store.where}: shard {commit.name}.arrow has {size_bytes} bytes, expected "
-                f"{commit.size_bytes}; it is damaged or not fully copied"
+                f"{commit.size_bytes}: it is damaged or not fully copied; "
+                f"{repair_advice(store.where)}"
             )
