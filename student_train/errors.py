@@ -19,3 +19,8 @@ class InterruptedRunError(Exception):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+    @property
+    def exit_code(self) -> int:
+        """What the program ends with."""
+        return 128 + self.signal_number

@@ -16,7 +16,7 @@ from test_capture import (  # noqa: F401 (fixtures)
 )
 
 from teacher_cache.capture.generate import generate
-from teacher_cache.cli import cli
+from teacher_cache.cli.group import cli
 from teacher_cache.engines import TeacherRows
 from teacher_cache.examine import audit as audit_module
 from teacher_cache.examine.audit import AuditConfig, audit, sample_traces

@@ -17,8 +17,10 @@ from test_format import read_all
 from test_sources import CHAT, make_teacher
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from teacher_cache import cli
+from teacher_cache.cli import COMMAND_LINE
+from teacher_cache.cli.group import cli
 from teacher_cache.format import open_cache
+from teacher_cache.terminal.entry import CommandLine, run_command
 
 COMMAND = [sys.executable, "-c", "from teacher_cache.cli import program; program()"]
 CONTEXT = 128
@@ -78,13 +80,13 @@ def run(*args, expect=0):
 
 
 def invoke(*args):
-    result = CliRunner().invoke(cli.cli, [str(a) for a in args], catch_exceptions=False)
+    result = CliRunner().invoke(cli, [str(a) for a in args], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 def test_every_command_has_help_with_an_example():
-    for name, command in cli.cli.commands.items():
+    for name, command in cli.commands.items():
         assert f"cache-teacher {name} " in command.get_help(click.Context(command))
 
 
@@ -187,10 +189,8 @@ def bad_calls(model, prompts, tmp_path):
 def test_a_mistake_is_one_line_and_exit_code_1(model, prompts, tmp_path, case, capsys, monkeypatch):
     call, message = bad_calls(model, prompts, tmp_path)[case]
     monkeypatch.setattr(sys, "argv", ["cache-teacher", *call])
-    with pytest.raises(SystemExit) as exited:
-        cli.main()
+    assert run_command(CommandLine(*COMMAND_LINE)) == 1
     said = capsys.readouterr()
-    assert exited.value.code == 1
     assert said.out == ""
     assert said.err.startswith("cache-teacher: ")
     assert said.err.count("\n") == 1
@@ -212,7 +212,7 @@ GENERATE = ["generate", "--model", "m", "--prompts", "p", "--out", "o"]
         ([*GENERATE, "--num-replicas", "2", "--worker", "0/2"], "leave it out with --num-replicas"),
         ([*GENERATE, "--think-open", ""], "--think-open: expected a value, got an empty text"),
         (["truncate", "c", "o", "--lead-span", "2"], "above 0 and at most 1, got 2"),
-        (["export", "c", "o", "--parquet", "--text"], "leave them out with --parquet"),
+        (["export", "c", "o", "--parquet", "--text"], "leave them out with Parquet"),
         (["plan", "--num-prompts", "3"], "expected a sample (--sample) or --tokens-per-trace"),
         (
             ["plan", "--num-prompts", "3", "--sample", "c", "--gpu-tflops", "400"],
@@ -226,9 +226,7 @@ GENERATE = ["generate", "--model", "m", "--prompts", "p", "--out", "o"]
 )
 def test_wrong_usage_is_exit_code_2(monkeypatch, capsys, call, message):
     monkeypatch.setattr(sys, "argv", ["cache-teacher", *call])
-    with pytest.raises(SystemExit) as exited:
-        cli.main()
-    assert exited.value.code == 2
+    assert run_command(CommandLine(*COMMAND_LINE)) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 

@@ -13,8 +13,8 @@ import pytest
 from fakes import make_traces
 from test_format import write
 
-import student_train.cli
-import teacher_cache.cli
+import student_train.cli.group
+import teacher_cache.cli.group
 from student_train.evaluation.config import EvaluateConfig
 from student_train.run.config import TrainConfig
 from teacher_cache.terminal.config_file import read_config_file
@@ -24,7 +24,10 @@ GUIDES = sorted(
     [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", ROOT / "tools/README.md"]
     + [path for room in ("teacher_cache", "student_train") for path in (ROOT / room).rglob("*.md")]
 )
-GROUPS = {"cache-teacher": teacher_cache.cli.cli, "train-student": student_train.cli.cli}
+GROUPS = {
+    "cache-teacher": teacher_cache.cli.group.cli,
+    "train-student": student_train.cli.group.cli,
+}
 README = (ROOT / "README.md").read_text()
 
 

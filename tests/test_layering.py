@@ -21,6 +21,7 @@ RULES = [
     ("teacher_cache.format.bands", set(), set()),
     (FORMAT, {FORMAT}, set()),
     ("teacher_cache.terminal.commands", {TERMINAL, FORMAT}, {"click"}),
+    ("teacher_cache.terminal.group", {TERMINAL, FORMAT}, {"click"}),
     (TERMINAL, {TERMINAL, FORMAT}, set()),
     ("teacher_cache.engines.vllm", {ENGINES, FORMAT}, {"vllm", "torch"}),
     ("teacher_cache.engines.transformers", {ENGINES, FORMAT}, {"torch", "transformers"}),
@@ -140,9 +141,9 @@ def test_modules_of_a_stage_import_downwards(package):
     "code",
     [
         "import teacher_cache.format",
-        "import teacher_cache.cli as c; c.cli.main(['--help'], standalone_mode=False)",
-        "import teacher_cache.cli as c; c.cli.main(['generate', '--help'], standalone_mode=False)",
-        "import student_train.cli as c; c.cli.main(['run', '--help'], standalone_mode=False)",
+        "from teacher_cache.cli.group import cli; cli(['--help'], standalone_mode=False)",
+        "from teacher_cache.cli.group import cli; cli(['generate', '--help'], standalone_mode=False)",
+        "from student_train.cli.group import cli; cli(['run', '--help'], standalone_mode=False)",
     ],
 )
 def test_format_and_help_load_nothing_heavy(code):

@@ -14,7 +14,7 @@ from fakes import make_cache, make_header, make_traces
 from s3_server import SECRET, s3_server
 from test_format import assert_same, read_all
 
-from teacher_cache.cli import cli
+from teacher_cache.cli.group import cli
 from teacher_cache.format import (
     CacheError,
     CacheMismatchError,

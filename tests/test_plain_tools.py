@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from fakes import make_cache, make_traces
 
-from teacher_cache.cli import cli
+from teacher_cache.cli.group import cli
 from teacher_cache.format import open_cache
 
 COLUMNS = ("token_ids", "k", "top_ids", "top_logits", "tail_logit")

@@ -7,7 +7,8 @@ import pytest
 from click.testing import CliRunner
 from fakes import make_cache, make_traces
 
-from teacher_cache.cli import cli, report_text
+from teacher_cache.cli import report_text
+from teacher_cache.cli.group import cli
 from teacher_cache.examine.plan import PlanConfig, Step, plan
 from teacher_cache.format import CacheError, CacheMismatchError, open_cache
 from teacher_cache.transform.truncate import truncate_cache

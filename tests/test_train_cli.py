@@ -17,8 +17,10 @@ from fakes import make_cache, make_traces
 from same_bits import assert_bitwise_equal
 from students import make_student
 
-from student_train.cli import cli, main
+from student_train.cli import COMMAND_LINE
+from student_train.cli.group import cli
 from student_train.run.config import TrainConfig
+from teacher_cache.terminal.entry import CommandLine, run_command
 
 PROGRAM = [sys.executable, "-m", "student_train.cli"]
 ENVIRONMENT = {
@@ -48,16 +50,12 @@ class Done:
 def invoke(*args):
     """The console command, in this process."""
     stdout, stderr = io.StringIO(), io.StringIO()
-    exit_code = 0
     with (
         mock.patch.object(sys, "argv", ["train-student", *map(str, args)]),
         redirect_stdout(stdout),
         redirect_stderr(stderr),
     ):
-        try:
-            main()
-        except SystemExit as stopped:
-            exit_code = stopped.code
+        exit_code = run_command(CommandLine(*COMMAND_LINE))
     return Done(exit_code, stdout.getvalue(), stderr.getvalue())
 
 
@@ -66,7 +64,7 @@ def invoke(*args):
 )
 def test_help_is_quick_to_load(args):
     code = (
-        "import sys; from student_train.cli import cli; cli.main(standalone_mode=False); "
+        "import sys; from student_train.cli.group import cli; cli.main(standalone_mode=False); "
         "print(sorted({'torch', 'transformers', 'accelerate'} & set(sys.modules)))"
     )
     done = subprocess.run(

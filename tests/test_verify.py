@@ -21,7 +21,7 @@ from test_capture import asked, config, model  # noqa: F401 (fixtures)
 from test_format import ARRAYS, read_all
 
 from teacher_cache.capture.generate import generate
-from teacher_cache.cli import cli
+from teacher_cache.cli.group import cli
 from teacher_cache.format import (
     CacheMismatchError,
     CacheWriter,

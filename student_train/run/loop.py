@@ -13,7 +13,7 @@ from student_train.run.finish import TrainResult, finish, finished_before
 from student_train.run.inputs import open_inputs
 from student_train.run.memory import advice_when_out_of_memory
 from student_train.run.processes import join_processes, owned
-from student_train.run.progress import TrainingProgress
+from student_train.run.progress import describe, stop_after_step
 from student_train.run.setup import Run, open_stream, prepare
 from student_train.run.sharding import clip_gradients, gathered_state
 from student_train.run.step import (
@@ -23,7 +23,7 @@ from student_train.run.step import (
     all_reduced,
     global_counts,
 )
-from student_train.run.stopping import stop_signals
+from teacher_cache.terminal.progress import Progress
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -63,8 +63,10 @@ def _take_steps(run: Run) -> None:
     accelerator = inputs.accelerator
     bytes_before = state.bytes_read  # by the processes that this run had before
     stream = open_stream(run)
-    shown = TrainingProgress(run.num_steps, state.step, enabled=accelerator.is_main_process)
-    with stop_signals() as stop, shown, stream, advice_when_out_of_memory(config):
+    shown = Progress(
+        "training", run.num_steps, "steps", first=state.step, enabled=accelerator.is_main_process
+    )
+    with stop_after_step() as stop, shown, stream, advice_when_out_of_memory(config):
         figures = StepFigures(run, stream)
         for item in stream:
             # Once a step. The normaliser is known everywhere before the first backward.
@@ -93,7 +95,7 @@ def _take_steps(run: Run) -> None:
                 sums,
                 flops=sum(run.formula.flops(b.num_positions, b.num_valid) for b in batches),
                 bytes_read=item.bytes_read,
-                signal_number=stop.received or 0,
+                signal_number=stop.signum or 0,
             )
             if counts.num_valid and not math.isfinite(totals.sums["loss"] + grad_norm):
                 raise NonFiniteLossError(_non_finite(state.step, totals, grad_norm, item))
@@ -118,7 +120,7 @@ def _take_steps(run: Run) -> None:
                 if accelerator.is_main_process:  # the main process alone
                     inputs.folder.append_metrics(line)
                 accelerator.log({k: v for k, v in line.items() if k != "step"}, step=state.step)
-                shown.update(line)
+                shown.set(state.step, describe(line))
 
             # Every save_every steps, after the last, when asked to stop, and where it is the best.
             is_best = config.select == "heldout" and state.best_step == state.step
@@ -128,10 +130,11 @@ def _take_steps(run: Run) -> None:
             if is_end:
                 break
             if totals.is_asked_to_stop:
+                accelerator.end_training()  # trackers write what they hold
                 raise InterruptedRunError(
                     f"stopped after step {state.step:,} of {run.num_steps:,}; a checkpoint is in "
                     f"{inputs.folder.checkpoints}. Run the same command again to go on.",
-                    stop.received or signal.SIGTERM,
+                    stop.signum or signal.SIGTERM,
                 )
             figures.begin_step()
 

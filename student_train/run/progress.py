@@ -1,65 +1,24 @@
-"""How far a training is: a bar on a terminal, a line now and then elsewhere."""
+"""What a run says of its steps, and how a signal ends it: after the step at work."""
 
 import logging
-import time
-from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from teacher_cache.terminal.stop_signals import StopSwitch, stop_signals
 
 logger = logging.getLogger(__name__)
 
-LINE_INTERVAL_S = 10.0
+
+@contextmanager
+def stop_after_step() -> Iterator[StopSwitch]:
+    """Note the first SIGINT or SIGTERM: the step at work ends, and a checkpoint is written."""
+    with stop_signals() as switch, switch.noted(_say_stop):
+        yield switch
 
 
-class TrainingProgress:
-    """Shows the metrics of a run's steps on stderr; use it inside a `with` block."""
-
-    def __init__(self, num_steps: int, first_step: int, *, enabled: bool) -> None:
-        self._num_steps = num_steps
-        self._first_step = first_step
-        self._enabled = enabled
-        console = Console(stderr=True)
-        self._bar: Progress | None = None
-        if enabled and console.is_terminal:
-            self._bar = Progress(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(),
-                TimeRemainingColumn(), TextColumn("{task.description}"), console=console,
-            )  # fmt: skip
-            self._task = self._bar.add_task("", total=num_steps, completed=first_step)
-
-    def __enter__(self) -> Self:
-        self._started_s = self._shown_s = time.monotonic()
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def update(self, metrics: Mapping[str, Any]) -> None:
-        """Show a step's metrics, if it is time."""
-        if not self._enabled:
-            return
-        step = metrics["step"]
-        if self._bar:
-            self._bar.update(self._task, completed=step, description=describe(metrics))
-            return
-        now_s = time.monotonic()
-        if now_s - self._shown_s >= LINE_INTERVAL_S or step == self._num_steps:
-            self._shown_s = now_s
-            per_step_s = (now_s - self._started_s) / (step - self._first_step)
-            eta_min = per_step_s * (self._num_steps - step) / 60
-            line = f"step {step:,}/{self._num_steps:,} | {describe(metrics)}"
-            logger.info("%s | eta %.0f min", line, eta_min)
+def _say_stop(signum: int) -> None:
+    logger.info("stopping after this step (once more to stop at once)")
 
 
 def describe(metrics: Mapping[str, Any]) -> str:

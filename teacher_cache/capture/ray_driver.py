@@ -295,7 +295,9 @@ def _connected(address: str | None) -> Any:  # noqa: ANN401 (Ray is untyped here
         import ray
         import ray.exceptions
     except ImportError as error:
-        raise EngineError("Ray is not installed: pip install 'leadspan[ray]'") from error
+        raise EngineError(
+            "Ray is not installed; in a checkout of leadspan: pip install '.[ray]'"
+        ) from error
     options: dict[str, Any] = {"address": address or "local", "logging_level": logging.ERROR}
     if address is None:
         options |= {"include_dashboard": False, "object_store_memory": _LOCAL_STORE_BYTES}

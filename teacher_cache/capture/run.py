@@ -26,6 +26,8 @@ from teacher_cache.format import (
     shown,
 )
 from teacher_cache.terminal.capture_progress import CaptureProgress
+from teacher_cache.terminal.messages import others_into_log
+from teacher_cache.terminal.progress import Progress
 from teacher_cache.terminal.stop_signals import Stopped, stop_signals
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,10 @@ class Alone:
 
     def __init__(self, job: Job, longest: int) -> None:
         self._job = job
-        self._teacher = job.start_teacher(longest)
+        engine, model = job.config["engine"], job.config["model"]
+        starting = Progress(f"starting {engine} for {model}", hint="20 to 60 s for a small model")
+        with starting, others_into_log():
+            self._teacher = job.start_teacher(longest)
         self.facts = self._teacher.facts
 
     def run(
@@ -183,7 +188,7 @@ def _run(job: Job, survey: Survey, crew: Crew, writer: CacheWriter) -> CaptureRe
 
 def _finish(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureReport:
     """Compact and seal; either can be broken off like by a kill, and the next run does it."""
-    with stop_signals() as switch:
+    with stop_signals() as switch, Progress("writing the last shard"):
         try:
             return _sealed(job, writer, report)
         except Stopped as stopped:

@@ -1,13 +1,41 @@
-"""Ctrl-C and SIGTERM as an exception that never comes in the middle of a write."""
+"""Ctrl-C and SIGTERM: as an exception, held back while something is written, or only noted.
 
+A program installs one switch for as long as it runs. What a signal does then depends on the block
+that it meets:
+
+    plain code          raises `Stopped` in the main thread, at once
+    switch.held()       raises it at the end of the block: for a write that must not be broken off
+    switch.noted()      only sets `switch.signum`: for work that ends in good order by itself;
+                        a second signal raises
+
+A library may swallow the exception, or the main thread may sit in C code and never raise it. So a
+thread watches, and ends the process when it has not ended by itself within GRACE_S.
+"""
+
+import logging
+import os
+import select
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE_S = 2.0  # from a signal to the end of the process, where nothing holds it back
+# A second signal sooner than this is the first one again: a terminal sends it to every process of
+# a group, and a launcher passes it on once more.
+_ECHO_S = 1.0
+_INSISTING_S = 0.5  # from a second signal to the end
+_LOOK_S = 0.05
 
 
 class Stopped(BaseException):
-    """The user or the scheduler asked the job to end; like KeyboardInterrupt, not an error."""
+    """The user or the scheduler asked the program to end; like KeyboardInterrupt, not an error."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -15,39 +43,153 @@ class Stopped(BaseException):
 
 
 class StopSwitch:
-    """Remembers the first stop signal and raises it where the work allows."""
+    """Remembers the first stop signal, and raises it where the work allows.
+
+    Attributes:
+        signum: The signal that came; None before.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._held = False
+        self._came_s = 0.0
+        self._num_holds = 0
+        self._num_notes = 0
+        self._on_stop: Callable[[int], None] | None = None
+        self._insists = False  # a second signal came
+
+    @property
+    def is_patient(self) -> bool:
+        """Whether the process may take its time to end."""
+        return not self._insists and (self._num_holds > 0 or self._num_notes > 0)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a write is at work."""
+        return self._num_holds > 0
+
+    def insist(self) -> None:
+        """A second signal came: nothing holds the end back any more."""
+        self._insists = True
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """The signal handler."""
         del frame
-        self.signum = self.signum or signum
-        if not self._held:
+        now_s = time.monotonic()
+        if self.signum is None:
+            self.signum, self._came_s = signum, now_s
+            if self._num_notes:
+                if self._on_stop is not None:
+                    self._on_stop(signum)
+                return
+        elif now_s - self._came_s < _ECHO_S:
+            return
+        else:
+            self.insist()
+        if self._num_holds == 0:
             raise Stopped(self.signum)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """A signal that comes inside is raised at the end of the block."""
-        self._held = True
+        self._num_holds += 1
         try:
             yield
         finally:
-            self._held = False
-        if self.signum is not None:
+            self._num_holds -= 1
+        if self.signum is not None and (self._num_notes == 0 or self._insists):
             raise Stopped(self.signum)
+
+    @contextmanager
+    def noted(self, on_stop: Callable[[int], None] | None = None) -> Iterator[None]:
+        """The first signal that comes inside sets `signum` and raises nothing.
+
+        Args:
+            on_stop: Called with the signal's number, in the handler.
+        """
+        self._num_notes += 1
+        before, self._on_stop = self._on_stop, on_stop
+        try:
+            yield
+        finally:
+            self._num_notes -= 1
+            self._on_stop = before
+
+
+_installed: StopSwitch | None = None
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopSwitch]:
-    """Turn SIGINT and SIGTERM into `Stopped` for the duration of the block."""
+    """The program's switch; one for the duration of the block where no program has one.
+
+    Outside the main thread signals are handled by whoever runs us: the switch never hears of one.
+    """
+    if _installed is not None:
+        yield _installed
+        return
     switch = StopSwitch()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(which, switch.handle) for which in signals]
+    if threading.current_thread() is not threading.main_thread():
+        yield switch
+        return
+    before = {number: signal.signal(number, switch.handle) for number in STOP_SIGNALS}
     try:
         yield switch
     finally:
-        for which, handler in zip(signals, before, strict=True):
-            signal.signal(which, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def install(leave: Callable[[int], NoReturn]) -> StopSwitch:
+    """Make a switch the program's, until it ends.
+
+    Args:
+        leave: Ends the process, given the signal; called by the watching thread if need be.
+    """
+    global _installed
+    switch = _installed = StopSwitch()
+    for number in STOP_SIGNALS:
+        signal.signal(number, switch.handle)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    # Written to by the C handler: also where no bytecode runs, and where somebody else's handler
+    # has taken the place of ours.
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_forget)
+    threading.Thread(
+        target=_watch, args=(switch, read_end, leave), daemon=True, name="stop-signals"
+    ).start()
+    return switch
+
+
+def _forget() -> None:
+    """A forked child shares the pipe: its signals are not ours."""
+    global _installed
+    _installed = None
+    signal.set_wakeup_fd(-1)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _watch(switch: StopSwitch, read_end: int, leave: Callable[[int], NoReturn]) -> None:
+    signum = _next_signal(read_end, None)
+    came_s = time.monotonic()
+    deadline_s, has_said = came_s + GRACE_S, False
+    while (now_s := time.monotonic()) < deadline_s:
+        if _next_signal(read_end, _LOOK_S) is not None and now_s - came_s > _ECHO_S:
+            switch.insist()
+            deadline_s = min(deadline_s, now_s + _INSISTING_S)
+        elif switch.is_patient:
+            deadline_s = now_s + GRACE_S
+            if switch.is_held and not has_said and now_s - came_s > _ECHO_S:
+                has_said = True
+                logger.info("stopping after the write at work (once more to stop at once)")
+    leave(signum or signal.SIGTERM)
+
+
+def _next_signal(read_end: int, timeout_s: float | None) -> int | None:
+    """The next stop signal from the pipe; None where none comes in time."""
+    while select.select([read_end], [], [], timeout_s)[0]:
+        number = os.read(read_end, 1)[0]
+        if number in STOP_SIGNALS:
+            return number
+    return None

@@ -1,15 +1,12 @@
-"""How a vLLM engine is started: what is installed, which settings, and who hears of its death."""
+"""How a vLLM engine is started: what is installed, and which settings."""
 
 import contextlib
 import dataclasses
 import difflib
 import importlib.metadata
-import multiprocessing.connection
 import os
 import re
-import subprocess
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from teacher_cache.engines import EngineError
@@ -41,8 +38,8 @@ def installed_version() -> tuple[str, bool]:
             break
     else:
         raise EngineError(
-            "vLLM is not installed: pip install 'leadspan[teacher]' on a machine with a GPU, "
-            "pip install 'leadspan[cpu]' on one without"
+            "vLLM is not installed; in a checkout of leadspan: pip install '.[teacher]' with a "
+            "GPU, '.[cpu]' without one"
         )
     if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < _MIN_VERSION:
         raise EngineError(
@@ -140,40 +137,4 @@ def start_engine(
     except (OSError, TypeError, ValueError) as error:
         raise EngineError(f"{where}: vLLM refuses it: {one_line(error)}") from error
     except RuntimeError as error:
-        raise EngineError(
-            f"{where}: the vLLM engine did not start, its own message is above ({one_line(error)})"
-        ) from error
-
-
-def report_death(engine: Any, processes: Sequence[multiprocessing.process.BaseProcess]) -> None:  # noqa: ANN401 (vLLM is untyped here)
-    """Make `engine.step` raise once one of its processes has ended.
-
-    A process that the kernel kills (out of memory) says nothing any more, and vLLM 0.32 then waits
-    for its next message for ever.
-    """
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    def wait() -> None:
-        multiprocessing.connection.wait([process.sentinel for process in processes])
-        engine.engine_core.outputs_queue.put(EngineDeadError())
-
-    if processes:  # none where VLLM_ENABLE_V1_MULTIPROCESSING=0
-        threading.Thread(target=wait, daemon=True, name="vllm-death").start()
-
-
-def end_with_us(
-    processes: Sequence[multiprocessing.process.BaseProcess],
-) -> "subprocess.Popen[bytes]":
-    """Have the engine's processes killed once this one is gone, however it ended.
-
-    vLLM 0.32's engine does not notice that who started it was killed: it would keep the GPU's
-    memory for ever, and the next engine would find none. A line on the shell's stdin calls it off.
-    """
-    ids = " ".join(str(process.pid) for process in processes)
-    return subprocess.Popen(
-        ["/bin/sh", "-c", f"read -r _ || kill -9 {ids} 2>/dev/null"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for us
-    )
+        raise EngineError(f"{where}: the vLLM engine did not start ({one_line(error)})") from error

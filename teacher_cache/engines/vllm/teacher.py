@@ -5,7 +5,6 @@ Letters: R rows (tokens with a distribution), K kept candidates per row.
 
 import itertools
 import logging
-import multiprocessing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,13 +19,12 @@ from teacher_cache.engines import (
     TeacherRows,
 )
 from teacher_cache.engines.checks import check_model, check_request, check_rows
+from teacher_cache.engines.vllm.processes import EngineProcesses
 from teacher_cache.engines.vllm.rows import tap, to_rows, why_untapped
 from teacher_cache.engines.vllm.start import (
     check_engine_args,
     default_args,
-    end_with_us,
     installed_version,
-    report_death,
     set_environment,
     start_engine,
 )
@@ -35,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 # How long the engine's processes may take to end before they are killed. They need 4 s on a CPU.
 _CLOSING_S = 30.0
+_BREAKING_OFF_S = 0.3  # where nobody wants its answers any more
 
 
 class VllmTeacher:
@@ -92,7 +91,8 @@ class VllmTeacher:
         if current_platform.is_unspecified():
             raise EngineError(
                 f"vLLM {version} is built for a GPU and finds none; "
-                "on a machine without one install the CPU build: pip install 'leadspan[cpu]'"
+                "on a machine without one install the CPU build, in a checkout of leadspan: "
+                "pip install '.[cpu]'"
             )
         check_engine_args(vllm.EngineArgs, engine_args or {})
         on_cpu = current_platform.is_cpu()
@@ -108,13 +108,17 @@ class VllmTeacher:
         if on_cpu and args["enforce_eager"]:
             # Eager vLLM still compiles the kernel that ranks tokens: seconds, and a C++ compiler.
             set_environment(TORCH_COMPILE_DISABLE="1")
-        others = multiprocessing.active_children()
-        self._engine = start_engine(
-            vllm, args, max_model_len, on_cpu=on_cpu, seeded=sampling is not None
-        )
-        started = [each for each in multiprocessing.active_children() if each not in others]
-        report_death(self._engine, started)
-        self._undertaker = end_with_us(started)
+        self._processes = EngineProcesses()
+        try:
+            with self._processes.starting():
+                self._engine = start_engine(
+                    vllm, args, max_model_len, on_cpu=on_cpu, seeded=sampling is not None
+                )
+        except BaseException:
+            self._processes.close()
+            raise
+        self._processes.report_death(self._engine)
+        self._is_at_work = False
         self._sampling = sampling
         self._top_k = top_k
         config = self._engine.vllm_config
@@ -144,18 +148,20 @@ class VllmTeacher:
 
         source = iter(requests)
         in_flight: dict[str, TeacherRequest] = {}
+        self._is_at_work = True
         try:
             while True:
                 for request in itertools.islice(source, self._window - len(in_flight)):
                     in_flight[self._submit(request)] = request
                 if not in_flight:
+                    self._is_at_work = False
                     return
                 for output in self._engine.step():
                     if output.finished:
                         yield self._finished(in_flight.pop(output.request_id), output)
         except EngineDeadError as error:
             in_flight.clear()
-            raise EngineDiedError("the vLLM engine died; its own message is above") from error
+            raise EngineDiedError("the vLLM engine died") from error
         finally:
             if in_flight:
                 self._engine.abort_request(list(in_flight))
@@ -163,7 +169,7 @@ class VllmTeacher:
     def close(self) -> None:
         """End the engine's processes."""
         core = self._engine.engine_core
-        core.shutdown(timeout=_CLOSING_S)
+        core.shutdown(timeout=_BREAKING_OFF_S if self._is_at_work else _CLOSING_S)
         self._engine.renderer.shutdown()
         # vLLM leaves its sockets to the garbage collector; a thread that still reads keeps them.
         reader, context = (getattr(core, name, None) for name in ("output_queue_thread", "ctx"))
@@ -171,7 +177,7 @@ class VllmTeacher:
             reader.join(_CLOSING_S)
             if not reader.is_alive():
                 context.destroy(linger=0)
-        self._undertaker.communicate(b"\n")
+        self._processes.close()
 
     def _submit(self, request: TeacherRequest) -> str:
         """Hand a request to the engine, under a name of our own that cannot occur twice."""

@@ -1,0 +1,137 @@
+"""The engine's processes: out of reach of the terminal, heard when they die, gone when we are."""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.util
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+_LOOK_S = 0.1
+
+
+class EngineProcesses:
+    """Processes that an engine starts, from the first to the last.
+
+    vLLM 0.32's engine does not notice that who started it was killed: it would keep the GPU's
+    memory for ever, and the next engine would find none. So a shell waits for our end, however it
+    comes, and kills them. A line `off` on its stdin sends it home.
+    """
+
+    def __init__(self) -> None:
+        # Groups, for processes that the engine's own have started.
+        watch = (
+            'ids=; while read -r id; do [ "$id" = off ] && exit; ids="$ids $id"; done; '
+            "for id in $ids; do kill -9 -- -$id || kill -9 $id; done 2>/dev/null"
+        )
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", watch],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for us
+        )
+        self.all: list[BaseProcess] = []
+        self._others = multiprocessing.active_children()
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Inside, every process that multiprocessing starts is one of the engine's."""
+        has_started = threading.Event()
+        watching = threading.Thread(target=self._watch, args=(has_started,), daemon=True)
+        watching.start()
+        try:
+            with _own_sessions():
+                yield
+        finally:
+            has_started.set()
+            watching.join()
+
+    def _watch(self, has_started: threading.Event) -> None:
+        is_last = False
+        while not is_last:
+            is_last = has_started.wait(_LOOK_S)
+            for each in multiprocessing.active_children():
+                if each not in self._others and each not in self.all:
+                    self.all.append(each)
+                    self._tell_guard(str(each.pid))
+
+    def report_death(self, engine: Any) -> None:  # noqa: ANN401 (vLLM is untyped here)
+        """Make `engine.step` raise once one of the processes has ended.
+
+        One that the kernel kills (out of memory) says nothing any more, and vLLM 0.32 then waits
+        for its next message for ever.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        def wait(processes: Sequence[BaseProcess]) -> None:
+            multiprocessing.connection.wait([process.sentinel for process in processes])
+            engine.engine_core.outputs_queue.put(EngineDeadError())
+
+        if self.all:  # none where VLLM_ENABLE_V1_MULTIPROCESSING=0
+            threading.Thread(target=wait, args=(self.all,), daemon=True, name="vllm-death").start()
+
+    def close(self) -> None:
+        """Kill what has not ended by itself, and send the guard home."""
+        for each in self.all:
+            if each.is_alive() and each.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(each.pid, signal.SIGKILL)
+        self._tell_guard("off")
+        with contextlib.suppress(BrokenPipeError):
+            self._guard.communicate()
+
+    def _tell_guard(self, line: str) -> None:
+        if self._guard.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # somebody has killed it
+                self._guard.stdin.write(f"{line}\n".encode())
+                self._guard.stdin.flush()
+
+
+@contextmanager
+def _own_sessions() -> Iterator[None]:
+    """Children of multiprocessing are out of reach of the terminal: Ctrl-C is for us.
+
+    We pass the signal on, as an order to end. vLLM 0.32's engine ends at a SIGINT too, and who
+    started it then waits for it: for ten minutes, where it had not come up yet.
+    """
+    _Forks.are_apart = True
+    spawn = multiprocessing.util.spawnv_passfds
+
+    def spawn_apart(path: bytes, args: Sequence[str], passfds: Sequence[int]) -> int:
+        for descriptor in passfds:
+            os.set_inheritable(descriptor, True)
+        try:
+            return os.posix_spawn(path, args, os.environ, setsid=True)
+        finally:
+            for descriptor in passfds:
+                os.set_inheritable(descriptor, False)
+
+    multiprocessing.util.spawnv_passfds = spawn_apart
+    try:
+        yield
+    finally:
+        multiprocessing.util.spawnv_passfds = spawn
+        _Forks.are_apart = False
+
+
+class _Forks:
+    """Whether children that are forked just now get sessions of their own."""
+
+    are_apart = False
+
+    @classmethod
+    def part(cls) -> None:
+        """In a forked child."""
+        if cls.are_apart:
+            cls.are_apart = False  # its own children belong to its session
+            os.setsid()
+
+
+os.register_at_fork(after_in_child=_Forks.part)

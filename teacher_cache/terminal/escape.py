@@ -1,0 +1,40 @@
+"""Strangers' text, made safe to print.
+
+Ids, fields, tokens and file names come from outside: they may hold terminal escape sequences, marks
+that turn the direction of writing, line breaks, or ten thousand characters.
+"""
+
+_SHOWN_CHARACTERS = 200
+
+
+def printable(text: object, limit: int = _SHOWN_CHARACTERS) -> str:
+    """A text on one line without anything that a terminal would act on.
+
+    Args:
+        text: Anything; its `str`.
+        limit: A longer one loses its middle, and its length is said.
+    """
+    whole = str(text)
+    if len(whole) > limit:
+        half = limit // 2
+        cut = f"{_escaped(whole[:half])}...{_escaped(whole[-half:])}"
+        return f"{cut} ({len(whole):,} characters)"
+    return _escaped(whole)
+
+
+def printable_lines(text: str) -> str:
+    """A text of ours that may quote strangers: its own line breaks and tabs stay."""
+    return "".join(c if c in "\n\t" or c.isprintable() else _escape(c) for c in text)
+
+
+def _escaped(text: str) -> str:
+    return text if text.isprintable() else "".join(map(_escape, text))
+
+
+def _escape(character: str) -> str:
+    if character.isprintable():
+        return character
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")

@@ -1,0 +1,191 @@
+"""What a program says on stderr, and where everything that others say goes.
+
+Ours is said at INFO, others' from WARNING on. What vLLM, Triton, torch and clients of the network
+write while they start goes into a log file, which a failure names. Only a program arranges this,
+through `configure`; a script that imports us keeps its own logging and its own streams.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from teacher_cache.terminal.escape import printable_lines
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_OURS = ("teacher_cache", "student_train")
+_LINE_WITH_TIME = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class Messages:
+    """A program's stderr and its log.
+
+    Attributes:
+        stream: Where our lines go, wherever descriptor 2 leads meanwhile.
+        log_file: What others said; None before any of it was diverted.
+        diverted_to: The open log, while others' words go there.
+        is_quiet: Whether only warnings are said, and no progress.
+        is_verbose: Whether others are heard too.
+        is_debugging: Whether tracebacks are shown.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.stream: TextIO = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+        self.log_file: Path | None = None
+        self.diverted_to: TextIO | None = None
+        self.is_quiet = self.is_verbose = self.is_debugging = self.keeps_log = False
+        self._handler = _Handler(self)
+        root = logging.getLogger()
+        root.handlers[:] = [self._handler]
+        logging.captureWarnings(True)
+        self._set_levels()
+
+    def set_verbosity(self, *, quiet: bool, verbose: bool) -> None:
+        """Take -q and -v."""
+        self.is_quiet, self.is_verbose = quiet, verbose
+        self._set_levels()
+
+    def set_log_file(self, path: Path) -> None:
+        """Keep everything in a file, with time stamps.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        file.setFormatter(logging.Formatter(_LINE_WITH_TIME))
+        logging.getLogger().addHandler(file)
+        self.log_file, self.keeps_log = path, True
+
+    def open_log(self) -> Path | None:
+        """The log file, made where there is none yet; None where it cannot be made."""
+        if self.log_file is None:
+            with contextlib.suppress(OSError):  # no room for a log is no reason to stop
+                handle, name = tempfile.mkstemp(prefix=f"{self.name}-", suffix=".log")
+                os.close(handle)
+                self.log_file = Path(name)
+        return self.log_file
+
+    def log_to_name(self) -> Path | None:
+        """The log file, if there is anything in it."""
+        log = self.log_file
+        return log if log is not None and log.exists() and log.stat().st_size else None
+
+    def drop_log(self) -> None:
+        """Take away a log that nobody asked for, after a success."""
+        if self.log_file is not None and not self.keeps_log:
+            self.log_file.unlink(missing_ok=True)
+
+    def _set_levels(self) -> None:
+        logging.getLogger().setLevel(logging.INFO if self.is_verbose else logging.WARNING)
+        for name in _OURS:
+            logging.getLogger(name).setLevel(logging.WARNING if self.is_quiet else logging.INFO)
+        form = "%(asctime)s %(message)s" if self.is_verbose else "%(message)s"
+        self._handler.setFormatter(logging.Formatter(form))
+
+
+class _Handler(logging.Handler):
+    """Writes to the program's stderr, above a progress bar where there is one."""
+
+    def __init__(self, messages: Messages) -> None:
+        super().__init__()
+        self._messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line; nothing in it moves the cursor."""
+        try:
+            line = printable_lines(self.format(record))
+            log = self._messages.diverted_to
+            if log is None or record.name.partition(".")[0] in _OURS:
+                say(line)
+            else:
+                log.write(f"{line}\n")
+        except Exception:  # what logging does with an error of its own
+            self.handleError(record)
+
+
+_messages: Messages | None = None
+_console: "Console | None" = None
+
+
+def configure(name: str) -> Messages:
+    """Arrange a program's messages; once, at its start."""
+    global _messages
+    _messages = Messages(name)
+    return _messages
+
+
+def program_messages() -> Messages | None:
+    """The program's; None where none has been arranged."""
+    return _messages
+
+
+def is_quiet() -> bool:
+    """Whether progress is unwanted."""
+    return _messages is not None and _messages.is_quiet
+
+
+def is_terminal() -> bool:
+    """Whether somebody looks at our lines as they come."""
+    return _stream().isatty()
+
+
+def console() -> "Console":
+    """Where bars are drawn: the terminal behind stderr."""
+    global _console
+    from rich.console import Console
+
+    if _console is None or _console.file is not _stream():
+        _console = Console(file=_stream())
+    return _console
+
+
+def say(line: str) -> None:
+    """Write a line on stderr that is no result."""
+    if _console is not None and is_terminal():  # a bar may stand there
+        console().print(line, markup=False, highlight=False, soft_wrap=True)
+    else:
+        print(line, file=_stream(), flush=True)
+
+
+def _stream() -> TextIO:
+    return sys.stderr if _messages is None else _messages.stream
+
+
+@contextmanager
+def others_into_log() -> Iterator[None]:
+    """Divert what libraries and their processes write into the log file.
+
+    Processes started inside keep writing there. Nothing is diverted where no program has arranged
+    its messages, nor with -v.
+    """
+    program = _messages
+    log = None if program is None or program.is_verbose else program.open_log()
+    if program is None or log is None:
+        yield
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    before = sys.stdout, sys.stderr
+    # Not closed at the end: loggers of libraries that were loaded inside go on writing to it.
+    file = log.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
+    try:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = program.diverted_to = file
+        yield
+    finally:
+        program.diverted_to = None
+        sys.stdout, sys.stderr = before
+        file.flush()
+        for number, descriptor in enumerate(saved, start=1):
+            os.dup2(descriptor, number)
+            os.close(descriptor)

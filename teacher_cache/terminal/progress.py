@@ -1,0 +1,184 @@
+"""What is being done and how far it is: a bar on a terminal, a line every 10 s elsewhere."""
+
+import logging
+import threading
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from teacher_cache.terminal.messages import console, is_quiet, is_terminal
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+logger = logging.getLogger(__name__)
+
+LINE_INTERVAL_S = 10.0
+_FIRST_S = 0.8  # what takes less is not worth a word
+
+
+def duration(seconds: float) -> str:
+    """A duration for people: 0.4 s, 42 s, 9 min 17 s, 5 h 3 min, 2 d 4 h."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    total_s = round(seconds)
+    for unit_s, unit, part_s, part in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if total_s >= unit_s:
+            rest = total_s % unit_s // part_s
+            return f"{total_s // unit_s} {unit}" + (f" {rest} {part}" if rest else "")
+    return f"{total_s} s"
+
+
+class Progress:
+    """Says what is being done, how far it is, and when it will be finished; a `with` block.
+
+    Args:
+        doing: In the way of "captured" or "starting vLLM".
+        total: Units of the whole; None where nobody knows.
+        unit: What is counted, in the way of "traces".
+        first: Units done before.
+        hint: How long it usually takes, where there is no total.
+        enabled: Whether anything is shown; of several processes, one shows.
+    """
+
+    def __init__(
+        self,
+        doing: str,
+        total: int | None = None,
+        unit: str = "",
+        *,
+        first: int = 0,
+        hint: str = "",
+        enabled: bool = True,
+    ) -> None:
+        self._doing, self._unit, self._hint = doing, unit, hint
+        self._total, self._first, self._done = total, first, first
+        self._figures = ""
+        self._enabled = enabled and not is_quiet()
+        self._bar: RichProgress | None = None
+        self._has_ended = threading.Event()
+        self._started_s = self._said_s = time.monotonic()
+        self._has_said = False
+
+    def __enter__(self) -> Self:
+        self._started_s = self._said_s = time.monotonic()
+        if self._enabled:
+            self._outer = _shown[-1] if _shown else None
+            _shown.append(self)
+            self._ticker = threading.Thread(target=self._tick, daemon=True, name="progress")
+            self._ticker.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._enabled:
+            return
+        self._has_ended.set()
+        self._ticker.join()
+        _shown.remove(self)
+        if self._bar is not None:
+            self._bar.stop()
+            if self._outer is not None and self._outer._bar is not None:
+                self._outer._bar.start()
+        if self._has_said and self._done != self._first and kind is None:
+            logger.info("%s", self.line)
+
+    @property
+    def seconds(self) -> float:
+        """Since the block began."""
+        return time.monotonic() - self._started_s
+
+    @property
+    def line(self) -> str:
+        """How far it is, on one line."""
+        parts = (f"{self._doing} {self.counted}".rstrip(), self._figures, self._time())
+        return " | ".join(text for text in parts if text)
+
+    @property
+    def counted(self) -> str:
+        """Units done, of how many; empty where none are counted."""
+        if self._total is None:
+            return f"{self._done:,} {self._unit}" if self._done else ""
+        return f"{self._done:,}/{self._total:,} {self._unit}".rstrip()
+
+    def set(self, done: int, figures: str = "", *, total: int | None = None) -> None:
+        """Say how many units are done."""
+        self._done, self._figures = done, figures
+        if total is not None:
+            self._total = total
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=self._total)
+
+    def add(self, num_units: int = 1, figures: str = "") -> None:
+        """Count more units."""
+        self.set(self._done + num_units, figures)
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to the end at the rate so far; None before anything is known."""
+        num_now = self._done - self._first
+        if self._total is None or num_now <= 0:
+            return None
+        return self.seconds / num_now * (self._total - self._done)
+
+    def _time(self) -> str:
+        if self._done == self._total:
+            return duration(self.seconds)
+        if self.eta_s is not None:
+            return f"eta {duration(self.eta_s)}"
+        if not self._has_said:
+            return self._hint
+        return f"{duration(self.seconds)} so far" + (f" ({self._hint})" if self._hint else "")
+
+    def _tick(self) -> None:
+        if self._has_ended.wait(_FIRST_S):
+            return
+        if is_terminal():
+            if self._outer is not None and self._outer._bar is not None:
+                self._outer._bar.stop()
+            self._has_said = True
+            self._bar = _bar(self)
+            self._bar.start()
+            return
+        wait_s = 0.0
+        while not self._has_ended.wait(wait_s):
+            logger.info("%s", self.line)
+            self._has_said, wait_s = True, LINE_INTERVAL_S
+
+
+_shown: list[Progress] = []  # from the outermost to the innermost
+
+
+def _bar(progress: Progress) -> "RichProgress":
+    """The bar in a row and the figures in another: beside it they would leave it no room."""
+    from collections.abc import Iterable
+
+    from rich.console import RenderableType
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn
+    from rich.progress import Progress as Rich
+    from rich.text import Text
+
+    class TwoRows(Rich):
+        def get_renderables(self) -> Iterable[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            if progress._figures:
+                yield Text(f"  {progress._figures}", no_wrap=True, overflow="ellipsis")
+
+    class Counted(TextColumn):
+        def render(self, task: object) -> Text:
+            return Text(" | ".join(text for text in (progress.counted, progress._time()) if text))
+
+    columns = [SpinnerColumn(), TextColumn(progress._doing, markup=False)]
+    if progress._total is not None:
+        columns.append(BarColumn())
+    bar = TwoRows(*columns, Counted(""), console=console(), transient=True, redirect_stdout=False)
+    bar.add_task("", total=progress._total, completed=progress._done)
+    return bar
