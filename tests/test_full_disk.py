@@ -35,7 +35,7 @@ WRITER = """
 
     capturing.generate = capture
     sys.argv = ["cache-teacher", "generate", "--model", "m", "--prompts", "p", "--out", "o"]
-    cli.main()
+    cli.program()
 """
 
 

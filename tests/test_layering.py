@@ -142,7 +142,7 @@ def test_modules_of_a_stage_import_downwards(package):
     [
         "import teacher_cache.format",
         "from teacher_cache.cli.group import cli; cli(['--help'], standalone_mode=False)",
-        "from teacher_cache.cli.group import cli; cli(['generate', '--help'], standalone_mode=False)",
+        "from teacher_cache.cli.group import cli; cli(['score', '--help'], standalone_mode=False)",
         "from student_train.cli.group import cli; cli(['run', '--help'], standalone_mode=False)",
     ],
 )

@@ -129,8 +129,8 @@ def work(folder: str, worker: str, items: Items, said: str, *more: str) -> None:
     options = ["--model", "table", "--prompts", "prompts", "--out", folder, "--worker", worker]
     sys.argv = ["cache-teacher", "generate", *options, *more]
     try:
-        cli.main()
-    except KeyboardInterrupt:  # before main() takes care of it
+        cli.program()
+    except KeyboardInterrupt:  # before program() takes care of it
         sys.exit(128 + signal.SIGINT)
 
 

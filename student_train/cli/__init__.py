@@ -1,12 +1,14 @@
 """train-student: options and messages. Loads torch only when a command runs."""
 
-from typing import NoReturn
-
-from teacher_cache.terminal.entry import CommandLine, run_program
-
-COMMAND_LINE = CommandLine("train-student", "student_train.cli.group:cli", ("student",))
+# The program's name, its commands, and the extras that hold what they import.
+COMMAND_LINE = ("train-student", "student_train.cli.group:cli", ("student",))
 
 
-def main() -> NoReturn:
-    """What the installed command runs."""
-    run_program(COMMAND_LINE)
+def main() -> None:
+    """What the installed command runs; ends the process."""
+    from teacher_cache.terminal.first import stop_at_once
+
+    stop_at_once(COMMAND_LINE[0])
+    from teacher_cache.terminal.entry import CommandLine, run_program
+
+    run_program(CommandLine(*COMMAND_LINE))

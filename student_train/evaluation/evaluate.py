@@ -19,6 +19,7 @@ from student_train.model.heldout import SectionFigures, heldout_figures
 from student_train.model.load import check_student, head_of, load_model, load_tokenizer
 from student_train.model.save import check_saved
 from teacher_cache.format import Cache, open_cache
+from teacher_cache.format.files import publish_file
 from teacher_cache.format.folder_lock import FolderLock
 
 
@@ -183,7 +184,7 @@ def _answers(samples: Sequence[_Checked], num_samples: int) -> Answers:
 
 
 def _write_completions(path: Path, checked: Sequence[_Checked]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with publish_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for sample in checked:
             file.write(json.dumps(asdict(sample)) + "\n")
 

@@ -17,8 +17,9 @@ def stop_after_step() -> Iterator[StopSwitch]:
         yield switch
 
 
-def _say_stop(signum: int) -> None:
-    logger.info("stopping after this step (once more to stop at once)")
+def _say_stop(signum: int, *, insists: bool) -> None:
+    if not insists:
+        logger.info("stopping after this step (once more to stop at once)")
 
 
 def describe(metrics: Mapping[str, Any]) -> str:

@@ -8,9 +8,10 @@ OUT/cells/NAME/failed.txt      why the last try failed
 OUT/cells/NAME/lock            held by the processes at work here
 """
 
+import contextlib
 import json
+import logging
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -24,8 +25,12 @@ from student_train.run.config import TrainConfig
 from student_train.sweep.cells import Cell
 from student_train.sweep.config import SweepConfig
 from teacher_cache.format.checksums import DamagedFileError, publish_record, read_record, sha256_of
+from teacher_cache.format.files import publish
 from teacher_cache.format.folder_lock import LOCK_NAME, FolderLock, InUseError
 from teacher_cache.terminal.config_file import as_words
+from teacher_cache.terminal.stop_signals import stop_signals
+
+logger = logging.getLogger(__name__)
 
 PROGRAM = (sys.executable, "-m", "student_train.cli")
 
@@ -71,10 +76,11 @@ def _config_words(options: Path | None) -> list[str]:
 
 
 class Children:
-    """The processes of a sweep: SIGINT and SIGTERM reach them, and no further one starts."""
+    """The processes of a sweep: SIGINT and SIGTERM end them, and no further one starts."""
 
     def __init__(self) -> None:
         self.stopped_by: int | None = None
+        self._open = contextlib.ExitStack()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
 
@@ -101,22 +107,24 @@ class Children:
             self._running.discard(child)
         return code
 
-    def _stop(self, number: int, frame: object) -> None:
+    def _stop(self, signum: int, *, insists: bool) -> None:
         with self._lock:  # so that a child that is being started is among those that run
-            self.stopped_by = number
+            if not insists:
+                logger.info("stopping after a checkpoint of each run (once more to stop at once)")
+            self.stopped_by = signum
             for child in self._running:
-                child.terminate()  # a run writes a checkpoint and ends
+                if insists:
+                    child.kill()
+                else:
+                    child.terminate()  # a run writes a checkpoint and ends
 
     def __enter__(self) -> "Children":
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._stop)
+        switch = self._open.enter_context(stop_signals())
+        self._open.enter_context(switch.noted(self._stop))
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._open.close()
 
 
 def run_cell(config: SweepConfig, cell: Cell, children: Children) -> str:
@@ -173,7 +181,7 @@ def _last_line(log: Path) -> str:
 
 
 def _failed(folder: Path, reason: str) -> str:
-    (folder / "failed.txt").write_text(reason + "\n", encoding="utf-8")
+    publish(folder / "failed.txt", f"{reason}\n".encode())
     return f"FAILED, {reason}; see {folder / 'log.txt'}"
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from student_train.sweep.cells import FULL
 from student_train.sweep.conclusion import COSTS, share_of_full
 from student_train.sweep.results import Estimate, Group
+from teacher_cache.format.files import publish_file
 
 _BASELINE_COLOURS = {
     "base": "0.5", "sft": "tab:red", "half-traces": "tab:purple", "half-steps": "tab:brown",
@@ -34,10 +35,8 @@ def draw(groups: Sequence[Group], file: Path) -> None:
         _draw_costs(next(axes), curve)
     if panels[2]:
         _draw_others(next(axes), others, groups)
-    temporary = file.with_suffix(".tmp.png")
-    with mpl.rc_context({"font.size": 9}):
+    with mpl.rc_context({"font.size": 9}), publish_file(file) as temporary:
         figure.savefig(temporary, dpi=130)
-    temporary.replace(file)
 
 
 def _draw_quality(axes: Axes, curve: Sequence[Group], groups: Sequence[Group]) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import io
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from student_train.sweep.results import (
 )
 from teacher_cache.format import SECTIONS
 from teacher_cache.format.checksums import read_record
+from teacher_cache.format.files import publish
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
@@ -55,21 +57,18 @@ def write_report(out: Path, header: Mapping[str, Any], costs: Costs) -> str:
     draw(groups, out / "report.png")
     sentence = conclusion(groups)
     page = _page(out, cells, groups, sentence, header)
-    temporary = out / "report.html.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(out / "report.html")
+    publish(out / "report.html", page.encode())
     return sentence
 
 
 def _write_csv(file: Path, cells: Sequence[CellResult]) -> None:
     rows = csv_rows(cells)
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    temporary = file.with_suffix(".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as target:
-        writer = csv.DictWriter(target, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(file)
+    target = io.StringIO(newline="")
+    writer = csv.DictWriter(target, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    publish(file, target.getvalue().encode())
 
 
 def _page(

@@ -72,7 +72,7 @@ class Alone:
 
     def __init__(self, job: Job, longest: int) -> None:
         self._job = job
-        engine, model = job.config["engine"], job.config["model"]
+        engine, model = (job.config.get(name, "the teacher") for name in ("engine", "model"))
         starting = Progress(f"starting {engine} for {model}", hint="20 to 60 s for a small model")
         with starting, others_into_log():
             self._teacher = job.start_teacher(longest)

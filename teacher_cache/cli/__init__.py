@@ -1,12 +1,14 @@
 """cache-teacher: options and messages, nothing else."""
 
-from typing import NoReturn
-
-from teacher_cache.terminal.entry import CommandLine, run_program
-
-COMMAND_LINE = CommandLine("cache-teacher", "teacher_cache.cli.group:cli", ("teacher", "cpu"))
+# The program's name, its commands, and the extras that hold what they import.
+COMMAND_LINE = ("cache-teacher", "teacher_cache.cli.group:cli", ("teacher", "cpu"))
 
 
-def program() -> NoReturn:
-    """What the installed command runs."""
-    run_program(COMMAND_LINE)
+def program() -> None:
+    """What the installed command runs; ends the process."""
+    from teacher_cache.terminal.first import stop_at_once
+
+    stop_at_once(COMMAND_LINE[0])
+    from teacher_cache.terminal.entry import CommandLine, run_program
+
+    run_program(CommandLine(*COMMAND_LINE))

@@ -32,6 +32,24 @@ def publish(path: Path, data: bytes | memoryview) -> None:
         fsync(path.parent)
 
 
+@contextmanager
+def publish_file(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write a file under, then put it under its own; whole or absent.
+
+    Raises:
+        OSError: If it cannot be put there; a file that stood there before stays.
+    """
+    temporary = path.parent / f".tmp-{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}"
+    with naming(path):
+        try:
+            yield temporary
+            fsync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync(path.parent)
+
+
 def remove_unpublished(folder: Path, prefix: str = "") -> None:
     """Remove what dead processes left half written under names that begin so."""
     for path in folder.glob(f".tmp-{prefix}*"):

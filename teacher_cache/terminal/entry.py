@@ -52,7 +52,7 @@ def run_program(line: CommandLine) -> NoReturn:
     """Run the command that the command line asks for, and end the process."""
     messages = configure(line.name)
     faulthandler.enable(messages.stream)  # descriptor 2 may lead into the log when it comes
-    stop_signals.install(lambda signum: _leave(messages, signum))
+    switch = stop_signals.install(lambda signum: _leave(messages, signum))
     code = 1
     try:
         words = [word for word in sys.argv[1:] if not word.startswith("-")]
@@ -67,8 +67,9 @@ def run_program(line: CommandLine) -> NoReturn:
     if code == 0:
         messages.drop_log()
     # Threads that vLLM leaves behind now and then abort the interpreter while it is torn down
-    # ("terminate called without an active exception"), after all is written and said.
-    if "vllm" in sys.modules:
+    # ("terminate called without an active exception"), after all is written and said. And who
+    # presses Ctrl-C does not wait for seconds until torch is torn down.
+    if "vllm" in sys.modules or switch.signum is not None:
         os._exit(code)
     sys.exit(code)
 

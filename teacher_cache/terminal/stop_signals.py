@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,14 @@ class Stopped(BaseException):
         self.signum = signum
 
 
+class OnStop(Protocol):
+    """What is called when a signal has come."""
+
+    def __call__(self, signum: int, *, insists: bool) -> None:
+        """Hear of it; the second one insists."""
+        ...
+
+
 class StopSwitch:
     """Remembers the first stop signal, and raises it where the work allows.
 
@@ -54,7 +62,7 @@ class StopSwitch:
         self._came_s = 0.0
         self._num_holds = 0
         self._num_notes = 0
-        self._on_stop: Callable[[int], None] | None = None
+        self._on_stop: OnStop | None = None
         self._insists = False  # a second signal came
 
     @property
@@ -78,15 +86,19 @@ class StopSwitch:
         if self.signum is None:
             self.signum, self._came_s = signum, now_s
             if self._num_notes:
-                if self._on_stop is not None:
-                    self._on_stop(signum)
+                self._call(insists=False)
                 return
         elif now_s - self._came_s < _ECHO_S:
             return
         else:
             self.insist()
+            self._call(insists=True)
         if self._num_holds == 0:
             raise Stopped(self.signum)
+
+    def _call(self, *, insists: bool) -> None:
+        if self._on_stop is not None and self.signum is not None:
+            self._on_stop(self.signum, insists=insists)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -100,11 +112,11 @@ class StopSwitch:
             raise Stopped(self.signum)
 
     @contextmanager
-    def noted(self, on_stop: Callable[[int], None] | None = None) -> Iterator[None]:
+    def noted(self, on_stop: OnStop | None = None) -> Iterator[None]:
         """The first signal that comes inside sets `signum` and raises nothing.
 
         Args:
-            on_stop: Called with the signal's number, in the handler.
+            on_stop: Called in the handler, with the signal's number and whether it is the second.
         """
         self._num_notes += 1
         before, self._on_stop = self._on_stop, on_stop

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from teacher_cache.format import (
     open_cache,
     rows_by_shard,
 )
+from teacher_cache.format.files import publish_file
 from teacher_cache.sources.tokenizer import TeacherTokenizer, load_tokenizer
 from teacher_cache.terminal.option import check_options, option
 
@@ -90,7 +90,7 @@ def export(config: ExportConfig) -> int:
 def _export_jsonl(cache: Cache, tokenizer: TeacherTokenizer | None, config: ExportConfig) -> int:
     """With logprobs `top_ids`, `top_logprobs` and `tail_mass`, lists with a place per token."""
     num_traces = 0
-    with _whole(config.out) as temporary, temporary.open("w") as file:
+    with publish_file(config.out) as temporary, temporary.open("w") as file:
         for trace in _traces(cache, config):
             row = _row(trace, tokenizer) | (_distributions(trace) if config.logprobs else {})
             file.write(json.dumps(row) + "\n")
@@ -120,24 +120,13 @@ def _export_parquet(cache: Cache, config: ExportConfig) -> int:
 
     num_traces = 0
     with (
-        _whole(config.out) as temporary,
+        publish_file(config.out) as temporary,
         pq.ParquetWriter(temporary, PARQUET_SCHEMA, compression="zstd") as writer,
     ):
         for trace in _traces(cache, config):
             writer.write_batch(_token_rows(trace))
             num_traces += 1
     return num_traces
-
-
-@contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A file beside `out` that takes its name when all is written, and goes if it is not."""
-    temporary = out.with_name(f".tmp-{out.name}")
-    try:
-        yield temporary
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _token_rows(trace: Trace) -> pa.RecordBatch:

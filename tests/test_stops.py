@@ -1,0 +1,50 @@
+"""Real processes stopped at their moments: one line, the right exit code, nobody left behind.
+
+The table of all commands, moments and signals is `python tools/soak.py stops`.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import soak_stops
+
+pytestmark = pytest.mark.slow
+
+# (words of command and moment) -> what is sent to whom. A signal to the command alone is a
+# scheduler's, to the group a terminal's.
+STOPS = {
+    "generate first import": ["INT group"],
+    "generate imports": ["TERM command"],
+    "generate generating": ["INT group"],
+    "generate keeping a trace": ["INT group"],
+    "generate compaction": ["TERM command"],
+    "generate seal": ["INT group"],
+    "generate engine's process": ["INT group", "KILL command", "KILL child"],
+    "verify verify": ["INT group"],
+    "run heavy imports": ["INT group"],
+    "run first step": ["INT group"],
+    "run checkpoint": ["TERM command"],
+    "evaluate generating": ["INT group"],
+    "sweep cells": ["INT group"],
+}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stops") / "parts"
+    soak_stops.prepare(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("moment", "signal"), [(moment, sent) for moment, all_of in STOPS.items() for sent in all_of]
+)
+def test_a_command_that_is_stopped_ends_at_once_with_nobody_left(parts, tmp_path, moment, signal):
+    (found,) = (
+        each for each in soak_stops.moments(parts) if f"{each.command[1]} {each.name}" == moment
+    )
+    done = soak_stops.stop(found, *signal.split(), tmp_path / "stop")
+    assert done.is_right, done

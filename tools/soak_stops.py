@@ -1,0 +1,322 @@
+"""Every command stopped at its moments, by every signal, as a terminal or a scheduler does it.
+
+    python tools/soak.py stops [--only generate] [--signals INT,TERM,KILL] [--json FILE]
+
+A case is a real process. It is stopped once it has said that it is where it should be: a function
+of ours is held for a moment, or a line of the command's own is waited for. The signal goes to the
+whole group (Ctrl-C), to the command alone (a scheduler), or to its child. INT must end it with 130
+and TERM with 143 within LIMIT_S, in at most MAX_LINES lines after the signal; after KILL none of
+its processes may be left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LIMIT_S = 3.0
+MAX_LINES = 3
+_START_LIMIT_S = 180.0
+_HELD_S = 1.0
+AT_THE_MOMENT = "at the moment"
+
+# Holds a function of ours until the signal has come; what is imported late is held late.
+_HOLDING = """
+import importlib, importlib.abc, sys, time
+target, program = sys.argv[1:3]
+del sys.argv[1:3]
+module_name, _, name = target.partition(":")
+
+def hold(module):
+    *path, last = name.split(".")
+    owner = module
+    for each in path:
+        owner = getattr(owner, each)
+    function = getattr(owner, last)
+    def held(*args, **kwargs):
+        print("at the moment", file=sys.stderr, flush=True)
+        time.sleep(HELD_S)
+        return function(*args, **kwargs)
+    setattr(owner, last, held)
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path, target=None):
+        if fullname != module_name:
+            return None
+        sys.meta_path.remove(self)
+        if not name:
+            print("at the moment", file=sys.stderr, flush=True)
+            time.sleep(HELD_S)
+            return None
+        spec = importlib.util.find_spec(fullname)
+        load = spec.loader.exec_module
+        def exec_module(module):
+            load(module)
+            hold(module)
+        spec.loader.exec_module = exec_module
+        return spec
+
+if module_name:
+    import importlib.util
+    sys.meta_path.insert(0, Finder())
+sys.argv[0] = program
+package = {"cache-teacher": "teacher_cache", "train-student": "student_train"}[program]
+from importlib import import_module
+cli = import_module(package + ".cli")
+(cli.program if package == "teacher_cache" else cli.main)()
+""".replace("HELD_S", str(_HELD_S))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a command is stopped.
+
+    Attributes:
+        command: The program and its arguments; {out} is a fresh folder or file.
+        name: Of the moment.
+        held: Function that is held, as `module:name`, or module whose import is; empty for none.
+        line: What the command says when it is there; empty to wait `delay_s` from its start.
+        delay_s: Further wait.
+        with_child: Whether it has children then, that a signal may go to.
+        finishes: Whether work at the moment is ended first: then it may take _HELD_S longer.
+    """
+
+    command: tuple[str, ...]
+    name: str
+    held: str = ""
+    line: str = ""
+    delay_s: float = 0.0
+    with_child: bool = False
+    finishes: bool = False
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What came of one."""
+
+    command: str
+    moment: str
+    signal: str
+    to: str  # group, command, child
+    exit_code: int | None  # None: it had to be killed
+    seconds: float
+    lines: tuple[str, ...]  # after the signal
+    num_left: int  # processes
+    is_right: bool
+
+
+def stop(moment: Moment, signal_name: str, to: str, folder: Path) -> Stop:
+    """Start a command, stop it at its moment, and see how it ends."""
+    folder.mkdir(parents=True)
+    said = folder / "said.txt"
+    words = [word.format(out=folder / "out") for word in moment.command]
+    with said.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _HOLDING, moment.held, *words],
+            stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=ROOT, start_new_session=True,
+            env=_environment(),
+        )  # fmt: skip
+    try:
+        _wait_for(moment, process, said)
+        before = said.read_text(errors="replace")
+        family = list(_descendants(process.pid))
+        number = getattr(signal, f"SIG{signal_name}")
+        start_s = time.monotonic()
+        _send(number, to, process.pid, family)
+        code, seconds = _ended(process, start_s)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    time.sleep(0.5)  # for the guard to do its work
+    left = [pid for pid in family if _is_alive(pid)]
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    lines = tuple(said.read_text(errors="replace")[len(before) :].splitlines())
+    expected = {"INT": 130, "TERM": 143, "KILL": -9}[signal_name] if to != "child" else 1
+    limit_s = LIMIT_S + _HELD_S * moment.finishes
+    is_right = (
+        code == expected and seconds <= limit_s and not left and len(lines) <= MAX_LINES
+        and "Traceback" not in "".join(lines)
+    )  # fmt: skip
+    return Stop(
+        " ".join(moment.command[:2]), moment.name, signal_name, to, code, round(seconds, 2), lines,
+        len(left), is_right,
+    )  # fmt: skip
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    return os.environ | settings | {"PYTHONPATH": path}
+
+
+def _wait_for(moment: Moment, process: subprocess.Popen[bytes], said: Path) -> None:
+    line = AT_THE_MOMENT if moment.held else moment.line
+    end_s = time.monotonic() + _START_LIMIT_S
+    while line and line not in said.read_text(errors="replace"):
+        if process.poll() is not None or time.monotonic() > end_s:
+            text = said.read_text(errors="replace")
+            raise RuntimeError(f"{moment.command[1]} never came to {moment.name!r}: {text}")
+        time.sleep(0.02)
+    while moment.with_child and not _engine(_descendants(process.pid)):
+        time.sleep(0.02)
+    time.sleep(moment.delay_s)
+
+
+def _send(number: int, to: str, pid: int, family: Sequence[int]) -> None:
+    if to == "group":
+        os.killpg(pid, number)
+    else:
+        os.kill(pid if to == "command" else _engine(family)[0], number)
+
+
+def _ended(process: subprocess.Popen[bytes], start_s: float) -> tuple[int | None, float]:
+    code: int | None = None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        code = process.wait(20)
+    return code, time.monotonic() - start_s
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (thread / "children").read_text().split()):
+                yield child
+                yield from _descendants(child)
+
+
+def _engine(family: Iterator[int] | Sequence[int]) -> list[int]:
+    """Those that do the work: no shell that waits, no tracker of multiprocessing."""
+    found = []
+    for pid in family:
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"spawn_main" in words or b"student_train.cli" in words or b"EngineCore" in words:
+                found.append(pid)
+    return found
+
+
+def _is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def moments(parts: Path) -> list[Moment]:
+    """All of them; `parts` is what `prepare` has filled."""
+    teacher, prompts, cache = (str(parts / name) for name in ("teacher", "p.jsonl", "cache"))
+    capture = ("cache-teacher", "generate", "--model", teacher, "--prompts", prompts)
+    small = (*capture, "--engine", "transformers", "--max-tokens", "20", "--out", "{out}")
+    vllm = (*capture, "--max-tokens", "20", "--out", "{out}")
+    run = (
+        "train-student", "run", "--cache", cache, "--student", teacher, "--out", "{out}",
+        "--batch-traces", "4", "--tracker", "none", "--max-steps", "50", "--epochs", "50",
+    )  # fmt: skip
+    evaluate = ("train-student", "evaluate", "--model", teacher, "--prompts", prompts)
+    sweep = (
+        "train-student", "sweep", "--cache", cache, "--student", teacher, "--out", "{out}",
+        "--eval-prompts", str(parts / "others.jsonl"), "--lead-spans", "0.5,1.0", "--baselines", "",
+        "--run-options", str(parts / "run.toml"), "--seeds", "1",
+    )  # fmt: skip
+    audit = ("cache-teacher", "audit", cache, "--model", teacher)
+    return [
+        Moment(small, "first import", "teacher_cache.terminal.entry"),
+        Moment(small, "imports", "numpy"),
+        Moment(small, "heavy imports", "transformers"),
+        Moment(small, "reading input", "teacher_cache.capture.prepare:run_job"),
+        Moment(small, "survey", "teacher_cache.capture.job:Job.is_ours"),
+        Moment(small, "generating", "teacher_cache.engines.transformers:check_rows"),
+        Moment(
+            small, "keeping a trace", "teacher_cache.capture.worker_loop:finished_trace",
+            finishes=True,
+        ),
+        Moment(small, "compaction", "teacher_cache.format.writing.compaction:encode_shard"),
+        Moment(small, "seal", "teacher_cache.format.writing.sealing:make_seal"),
+        Moment(vllm, "engine start", line="starting vllm", delay_s=1.0),
+        Moment(vllm, "engine's process", line="starting vllm", with_child=True, delay_s=3.0),
+        Moment(
+            vllm, "engine running", "teacher_cache.engines.vllm.teacher:check_rows", with_child=True
+        ),
+        Moment(("cache-teacher", "verify", cache), "verify",
+               "teacher_cache.format.checking.verify:broken_shard"),
+        Moment(("cache-teacher", "inspect", cache), "inspect",
+               "teacher_cache.examine.inspection:read_first_shard"),
+        Moment(("cache-teacher", "export", cache, "{out}.jsonl"), "export",
+               "teacher_cache.transform.export:_row"),
+        Moment(("cache-teacher", "truncate", cache, "{out}"), "truncate",
+               "teacher_cache.transform.truncate:_copy_shard"),
+        Moment(audit, "audit", "teacher_cache.examine.audit:_compare"),
+        Moment(run, "first import", "teacher_cache.terminal.entry"),
+        Moment(run, "heavy imports", "torch"),
+        Moment(run, "loading", "student_train.run.loop:load_model"),
+        Moment(run, "first step", "student_train.run.loop:micro_batches", finishes=True),
+        Moment(
+            (*run, "--save-every", "1"), "checkpoint", "student_train.run.checkpoint:_save",
+            finishes=True,
+        ),
+        Moment(run, "student", "student_train.run.loop:save_student"),
+        Moment(evaluate, "heavy imports", "transformers"),
+        Moment(evaluate, "generating", "student_train.evaluation.evaluate:generate"),
+        Moment(sweep, "heavy imports", "torch"),
+        Moment(sweep, "cells", line="cells, ", with_child=True, delay_s=2.0),
+        Moment(sweep, "report", "student_train.sweep.protocol:write_report"),
+    ]  # fmt: skip
+
+
+def prepare(folder: Path) -> None:
+    """A teacher, prompts, and a cache that all commands use."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "teacher").symlink_to(ROOT / "tools" / "tiny-teacher")
+    rows = (ROOT / "tools" / "prompts" / "eval.jsonl").read_text().splitlines(keepends=True)
+    (folder / "p.jsonl").write_text("".join(rows[:24]))
+    (folder / "others.jsonl").write_text("".join(rows[100:104]))
+    (folder / "run.toml").write_text("max-steps = 400\nepochs = 400\nbatch-traces = 4\n")
+    command = [
+        sys.executable, "-c", _HOLDING, "", "cache-teacher", "generate", "--engine", "transformers",
+        "--model", str(folder / "teacher"), "--prompts", str(folder / "p.jsonl"),
+        "--out", str(folder / "cache"),
+    ]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, env=_environment(), check=True, capture_output=True)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", default="", help="commands or moments that hold this text")
+    parser.add_argument("--signals", default="INT,TERM,KILL")
+    parser.add_argument("--json", type=Path)
+
+
+def main(arguments: argparse.Namespace, folder: Path) -> int:
+    """Stop every command at each of its moments; returns how many ended wrongly."""
+    prepare(folder / "parts")
+    stops: list[Stop] = []
+    for moment in moments(folder / "parts"):
+        title = f"{' '.join(moment.command[:2])} {moment.name}"
+        if arguments.only not in title:
+            continue
+        for name in arguments.signals.split(","):
+            for to in ("group", "command", *(("child",) if moment.with_child else ())):
+                done = stop(moment, name, to, folder / f"stop-{len(stops)}")
+                stops.append(done)
+                print(
+                    f"{'' if done.is_right else 'WRONG '}{title:40} {name:4} {to:7} "
+                    f"rc {done.exit_code} {done.seconds:5.2f} s {len(done.lines)} lines "
+                    f"{done.num_left} left  {done.lines[-1:]}",
+                    flush=True,
+                )
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([asdict(each) for each in stops], indent=1) + "\n")
+    num_wrong = sum(not each.is_right for each in stops)
+    print(f"{len(stops)} stops, {num_wrong} wrong")
+    return num_wrong
