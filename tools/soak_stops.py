@@ -218,8 +218,8 @@ def moments(parts: Path) -> list[Moment]:
     """All of them; `parts` is what `prepare` has filled."""
     teacher, prompts, cache = (str(parts / name) for name in ("teacher", "p.jsonl", "cache"))
     capture = ("cache-teacher", "generate", "--model", teacher, "--prompts", prompts)
-    small = (*capture, "--engine", "transformers", "--max-tokens", "20", "--out", "{out}")
-    vllm = (*capture, "--max-tokens", "20", "--out", "{out}")
+    small = (*capture, "--engine", "transformers", "--max-new-tokens", "20", "--out", "{out}")
+    vllm = (*capture, "--max-new-tokens", "20", "--out", "{out}")
     run = (
         "train-student", "run", "--cache", cache, "--student", teacher, "--out", "{out}",
         "--batch-traces", "4", "--tracker", "none", "--max-steps", "50", "--epochs", "50",
@@ -228,7 +228,7 @@ def moments(parts: Path) -> list[Moment]:
     sweep = (
         "train-student", "sweep", "--cache", cache, "--student", teacher, "--out", "{out}",
         "--eval-prompts", str(parts / "others.jsonl"), "--lead-spans", "0.5,1.0", "--baselines", "",
-        "--run-options", str(parts / "run.toml"), "--seeds", "1",
+        "--run-options", str(parts / "run.toml"), "--num-seeds", "1",
     )  # fmt: skip
     audit = ("cache-teacher", "audit", cache, "--model", teacher)
     return [

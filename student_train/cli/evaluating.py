@@ -1,11 +1,13 @@
 """`train-student evaluate`."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import click
 
+from student_train.cli.early_checks import check_evaluate
 from student_train.evaluation.config import EvaluateConfig
+from student_train.run.folder import student_of
 from teacher_cache.terminal.commands import config_command, json_option
 
 
@@ -18,6 +20,8 @@ def evaluate_command(config: EvaluateConfig, as_json: bool) -> None:
     Example:
       train-student evaluate --model run/model --prompts held-out.jsonl --max-new-tokens 512
     """
+    config = replace(config, model=student_of(config.model))
+    check_evaluate(config)
     from student_train.evaluation.evaluate import evaluate
 
     result = evaluate(config)

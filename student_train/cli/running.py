@@ -2,6 +2,7 @@
 
 import click
 
+from student_train.cli.early_checks import check_run
 from student_train.run.config import TrainConfig
 from teacher_cache.terminal.commands import config_command
 
@@ -17,6 +18,7 @@ def run_command(config: TrainConfig) -> None:
     Run it again to resume after an interruption. RUN/model is the finished student. Start it with
     `accelerate launch -m student_train.cli run ...` to use several devices.
     """
+    check_run(config)
     from student_train.run.loop import train
 
     result = train(config)

@@ -4,6 +4,7 @@ import sys
 
 import click
 
+from student_train.cli.early_checks import check_sweep
 from student_train.sweep.config import SweepConfig
 from teacher_cache.terminal.commands import config_command
 
@@ -22,6 +23,7 @@ def sweep_command(config: SweepConfig) -> None:
     Every combination of the lists is a cell. Run it again to resume, or with other lists to add
     cells: OUT/results.csv, report.png and report.html show everything that the folder holds.
     """
+    check_sweep(config)
     from student_train.sweep.protocol import run_sweep
 
     result = run_sweep(config)

@@ -4,11 +4,12 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from teacher_cache.format import Cache, rows_by_shard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _parse_prompt(line: str, where: str, group_field: str | None) -> Prompt:
     return Prompt(text, None, str(answer), group)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
     """Token ids of a prompt, messages by the chat template up to where the answer begins."""
     if prompt.messages is None:
         ids: list[int] = tokenizer(prompt.text)["input_ids"]

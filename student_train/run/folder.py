@@ -246,3 +246,21 @@ def _holds_nothing(folder: Path) -> bool:
     """Nothing but a lock, or what a run left that was killed, or had no disk, as it began."""
     names = (path.name for path in folder.iterdir())
     return all(name == LOCK_NAME or name.startswith(_UNPUBLISHED_CONFIG) for name in names)
+
+
+def student_of(name: str) -> str:
+    """The model folder that a user means: of a run's folder, its finished student.
+
+    Raises:
+        ValueError: If the run has none yet.
+    """
+    folder = Path(name)
+    try:
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return name
+    if not isinstance(record, dict) or "leadspan_run" not in record:
+        return name
+    if not (folder / "model").is_dir():
+        raise ValueError(f"{name}: a run that is not finished: it has no student yet")
+    return str(folder / "model")

@@ -4,7 +4,14 @@ import hashlib
 from dataclasses import asdict
 
 from teacher_cache.capture.configs import GenerateConfig
-from teacher_cache.capture.prepare import prepare_job, row_columns, run_job, teacher_tokenizer
+from teacher_cache.capture.early_checks import check_early
+from teacher_cache.capture.prepare import (
+    input_rows,
+    prepare_job,
+    row_columns,
+    run_job,
+    teacher_tokenizer,
+)
 from teacher_cache.capture.run import CaptureReport
 from teacher_cache.engines import Sampling, TeacherRequest
 from teacher_cache.sources import PromptRenderer, SourceTrace
@@ -13,6 +20,7 @@ from teacher_cache.sources.tokenizer import ModelFiles
 
 def generate(config: GenerateConfig) -> CaptureReport:
     """Let the teacher answer every prompt, and keep its distributions; raises as `capture`."""
+    check_early(config, input_rows(config, config.prompts))
     files = ModelFiles(config.model, config.revision)
     tokenizer = teacher_tokenizer(config, files)
     own = files.generation_config()

@@ -24,6 +24,11 @@ def run_job(config: CaptureConfig, job: Job) -> CaptureReport:
     return capture(job, partial(Cluster, placement))
 
 
+def input_rows(config: CaptureConfig, path: Path) -> Input:
+    """The rows of a capture."""
+    return Input(path, config.dataset_config, config.split)
+
+
 def row_columns(config: GenerateConfig | ScoreConfig) -> RowColumns:
     """Which columns of a row hold what."""
     return RowColumns(
@@ -90,7 +95,7 @@ def prepare_job(
         limit=config.limit,
         config=_resolved(config),
         source=InputTraces(
-            Input(path, config.dataset_config, config.split),
+            input_rows(config, path),
             render,
             id_field=config.id_field,
             strict=config.strict,

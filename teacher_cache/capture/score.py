@@ -3,7 +3,14 @@
 from dataclasses import replace
 
 from teacher_cache.capture.configs import ScoreConfig
-from teacher_cache.capture.prepare import prepare_job, row_columns, run_job, teacher_tokenizer
+from teacher_cache.capture.early_checks import check_early
+from teacher_cache.capture.prepare import (
+    input_rows,
+    prepare_job,
+    row_columns,
+    run_job,
+    teacher_tokenizer,
+)
 from teacher_cache.capture.run import CaptureReport
 from teacher_cache.engines import TeacherRequest
 from teacher_cache.sources import SourceTrace, TraceRenderer, TraceSlice
@@ -12,6 +19,7 @@ from teacher_cache.sources.tokenizer import ModelFiles
 
 def score(config: ScoreConfig) -> CaptureReport:
     """Keep the teacher's distributions over existing traces; raises as `capture`."""
+    check_early(config, input_rows(config, config.traces))
     files = ModelFiles(config.model, config.revision)
     tokenizer = teacher_tokenizer(config, files)
     # vLLM scores a trace as the prompt of one more token.

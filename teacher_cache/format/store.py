@@ -21,6 +21,7 @@ import pyarrow.fs as pafs
 
 from teacher_cache.format.errors import CacheError
 from teacher_cache.format.files import make_folder, publish, remove_unpublished
+from teacher_cache.format.reachable import check_reachable
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +170,7 @@ def open_store(path: CachePath) -> Store:
     if "://" not in text:
         return Store(text, pafs.LocalFileSystem(), text.rstrip("/") or "/")
     where = shown(text)
+    check_reachable(text, where)
     try:
         filesystem, root = _retried(where, lambda: pafs.FileSystem.from_uri(text))
     except (pa.ArrowInvalid, OSError) as error:

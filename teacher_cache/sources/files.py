@@ -72,6 +72,26 @@ class Input:
             logger.info("%s: passed over, its name is none of a file of rows", file)
         return known
 
+    @property
+    def may_be_hub_id(self) -> bool:
+        """Whether nothing here has this name, and it could be one on the hub."""
+        return not self.path.exists() and self._may_be_hub_id()
+
+    def check_exists(self, hint: str = "") -> None:
+        """Refuse what is not here and cannot be on the hub either.
+
+        Args:
+            hint: Of names that are near.
+
+        Raises:
+            SourceError: If it is so, or the path is a device or a pipe.
+        """
+        if self.path.exists():
+            if not self.path.is_dir():
+                _check_is_file(self.path)
+        elif not self._may_be_hub_id():
+            raise SourceError(f"{self.path}: no such file or folder{hint}")
+
     def _is_hidden(self, file: Path) -> bool:
         return any(part.startswith(".") for part in file.relative_to(self.path).parts)
 
@@ -103,8 +123,15 @@ class Input:
             ) from error
 
 
+def _check_is_file(path: Path) -> None:
+    """Refuse what would be waited for without end; a missing file says so itself."""
+    if path.exists() and not path.is_file():
+        raise SourceError(f"{path}: expected a file, found a device or a pipe")
+
+
 def _file_rows(path: Path) -> Iterator[Row]:
     """Rows of one file: its first bytes say what it is, and its name must not say otherwise."""
+    _check_is_file(path)
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     kind = "text"

@@ -12,6 +12,8 @@ from teacher_cache.sources.row import Row
 from teacher_cache.sources.tables import ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC, PARQUET_MAGIC
 
 _CHUNK_BYTES = 1 << 20
+# Of a line or an element: a small compressed file may hold one that fills all memory.
+MAX_ROW_BYTES = 64 << 20
 _LITERAL = 16  # characters that a number or an escape at the end of a chunk may lack
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by a file's first bytes
@@ -61,23 +63,35 @@ def _rows(path: Path, chunks: Iterator[bytes]) -> Iterator[Row]:
         for number, element in enumerate(_elements(path, first, chunks), start=1):
             yield Row(str(path), number, element)
     else:
-        for number, line in enumerate(_lines(first, chunks), start=1):
+        for number, line in enumerate(_lines(path, first, chunks), start=1):
             if line.strip():
                 yield Row(str(path), number, line)
 
 
-def _lines(first: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
+def _lines(path: Path, first: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
     pieces: list[bytes] = []  # of a line that is not whole yet
+    number, num_bytes = 1, 0
     chunk = first
     while chunk:
         *whole, rest = chunk.split(b"\n")
         for line in whole:
             pieces.append(line)
             yield b"".join(pieces)
-            pieces = []
+            pieces, num_bytes = [], 0
+            number += 1
         pieces.append(rest)
+        num_bytes += len(rest)
+        if num_bytes > MAX_ROW_BYTES:
+            raise _too_long(path, number)
         chunk = next(chunks, b"")
     yield b"".join(pieces)
+
+
+def _too_long(path: Path, number: int) -> SourceError:
+    return SourceError(
+        f"{path}:{number}: the row is longer than {MAX_ROW_BYTES >> 20} MiB; expected one object "
+        "per line, each a prompt or a trace"
+    )
 
 
 def _elements(path: Path, first: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -107,6 +121,8 @@ def _elements(path: Path, first: bytes, chunks: Iterator[bytes]) -> Iterator[byt
                 # Twice as much each time, so that one long element is not scanned too often.
                 more = [next(chunks, b"") for _ in range(1 + len(text) // _CHUNK_BYTES)]
                 at_end = not more[-1]
+                if len(text) > MAX_ROW_BYTES:
+                    raise _too_long(path, number) from error
                 text += utf8.decode(b"".join(more), final=at_end)
                 continue
             yield text[:end].encode()

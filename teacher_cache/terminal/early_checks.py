@@ -1,0 +1,184 @@
+"""What can be known of a command's files and addresses before anything heavy is imported.
+
+Every function raises ValueError, saying what was expected, what was found, and what is near it.
+"""
+
+import contextlib
+import difflib
+import errno
+import os
+import shutil
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+
+from teacher_cache.format import CachePath
+from teacher_cache.terminal.escape import printable
+
+_ANSWER_S = 5.0  # how long an address may take to answer
+_LEAST_FREE_BYTES = 8 << 20
+
+
+def check_file(path: Path, flag: str) -> None:
+    """Refuse a file that is missing or cannot be read."""
+    if path.is_file() and os.access(path, os.R_OK):
+        return
+    if path.is_dir():
+        raise ValueError(f"{flag}: expected a file, found a folder: {printable(path)}")
+    if path.is_file():
+        raise ValueError(f"{flag}: {printable(path)} may not be read")
+    if path.exists():
+        raise ValueError(f"{flag}: {printable(path)} is no file but a device or a pipe")
+    raise ValueError(f"{flag}: no such file: {printable(path)}{near_path(path)}")
+
+
+def check_cache(path: CachePath, flag: str = "cache") -> None:
+    """Refuse a local folder that is no cache; of a URI nothing is known yet."""
+    text = os.fspath(path)
+    if "://" in text or (Path(text) / "cache.json").exists():
+        return
+    folder = Path(text)
+    found = "a file" if folder.is_file() else "a folder without cache.json"
+    if not folder.exists():
+        found = f"nothing{near_path(folder)}"
+    raise ValueError(
+        f"{flag}: {printable(text)}: no cache here: expected its folder, found {found}"
+    )
+
+
+def check_out_folder(path: CachePath, flag: str = "--out") -> None:
+    """Refuse a folder to write to that cannot be one, may not be written, or has no room."""
+    if "://" in os.fspath(path):
+        return
+    folder = Path(path)
+    nearest = folder
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        what = "a file" if nearest == folder else f"that {printable(nearest)} is a file"
+        raise ValueError(f"{flag}: {printable(folder)}: expected a folder, found {what}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag}: {printable(folder)}: {printable(nearest)} may not be written")
+    free_bytes = shutil.disk_usage(nearest).free
+    if free_bytes < _LEAST_FREE_BYTES:
+        text = f"{flag}: {printable(folder)}: its disk has {free_bytes / 1e6:.1f} MB left"
+        raise OSError(errno.ENOSPC, text, str(folder))
+
+
+def check_out_file(path: Path, flag: str, *, force: bool) -> None:
+    """Refuse a file to write that exists or has no folder."""
+    if path.is_dir():
+        raise ValueError(f"{flag}: expected a file to write, found a folder: {printable(path)}")
+    if path.exists() and not force:
+        raise ValueError(
+            f"{flag}: {printable(path)} exists already; name another, or overwrite it with --force"
+        )
+    if not path.parent.is_dir():
+        where = f"{printable(path.parent)}{near_path(path.parent)}"
+        raise ValueError(f"{flag}: no such folder: {where}")
+
+
+def check_model(name: str, flag: str) -> None:
+    """Refuse what is neither a model's folder nor on the hub; a misspelt folder is known as one."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+            inner = folder / "model"
+            hint = f"; its student is {inner}" if (inner / "config.json").is_file() else ""
+            raise ValueError(f"{flag}: {printable(name)}: the folder holds no config.json{hint}")
+        return
+    is_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if is_path or folder.exists():
+        raise ValueError(
+            f"{flag}: {printable(name)}: no such folder, nor can this be a name on the hub"
+            f"{near_path(folder)}"
+        )
+    check_hub_name(name, flag, "models")
+
+
+def check_hub_name(name: str, flag: str, kind: str) -> None:
+    """Refuse a name that is on no hub that answers, where it is none of a folder either.
+
+    Args:
+        name: As the user wrote it.
+        flag: Of the option.
+        kind: models or datasets.
+    """
+    if _hub_copy(name, kind).is_dir():
+        return
+    is_known, near = _is_on_hub(name, kind), near_path(Path(name).expanduser())
+    if is_known is None:
+        raise ValueError(
+            f"{flag}: {printable(name)}: no such folder{near}, no copy from the Hugging Face hub, "
+            "and the hub does not answer"
+        )
+    if not is_known and near:
+        raise ValueError(f"{flag}: {printable(name)}: no such folder{near}, nor on the hub")
+
+
+def near_path(path: Path) -> str:
+    """`; did you mean ...?` where a neighbour has a similar name, else nothing."""
+    with contextlib.suppress(OSError):
+        return _near(path.name, path.parent)
+    return ""
+
+
+def _near(name: str, folder: Path) -> str:
+    names: Iterable[str] = (each.name for each in folder.iterdir())
+    found = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {printable(folder / found[0])}?)" if found else ""
+
+
+def _hub_copy(name: str, kind: str) -> Path:
+    """Where the hub's client keeps what it has loaded of a repository."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    return cache / f"{kind}--{name.replace('/', '--')}"
+
+
+def _is_on_hub(name: str, kind: str) -> bool | None:
+    """Whether the hub knows a name; None where it does not answer."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        return None
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    request = urllib.request.Request(f"{endpoint}/api/{kind}/{name}", method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=_ANSWER_S):
+            return True
+    except urllib.error.HTTPError:  # unknown, or known to some users only
+        return False
+    except (OSError, ValueError):
+        return None
+
+
+def check_ray_address(address: str | None) -> None:
+    """Refuse a Ray cluster whose address nobody answers at."""
+    if address is None or address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        raise ValueError(
+            f"--ray-address: expected auto, HOST:PORT or ray://HOST:PORT, got {address}"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
+    except OSError as error:
+        raise ValueError(f"--ray-address: nobody answers at {address}: {error}") from error
+
+
+def check_wandb_login() -> None:
+    """Refuse to train for Weights & Biases without a key: it would be missed after the imports."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return
+    base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    host = base.partition("://")[2].partition("/")[0].partition(":")[0]
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    with contextlib.suppress(OSError):
+        if host in netrc.read_text(encoding="utf-8", errors="replace"):
+            return
+    raise ValueError(
+        "--tracker wandb: no API key found; run `wandb login`, set WANDB_API_KEY, or set "
+        "WANDB_MODE=offline"
+    )
