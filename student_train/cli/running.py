@@ -5,6 +5,7 @@ import click
 from student_train.cli.early_checks import check_run
 from student_train.run.config import TrainConfig
 from teacher_cache.terminal.commands import config_command
+from teacher_cache.terminal.progress import Progress
 
 
 @config_command("run", TrainConfig)
@@ -19,7 +20,8 @@ def run_command(config: TrainConfig) -> None:
     `accelerate launch -m student_train.cli run ...` to use several devices.
     """
     check_run(config)
-    from student_train.run.loop import train
+    with Progress("loading torch"):
+        from student_train.run.loop import train
 
     result = train(config)
     if result.was_finished:

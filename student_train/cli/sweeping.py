@@ -7,6 +7,7 @@ import click
 from student_train.cli.early_checks import check_sweep
 from student_train.sweep.config import SweepConfig
 from teacher_cache.terminal.commands import config_command
+from teacher_cache.terminal.progress import Progress
 
 
 @config_command("sweep", SweepConfig)
@@ -24,7 +25,8 @@ def sweep_command(config: SweepConfig) -> None:
     cells: OUT/results.csv, report.png and report.html show everything that the folder holds.
     """
     check_sweep(config)
-    from student_train.sweep.protocol import run_sweep
+    with Progress("loading torch"):
+        from student_train.sweep.protocol import run_sweep
 
     result = run_sweep(config)
     click.echo(f"{config.out / 'report.html'}: {result.num_finished} cells of this call finished")

@@ -10,7 +10,6 @@ OUT/results.csv, report.png, report.html
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -34,6 +33,7 @@ from teacher_cache.format import Cache, open_cache, parse_worker
 from teacher_cache.format.checksums import publish_record
 from teacher_cache.format.folder_lock import FolderLock
 from teacher_cache.terminal.config_file import fields_of_json
+from teacher_cache.terminal.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -193,18 +193,14 @@ def _has_group(config: SweepConfig, group: str) -> bool:
 
 
 def _run_all(config: SweepConfig, cells: Sequence[Cell]) -> None:
-    started_s = time.monotonic()
-    with Children() as children, ThreadPoolExecutor(config.num_parallel) as pool:
+    shown = Progress("finished", len(cells), "cells")
+    with Children() as children, ThreadPoolExecutor(config.num_parallel) as pool, shown:
         running = {pool.submit(run_cell, config, cell, children): cell for cell in cells}
         for number, done in enumerate(as_completed(running), start=1):
             if children.stopped_by:
                 continue
-            per_cell_s = (time.monotonic() - started_s) / number
-            logger.info(
-                "%d/%d %s: %s | eta %.0f min",
-                number, len(cells), running[done].name, done.result(),
-                per_cell_s * (len(cells) - number) / 60,
-            )  # fmt: skip
+            shown.set(number)
+            logger.info("%d/%d %s: %s", number, len(cells), running[done].name, done.result())
     if children.stopped_by:
         raise InterruptedRunError(
             "stopped; run the same command again to go on where it stood", children.stopped_by

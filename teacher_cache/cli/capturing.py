@@ -13,7 +13,9 @@ from teacher_cache.capture.score import score
 from teacher_cache.cli import report_text
 from teacher_cache.format import CachePath, open_cache, seal_cache, shown
 from teacher_cache.terminal.commands import config_command
+from teacher_cache.terminal.early_checks import check_cache
 from teacher_cache.terminal.option import check_options, option
+from teacher_cache.terminal.progress import Progress
 
 
 @config_command("generate", GenerateConfig)
@@ -63,7 +65,11 @@ def seal_command(config: SealConfig) -> None:
     \b
     cache-teacher seal cache
     """
-    manifest = seal_cache(config.cache, journal=config.journal, allow_missing=config.allow_missing)
+    check_cache(config.cache)
+    with Progress(f"sealing {shown(config.cache)}"):
+        manifest = seal_cache(
+            config.cache, journal=config.journal, allow_missing=config.allow_missing
+        )
     seal = manifest.seal
     if seal is not None:
         click.echo(

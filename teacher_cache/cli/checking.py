@@ -5,8 +5,6 @@ import sys
 from dataclasses import asdict, dataclass
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from teacher_cache.cli import report_text
 from teacher_cache.examine.audit import AuditConfig, audit
@@ -16,7 +14,9 @@ from teacher_cache.format.checking.repair import repair_cache
 from teacher_cache.format.checking.verify import verify_cache
 from teacher_cache.format.errors import repair_advice
 from teacher_cache.terminal.commands import config_command, json_option
+from teacher_cache.terminal.early_checks import check_cache, check_model
 from teacher_cache.terminal.option import check_options, option
+from teacher_cache.terminal.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ def verify_command(config: VerifyConfig, as_json: bool) -> None:
     cache-teacher verify cache
     cache-teacher verify cache --repair
     """
+    check_cache(config.cache)
     found = _verified(config.cache)
     done = repair_cache(config.cache, found) if config.repair and found.errors else None
     if as_json:
@@ -67,13 +68,10 @@ def verify_command(config: VerifyConfig, as_json: bool) -> None:
 
 
 def _verified(cache: CachePath) -> Verification:
-    if not sys.stderr.isatty():
-        return verify_cache(cache)
-    columns = (TextColumn("verified"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("verify")
+    with Progress("verified", unit="MB") as shown:
         return verify_cache(
-            cache, lambda done, total: bar.update(task, completed=done, total=total)
+            cache,
+            lambda done, total: shown.set(done // 1_000_000, total=-(-total // 1_000_000)),
         )
 
 
@@ -87,6 +85,8 @@ def audit_command(config: AuditConfig, as_json: bool) -> None:
     \b
     cache-teacher audit cache --model Qwen/Qwen3-32B --num-traces 32
     """
+    check_cache(config.cache)
+    check_model(config.model, "--model")
     found = audit(config)
     if as_json:
         click.echo(json.dumps({"passed": found.passed, **asdict(found)}))

@@ -11,6 +11,9 @@ from teacher_cache.examine import inspection
 from teacher_cache.examine.inspection import InspectConfig
 from teacher_cache.format import CacheError, CacheHeader, open_cache, shown
 from teacher_cache.terminal.commands import config_command, json_option
+from teacher_cache.terminal.early_checks import check_cache, check_out_file, check_out_folder
+from teacher_cache.terminal.escape import printable
+from teacher_cache.terminal.progress import Progress
 from teacher_cache.transform.export import ExportConfig, export
 from teacher_cache.transform.truncate import TruncateConfig, truncate_cache
 
@@ -26,6 +29,7 @@ def inspect_command(config: InspectConfig, as_json: bool) -> None:
     \b
     cache-teacher inspect cache --trace gsm8k-17
     """
+    check_cache(config.cache)
     opened = open_cache(config.cache, allow_unsealed=True)
     traces = inspection.read_first_shard(opened)
     figures = inspection.inspect_cache(opened, traces)
@@ -52,7 +56,11 @@ def export_command(config: ExportConfig) -> None:
     cache-teacher export cache look.jsonl --limit 3 --lead-span 0.1 --text --logprobs
     cache-teacher export cache tokens.parquet --parquet
     """
-    click.echo(f"{config.out}: {export(config):,} traces")
+    check_cache(config.cache)
+    check_out_file(config.out, "OUT", force=config.force)
+    with Progress(f"exporting {shown(config.cache)}"):
+        num_traces = export(config)
+    click.echo(f"{printable(config.out)}: {num_traces:,} traces")
 
 
 @config_command("truncate", TruncateConfig)
@@ -62,9 +70,12 @@ def truncate_command(config: TruncateConfig) -> None:
     \b
     cache-teacher truncate cache half --lead-span 0.5 --top-k 16
     """
-    manifest = truncate_cache(
-        open_cache(config.cache), config.out, lead_span=config.lead_span, top_k=config.top_k
-    )
+    check_cache(config.cache)
+    check_out_folder(config.out, "OUT")
+    with Progress(f"truncating {shown(config.cache)}"):
+        manifest = truncate_cache(
+            open_cache(config.cache), config.out, lead_span=config.lead_span, top_k=config.top_k
+        )
     seal = manifest.seal
     if seal is not None:
         click.echo(

@@ -27,7 +27,9 @@ from teacher_cache.format import (
 )
 from teacher_cache.sources.tokenizer import ModelFiles, load_tokenizer
 from teacher_cache.terminal.capture_progress import CaptureProgress
+from teacher_cache.terminal.messages import others_into_log
 from teacher_cache.terminal.option import check_options, option, same_option
+from teacher_cache.terminal.progress import Progress
 
 LIVE_WIDTH = 4096  # candidates per row of the engine, at most: 32 kB per token
 # Of the second pass of the transformers engine. Chunks of 2^n tokens gave the same bits on a CPU;
@@ -142,16 +144,17 @@ def audit(config: AuditConfig) -> Audit:
     num_reserved = int(config.engine == "vllm")  # it scores a trace as the prompt of one token more
     files = ModelFiles(config.model, config.revision)
     limit = files.context_length(longest, num_reserved=num_reserved)
-    teacher = start_teacher(
-        config.engine,
-        model=config.model,
-        revision=config.revision,
-        dtype=config.dtype,
-        top_k=width,
-        max_model_len=limit + num_reserved,
-        sampling=None,
-        engine_args=config.engine_arg,
-    )
+    with Progress(f"starting {config.engine} for {config.model}"), others_into_log():
+        teacher = start_teacher(
+            config.engine,
+            model=config.model,
+            revision=config.revision,
+            dtype=config.dtype,
+            top_k=width,
+            max_model_len=limit + num_reserved,
+            sampling=None,
+            engine_args=config.engine_arg,
+        )
     with closing(teacher):
         if teacher.facts.vocab_size != cache.header.vocab_size:
             raise CacheMismatchError(

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from teacher_cache.terminal import stop_signals
 from teacher_cache.terminal.escape import printable_lines
 from teacher_cache.terminal.messages import Messages, configure, program_messages, say
-from teacher_cache.terminal.progress import Progress
+from teacher_cache.terminal.progress import Progress, at_work
 
 _OURS = ("teacher_cache", "student_train")
 _EXTRAS = {
@@ -56,9 +56,12 @@ def run_program(line: CommandLine) -> NoReturn:
     code = 1
     try:
         words = [word for word in sys.argv[1:] if not word.startswith("-")]
-        with Progress(f"{line.name} {words[0] if words else ''}".rstrip() + ": loading"):
+        name = f"{line.name} {words[0] if words else ''}".rstrip()
+        with Progress(f"{name}: loading"):
             _load(line)
-        code = run_command(line)
+        is_first = os.environ.get("RANK", "0") == "0"  # of the processes of one run
+        with at_work(name) if is_first else contextlib.nullcontext():
+            code = run_command(line)
     except stop_signals.Stopped as stopped:
         _leave(messages, stopped.signum)
     except KeyboardInterrupt:  # of a library that has put its own handler in place of ours

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,6 +114,7 @@ class _Handler(logging.Handler):
 
 _messages: Messages | None = None
 _console: "Console | None" = None
+_said_s = time.monotonic()
 
 
 def configure(name: str) -> Messages:
@@ -147,8 +149,15 @@ def console() -> "Console":
     return _console
 
 
+def silence_s() -> float:
+    """Seconds since something was said."""
+    return time.monotonic() - _said_s
+
+
 def say(line: str) -> None:
     """Write a line on stderr that is no result."""
+    global _said_s
+    _said_s = time.monotonic()
     if _console is not None and is_terminal():  # a bar may stand there
         console().print(line, markup=False, highlight=False, soft_wrap=True)
     else:

@@ -3,10 +3,12 @@
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from teacher_cache.terminal.messages import console, is_quiet, is_terminal
+from teacher_cache.terminal.messages import console, is_quiet, is_terminal, silence_s
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -152,6 +154,25 @@ class Progress:
         while not self._has_ended.wait(wait_s):
             logger.info("%s", self.line)
             self._has_said, wait_s = True, LINE_INTERVAL_S
+
+
+@contextmanager
+def at_work(name: str) -> Iterator[None]:
+    """Inside, nothing is silent for long: where nobody has said anything, this does."""
+    has_ended = threading.Event()
+    started_s = time.monotonic()
+
+    def tick() -> None:
+        while not has_ended.wait(1.0):
+            if silence_s() >= LINE_INTERVAL_S and not _shown and not is_quiet():
+                so_far = duration(time.monotonic() - started_s)
+                logger.info("%s: at work, %s so far", name, so_far)
+
+    threading.Thread(target=tick, daemon=True, name="at-work").start()
+    try:
+        yield
+    finally:
+        has_ended.set()
 
 
 _shown: list[Progress] = []  # from the outermost to the innermost

@@ -29,7 +29,9 @@ class ExportConfig:
     """`cache-teacher export`."""
 
     cache: CachePath = option("Folder or URI of the cache.", is_argument=True)
-    out: Path = option("File to write, JSONL or Parquet.", is_argument=True)
+    out: Path = option(
+        "File to write: Parquet where its name ends in .parquet, else JSONL.", is_argument=True
+    )
     limit: int | None = option(
         "Export this many traces, the first ones.", default=None, at_least=1, unset="all"
     )
@@ -55,19 +57,28 @@ class ExportConfig:
     )
     logprobs: bool = option("Add each token's logprobs; for JSONL.", default=False)
     parquet: bool = option(
-        "Write Parquet instead, one row per token with its logprobs.", default=False
+        "Write Parquet, one row per token with its logprobs, whatever the file is called.",
+        default=False,
     )
+    force: bool = option("Overwrite the file where it exists.", default=False)
     allow_unsealed: bool = option(
         "Export what is committed so far of a cache that is not complete.", default=False
     )
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.parquet and (self.text or self.logprobs):
+        if self.parquet and self.out.suffix in (".jsonl", ".json", ".ndjson"):
+            raise ValueError(f"--parquet: {self.out.name} is the name of a JSONL file")
+        if self.is_parquet and (self.text or self.logprobs):
             raise ValueError(
-                "--text and --logprobs add to JSONL; leave them out with --parquet, which has the "
+                "--text and --logprobs add to JSONL; leave them out with Parquet, which has the "
                 "logprobs anyway"
             )
+
+    @property
+    def is_parquet(self) -> bool:
+        """Whether the file is Parquet: its name decides, where no option says so."""
+        return self.parquet or self.out.suffix in (".parquet", ".pq")
 
 
 def export(config: ExportConfig) -> int:
@@ -81,7 +92,7 @@ def export(config: ExportConfig) -> int:
         EngineError: If the teacher's tokenizer is needed and cannot be loaded.
     """
     cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
-    if config.parquet:
+    if config.is_parquet:
         return _export_parquet(cache, config)
     tokenizer = load_tokenizer(cache.header, config.model) if config.text else None
     return _export_jsonl(cache, tokenizer, config)
