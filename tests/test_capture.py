@@ -390,7 +390,7 @@ def test_turns_of_the_prompt_that_are_not_the_assistants_can_go_without_distribu
     trace = scoring(prompt_turns="assistant")
     has_rows = [0] * 6 + [0, 0, 1, 1, 1] + [0] * 4 + [0, 0] + [1] * 5
     assert (trace.k > 0).tolist() == [bool(has) for has in has_rows]
-    with pytest.raises(CacheMismatchError, match="prompt_turns: all, not assistant"):
+    with pytest.raises(CacheMismatchError, match="prompt_turns: assistant there, all now"):
         scoring()
     (tmp_path / "scored").rename(tmp_path / "assistant")
     whole = scoring()
@@ -414,7 +414,7 @@ def test_a_slice_is_scored_as_a_sequence_of_its_own(scoring, tmp_path, part, fir
     assert (trace.k > 0).tolist() == [False] + [True] * (num_tokens - 1)
     cut = {"part": part, "proportion": 0.5, "first_token": first, "n_whole": 22}
     assert trace.fields == {"slice": cut}
-    with pytest.raises(CacheMismatchError, match=f"slice: lead:0.9, not {part}:0.5"):
+    with pytest.raises(CacheMismatchError, match=f"slice: {part}:0.5 there, lead:0.9 now"):
         scoring(slice="lead:0.9")
 
 

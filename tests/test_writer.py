@@ -224,7 +224,7 @@ def test_a_writer_killed_again_and_again_ends_with_every_trace_once(tmp_path):
 
 def test_another_captures_folder_is_refused_and_the_difference_named(tmp_path):
     CacheWriter(tmp_path, make_header()).close()
-    with pytest.raises(CacheMismatchError, match=r"top_k: 9, not 8.*another folder"):
+    with pytest.raises(CacheMismatchError, match=r"top_k: 8 there, 9 now.*another folder"):
         CacheWriter(tmp_path, make_header(top_k=9))
 
 

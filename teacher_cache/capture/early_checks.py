@@ -7,6 +7,7 @@ from teacher_cache.terminal.early_checks import (
     check_file,
     check_hub_name,
     check_model,
+    check_out_cache,
     check_out_folder,
     check_ray_address,
     near_path,
@@ -26,7 +27,7 @@ def check_early(config: CaptureConfig, rows: Input) -> None:
         CacheError: If nobody answers where the cache should be.
         OSError: If the disk is full.
     """
-    check_out_folder(config.out)
+    check_out_cache(config.out)
     if config.journal is not None:
         check_out_folder(config.journal, "--journal")
     if config.ids_file is not None:

@@ -143,8 +143,8 @@ def _require_same_parts(job: Job, manifest: Manifest) -> None:
         before, now = (config.get(name, default) for config in (manifest.config, job.config))
         if before != now:
             raise CacheMismatchError(
-                f"{shown(job.out)} holds another capture ({name}: {now}, not {before}). Write to "
-                "another folder, or repeat that capture's settings."
+                f"{shown(job.out)} holds another capture ({name}: {before} there, {now} now). "
+                "Write to another folder, or repeat that capture's settings."
             )
 
 

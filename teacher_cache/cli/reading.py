@@ -11,7 +11,7 @@ from teacher_cache.examine import inspection
 from teacher_cache.examine.inspection import InspectConfig
 from teacher_cache.format import CacheError, CacheHeader, open_cache, shown
 from teacher_cache.terminal.commands import config_command, json_option
-from teacher_cache.terminal.early_checks import check_cache, check_out_file, check_out_folder
+from teacher_cache.terminal.early_checks import check_cache, check_out_cache, check_out_file
 from teacher_cache.terminal.escape import printable
 from teacher_cache.terminal.progress import Progress
 from teacher_cache.transform.export import ExportConfig, export
@@ -71,7 +71,7 @@ def truncate_command(config: TruncateConfig) -> None:
     cache-teacher truncate cache half --lead-span 0.5 --top-k 16
     """
     check_cache(config.cache)
-    check_out_folder(config.out, "OUT")
+    check_out_cache(config.out, "OUT")
     with Progress(f"truncating {shown(config.cache)}"):
         manifest = truncate_cache(
             open_cache(config.cache), config.out, lead_span=config.lead_span, top_k=config.top_k

@@ -85,9 +85,9 @@ class CacheHeader:
         return cls(**known)
 
     def differences(self, other: "CacheHeader") -> list[str]:
-        """`name: this, other` for every fact in which two headers differ."""
+        """`name: other there, this now` for every fact in which a stored header differs."""
         return [
-            f"{item.name}: {getattr(self, item.name)!r}, not {getattr(other, item.name)!r}"
+            f"{item.name}: {getattr(other, item.name)!r} there, {getattr(self, item.name)!r} now"
             for item in fields(self)
             if getattr(self, item.name) != getattr(other, item.name)
         ]

@@ -15,10 +15,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from teacher_cache.format import CachePath
+from teacher_cache.format.manifest import JOURNAL_FOLDER, MANIFEST_NAME, SHARD_FOLDER
+from teacher_cache.format.shares import PARTS_FOLDER
 from teacher_cache.terminal.escape import printable
 
 _ANSWER_S = 5.0  # how long an address may take to answer
 _LEAST_FREE_BYTES = 8 << 20
+_OF_CACHE = {MANIFEST_NAME, SHARD_FOLDER, JOURNAL_FOLDER, PARTS_FOLDER}
 
 
 def check_file(path: Path, flag: str) -> None:
@@ -37,7 +40,7 @@ def check_file(path: Path, flag: str) -> None:
 def check_cache(path: CachePath, flag: str = "cache") -> None:
     """Refuse a local folder that is no cache; of a URI nothing is known yet."""
     text = os.fspath(path)
-    if "://" in text or (Path(text) / "cache.json").exists():
+    if "://" in text or any((Path(text) / n).exists() for n in (MANIFEST_NAME, SHARD_FOLDER)):
         return
     folder = Path(text)
     found = "a file" if folder.is_file() else "a folder without cache.json"
@@ -65,6 +68,25 @@ def check_out_folder(path: CachePath, flag: str = "--out") -> None:
     if free_bytes < _LEAST_FREE_BYTES:
         text = f"{flag}: {printable(folder)}: its disk has {free_bytes / 1e6:.1f} MB left"
         raise OSError(errno.ENOSPC, text, str(folder))
+
+
+def check_out_cache(path: CachePath, flag: str = "--out") -> None:
+    """Refuse a folder for a cache that cannot be one, or that holds somebody else's files."""
+    check_out_folder(path, flag)
+    if "://" in os.fspath(path) or not Path(path).is_dir():
+        return
+    folder = Path(path)
+    strangers = sorted(each.name for each in folder.iterdir() if not _is_of_cache(each.name))
+    if strangers and not (folder / MANIFEST_NAME).exists():
+        raise ValueError(
+            f"{flag}: {printable(folder)}: expected a new or empty folder, or a cache's, found "
+            f"other files ({printable(strangers[0])}); name another one"
+        )
+
+
+def _is_of_cache(name: str) -> bool:
+    """Whether a capture that has just begun may have left it."""
+    return name in _OF_CACHE or name.startswith((".tmp-", "rejects"))
 
 
 def check_out_file(path: Path, flag: str, *, force: bool) -> None:
