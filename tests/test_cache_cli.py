@@ -170,7 +170,10 @@ def bad_calls(model, prompts, tmp_path):
     return {
         "no such model": (arguments(tmp_path / "nowhere", prompts, out), "no such folder"),
         "not a model": (arguments(tmp_path, prompts, out), "holds no config.json"),
-        "no such file": (arguments(model, tmp_path / "no.jsonl", out), "no.jsonl: cannot be read"),
+        "no such file": (
+            arguments(model, tmp_path / "no.jsonl", out),
+            "no.jsonl: no such file or folder",
+        ),
         "bad line": (arguments(model, bad_line, out, "--strict"), "bad.jsonl:2: not JSON"),
         "empty prompt": (arguments(model, empty, out), "empty.jsonl:1: the prompt is empty"),
         "long prompt": (arguments(model, long, out), f"prompt of {CONTEXT} tokens"),

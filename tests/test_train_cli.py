@@ -157,7 +157,7 @@ def test_a_wrong_toml_file_is_named(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--student", "/nowhere"], "model '/nowhere' cannot be loaded"),
+        (["--student", "/nowhere"], "--student: /nowhere: no such folder"),
         (["--cache", "/nowhere"], "/nowhere: no cache here"),
         (["--top-k", "500"], "cannot be read with 500"),
     ],

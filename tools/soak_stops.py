@@ -143,7 +143,8 @@ def stop(moment: Moment, signal_name: str, to: str, folder: Path) -> Stop:
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    lines = tuple(said.read_text(errors="replace")[len(before) :].splitlines())
+    after = said.read_text(errors="replace")[len(before) :].splitlines()
+    lines = tuple(line for line in after if line != AT_THE_MOMENT)
     expected = {"INT": 130, "TERM": 143, "KILL": -9}[signal_name] if to != "child" else 1
     limit_s = LIMIT_S + _HELD_S * moment.finishes
     is_right = (

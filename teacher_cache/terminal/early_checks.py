@@ -21,7 +21,7 @@ from teacher_cache.terminal.escape import printable
 
 _ANSWER_S = 5.0  # how long an address may take to answer
 _LEAST_FREE_BYTES = 8 << 20
-_OF_CACHE = {MANIFEST_NAME, SHARD_FOLDER, JOURNAL_FOLDER, PARTS_FOLDER}
+_OF_CACHE = {MANIFEST_NAME, SHARD_FOLDER, JOURNAL_FOLDER, PARTS_FOLDER, "removed"}
 
 
 def check_file(path: Path, flag: str) -> None:
