@@ -1,6 +1,7 @@
 """A capture from the first look at its folder to the seal, whatever the engine or the mode."""
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
@@ -41,7 +42,8 @@ class CaptureReport:
     num_traces: int = 0  # captured now
     num_tokens: int = 0  # of these
     num_unfinished: int = 0  # of these, cut by length
-    seconds: float = 0.0  # without the start of the engine
+    start_s: float = 0.0  # until the teacher could answer
+    seconds: float = 0.0  # without the start of the teacher
     sealed: bool = False
     stopped_by: int | None = None  # a signal's number
     part: InputShare | None = None  # of the input, where several workers share it
@@ -110,10 +112,12 @@ def capture(job: Job, start_crew: Callable[[Job, int], Crew] = Alone) -> Capture
         survey = take_survey(job, {})
         if survey.num_missing == 0:  # no row is this worker's
             return _with_parts(job, CaptureReport(survey))
+        began_s = time.monotonic()
         with closing(start_crew(job, survey.longest)) as crew:
+            start_s = time.monotonic() - began_s
             header = job.header(crew.facts)
             with _writer(job, header) as writer:
-                return _run(job, survey, crew, writer)
+                return replace(_run(job, survey, crew, writer), start_s=start_s)
     # Refuse another capture's folder before the engine starts, and do without it where possible.
     header = job.header(_facts_of(manifest.header))
     if job.on_cluster and manifest.seal is None:
@@ -128,9 +132,11 @@ def capture(job: Job, start_crew: Callable[[Job, int], Crew] = Alone) -> Capture
                 f"{writer.where} is sealed, and {survey.num_missing} of {survey.num_wanted} traces "
                 "are not in it. Write them to another folder."
             )
+        began_s = time.monotonic()
         with closing(start_crew(job, survey.longest)) as crew:
+            start_s = time.monotonic() - began_s
             writer.require_header(job.header(crew.facts))
-            return _run(job, survey, crew, writer)
+            return replace(_run(job, survey, crew, writer), start_s=start_s)
 
 
 def _writer(job: Job, header: CacheHeader) -> CacheWriter:

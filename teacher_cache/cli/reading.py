@@ -36,13 +36,16 @@ def inspect_command(config: InspectConfig, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(inspection.to_json(figures, opened.header)))
         return
+    trace = traces.get(0)
+    if config.trace is not None:  # before anything is shown: it may be a slip
+        trace = opened[config.trace]
     for line in report_text.figures_lines(figures, opened.header.to_json(), opened.path):
         click.echo(line)
-    if not traces:
+    if trace is None:
         return
-    trace = traces[0] if config.trace is None else opened[config.trace]
     tokenizer = _tokenizer_to_show(opened.header, config.model)
-    click.echo(f"\ntrace {trace.trace_id} ({trace.finish_reason}) {json.dumps(dict(trace.fields))}")
+    fields = printable(json.dumps(dict(trace.fields)), 1000)
+    click.echo(f"\ntrace {printable(trace.trace_id)} ({trace.finish_reason}) {fields}")
     for token in inspection.show_tokens(trace, tokenizer):
         click.echo(report_text.token_line(token))
 

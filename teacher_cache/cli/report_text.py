@@ -1,15 +1,19 @@
 """What cache-teacher tells people: figures, traces and reports as lines of text."""
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from teacher_cache.capture.run import CaptureReport
 from teacher_cache.examine.audit import Audit, Spread
+from teacher_cache.examine.disk_estimate import MIN_TRACES, estimate_disk
 from teacher_cache.examine.inspection import Inspection, ShownToken
 from teacher_cache.examine.plan import Step
 from teacher_cache.format import Cache, InputShare
 from teacher_cache.format.checking.findings import Finding, Verification
 from teacher_cache.format.checking.repair import Repair
+from teacher_cache.terminal.escape import printable
+from teacher_cache.terminal.progress import duration
 
 
 def figures_lines(figures: Inspection, header: Mapping[str, Any], path: str) -> Iterator[str]:
@@ -17,7 +21,7 @@ def figures_lines(figures: Inspection, header: Mapping[str, Any], path: str) -> 
     state = "sealed" if figures.sealed else "not complete"
     yield f"{path}: {state}, fingerprint {figures.fingerprint}"
     for name, value in header.items():
-        yield f"  {name:22} {value}"
+        yield f"  {name:22} {printable(value)}"
     yield (
         f"\n{figures.num_shards} shards | {figures.num_traces:,} traces "
         f"({figures.num_unfinished:,} cut by length) | {figures.num_tokens:,} tokens | "
@@ -39,10 +43,10 @@ def figures_lines(figures: Inspection, header: Mapping[str, Any], path: str) -> 
 
 def token_line(token: ShownToken) -> str:
     """A token, its section and probability, and what else the teacher thought likely."""
-    line = f"{token.position:>5} {token.section:6} {token.text!r:16}"
+    line = f"{token.position:>5} {token.section:6} {printable(repr(token.text)):16}"
     if token.probability is None:
         return line
-    others = "  ".join(f"{text!r} {p:.4f}" for text, p in token.alternatives)
+    others = "  ".join(f"{printable(repr(text))} {p:.4f}" for text, p in token.alternatives)
     return f"{line} {token.probability:.4f}  tail {token.tail:.1e}  {others}"
 
 
@@ -87,21 +91,32 @@ def _part_state(part: InputShare, to_come: Sequence[InputShare], out: str) -> st
 
 def estimate_line(report: CaptureReport, cache: Cache) -> str:
     """Time and disk of the whole input, from the traces of a trial run."""
-    num_wanted = report.survey.num_wanted
-    stored_bytes = sum(shard.size_bytes for shard in cache.shards)
-    whole_bytes = stored_bytes / len(cache) * num_wanted
+    num_wanted, num_traces = report.survey.num_wanted, len(cache)
+    rest = "Run again without --limit for the rest."
+    disk = estimate_disk(cache)
+    if disk is None:
+        return (
+            f"{num_traces:,} traces are too few to estimate all {num_wanted:,} from: take a limit "
+            f"of at least {MIN_TRACES}. {rest}"
+        )
+    lengths = [info.n_total for info in cache.infos]
+    # 95 %, of the traces' lengths: time and disk go with them.
+    error = 1.96 * statistics.stdev(lengths) / len(lengths) ** 0.5 / statistics.mean(lengths)
     whole_s = report.seconds / report.num_traces * num_wanted
+    num_tokens = statistics.mean(lengths) * num_wanted
+    disk_error = error + disk.token_error_bytes / disk.token_bytes
     return (
-        f"estimate for all {num_wanted:,} traces, from {report.num_traces:,}: "
-        f"{_duration(whole_s)} on this machine, {whole_bytes / 1e6:,.1f} MB "
-        f"({stored_bytes / sum(shard.num_tokens for shard in cache.shards):.1f} bytes/token). "
-        "Run again without --limit for the rest."
+        f"estimate for all {num_wanted:,} traces, from {num_traces:,}: "
+        f"{duration(whole_s)} (+-{error:.0%}) on this machine after {duration(report.start_s)} of "
+        f"starting the teacher; {disk.of(num_tokens) / 1e6:,.1f} MB (+-{disk_error:.0%}), "
+        f"{disk.token_bytes:.1f} bytes/token and {disk.shard_bytes / 1e3:,.0f} kB for every "
+        f"shard. {rest}"
     )
 
 
 def finding_line(finding: Finding) -> str:
     """One thing that is wrong with a cache, and where."""
-    return f"{finding.file}: {finding.text}"
+    return f"{printable(finding.file)}: {printable(finding.text, 1000)}"
 
 
 def verified_line(found: Verification) -> str:
@@ -121,7 +136,7 @@ def verified_line(found: Verification) -> str:
 def repair_lines(repair: Repair, path: str) -> Iterator[str]:
     """What a repair did, and what to do now."""
     for file, target in repair.removed.items():
-        yield f"{file}: {'kept as' if file == 'cache.json' else 'moved to'} {target}"
+        yield f"{printable(file)}: {'kept as' if file == 'cache.json' else 'moved to'} {target}"
     if repair.has_manifest:
         yield f"{path}: not sealed any more"
     else:
@@ -143,7 +158,8 @@ def audit_lines(found: Audit) -> Iterator[str]:
     yield f"KL, live to live again {_spread(found.noise)}  ({found.noise_from})"
     yield (
         f"mean KL to the rows before and after: {found.kl_if_moved[-1]:.3g}, "
-        f"{found.kl_if_moved[1]:.3g}; worst: token {found.worst_token} of {found.worst_trace!r}"
+        f"{found.kl_if_moved[1]:.3g}; worst: token {found.worst_token} of "
+        f"{printable(found.worst_trace)}"
     )
     least = "" if found.live_width == found.vocab_size else "at least "
     yield (
@@ -178,10 +194,3 @@ def _amount(value: float, unit: str) -> str:
                 return f"{value / 10**power:,.1f} {prefix}{'B' if unit == 'bytes' else 'FLOP'}"
     number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.3g}"
     return f"{number} {unit}".rstrip()
-
-
-def _duration(seconds: float) -> str:
-    for unit, length_s in (("h", 3600), ("min", 60)):
-        if seconds >= length_s:
-            return f"{seconds / length_s:.1f} {unit}"
-    return f"{seconds:.0f} s"

@@ -271,13 +271,3 @@ def _break_even(
             "GPU hours",
             f"{config.runs:,} x {live_h:,.3g} - {capture_h:,.3g} (negative: not paid yet)",
         )
-        return
-    once = 1 / (config.lead_span * config.epochs)
-    yield Step(
-        "break-even",
-        once,
-        "runs",
-        "by the teacher's FLOPs alone, once over all tokens against each run's: "
-        f"1 / ({config.lead_span:g} x {config.epochs:g}); for GPU hours give --tokens-per-s, and "
-        "--live-tokens-per-s or --gpu-tflops with --teacher-params",
-    )

@@ -22,8 +22,15 @@ def printable(text: object, limit: int = _SHOWN_CHARACTERS) -> str:
     return _escaped(whole)
 
 
-def printable_lines(text: str) -> str:
-    """A text of ours that may quote strangers: its own line breaks and tabs stay."""
+def printable_lines(text: str, limit: int = 8000) -> str:
+    """A text of ours that may quote strangers: its own line breaks and tabs stay.
+
+    Args:
+        text: Of one message.
+        limit: A longer one loses its middle.
+    """
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}...{text[-(limit // 2) :]} ({len(text):,} characters)"
     return "".join(c if c in "\n\t" or c.isprintable() else _escape(c) for c in text)
 
 
