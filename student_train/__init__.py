@@ -34,7 +34,8 @@ if TYPE_CHECKING:
         sparse_kl_per_token,
     )
     from student_train.run.config import TrainConfig
-    from student_train.run.loop import TrainResult, train
+    from student_train.run.finish import TrainResult
+    from student_train.run.loop import train
     from student_train.sweep.config import SweepConfig
     from student_train.sweep.protocol import SweepResult, run_sweep
 
@@ -81,7 +82,7 @@ _MODULES = {
     "SweepResult": "student_train.sweep.protocol",
     "TokenSelection": "student_train.data.tokens",
     "TrainConfig": "student_train.run.config",
-    "TrainResult": "student_train.run.loop",
+    "TrainResult": "student_train.run.finish",
     "TrainingData": "student_train.data.traces",
     "evaluate": "student_train.evaluation.evaluate",
     "open_data": "student_train.data.traces",

@@ -90,11 +90,11 @@ def whole_checkpoint(run: RunFolder, *, needs_best: bool) -> Path | None:
         except DamagedFileError as error:
             found.append((folder, error))
             continue
-        for damaged, error in found:
+        for damaged, damage in found:
             aside = run.put_aside(damaged)
             logger.warning(
                 "%s The run is resumed from %s; %s is put aside as %s",
-                error, folder.name, damaged.name, aside.name,
+                damage, folder.name, damaged.name, aside.name,
             )  # fmt: skip
         return folder
     if found:
