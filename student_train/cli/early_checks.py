@@ -4,6 +4,7 @@ from itertools import islice
 
 from student_train.evaluation.config import EvaluateConfig
 from student_train.evaluation.prompts import read_prompts
+from student_train.profile.config import ProfileConfig
 from student_train.run.config import TrainConfig
 from student_train.run.folder import RunFolder
 from student_train.sweep.config import SweepConfig
@@ -34,6 +35,14 @@ def check_run(config: TrainConfig) -> None:
     check_out_folder(config.out)
     if config.tracker == "wandb":
         check_wandb_login()
+
+
+def check_profile(config: ProfileConfig) -> None:
+    """Look at the paths and names of a profile; raises as `check_run`."""
+    for cache in config.cache:
+        check_cache(cache, "--cache")
+    check_model(config.student, "--student")
+    check_out_folder(config.out)
 
 
 def check_evaluate(config: EvaluateConfig) -> None:

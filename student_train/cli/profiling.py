@@ -4,8 +4,10 @@ import json
 
 import click
 
+from student_train.cli.early_checks import check_profile
 from student_train.profile.config import ProfileConfig
 from teacher_cache.terminal.commands import config_command, json_option
+from teacher_cache.terminal.progress import Progress
 
 
 @config_command("profile", ProfileConfig)
@@ -20,7 +22,9 @@ def profile_command(config: ProfileConfig, as_json: bool) -> None:
     Example:
       train-student profile --cache cache --student Qwen/Qwen3-0.6B --out profile
     """
-    from student_train.profile.profile import profile
+    check_profile(config)
+    with Progress("loading torch"):
+        from student_train.profile.profile import profile
 
     result = profile(config)
     if as_json:

@@ -1,11 +1,11 @@
 """Ctrl-C before anything is imported that could take it in good order.
 
-Imports nothing that Python has not loaded when it starts: what comes before is not ours.
+Imports next to nothing: what comes before it is Python's own start.
 """
 
 import os
 import sys
-from _signal import SIGINT, SIGTERM, signal
+from signal import SIGINT, SIGTERM, signal
 
 
 def stop_at_once(name: str) -> None:

@@ -104,11 +104,11 @@ def _own_sessions() -> Iterator[None]:
     _Forks.are_apart = True
     spawn = multiprocessing.util.spawnv_passfds
 
-    def spawn_apart(path: bytes, args: Sequence[str], passfds: Sequence[int]) -> int:
+    def spawn_apart(path: bytes, args: Sequence[Any], passfds: Sequence[int]) -> int:
         for descriptor in passfds:
             os.set_inheritable(descriptor, True)
         try:
-            return os.posix_spawn(path, args, os.environ, setsid=True)
+            return os.posix_spawn(path, list(args), os.environ, setsid=True)
         finally:
             for descriptor in passfds:
                 os.set_inheritable(descriptor, False)
