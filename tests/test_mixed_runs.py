@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from fakes import make_cache, make_traces
 from students import make_student
 
-from student_train.cli import cli
+from student_train.cli.group import cli
 from student_train.data.lead_spans import LeadSpans
 from student_train.sweep.cell_run import run_command
 from student_train.sweep.cells import Cell

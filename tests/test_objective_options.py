@@ -10,7 +10,7 @@ from fakes import make_cache, make_trace, make_traces
 from students import make_model, make_student
 
 from student_train.batch.micro_batch import micro_batches
-from student_train.cli import cli
+from student_train.cli.group import cli
 from student_train.data.tokens import SelectedTrace, TokenSelection
 from student_train.model.forward import StudentWithLoss, sum_names
 from student_train.model.heldout import heldout_figures

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-import student_train.cli
-import teacher_cache.cli
+import student_train.cli.group
+import teacher_cache.cli.group
 from student_train.run.config import TrainConfig
 from teacher_cache.capture.configs import GenerateConfig
 from teacher_cache.terminal.commands import BASIC_GROUP, ConfigCommand, config_command, json_option
@@ -259,7 +259,8 @@ def test_a_field_without_metadata_and_an_unknown_attribute_are_mistakes_of_ours(
 COMMANDS = [
     pytest.param(command, id=f"{program} {name}")
     for program, group in (
-        ("cache-teacher", teacher_cache.cli.cli), ("train-student", student_train.cli.cli),
+        ("cache-teacher", teacher_cache.cli.group.cli),
+        ("train-student", student_train.cli.group.cli),
     )
     for name, command in group.commands.items()
 ]  # fmt: skip
@@ -283,16 +284,16 @@ def headings_of(command):
 
 
 def test_help_of_the_large_commands_is_grouped():
-    assert headings_of(student_train.cli.cli.commands["run"]) == [
+    assert headings_of(student_train.cli.group.cli.commands["run"]) == [
         "Basic options", "Data", "Student", "What enters the loss", "Loss", "Optimizer",
         "Memory and speed", "LoRA", "Measuring", "Output", "Options",
     ]  # fmt: skip
-    assert headings_of(teacher_cache.cli.cli.commands["generate"]) == [
+    assert headings_of(teacher_cache.cli.group.cli.commands["generate"]) == [
         "Basic options", "Input", "Teacher", "What is kept", "Scale-out", "Sampling", "Options",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("group", [teacher_cache.cli.cli, student_train.cli.cli])
+@pytest.mark.parametrize("group", [teacher_cache.cli.group.cli, student_train.cli.group.cli])
 def test_the_list_of_commands_is_not_cut_and_says_how_to_complete(group):
     said = CliRunner().invoke(group, ["--help"]).stdout
     assert "..." not in said.split("Commands:")[1]

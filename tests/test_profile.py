@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from students import make_family, make_model, make_student
 
-from student_train.cli import cli
+from student_train.cli.group import cli
 from student_train.data.traces import open_data
 from student_train.losses import target_ranks
 from student_train.model.forward import StudentWithLoss

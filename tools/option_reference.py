@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-import student_train.cli
-import teacher_cache.cli
+import student_train.cli.group
+import teacher_cache.cli.group
 from teacher_cache.terminal.commands import LAST_GROUP, ConfigCommand, default_text, notes_of
 from teacher_cache.terminal.option import (
     flag_of,
@@ -27,8 +27,8 @@ from teacher_cache.terminal.option import (
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {
-    "cache-teacher": (teacher_cache.cli.cli, ROOT / "teacher_cache" / "OPTIONS.md"),
-    "train-student": (student_train.cli.cli, ROOT / "student_train" / "OPTIONS.md"),
+    "cache-teacher": (teacher_cache.cli.group.cli, ROOT / "teacher_cache" / "OPTIONS.md"),
+    "train-student": (student_train.cli.group.cli, ROOT / "student_train" / "OPTIONS.md"),
 }
 _KINDS = {str: "text", Path: "path", int: "whole number", float: "number", bool: "on or off"}
 
@@ -74,7 +74,8 @@ def row(command: ConfigCommand, param: click.Parameter) -> tuple[str, str, str, 
     """An option's names, what it takes, its default, its help."""
     item = options_of(command.config).get(param.name or "")
     if isinstance(param, click.Option) and item is None:  # --config, --json
-        return f"`{param.opts[0]}`", "on or off" if param.is_flag else "path", "", param.help or ""
+        names = " ".join(f"`{name}`" for name in param.opts)
+        return names, "on or off" if param.is_flag else "path", "", param.help or ""
     if item is None:
         raise TypeError(f"{command.name} {param.name}: expected a field of the configuration")
     known, kind = option_of(item), kinds_of(command.config)[item.name]
