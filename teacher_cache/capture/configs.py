@@ -74,11 +74,17 @@ class CaptureConfig:
         "Argument of the chat template, such as enable_thinking=true; repeatable.",
         default_factory=dict,
     )
-    think_open: str = _teacher(
-        "Text that opens the chain of thought; change it for teachers with marks of their own.",
-        default="<think>",
+    think_open: str | None = _teacher(
+        "Text that the teacher writes before its chain of thought, white space included (\\n is a "
+        "line break); for teachers whose chat template does not show it.",
+        default=None,
+        unset="read off the chat template",
     )
-    think_close: str = _teacher("Text that closes the chain of thought.", default="</think>")
+    think_close: str | None = _teacher(
+        "Text that the teacher writes between chain of thought and answer, likewise.",
+        default=None,
+        unset="read off the chat template",
+    )
     out: CachePath = _kept(
         "Folder or URI of the cache (s3://, gs://, hdfs://); run again to resume.", basic=True
     )
@@ -128,6 +134,8 @@ class CaptureConfig:
     def __post_init__(self) -> None:
         check_options(self)
         check_engine_args(self.engine, self.engine_arg)
+        if (self.think_open is None) != (self.think_close is None):
+            raise ValueError("--think-open and --think-close: expected both or neither")
         parse_worker(self.worker)
         if self.on_cluster and self.worker != ONLY_WORKER:
             raise ValueError(

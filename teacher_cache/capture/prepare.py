@@ -13,7 +13,9 @@ from teacher_cache.engines import Sampling, Teacher, TeacherFacts, TeacherReques
 from teacher_cache.engines.start import start_teacher
 from teacher_cache.format import CacheHeader, parse_worker, shown
 from teacher_cache.sources import Input, InputTraces, Render, RowColumns, SourceTrace, read_ids
-from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer, ThinkMarks
+from teacher_cache.sources.marks import ThinkMarks
+from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer
+from teacher_cache.sources.turn_layout import GivenMarks
 
 
 def run_job(config: CaptureConfig, job: Job) -> CaptureReport:
@@ -42,8 +44,14 @@ def row_columns(config: GenerateConfig | ScoreConfig) -> RowColumns:
 
 def teacher_tokenizer(config: CaptureConfig, files: ModelFiles) -> TeacherTokenizer:
     """The teacher's tokenizer with the marks and template arguments that the user named."""
-    marks = ThinkMarks(config.think_open, config.think_close)
-    return TeacherTokenizer(files, marks, config.template_arg)
+    return TeacherTokenizer(files, config.template_arg, _given_marks(config))
+
+
+def _given_marks(config: CaptureConfig) -> GivenMarks | None:
+    if config.think_open is None or config.think_close is None:
+        return None
+    opener, joint = (m.replace("\\n", "\n") for m in (config.think_open, config.think_close))
+    return GivenMarks(opener, joint)
 
 
 def prepare_job(
@@ -60,7 +68,8 @@ def prepare_job(
     worker, part = parse_worker(config.worker)
     if config.on_cluster:
         worker = "ray"  # the driver's; the actors have names of their own
-    terminal_ids = tokenizer.terminal_ids(files.generation_config().end_ids)
+    layout = tokenizer.layout()
+    marks = layout.marks or ThinkMarks("", "")
 
     def header(facts: TeacherFacts) -> CacheHeader:
         return CacheHeader(
@@ -76,9 +85,9 @@ def prepare_job(
             tokenizer_size=tokenizer.size,
             tokenizer_fingerprint=tokenizer.fingerprint,
             chat_template_hash=tokenizer.template_hash,
-            think_open_ids=tokenizer.open_ids,
-            think_close_ids=tokenizer.close_ids,
-            terminal_token_ids=terminal_ids,
+            think_open_ids=tuple(tokenizer.encode(marks.open)),
+            think_close_ids=tuple(tokenizer.encode(marks.close)),
+            terminal_token_ids=tokenizer.terminal_ids,
             sampling=recorded,
             top_k=config.top_k,
             mass=config.mass,

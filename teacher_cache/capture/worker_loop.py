@@ -75,7 +75,9 @@ def finished_trace(
 ) -> FinishedTrace:
     """A teacher's rows as a trace: sections found, entries chosen, both counted."""
     ids = rows.token_ids
-    bounds = source.bounds or find_sections(ids.tolist(), source.num_prompt, tokenizer)
+    bounds = source.bounds or find_sections(
+        ids.tolist(), source.num_prompt, source.opened_at, source.marks, tokenizer
+    )
     # Rows of prompt tokens that were not asked for may come all the same when scoring.
     first = rows.first_row if header.capture_prompt else max(rows.first_row, source.num_prompt)
     policy = KeepPolicy(header.top_k, header.mass)

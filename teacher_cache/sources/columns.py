@@ -2,14 +2,21 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from teacher_cache.sources.conversations import REASONING_NAMES, Message, messages_of, with_system
+from teacher_cache.sources.conversations import (
+    REASONING_NAMES,
+    Message,
+    messages_of,
+    with_one_last_turn,
+    with_system,
+)
 from teacher_cache.sources.rejects import BadRow, Reason
 
 PROMPT_TURNS = ("all", "assistant")
 CHAT_COLUMNS = ("messages", "conversations")
+TEMPLATE_ARGS_COLUMN = "chat_template_kwargs"  # as in a request to an OpenAI-like server
 _RESPONSE_COLUMNS = ("response", "completion", "content")
 _SWITCHES = {"on", "off", "true", "false", "yes", "no"}  # a `reasoning` column that is no text
 
@@ -36,6 +43,8 @@ class Exchange:
     reasoning: str | None
     answer: str | None  # None where the prompt is all
     used: tuple[str, ...]  # columns; the others are the user's own
+    tool_calls: list[Any] | None = None  # of the answer
+    template_args: Mapping[str, object] = field(default_factory=dict)  # the row's own
 
 
 def read_prompt(row: Mapping[str, Any], layout: RowColumns) -> Exchange:
@@ -50,7 +59,9 @@ def read_prompt(row: Mapping[str, Any], layout: RowColumns) -> Exchange:
         prompt = prompt[:-1]
         if not prompt:
             raise BadRow(Reason.EMPTY_PROMPT, "no message stands before the assistant's")
-    return Exchange(prompt, _tools(row, prompt), None, None, used)
+    return Exchange(
+        prompt, _tools(row, prompt), None, None, used, template_args=_template_args(row, prompt)
+    )
 
 
 def read_trace(row: Mapping[str, Any], layout: RowColumns) -> Exchange:
@@ -69,16 +80,18 @@ def read_trace(row: Mapping[str, Any], layout: RowColumns) -> Exchange:
                 Reason.NO_ASSISTANT_TURN,
                 f"the last message must be the assistant's, got role {last['role']!r}",
             )
-        if last.get("tool_calls"):
-            raise BadRow(
-                Reason.TOOL_CALLS,
-                "the last turn has `tool_calls`, whose text only the teacher's template knows; "
-                "give that text as its content",
-            )
-        if len(prompt) == 1:
+        before, last = with_one_last_turn(prompt)
+        if not before:
             raise BadRow(Reason.EMPTY_PROMPT, "no message stands before the assistant's")
-        tools = _tools(row, prompt)
-        return Exchange(prompt[:-1], tools, last.get("reasoning_content"), last["content"], used)
+        return Exchange(
+            before,
+            _tools(row, prompt),
+            last.get("reasoning_content"),
+            last["content"],
+            used,
+            last.get("tool_calls"),
+            _template_args(row, prompt),
+        )
     if response is None:
         expected = layout.response_field or "messages`, `conversations`, `token_ids` or `response"
         raise BadRow(
@@ -93,7 +106,14 @@ def read_trace(row: Mapping[str, Any], layout: RowColumns) -> Exchange:
     if not isinstance(answer, str) or not isinstance(reasoning, str | None):
         raise BadRow(Reason.BAD_RESPONSE, "the response and its reasoning must be text")
     columns = (*used, response) if reasoning_column is None else (*used, response, reasoning_column)
-    return Exchange(prompt, _tools(row, prompt), reasoning, answer, columns)
+    return Exchange(
+        prompt,
+        _tools(row, prompt),
+        reasoning,
+        answer,
+        columns,
+        template_args=_template_args(row, prompt),
+    )
 
 
 def _answer_of_messages(value: list[Any], column: str) -> tuple[str, str | None]:
@@ -149,7 +169,7 @@ def _asked(
     messages = with_system(messages_of(value, column), row.get("system"), drop=layout.drop_system)
     if not messages:
         raise BadRow(Reason.EMPTY_PROMPT, "the system prompt is the only message")
-    return messages, (column, "system", "tools")
+    return messages, (column, "system", "tools", TEMPLATE_ARGS_COLUMN)
 
 
 def _tools(row: Mapping[str, Any], prompt: str | list[Message]) -> list[Any] | None:
@@ -164,6 +184,28 @@ def _tools(row: Mapping[str, Any], prompt: str | list[Message]) -> list[Any] | N
     if not isinstance(tools, list):
         raise BadRow(Reason.BAD_MESSAGES, f"`tools` must be a list, got {type(tools).__name__}")
     return tools
+
+
+def _template_args(
+    row: Mapping[str, Any], prompt: str | list[Message]
+) -> Mapping[str, object]:
+    """The row's own arguments of the chat template."""
+    given = row.get(TEMPLATE_ARGS_COLUMN)
+    if given is None or isinstance(prompt, str):
+        return {}
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError) as error:
+            raise BadRow(
+                Reason.BAD_TEMPLATE_ARGS, f"`{TEMPLATE_ARGS_COLUMN}` is not JSON: {error}"
+            ) from error
+    if not isinstance(given, Mapping):
+        raise BadRow(
+            Reason.BAD_TEMPLATE_ARGS,
+            f"`{TEMPLATE_ARGS_COLUMN}` must be an object, got {type(given).__name__}",
+        )
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _found(row: Mapping[str, Any]) -> str:

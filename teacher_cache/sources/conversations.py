@@ -1,12 +1,15 @@
 """Conversations of any make as messages that a chat template takes."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from teacher_cache.sources.marks_in_text import with_own_marks
+from teacher_cache.sources.chat_template import ChatTemplate, TemplateRefusesError
+from teacher_cache.sources.marks_in_text import foreign_thought
+from teacher_cache.sources.probes import FIELDS, IN_CONTENT, as_parts, common_length
 from teacher_cache.sources.rejects import BadRow, Reason
-from teacher_cache.sources.tokenizer import TeacherTokenizer, ThinkMarks
+from teacher_cache.sources.turn_layout import TurnLayout
 
 Message = dict[str, Any]
 
@@ -83,6 +86,8 @@ def _message(item: object) -> Message:
     reasoning = next(filter(None, named), thought)  # several names are one text
     if reasoning or named:
         message["reasoning_content"] = reasoning
+    if message.get("tool_calls"):
+        message["tool_calls"] = parsed_calls(message["tool_calls"])
     return message
 
 
@@ -103,7 +108,7 @@ def _joined_parts(content: object) -> tuple[str | None, str]:
                 f"expected parts of type text or thinking in a message's content, got {kind!r}",
             )
         texts[kind].append(part[kind])
-    return "".join(texts["text"]), "\n".join(texts["thinking"] + texts["reasoning"])
+    return "\n".join(texts["text"]), "\n".join(texts["thinking"] + texts["reasoning"])
 
 
 def with_system(messages: list[Message], system: object, *, drop: bool) -> list[Message]:
@@ -122,26 +127,151 @@ def with_system(messages: list[Message], system: object, *, drop: bool) -> list[
     return [{"role": "system", "content": system}, *messages]
 
 
-def rendered(messages: list[Message], tools: list[Any] | None, tokenizer: TeacherTokenizer) -> str:
-    """The chat template's text of a conversation; raises BadRow where it refuses the messages."""
+def with_one_last_turn(messages: list[Message]) -> tuple[list[Message], Message]:
+    """The messages before the assistant's last turn, and that turn in one message.
+
+    Channels come as messages of their own: those before the last that only think are its
+    reasoning.
+
+    Raises:
+        BadRow: If more than one message of the turn answers.
+    """
+    first = len(messages) - 1
+    while first > 0 and messages[first - 1]["role"] == "assistant":
+        first -= 1
+    *thinking, last = messages[first:]
+    thoughts = [_only_thought(message) for message in thinking]
+    if any(thought is None for thought in thoughts):
+        raise BadRow(
+            Reason.BAD_MESSAGES,
+            f"the last {len(thinking) + 1} messages are all the assistant's, and more than one "
+            "answers; only messages that think may come before the last one",
+        )
+    if last.get("channel") == "analysis":
+        last = {**last, "content": "", "reasoning_content": last["content"]}
+    own = last.get("reasoning_content")
+    reasoning = "\n".join([*filter(None, thoughts), *([own] if own else [])])
+    return messages[:first], {**last, "reasoning_content": reasoning} if thoughts else last
+
+
+def _only_thought(message: Message) -> str | None:
+    """The reasoning of a message that does nothing else; None where it does more."""
+    if message.get("tool_calls"):
+        return None
+    if message.get("channel") == "analysis":
+        return "\n".join(filter(None, [message.get("reasoning_content"), message["content"]]))
+    return None if message["content"] else message.get("reasoning_content")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages before the assistant's turn, with all that the chat template is given beside them.
+
+    Attributes:
+        template: The teacher's.
+        layout: How it lays out the assistant's turn with these arguments.
+        messages: As `messages_of` gives them.
+        tools: That the template may describe.
+        arguments: The user's own for all rows, and this row's.
+    """
+
+    template: ChatTemplate
+    layout: TurnLayout
+    messages: Sequence[Message]
+    tools: Sequence[Any] | None = None
+    arguments: Mapping[str, object] = field(default_factory=dict)
+
+    def prompt(self) -> str:
+        """Its text up to where the assistant begins; raises BadRow where the template refuses."""
+        try:
+            return self._text(self.messages)
+        except TemplateRefusesError as error:
+            raise BadRow(Reason.TEMPLATE_REFUSES, str(error)) from error
+
+    def header(self, prompt: str) -> str:
+        """What the generation prompt adds: nothing of it is a message's text."""
+        try:
+            plain = self._text(self.messages, is_prompt=False)
+        except TemplateRefusesError as error:
+            raise BadRow(Reason.TEMPLATE_REFUSES, str(error)) from error
+        return prompt[common_length(plain, prompt, self.template.added_tokens) :]
+
+    def answered(self, *turns: Message) -> str | None:
+        """Its text with turns after it, closed; None where the template refuses them."""
+        arguments = {**self.arguments, **self.layout.reveal}
+        try:
+            return self._text([*self.messages, *turns], arguments, is_prompt=False)
+        except TemplateRefusesError:
+            return None
+
+    def with_messages(self, messages: Sequence[Message]) -> "Conversation":
+        """The same with other messages."""
+        return replace(self, messages=messages)
+
+    def _text(
+        self,
+        messages: Sequence[Message],
+        arguments: Mapping[str, object] | None = None,
+        *,
+        is_prompt: bool = True,
+    ) -> str:
+        shaped = [for_template(message, self.layout) for message in messages]
+        given = self.arguments if arguments is None else arguments
+        return self.template.render(
+            shaped, tools=self.tools, arguments=given, is_prompt=is_prompt
+        )
+
+
+def for_template(message: Message, layout: TurnLayout) -> Message:
+    """A message with its reasoning under the name that the template reads.
+
+    Reasoning in a data set's marks counts as reasoning; the teacher's own marks in the content
+    are left for the template to treat. Reasoning that the template reads under no name is left
+    out of earlier turns, as a server would.
+    """
+    turn = {name: value for name, value in message.items() if name != "reasoning_content"}
+    reasoning, content = message.get("reasoning_content") or "", message.get("content")
+    if message.get("role") == "assistant" and content and not reasoning:
+        reasoning, content = foreign_thought(content, layout)
+    turn["content"] = content
+    if reasoning and layout.reads in FIELDS:
+        turn |= FIELDS[layout.reads](reasoning, content or "")
+    elif reasoning and layout.reads == IN_CONTENT and layout.marks is not None:
+        turn["content"] = f"{layout.marks.open}{reasoning}{layout.marks.close}{content or ''}"
+    return as_parts(turn) if layout.in_parts else turn
+
+
+def parsed_calls(calls: object) -> list[Any]:
+    """A turn's tool calls with their arguments as objects, which templates ask for.
+
+    Raises:
+        BadRow: If arguments given as text are no JSON object.
+    """
+    if not isinstance(calls, list):
+        raise BadRow(
+            Reason.BAD_MESSAGES, f"`tool_calls` must be a list, got {type(calls).__name__}"
+        )
+    return [_parsed_call(call) for call in calls]
+
+
+def _parsed_call(call: object) -> object:
+    if not isinstance(call, Mapping):
+        raise BadRow(Reason.BAD_MESSAGES, "every one of `tool_calls` must be an object")
+    inner = call.get("function")
+    if isinstance(inner, Mapping):
+        return {**call, "function": _parsed_call(inner)}
+    given = call.get("arguments")
+    if not isinstance(given, str):
+        return dict(call)
     try:
-        return tokenizer.render_chat(messages, tools)
-    except ValueError as error:
-        raise BadRow(Reason.TEMPLATE_REFUSES, str(error)) from error
-
-
-def with_own_history(messages: list[Message], own: ThinkMarks) -> list[Message]:
-    """Earlier turns of the assistant with the teacher's own marks, for its template to treat."""
-    return [
-        _in_own_marks(message, own) if message["role"] == "assistant" else message
-        for message in messages
-    ]
-
-
-def _in_own_marks(message: Message, own: ThinkMarks) -> Message:
-    turn = dict(message)
-    if turn["content"]:
-        turn["content"] = with_own_marks(turn["content"], own).text
-    if not turn.get("reasoning_content"):
-        turn.pop("reasoning_content", None)  # templates look for marks only where there is none
-    return turn
+        parsed = json.loads(given) if given.strip() else {}
+    except (ValueError, RecursionError) as error:
+        raise BadRow(
+            Reason.BAD_MESSAGES, f"the arguments of a tool call are text, but not JSON: {error}"
+        ) from error
+    if not isinstance(parsed, dict):
+        raise BadRow(
+            Reason.BAD_MESSAGES,
+            f"the arguments of a tool call must be an object, got {type(parsed).__name__}",
+        )
+    return {**call, "arguments": parsed}

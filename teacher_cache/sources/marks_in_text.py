@@ -1,12 +1,13 @@
-"""Thinking marks in text: a response as the teacher itself would have written it."""
+"""A chain of thought between marks in a response's text: the teacher's own, or a data set's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from teacher_cache.sources.marks import ThinkMarks
 from teacher_cache.sources.rejects import BadRow, Reason
-from teacher_cache.sources.tokenizer import ThinkMarks
+from teacher_cache.sources.turn_layout import Prompt, TurnLayout
 
 # Marks that data sets carry. OpenThoughts and Sky-T1 put the answer between marks, too.
-KNOWN_MARKS = (
+DATA_MARKS = (
     ThinkMarks("<think>", "</think>"),
     ThinkMarks("<|begin_of_thought|>", "<|end_of_thought|>"),
 )
@@ -14,101 +15,152 @@ SOLUTION_MARKS = ThinkMarks("<|begin_of_solution|>", "<|end_of_solution|>")
 
 
 @dataclass(frozen=True)
-class Response:
-    """What the assistant wrote, with the teacher's own marks."""
+class Thought:
+    """A response taken apart.
 
-    text: str
-    is_cut: bool  # it broke off, and has no end-of-turn token
+    Attributes:
+        reasoning: Empty where there is none.
+        answer: Empty where the response broke off in its chain of thought.
+        is_cut: Whether it broke off there, or in a data set's solution.
+        verbatim: The whole response, where it is the teacher's own text already.
+    """
+
+    reasoning: str
+    answer: str
+    is_cut: bool = False
+    verbatim: str | None = None
 
 
-def response_of(reasoning: str | None, answer: str, own: ThinkMarks) -> Response:
-    """The text of a response whose chain of thought stands apart, between marks, or nowhere.
+def thought_in(
+    reasoning: str | None, answer: str, layout: TurnLayout, *, is_cut: bool = False
+) -> Thought:
+    """Reasoning and answer of a response whose chain of thought stands apart, inside, or nowhere.
 
     Args:
         reasoning: Given apart; None or blank where it was not.
         answer: The answer, or all of the response.
-        own: The marks that the teacher writes.
+        layout: Of the teacher's turn after this prompt.
+        is_cut: Whether the row says that it broke off.
 
     Raises:
-        BadRow: If the marks are out of order, or given twice over.
+        BadRow: If the marks are out of order, or the thought is given twice over.
     """
+    own = layout.marks
     if reasoning is None or not reasoning.strip():
-        return with_own_marks(answer, own)
-    if own.open in reasoning or own.close in reasoning:
+        return _inside(answer, layout, is_cut=is_cut)
+    if own is not None and own.close in reasoning:
         raise BadRow(
             Reason.MARKS_OUT_OF_ORDER, "the reasoning given apart holds thinking marks itself"
         )
-    if answer.lstrip().startswith(tuple(marks.open for marks in (own, *KNOWN_MARKS))):
+    if answer.lstrip().startswith(tuple(marks.open for marks in _marks(layout) if marks.open)):
         raise BadRow(
             Reason.MARKS_OUT_OF_ORDER,
             "a chain of thought is given twice, apart and between marks in the response",
         )
-    reasoning = reasoning.strip("\n")
-    if not answer.strip():
-        return Response(f"{own.open}\n{reasoning}", is_cut=True)
-    return _answered(reasoning, answer, own)
+    return Thought(reasoning.strip("\n"), answer, is_cut=not answer.strip())
 
 
-def with_own_marks(text: str, own: ThinkMarks) -> Response:
-    """A text with the teacher's marks in the place of those of a data set; others stay.
+def foreign_thought(text: str, layout: TurnLayout) -> tuple[str, str]:
+    """(reasoning, answer) of an earlier turn that thinks between a data set's marks.
 
     Raises:
-        BadRow: If a data set's marks are out of order.
+        BadRow: If those marks are out of order.
     """
+    if layout.marks is not None and text.lstrip().startswith(layout.marks.open.lstrip()):
+        return "", text
+    foreign = replace(layout, marks=None, prompt=Prompt.LEAVES)
+    if layout.marks in DATA_MARKS:
+        others = [marks for marks in DATA_MARKS if marks != layout.marks]
+        if not any(text.lstrip().startswith(marks.open) for marks in others):
+            return "", text
+    thought = _inside(text, foreign, is_cut=False)
+    return thought.reasoning, thought.answer
+
+
+def _marks(layout: TurnLayout) -> list[ThinkMarks]:
+    """The teacher's own marks first."""
+    own = [] if layout.marks is None else [layout.marks]
+    known = {(marks.open, marks.close) for marks in own}
+    return own + [marks for marks in DATA_MARKS if (marks.open, marks.close) not in known]
+
+
+def _inside(text: str, layout: TurnLayout, *, is_cut: bool) -> Thought:
     begin = text.lstrip()
-    foreign = [marks for marks in KNOWN_MARKS if marks != own]
-    for marks in foreign:
-        is_first = begin.startswith(marks.open)
-        has_own = own.open in text or own.close in text
-        if is_first or (not has_own and (marks.open in text or marks.close in text)):
-            return _translated(text, marks, own)
-    return Response(text, is_cut=False)
+    own = layout.marks
+    for marks in _marks(layout):
+        if marks.open and begin.startswith(marks.open.lstrip()):
+            return _split(text, begin.removeprefix(marks.open.lstrip()), marks, layout, opens=True)
+    for marks in _marks(layout):
+        open_at, close_at = (text.find(mark) if mark else -1 for mark in (marks.open, marks.close))
+        if close_at >= 0 and not (0 <= open_at < close_at) and not marks.is_channel:
+            if open_at >= 0 and layout.prompt is not Prompt.OPENS:
+                raise BadRow(
+                    Reason.MARKS_OUT_OF_ORDER, f"{marks.close} stands before {marks.open}"
+                )
+            return _split(text, text, marks, layout, opens=False)
+        if open_at >= 0 and marks is not own and marks.open != DATA_MARKS[0].open:
+            raise BadRow(
+                Reason.MARKS_OUT_OF_ORDER, f"text stands before the opening mark {marks.open}"
+            )
+    if is_cut and layout.prompt is Prompt.OPENS:
+        return Thought(text, "", is_cut=True)
+    return Thought("", text)
 
 
-def _translated(text: str, marks: ThinkMarks, own: ThinkMarks) -> Response:
-    before, opened, rest = text.partition(marks.open)
-    if not opened:
-        before, rest = "", text  # a template may have written the opening mark
-    if before.strip():
-        raise BadRow(Reason.MARKS_OUT_OF_ORDER, f"text stands before the opening mark {marks.open}")
-    reasoning, closed, answer = rest.partition(marks.close)
+def _split(
+    whole: str, text: str, marks: ThinkMarks, layout: TurnLayout, *, opens: bool
+) -> Thought:
+    """A response that begins in its chain of thought; `text` has no opening mark any more."""
+    if marks == layout.marks:
+        verbatim = _own_text(whole, text, layout, opens=opens)
+        if verbatim is not None:
+            return verbatim
+    reasoning, closed, answer = text.partition(marks.close)
     if not closed:
-        return Response(f"{own.open}\n{reasoning.lstrip()}", is_cut=True)
-    answer = answer.strip()
+        return Thought(reasoning.lstrip(), "", is_cut=True)
+    reasoning, answer = reasoning.strip(), answer.strip()
     is_cut = answer.startswith(SOLUTION_MARKS.open) and SOLUTION_MARKS.close not in answer
-    answer = answer.removeprefix(SOLUTION_MARKS.open).removesuffix(SOLUTION_MARKS.close)
-    whole = _answered(reasoning.strip(), answer.strip(), own)
-    return Response(whole.text, is_cut)
+    if answer.startswith(SOLUTION_MARKS.open):
+        answer = answer.removeprefix(SOLUTION_MARKS.open).removesuffix(SOLUTION_MARKS.close).strip()
+    if not reasoning:
+        _check_empty(answer, layout)
+    return Thought(reasoning, answer, is_cut=is_cut)
 
 
-def _answered(reasoning: str, answer: str, own: ThinkMarks) -> Response:
-    answer = answer.lstrip("\n")
-    return Response(f"{own.open}\n{reasoning}\n{own.close}\n\n{answer}", is_cut=False)
-
-
-def continued(response: str, opened: str | None, own: ThinkMarks) -> str:
-    """What of a response comes after a prompt.
+def _own_text(whole: str, text: str, layout: TurnLayout, *, opens: bool) -> Thought | None:
+    """The response as it is, where it is laid out as the teacher lays it out, or nothing says how.
 
     Args:
-        response: All of it, with or without its opening mark.
-        opened: The prompt's text from its opening mark on, where the template wrote one.
-        own: The teacher's marks.
-
-    Raises:
-        BadRow: If the closing mark comes before the opening one, or nothing stands between them.
+        whole: With its opening mark, where it has one.
+        text: Without.
+        layout: Of the teacher's turn.
+        opens: Whether it has one.
     """
-    if opened is not None:
-        begin = response.lstrip()
-        if begin.startswith(opened):  # mark and line break
-            response = begin.removeprefix(opened)
-        elif begin.startswith(own.open):
-            response = begin.removeprefix(own.open)
-    open_at, close_at = response.find(own.open), response.find(own.close)
-    if opened is None and 0 <= close_at < open_at:
-        raise BadRow(Reason.MARKS_OUT_OF_ORDER, f"{own.close} stands before {own.open}")
-    if opened is None and open_at < 0 and close_at < 0:
-        return response  # no chain of thought
-    start = 0 if opened is not None or open_at < 0 else open_at + len(own.open)
-    if not response[start : close_at if close_at >= 0 else None].strip():
-        raise BadRow(Reason.EMPTY_CHAIN_OF_THOUGHT, "nothing stands between the thinking marks")
-    return response
+    marks = layout.marks
+    if marks is None or layout.prompt is Prompt.CLOSES:
+        return None
+    reasoning, closed, answer = text.partition(marks.close)
+    if layout.prompt is Prompt.OPENS and opens:
+        # The prompt has the mark already, with the white space behind it.
+        behind = (layout.opener or "").partition(marks.open)[2]
+        whole = text.removeprefix(behind)
+    elif layout.opener is not None and not whole.startswith(layout.opener):
+        return None
+    if layout.joint is not None and closed and layout.joint not in whole:
+        return None
+    if not reasoning.strip() and closed:
+        if layout.joint is None:
+            raise BadRow(
+                Reason.EMPTY_CHAIN_OF_THOUGHT, "nothing stands between the thinking marks"
+            )
+        _check_empty(answer, layout)
+        return None
+    return Thought(reasoning.strip(), answer, is_cut=not closed, verbatim=whole)
+
+
+def _check_empty(answer: str, layout: TurnLayout) -> None:
+    """Refuse a thought after an empty one, which no template writes."""
+    if answer.lstrip().startswith(tuple(marks.open for marks in _marks(layout) if marks.open)):
+        raise BadRow(
+            Reason.MARKS_OUT_OF_ORDER, "a chain of thought follows an empty one in the response"
+        )

@@ -1,8 +1,9 @@
-"""Where a trace's sections begin: the thinking marks among its tokens."""
+"""Where a trace's sections begin: the thinking marks among the tokens of a response."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
 
+from teacher_cache.sources.marks import ThinkMarks
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 
 
@@ -25,49 +26,70 @@ def find_last(ids: Sequence[int], mark: Sequence[int]) -> int:
 
 
 def find_sections(
-    ids: Sequence[int], num_prompt: int, tokenizer: TeacherTokenizer
+    ids: Sequence[int],
+    num_prompt: int,
+    opened_at: int | None,
+    marks: ThinkMarks | None,
+    tokenizer: TeacherTokenizer,
 ) -> tuple[int, int]:
     """(cot_start, answer_start) of a trace whose response begins at `num_prompt`.
 
-    The chain of thought begins with its opening mark, which a template may have put at the end of
-    the prompt, and ends with the first closing mark of the response; without a closing mark it
-    reaches to the end. A response without any mark has no chain of thought.
+    The chain of thought begins with its opening mark, which the generation prompt may have
+    written, and ends with the first closing mark of the response; without a closing mark it
+    reaches to the end. Marks of the prompt's own text, and those that a response mentions after
+    it has begun otherwise, mean nothing. A response that is closed and was never opened has a
+    chain of thought too, where the closing mark is used for nothing else.
+
+    Args:
+        ids: Of the whole trace.
+        num_prompt: Tokens of the prompt.
+        opened_at: Where the generation prompt opens a chain of thought; None where it does not.
+        marks: The teacher's; None where it is not known to write a chain of thought.
+        tokenizer: The teacher's.
     """
-    prompt, response = ids[:num_prompt], ids[num_prompt:]
-    cot_start = left_open(prompt, tokenizer)
-    closed = _end_of_first(response, tokenizer.close_ids, tokenizer.marks.close, tokenizer)
-    if cot_start < 0:
-        opened = _end_of_first(response, tokenizer.open_ids, tokenizer.marks.open, tokenizer)
-        if opened < 0 and closed < 0:
-            return num_prompt, num_prompt
-        cot_start = num_prompt
-    return cot_start, len(ids) if closed < 0 else num_prompt + closed
+    response = ids[num_prompt:]
+    if marks is None or not response:
+        start = num_prompt if opened_at is None else opened_at
+        return start, len(ids) if opened_at is not None else start
+    closed = _end_of_first(response, marks.close, tokenizer)
+    if opened_at is not None:
+        return opened_at, len(ids) if closed < 0 else num_prompt + closed
+    head = tokenizer.decode(response[: closed if closed >= 0 else _HEAD_TOKENS]).lstrip()
+    if head.startswith(marks.open.lstrip()):
+        return num_prompt, len(ids) if closed < 0 else num_prompt + closed
+    if closed >= 0 and not marks.is_channel and marks.open not in head:
+        return num_prompt, num_prompt + closed
+    return num_prompt, num_prompt
 
 
-def left_open(prompt: Sequence[int], tokenizer: TeacherTokenizer) -> int:
-    """Where the opening mark stands that the prompt does not close; -1 where there is none."""
-    if len(tokenizer.open_ids) == len(tokenizer.close_ids) == 1:
-        opened = find_last(prompt, tokenizer.open_ids)
-        return opened if opened > find_last(prompt, tokenizer.close_ids) else -1
-    text = tokenizer.decode(prompt)
-    if text.rfind(tokenizer.marks.open) <= text.rfind(tokenizer.marks.close):
-        return -1
+_HEAD_TOKENS = 64  # an opening mark is shorter
+
+
+def opening_token(prompt: Sequence[int], mark: str, tokenizer: TeacherTokenizer) -> int:
+    """Where the last opening mark of a prompt stands that is known to hold one, in tokens.
+
+    A prompt that opens a chain of thought without a mark does so at its end.
+    """
+    if not mark:
+        return len(prompt)
+    mark_ids = tokenizer.encode(mark)
+    if len(mark_ids) == 1 and mark_ids[0] in prompt:
+        return find_last(prompt, mark_ids)
     # The last token from which on the mark is still whole.
     return bisect_left(
         range(len(prompt)),
         True,
-        key=lambda start: tokenizer.marks.open not in tokenizer.decode(prompt[start + 1 :]),
+        key=lambda start: mark not in tokenizer.decode(prompt[start + 1 :]),
     )
 
 
-def _end_of_first(
-    ids: Sequence[int], mark_ids: Sequence[int], mark: str, tokenizer: TeacherTokenizer
-) -> int:
+def _end_of_first(ids: Sequence[int], mark: str, tokenizer: TeacherTokenizer) -> int:
     """The end of the first mark, in tokens; -1 where there is none.
 
     A mark of several tokens is looked for in the text: its last token may be merged with what
     follows, and then belongs to the mark.
     """
+    mark_ids = tokenizer.encode(mark)
     if len(mark_ids) == 1:
         position = find_first(ids, mark_ids)
         return position + 1 if position >= 0 else -1

@@ -1,9 +1,8 @@
 """Which tokens of a prompt the assistant wrote, whatever the chat template."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from teacher_cache.sources.conversations import Message, rendered
+from teacher_cache.sources.conversations import Conversation, Message
 from teacher_cache.sources.rejects import BadRow, Reason
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 from teacher_cache.sources.trace import TokenRanges
@@ -12,10 +11,7 @@ _STAND_IN = "leadspan0stand0in"  # takes the place of a message, to see where it
 
 
 def tokens_of_others(
-    messages: list[Message],
-    tools: list[Any] | None,
-    ids: Sequence[int],
-    tokenizer: TeacherTokenizer,
+    conversation: Conversation, ids: Sequence[int], tokenizer: TeacherTokenizer
 ) -> TokenRanges:
     """Ranges of a rendered conversation that are not the assistant's, template included.
 
@@ -23,9 +19,8 @@ def tokens_of_others(
     token; without such a token to the next message's text.
 
     Args:
-        messages: As they were given to the template.
-        tools: Likewise.
-        ids: Of the rendered conversation.
+        conversation: As it was rendered.
+        ids: Of its text.
         tokenizer: The teacher's.
 
     Raises:
@@ -33,27 +28,27 @@ def tokens_of_others(
     """
     others: list[tuple[int, int]] = []
     position = 0
+    messages = conversation.messages
     runs = _assistant_runs(messages)
     if not runs:
         return ((0, len(ids)),)
-    text = rendered(messages, tools, tokenizer)
+    text = conversation.prompt()
     offsets = tokenizer.offsets(text)
     for first, after in runs:
-        _, before_end = _place_of(first - 1, messages, tools, text, tokenizer)
-        next_start, _ = _place_of(after, messages, tools, text, tokenizer)
-        start_char = before_end + _opening_length(
-            messages[:first], tools, text[before_end:], tokenizer
-        )
+        _, before_end = _place_of(first - 1, conversation, text)
+        next_start, _ = _place_of(after, conversation, text)
+        before = conversation.with_messages(messages[:first])
+        start_char = before_end + _opening_length(before, text[before_end:])
         # A token that only begins like the opening is the assistant's.
         own = [t for t, (_, end) in enumerate(offsets) if start_char < end <= next_start]
-        ends = [t for t in own if ids[t] == tokenizer.end_id]
+        ends = [t for t in own if ids[t] in tokenizer.terminal_ids]
         if own:
             others.append((position, own[0]))
             position = (ends or own)[-1] + 1
     return (*(span for span in others if span[0] < span[1]), (position, len(ids)))
 
 
-def _assistant_runs(messages: list[Message]) -> list[tuple[int, int]]:
+def _assistant_runs(messages: Sequence[Message]) -> list[tuple[int, int]]:
     """(first, one after the last) of each run of assistant messages between two others."""
     runs, first = [], None
     for number, message in enumerate(messages):
@@ -66,15 +61,9 @@ def _assistant_runs(messages: list[Message]) -> list[tuple[int, int]]:
     return runs
 
 
-def _place_of(
-    number: int,
-    messages: list[Message],
-    tools: list[Any] | None,
-    text: str,
-    tokenizer: TeacherTokenizer,
-) -> tuple[int, int]:
+def _place_of(number: int, conversation: Conversation, text: str) -> tuple[int, int]:
     """Where the content of a message stands in the rendered text, in characters."""
-    other = rendered(_replaced(messages, number), tools, tokenizer)
+    other = _replaced(conversation, number).prompt()
     start = other.find(_STAND_IN)
     after = other[start + len(_STAND_IN) :]
     end = len(text) - len(after)
@@ -87,17 +76,17 @@ def _place_of(
     return start, end
 
 
-def _opening_length(
-    before: list[Message], tools: list[Any] | None, text: str, tokenizer: TeacherTokenizer
-) -> int:
+def _opening_length(before: Conversation, text: str) -> int:
     """Characters at the start of `text` with which the template opens the assistant's turn."""
-    opening = rendered(_replaced(before, len(before) - 1), tools, tokenizer).partition(_STAND_IN)[2]
+    opening = _replaced(before, len(before.messages) - 1).prompt().partition(_STAND_IN)[2]
     pairs = zip(opening, text, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(opening), len(text)))
 
 
-def _replaced(messages: list[Message], number: int) -> list[Message]:
-    return [
-        {**message, "content": _STAND_IN} if other == number else message
-        for other, message in enumerate(messages)
-    ]
+def _replaced(conversation: Conversation, number: int) -> Conversation:
+    return conversation.with_messages(
+        [
+            {**message, "content": _STAND_IN} if other == number else message
+            for other, message in enumerate(conversation.messages)
+        ]
+    )

@@ -2,19 +2,21 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from teacher_cache.format import content_hash
 from teacher_cache.sources.columns import Exchange, RowColumns, read_prompt, read_trace
-from teacher_cache.sources.conversations import Message, rendered, with_own_history
-from teacher_cache.sources.marks_in_text import continued, response_of
-from teacher_cache.sources.marks_in_tokens import find_sections, left_open
+from teacher_cache.sources.chat_template import TemplateRefusesError
+from teacher_cache.sources.conversations import Conversation, Message
+from teacher_cache.sources.marks_in_tokens import find_sections, opening_token
 from teacher_cache.sources.prompt_turns import tokens_of_others
 from teacher_cache.sources.rejects import BadRow, Reason
+from teacher_cache.sources.responses import response_of
 from teacher_cache.sources.slices import TraceSlice
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 from teacher_cache.sources.trace import SourceTrace, TokenRanges
+from teacher_cache.sources.turn_layout import Prompt, TurnLayout, prompt_state
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,13 @@ class PromptRenderer:
     tokenizer: TeacherTokenizer
     max_tokens: int  # a prompt must leave room for one token
     vocab_size: int  # of the teacher's softmax
-    layout: RowColumns
+    columns: RowColumns
 
     def __call__(self, row: dict[str, Any]) -> SourceTrace:
         """Render one row; raises BadRow."""
-        exchange = read_prompt(row, self.layout)
-        ids, without_rows = _prompt_ids(exchange, self.tokenizer, self.layout)
+        exchange = read_prompt(row, self.columns)
+        prompt = _rendered_prompt(exchange, self.tokenizer, self.columns)
+        ids = prompt.token_ids
         if len(ids) >= self.max_tokens:
             raise BadRow(
                 Reason.PROMPT_TOO_LONG,
@@ -37,9 +40,16 @@ class PromptRenderer:
                 "(the teacher's context, or --stop-at-tokens)",
             )
         _check_vocabulary(ids, self.vocab_size)
-        own = _own_fields(row, self.layout.id_field, *exchange.used)
-        name = _trace_id(row, self.layout.id_field, ids)
-        return SourceTrace(name, tuple(ids), len(ids), None, own, without_rows=without_rows)
+        return SourceTrace(
+            _trace_id(row, self.columns.id_field, ids),
+            tuple(ids),
+            len(ids),
+            None,
+            _own_fields(row, self.columns.id_field, *exchange.used),
+            without_rows=prompt.without_rows,
+            opened_at=prompt.opened_at,
+            marks=prompt.layout.marks,
+        )
 
 
 @dataclass(frozen=True)
@@ -51,21 +61,21 @@ class TraceRenderer:
       (`reasoning_content`, `reasoning`, `thinking`) or between thinking marks in the content.
     - A prompt and a response, the chain of thought likewise.
 
-    The assistant's turn is rendered by hand after the template's generation prompt: templates
-    strip the thinking from assistant turns, and a trace must hold every token of it. A response
-    that broke off (no closing mark, or a column `finish_reason` that says `length`) has no
-    end-of-turn token.
+    The prompt is rendered as for generating, and the assistant's turn follows as the teacher
+    writes it (see `turn_layout`): a trace holds every token of it, also where a template drops
+    the reasoning. A response that broke off (no closing mark, or a column `finish_reason` that
+    says `length`) has no end-of-turn token.
     """
 
     tokenizer: TeacherTokenizer
     max_tokens: int
     vocab_size: int  # of the teacher's softmax: padded ids are sampled now and then
-    layout: RowColumns
+    columns: RowColumns
     slice: TraceSlice | None = None
 
     def __call__(self, row: dict[str, Any]) -> SourceTrace:
         """Render one row; raises BadRow."""
-        is_ready = self.layout.prompt_field is None and row.get("token_ids") is not None
+        is_ready = self.columns.prompt_field is None and row.get("token_ids") is not None
         trace = self._ready_ids(row) if is_ready else self._rendered(row)
         if self.slice is not None:
             trace = self.slice.cut(trace)
@@ -98,87 +108,121 @@ class TraceRenderer:
                 f"expected 0 <= cot_start <= answer_start <= {len(ids)}, "
                 f"got cot_start={cot_start}, answer_start={answer_start}",
             )
-        own = _own_fields(row, self.layout.id_field, "token_ids", "cot_start", "answer_start")
+        own = _own_fields(row, self.columns.id_field, "token_ids", "cot_start", "answer_start")
         return SourceTrace(
-            _trace_id(row, self.layout.id_field, ids),
+            _trace_id(row, self.columns.id_field, ids),
             tuple(ids),
             cot_start,
             (cot_start, answer_start),
             own,
             _finish_reason(row, is_cut=self._is_open(ids, (cot_start, answer_start))),
-            () if self.layout.prompt_turns == "all" or not cot_start else ((0, cot_start),),
+            () if self.columns.prompt_turns == "all" or not cot_start else ((0, cot_start),),
         )
 
     def _is_open(self, ids: Sequence[int], bounds: tuple[int, int]) -> bool:
-        """Whether the trace ends inside its chain of thought."""
-        if not bounds[0] < bounds[1] == len(ids):
+        """Whether a ready trace ends inside its chain of thought."""
+        marks = self.tokenizer.layout().marks
+        if marks is None or not bounds[0] < bounds[1] == len(ids):
             return False
-        return self.tokenizer.marks.close not in self.tokenizer.decode(ids[bounds[0] :])
+        return marks.close not in self.tokenizer.decode(ids[bounds[0] :])
 
     def _rendered(self, row: dict[str, Any]) -> SourceTrace:
-        exchange = read_trace(row, self.layout)
-        prompt, without_rows = _prompt_ids(exchange, self.tokenizer, self.layout)
-        text, is_cut = self._response(exchange, prompt)
-        ids = prompt + self.tokenizer.encode(text)
-        bounds = find_sections(ids, len(prompt), self.tokenizer)
-        is_open = self._is_open(ids, bounds)
-        if is_open and row.get("finish_reason") == "stop":
+        exchange = read_trace(row, self.columns)
+        prompt = _rendered_prompt(exchange, self.tokenizer, self.columns)
+        response = response_of(
+            exchange,
+            prompt.conversation,
+            prompt.text,
+            prompt.layout,
+            self.tokenizer.end_tokens,
+            is_cut=row.get("finish_reason") == "length",
+        )
+        marks = prompt.layout.marks
+        if response.is_cut and row.get("finish_reason") == "stop" and marks is not None:
             raise BadRow(
                 Reason.UNCLOSED_CHAIN_OF_THOUGHT,
-                f"`finish_reason` says that the response is whole, but it lacks "
-                f"{self.tokenizer.marks.close}",
+                f"`finish_reason` says that the response is whole, but it lacks {marks.close}",
             )
-        finish_reason = _finish_reason(row, is_cut=is_cut or is_open)
-        end_id = self.tokenizer.end_id
-        if finish_reason is None and end_id is not None and ids[-1] != end_id:
-            ids.append(end_id)
+        num_prompt = len(prompt.token_ids)
+        ids = prompt.token_ids + self.tokenizer.encode(response.text)
+        bounds = (num_prompt, num_prompt)
+        if response.has_thought:
+            bounds = find_sections(ids, num_prompt, prompt.opened_at, marks, self.tokenizer)
         return SourceTrace(
-            _trace_id(row, self.layout.id_field, ids),
+            _trace_id(row, self.columns.id_field, ids),
             tuple(ids),
-            len(prompt),
+            num_prompt,
             bounds,
-            _own_fields(row, self.layout.id_field, *exchange.used),
-            finish_reason,
-            without_rows,
+            _own_fields(row, self.columns.id_field, *exchange.used),
+            "length" if response.is_cut else None,
+            prompt.without_rows,
         )
 
-    def _response(self, exchange: Exchange, prompt: list[int]) -> tuple[str, bool]:
-        """The text after the prompt, and whether it broke off."""
-        marks = self.tokenizer.marks
-        answer = exchange.answer or ""
-        if not answer.strip() and not (exchange.reasoning or "").strip():
-            raise BadRow(Reason.EMPTY_RESPONSE, "the response is empty")
-        response = response_of(exchange.reasoning, answer, marks)
-        opened_at = left_open(prompt, self.tokenizer)
-        opened = None if opened_at < 0 else self.tokenizer.decode(prompt[opened_at:])
-        says_none = exchange.reasoning is not None and not exchange.reasoning.strip()
-        if opened is not None and says_none and marks.close not in response.text:
-            raise BadRow(
-                Reason.EMPTY_CHAIN_OF_THOUGHT,
-                f"the chat template opens a chain of thought with {marks.open}, the row's is empty",
-            )
-        return continued(response.text, opened, marks), response.is_cut
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A rendered prompt, and how the assistant's turn goes on after it."""
+
+    text: str
+    token_ids: list[int]
+    without_rows: TokenRanges  # tokens of it that get no distributions
+    layout: TurnLayout  # its `prompt` is this very prompt's
+    opened_at: int | None  # token at which it opens a chain of thought
+    conversation: Conversation | None  # None where the row's text is the prompt
 
 
 def _finish_reason(row: Mapping[str, Any], *, is_cut: bool) -> str | None:
     return "length" if is_cut or row.get("finish_reason") == "length" else None
 
 
-def _prompt_ids(
-    exchange: Exchange, tokenizer: TeacherTokenizer, layout: RowColumns
-) -> tuple[list[int], TokenRanges]:
-    """Tokens of the prompt, and the spans of them that get no distributions."""
-    messages: list[Message] = []
+def _rendered_prompt(
+    exchange: Exchange, tokenizer: TeacherTokenizer, columns: RowColumns
+) -> _Prompt:
+    conversation = None
     if isinstance(exchange.prompt, str):
-        ids = tokenizer.encode_document(exchange.prompt)
+        text = exchange.prompt
+        layout = tokenizer.layout()
+        ids = tokenizer.encode_document(text)
+        # Nothing says where the last turn of a text begins: only its very end can open a thought.
+        mark = layout.marks.open if layout.marks is not None else ""
+        state = Prompt.OPENS if mark and text.rstrip().endswith(mark) else Prompt.LEAVES
+        others: TokenRanges = ((0, len(ids)),)
     else:
-        messages = with_own_history(exchange.prompt, tokenizer.marks)
-        ids = tokenizer.encode(rendered(messages, exchange.tools, tokenizer))
+        conversation = _conversation(exchange, exchange.prompt, tokenizer)
+        layout = conversation.layout
+        text = conversation.prompt()
+        ids = tokenizer.encode(text)
+        state = prompt_state(conversation.header(text), layout.marks)
+        keeps_all = columns.prompt_turns == "all"
+        others = () if keeps_all else tokens_of_others(conversation, ids, tokenizer)
     if not ids:
         raise BadRow(Reason.EMPTY_PROMPT, "the prompt has no tokens")
-    if layout.prompt_turns == "all":
-        return ids, ()
-    return ids, tokens_of_others(messages, exchange.tools, ids, tokenizer)
+    opened_at = None
+    if state is Prompt.OPENS and layout.marks is not None:
+        opened_at = opening_token(ids, layout.marks.open, tokenizer)
+    return _Prompt(
+        text,
+        ids,
+        () if columns.prompt_turns == "all" else others,
+        replace(layout, prompt=state),
+        opened_at,
+        conversation,
+    )
+
+
+def _conversation(
+    exchange: Exchange, messages: list[Message], tokenizer: TeacherTokenizer
+) -> Conversation:
+    template = tokenizer.template
+    arguments = {**template.arguments, **exchange.template_args}
+    try:
+        template.check_arguments(exchange.template_args)
+        layout = tokenizer.layout(arguments)
+    except TemplateRefusesError as error:
+        raise BadRow(Reason.TEMPLATE_REFUSES, str(error)) from error
+    except ValueError as error:
+        raise BadRow(Reason.BAD_TEMPLATE_ARGS, str(error)) from error
+    return Conversation(template, layout, messages, exchange.tools, arguments)
 
 
 def _check_vocabulary(ids: Sequence[int], vocab_size: int) -> None:

@@ -4,9 +4,9 @@ transformers is imported when something is loaded, not before.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from teacher_cache.format import (
     content_hash,
     tokenizer_fingerprint,
 )
+from teacher_cache.sources.chat_template import ChatTemplate
+from teacher_cache.sources.turn_layout import GivenMarks, TurnLayout, read_layout
 
 _SAMPLE_BYTES = 1 << 20  # of each end of a weight file: enough to tell two trainings apart
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf"}
@@ -127,34 +129,32 @@ class ModelFiles:
         return digest.hexdigest()[:32]
 
 
-@dataclass(frozen=True)
-class ThinkMarks:
-    """The texts around a chain of thought."""
-
-    open: str
-    close: str
-
-
 class TeacherTokenizer:
-    """The teacher's tokenizer with its chat template, and the ids of the thinking marks."""
+    """The teacher's tokenizer with its chat template, and what that template says of a turn."""
 
     def __init__(
-        self, files: ModelFiles, marks: ThinkMarks, template_args: Mapping[str, object]
+        self,
+        files: ModelFiles,
+        template_args: Mapping[str, object],
+        marks: GivenMarks | None = None,
     ) -> None:
         """Load it.
 
         Args:
             files: Of the teacher.
-            marks: Around its chains of thought.
             template_args: Passed to the chat template (`enable_thinking`, ...). `today` is the
                 day that it gets where it asks for the date.
+            marks: What the user says of them, which goes before what the template says.
+
+        Raises:
+            EngineError: If it cannot be loaded.
+            ValueError: If the chat template reads no argument of such a name.
         """
         self._tokenizer = files.tokenizer()
-        self._template_args = dict(template_args)
-        self._strftime_now = _clock(self._template_args.get("today"))
-        self.marks = marks
-        self.open_ids = tuple(self.encode(marks.open))
-        self.close_ids = tuple(self.encode(marks.close))
+        self._own_ends = files.generation_config().end_ids
+        self._marks = marks
+        self._layouts: dict[str, TurnLayout] = {}
+        self.template = ChatTemplate(self._tokenizer, template_args)
 
     @property
     def size(self) -> int:
@@ -175,12 +175,41 @@ class TeacherTokenizer:
     @property
     def template_hash(self) -> str:
         """Of the chat template and its arguments."""
-        return content_hash([self._tokenizer.chat_template, self._template_args])
+        return content_hash([self.template.text, self.template.arguments])
 
-    def terminal_ids(self, end_ids: Sequence[int]) -> tuple[int, ...]:
-        """Every token that ends a trace: the generation config's and the tokenizer's own."""
+    @cached_property
+    def end_tokens(self) -> tuple[str, ...]:
+        """Tokens at which the teacher stops, as its generation config and tokenizer say."""
         own = () if self.end_id is None else (self.end_id,)
-        return tuple(sorted({*end_ids, *own}))
+        return tuple(dict.fromkeys(self.decode([token]) for token in (*own, *self._own_ends)))
+
+    @cached_property
+    def terminal_ids(self) -> tuple[int, ...]:
+        """Every token that ends a trace: the teacher's, and the one that closes a turn.
+
+        A token that also stands between reasoning and answer ends no turn by itself.
+        """
+        own = () if self.end_id is None else (self.end_id,)
+        layout = self.layout()
+        last = self.encode(layout.end)[-1:]
+        is_own = layout.end and self.decode(last) in self.template.added_tokens
+        if not is_own or self.decode(last) in (layout.joint or ""):
+            last = []
+        return tuple(sorted({*self._own_ends, *own, *last}))
+
+    def layout(self, arguments: Mapping[str, object] | None = None) -> TurnLayout:
+        """How the template lays out the assistant's turn, with the user's or a row's arguments.
+
+        Raises:
+            ValueError: If the template refuses a plain question.
+        """
+        given = self.template.arguments if arguments is None else arguments
+        key = content_hash(dict(given))
+        if key not in self._layouts:
+            found = TurnLayout("the options") if not self.template.source else None
+            found = found or read_layout(self.template, given, self.end_tokens)
+            self._layouts[key] = self._marked(found, given)
+        return self._layouts[key]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a piece of text, nothing added."""
@@ -200,56 +229,17 @@ class TeacherTokenizer:
             ids.pop()  # some tokenizers close what is only a beginning
         return ids
 
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
-    ) -> str:
-        """The chat template's text of a conversation that the assistant is about to answer.
-
-        Args:
-            messages: With `role` and `content`.
-            tools: What the assistant may call, for templates that describe it.
-
-        Raises:
-            ValueError: If the teacher has no chat template, or it refuses the messages.
-        """
-        from jinja2 import TemplateError
-
-        arguments = self._template_args | {"strftime_now": self._strftime_now}
-        if tools is not None:
-            arguments["tools"] = list(tools)
-        if not self._tokenizer.chat_template:
-            raise ValueError("the teacher has no chat template; give `prompt` instead of messages")
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **arguments
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"the chat template refuses the messages: {one_line(error)}"
-            ) from error
-        return text
-
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, special tokens included."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
-
-def _clock(today: object) -> Callable[[str], str]:
-    """What a chat template asks for the date: a capture that goes on tomorrow must not differ."""
-    if today is None:
-
-        def refuse(form: str) -> str:
-            raise ValueError(
-                f"it asks for today's date ({form}), with which a capture cannot go on another "
-                "day; fix one with --template-arg today=YYYY-MM-DD"
-            )
-
-        return refuse
-    try:
-        return datetime.fromisoformat(str(today)).strftime
-    except ValueError as error:
-        raise ValueError(f"template argument today: expected YYYY-MM-DD, got {today!r}") from error
+    def _marked(self, found: TurnLayout, arguments: Mapping[str, object]) -> TurnLayout:
+        if not found.end:
+            found = replace(found, end=next(iter(self.end_tokens), ""))
+        if self._marks is None:
+            return found
+        return self._marks.instead_of(found, self.template, arguments)
 
 
 def load_tokenizer(header: CacheHeader, model: str | None) -> TeacherTokenizer:
@@ -264,7 +254,7 @@ def load_tokenizer(header: CacheHeader, model: str | None) -> TeacherTokenizer:
         CacheMismatchError: If `model` has another tokenizer.
     """
     files = ModelFiles(model or header.teacher, header.teacher_revision if model is None else None)
-    tokenizer = TeacherTokenizer(files, ThinkMarks("<think>", "</think>"), {})
+    tokenizer = TeacherTokenizer(files, {})
     if tokenizer.fingerprint != header.tokenizer_fingerprint:
         raise CacheMismatchError(
             f"model {files.model!r} has another tokenizer than the cache's teacher had "

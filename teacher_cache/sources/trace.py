@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from teacher_cache.format import content_hash
+from teacher_cache.sources.marks import ThinkMarks
 
 TokenRanges = tuple[tuple[int, int], ...]  # of tokens: first, and one after the last
 
@@ -20,6 +21,8 @@ class SourceTrace:
     fields: Mapping[str, Any]  # the user's own, which travel with the trace
     finish_reason: str | None = None  # "length" for a given trace that was cut
     without_rows: TokenRanges = ()  # tokens of the prompt that get no distributions
+    opened_at: int | None = None  # token at which a prompt opens a chain of thought
+    marks: ThinkMarks | None = None  # the teacher's, for a trace that is generated
 
     @property
     def source_hash(self) -> str:

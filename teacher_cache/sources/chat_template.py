@@ -1,0 +1,148 @@
+"""ChatTemplate: the teacher's own chat template, a function from messages to text."""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from teacher_cache.engines.checks import one_line
+
+Message = Mapping[str, Any]
+
+# What every template is given, beside the user's own arguments.
+_GIVEN_NAMES = {
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
+    "strftime_now", "raise_exception",
+}  # fmt: skip
+_ASSISTANT_MASK_TAG = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")  # transformers' own
+
+
+class TemplateRefusesError(ValueError):
+    """The chat template does not take these messages; the message says why."""
+
+
+class ChatTemplate:
+    """A tokenizer's chat template with the arguments that the user gives it.
+
+    Args:
+        tokenizer: Of transformers.
+        arguments: Passed to the template (`enable_thinking`, ...). `today` is the day that it
+            gets where it asks for the date.
+
+    Raises:
+        ValueError: If the template reads no argument of such a name, or `today` is no date.
+    """
+
+    def __init__(self, tokenizer: Any, arguments: Mapping[str, object]) -> None:  # noqa: ANN401 (transformers is untyped here)
+        self._tokenizer = tokenizer
+        self.arguments = dict(arguments)
+        self._clock = _clock(self.arguments.get("today"))
+        self.check_arguments(self.arguments)
+
+    @property
+    def text(self) -> str | dict[str, str] | None:
+        """The template; several by name where the tokenizer has several."""
+        text: str | dict[str, str] | None = self._tokenizer.chat_template
+        return text
+
+    @property
+    def source(self) -> str:
+        """All of its text; empty without a template."""
+        return "\n".join(self.text.values()) if isinstance(self.text, dict) else self.text or ""
+
+    @cached_property
+    def names_read(self) -> frozenset[str]:
+        """Arguments that the template looks at, beside those that every template is given."""
+        from jinja2 import Environment, TemplateSyntaxError, meta
+        from jinja2.defaults import DEFAULT_NAMESPACE
+
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # noqa: S701  # not HTML
+        try:
+            tree = environment.parse(_ASSISTANT_MASK_TAG.sub("", self.source))
+        except TemplateSyntaxError as error:
+            raise ValueError(f"the chat template cannot be read: {one_line(error)}") from error
+        own = set(self._tokenizer.special_tokens_map) | {"bos_token", "eos_token", "pad_token"}
+        read = meta.find_undeclared_variables(tree)
+        return frozenset(read - _GIVEN_NAMES - set(DEFAULT_NAMESPACE) - own)
+
+    @cached_property
+    def added_tokens(self) -> tuple[str, ...]:
+        """Tokens that the tokenizer knows as a whole, the longest first."""
+        return tuple(sorted(self._tokenizer.get_added_vocab(), key=lambda text: (-len(text), text)))
+
+    def check_arguments(self, arguments: Mapping[str, object]) -> None:
+        """Refuse arguments that the template does not look at.
+
+        Raises:
+            ValueError: Naming the first of them.
+        """
+        if not self.source:
+            return
+        for name in arguments:
+            if name != "today" and name not in self.names_read:
+                close = difflib.get_close_matches(name, self.names_read, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(
+                    f"template argument {name!r}: the teacher's chat template reads no such name, "
+                    f"only {', '.join(sorted(self.names_read)) or 'none at all'}{hint}"
+                )
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        arguments: Mapping[str, object] | None = None,
+        is_prompt: bool = True,
+        clock: Callable[[str], str] | None = None,
+    ) -> str:
+        """The template's text of a conversation.
+
+        Args:
+            messages: With `role` and `content`.
+            tools: What the assistant may call, for templates that describe it.
+            arguments: Instead of the user's own.
+            is_prompt: Whether the assistant's next turn is opened.
+            clock: Instead of the user's own day.
+
+        Raises:
+            TemplateRefusesError: If there is no template, or it refuses the messages.
+        """
+        from jinja2 import TemplateError
+
+        if not self.source:
+            raise TemplateRefusesError(
+                "the teacher has no chat template; give `prompt` instead of messages"
+            )
+        given = dict(self.arguments if arguments is None else arguments)
+        given["strftime_now"] = clock or self._clock
+        if tools is not None:
+            given["tools"] = list(tools)
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=is_prompt, **given
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise TemplateRefusesError(
+                f"the chat template refuses the messages: {one_line(error)}"
+            ) from error
+        return text
+
+
+def _clock(today: object) -> Callable[[str], str]:
+    """What a chat template asks for the date: a capture that goes on tomorrow must not differ."""
+    if today is None:
+
+        def refuse(form: str) -> str:
+            raise ValueError(
+                f"it asks for today's date ({form}), with which a capture cannot go on another "
+                "day; fix one with --template-arg today=YYYY-MM-DD"
+            )
+
+        return refuse
+    try:
+        return datetime.fromisoformat(str(today)).strftime
+    except ValueError as error:
+        raise ValueError(f"template argument today: expected YYYY-MM-DD, got {today!r}") from error
