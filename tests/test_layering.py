@@ -26,7 +26,8 @@ RULES = [
     ("teacher_cache.engines.vllm", {ENGINES, FORMAT}, {"vllm", "torch"}),
     ("teacher_cache.engines.transformers", {ENGINES, FORMAT}, {"torch", "transformers"}),
     (ENGINES, {ENGINES, FORMAT}, set()),
-    ("teacher_cache.sources.tokenizer", {ENGINES, FORMAT}, {"transformers"}),
+    ("teacher_cache.sources.tokenizer", {SOURCES, ENGINES, FORMAT}, {"transformers"}),
+    ("teacher_cache.sources.chat_template", {ENGINES, FORMAT}, set()),
     (SOURCES, {SOURCES, FORMAT}, {"datasets"}),
     ("teacher_cache.capture.ray_driver", {"teacher_cache"}, {"ray"}),
     ("teacher_cache.cli", {"teacher_cache"}, {"click"}),
@@ -50,9 +51,10 @@ LOW_TO_HIGH = {
     ],
     "teacher_cache.format": ["reading", "writing", "checking"],
     "teacher_cache.sources": [
-        *("row", "rejects", "tables", "json_files", "files", "trace", "slices"),
-        *("tokenizer", "marks_in_tokens", "marks_in_text", "conversations", "columns"),
-        *("prompt_turns", "render", "input_traces"),
+        *("row", "rejects", "tables", "json_files", "files", "marks", "trace", "slices"),
+        *("chat_template", "probes", "turn_layout", "tokenizer", "marks_in_tokens"),
+        *("marks_in_text", "conversations", "columns", "prompt_turns", "responses", "render"),
+        *("input_traces",),
     ],
     "teacher_cache.capture": [
         *("worker_loop", "job", "run", "ray_actor", "ray_driver", "configs", "prepare"),

@@ -9,9 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from teacher_cache.sources import BadRow, PromptRenderer, RowColumns, TraceRenderer, find_sections
-from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer, ThinkMarks
+from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer
+from teacher_cache.sources.turn_layout import GivenMarks
 
-MARKS = ThinkMarks("<think>", "</think>")
+MARKS = GivenMarks("<think>\n", "\n</think>\n\n")
 TURNS = "{% for m in messages %}<|start|>{{ m.role }}\n{{ CONTENT }}<|end|>\n{% endfor %}"
 GENERATE = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 LAST = "m.content.split('</think>')[-1].lstrip('\\n') if m.role == 'assistant' else m.content"
@@ -34,7 +35,8 @@ TEMPLATES = {
 
 def make_byte_teacher(folder, template, marks=MARKS, **template_args):
     """Every byte is a token, so that no difference between two texts is lost."""
-    special = ["<|end|>", "<|start|>", marks.open, marks.close]
+    texts = [m.strip() for m in (marks.opener, marks.joint)] if marks else ["<think>", "</think>"]
+    special = ["<|end|>", "<|start|>", *texts]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -45,7 +47,7 @@ def make_byte_teacher(folder, template, marks=MARKS, **template_args):
     fast.chat_template = template
     fast.save_pretrained(folder)
     (folder / "config.json").write_text("{}")
-    return TeacherTokenizer(ModelFiles(str(folder), None), marks, template_args)
+    return TeacherTokenizer(ModelFiles(str(folder), None), template_args, marks)
 
 
 @pytest.fixture(scope="module", params=TEMPLATES)
@@ -80,6 +82,10 @@ def sections(teacher, trace):
     start, end = trace.bounds
     ids = trace.token_ids
     return [teacher.decode(part) for part in (ids[:start], ids[start:end], ids[end:])]
+
+
+def rendered(teacher, messages):
+    return teacher.template.render(messages)
 
 
 def says(role, content, **more):
@@ -158,7 +164,7 @@ SHAPES = {
 def test_every_shape_of_a_conversation_becomes_the_same_tokens(teacher, shape):
     row, layout = SHAPES[shape]
     trace = render(teacher, row, **layout)
-    prompt = teacher.render_chat(ASKED)
+    prompt = rendered(teacher, ASKED)
     text = prompt.removesuffix("<think>\n") + INLINE + "<|end|>"
     assert teacher.decode(trace.token_ids) == text
     assert trace.token_ids == tuple(teacher.encode(text))
@@ -166,7 +172,10 @@ def test_every_shape_of_a_conversation_becomes_the_same_tokens(teacher, shape):
     assert sections(teacher, trace)[1:] == [
         f"<think>\n{REASONING}\n</think>", f"\n\n{ANSWER}<|end|>"
     ]  # fmt: skip
-    assert trace.bounds == find_sections(trace.token_ids, trace.num_prompt, teacher)
+    opened_at = trace.bounds[0] if trace.bounds[0] < trace.num_prompt else None
+    assert trace.bounds == find_sections(
+        trace.token_ids, trace.num_prompt, opened_at, teacher.layout().marks, teacher
+    )
     assert trace.finish_reason is None
     ready = {
         "token_ids": list(trace.token_ids),
@@ -184,7 +193,7 @@ def test_the_prompt_of_every_shape_can_be_answered_anew(teacher, shape):
         name: layout[name] for name in layout.keys() & {"apply_chat_template", "prompt_field"}
     }
     trace = render_prompt(teacher, row, **prompt_layout)
-    assert teacher.decode(trace.token_ids) == teacher.render_chat(ASKED)
+    assert teacher.decode(trace.token_ids) == rendered(teacher, ASKED)
 
 
 EARLIER = {
@@ -203,18 +212,18 @@ def test_a_template_that_strips_earlier_thinking_does_so_in_every_shape(
     turns = [says("user", "1?"), EARLIER[earlier], says("user", QUESTION)]
     trace = render(teacher, {"messages": [*turns, says("assistant", INLINE)]})
     turns[1] = says("assistant", ANSWER)
-    assert teacher.decode(trace.token_ids[: trace.num_prompt]) == teacher.render_chat(turns)
+    assert teacher.decode(trace.token_ids[: trace.num_prompt]) == rendered(teacher, turns)
     assert sections(teacher, trace)[1] == f"<think>\n{REASONING}\n</think>"
 
 
 def test_marks_of_a_data_set_stay_where_the_teacher_writes_them_itself(tmp_path):
-    marks = ThinkMarks("<|begin_of_thought|>", "<|end_of_thought|>")
+    marks = GivenMarks("<|begin_of_thought|>\n\n", "\n\n<|end_of_thought|>\n\n")
     teacher = make_byte_teacher(tmp_path, TEMPLATES["plain"], marks)
     row = {"conversations": [*SENT, {"from": "gpt", "value": OPEN_THOUGHTS}]}
     assert teacher.decode(render(teacher, row).token_ids).endswith(f"{OPEN_THOUGHTS}<|end|>")
     row = {"conversations": [*SENT, {"from": "gpt", "value": INLINE}]}
     assert sections(teacher, render(teacher, row))[1] == (
-        f"<|begin_of_thought|>\n{REASONING}\n<|end_of_thought|>"
+        f"<|begin_of_thought|>\n\n{REASONING}\n\n<|end_of_thought|>"
     )
 
 
@@ -275,7 +284,7 @@ def test_a_solution_without_its_closing_mark_was_cut(plain):
 
 def test_a_chain_of_thought_that_ends_the_trace_was_not_cut(plain):
     trace = render(plain, {"prompt": ASKED, "response": f"<think>{REASONING}</think>"})
-    assert (trace.finish_reason, sections(plain, trace)[2]) == (None, "<|end|>")
+    assert (trace.finish_reason, sections(plain, trace)[2]) == (None, "\n\n<|end|>")
     *ids, _ = trace.token_ids
     ready = {"token_ids": ids, "cot_start": trace.bounds[0], "answer_start": len(ids)}
     assert render(plain, ready).finish_reason is None

@@ -21,9 +21,13 @@ from teacher_cache.sources import (
     find_last,
     find_sections,
 )
-from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer, ThinkMarks
+from teacher_cache.sources.marks import ThinkMarks
+from teacher_cache.sources.marks_in_tokens import opening_token
+from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer
+from teacher_cache.sources.turn_layout import GivenMarks
 
 VOCAB_SIZE = 60
+GIVEN = GivenMarks("<think> ", " </think> ")
 MARKS = ThinkMarks("<think>", "</think>")
 CHAT = (
     "{% for m in messages %}<start> {{ m.role }} {% if m.role == 'assistant' %}"
@@ -45,7 +49,7 @@ def make_teacher(folder, template):
     fast.chat_template = template
     fast.save_pretrained(folder)
     (folder / "config.json").write_text("{}")
-    return TeacherTokenizer(ModelFiles(str(folder), None), MARKS, {})
+    return TeacherTokenizer(ModelFiles(str(folder), None), {}, GIVEN)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +80,7 @@ def user(content):
 
 
 def sections(teacher, trace):
-    start, end = trace.bounds or find_sections(trace.token_ids, trace.num_prompt, teacher)
+    start, end = trace.bounds
     ids = trace.token_ids
     return [text(teacher, ids[:start]), text(teacher, ids[start:end]), text(teacher, ids[end:])]
 
@@ -148,20 +152,26 @@ def test_ready_token_ids_are_taken_as_they_are(teacher):
 
 
 @pytest.mark.parametrize(
-    ("ids", "expected"),
+    ("ids", "opened_at", "expected"),
     [
-        ([5, 5, 2, 7, 7, 3, 9], (2, 6)),  # opened and closed in the response
-        ([5, 2, 7, 7, 3, 9], (1, 5)),  # opened in the prompt
-        ([5, 5, 2, 7, 7], (2, 5)),  # cut before the closing mark
-        ([5, 5, 7, 3, 9], (2, 4)),  # closed, never opened
-        ([5, 5, 9, 9], (2, 2)),  # no thinking at all
-        ([2, 3, 9, 9], (2, 2)),  # the prompt holds an empty thinking part
-        ([2, 3, 2, 7, 3, 9, 3, 9], (2, 5)),  # the first closing mark ends it
+        ([5, 5, 2, 7, 7, 3, 9], None, (2, 6)),  # opened and closed in the response
+        ([5, 2, 7, 7, 3, 9], 1, (1, 5)),  # opened by the generation prompt
+        ([5, 2, 2, 7, 3, 9], None, (2, 5)),  # a mark of the user's own text means nothing
+        ([5, 5, 2, 7, 7], None, (2, 5)),  # cut before the closing mark
+        ([5, 5, 7, 3, 9], None, (2, 4)),  # closed, never opened
+        ([5, 5, 9, 9], None, (2, 2)),  # no thinking at all
+        ([5, 5, 9, 2, 9, 3, 9], None, (2, 2)),  # an answer that mentions the marks
+        ([5, 5, 9, 2, 9], None, (2, 2)),
+        ([2, 3, 9, 9], None, (2, 2)),  # the prompt holds an empty thinking part
+        ([2, 3, 2, 7, 3, 9, 3, 9], None, (2, 5)),  # the first closing mark ends it
     ],
 )
-def test_sections_are_found(teacher, ids, expected):
-    assert (teacher.open_ids, teacher.close_ids) == ((2,), (3,))
-    assert find_sections(ids, 2, teacher) == expected
+def test_sections_are_found(teacher, ids, opened_at, expected):
+    assert find_sections(ids, 2, opened_at, MARKS, teacher) == expected
+
+
+def test_a_teacher_without_marks_has_no_chain_of_thought(teacher):
+    assert find_sections([5, 5, 2, 7, 3, 9], 2, None, None, teacher) == (2, 2)
 
 
 def test_marks_of_several_tokens_are_found():
@@ -173,26 +183,28 @@ def test_marks_of_several_tokens_are_found():
 class MergingTokenizer:
     """Marks of several tokens, the last of which takes in what follows, as `>\\n\\n` does."""
 
-    marks = ThinkMarks("<|open|>", "<|shut|>")
     pieces = ("<|", "open", "shut", "|>", "|>\n", "a", "b")
-    open_ids, close_ids = (0, 1, 3), (0, 2, 3)
 
     def decode(self, ids):
         return "".join(self.pieces[i] for i in ids)
 
+    def encode(self, text):
+        return {"<|open|>": [0, 1, 3], "<|shut|>": [0, 2, 3]}[text]
+
 
 @pytest.mark.parametrize(
-    ("ids", "expected"),
+    ("ids", "num_prompt", "expected"),
     [
-        ([5, 0, 1, 4, 5, 5, 0, 2, 4, 6], (1, 9)),  # both marks merged with a line break
-        ([0, 1, 4, 5, 5, 0, 2, 3, 6], (0, 8)),  # the prompt of 3 tokens opens
-        ([5, 0, 1, 3, 5, 5], (1, 6)),  # cut
-        ([5, 5, 6, 6], (1, 1)),  # no marks
+        ([5, 0, 1, 4, 5, 5, 0, 2, 4, 6], 1, (1, 9)),  # both marks merged with a line break
+        ([0, 1, 4, 5, 5, 0, 2, 3, 6], 3, (0, 8)),  # the prompt of 3 tokens opens
+        ([5, 0, 1, 3, 5, 5], 1, (1, 6)),  # cut
+        ([5, 5, 6, 6], 1, (1, 1)),  # no marks
     ],
 )
-def test_marks_that_are_plain_text_are_found_in_the_text(ids, expected):
-    num_prompt = 3 if ids[0] == 0 else 1
-    assert find_sections(ids, num_prompt, MergingTokenizer()) == expected
+def test_marks_that_are_plain_text_are_found_in_the_text(ids, num_prompt, expected):
+    tokenizer, marks = MergingTokenizer(), ThinkMarks("<|open|>", "<|shut|>")
+    opened_at = opening_token(ids[:3], marks.open, tokenizer) if num_prompt == 3 else None
+    assert find_sections(ids, num_prompt, opened_at, marks, tokenizer) == expected
 
 
 def source(path, teacher, lines, max_tokens=10, **options):
@@ -270,13 +282,12 @@ BAD_TRACES = {
     "unknown-columns": ({"prompt": "a", "thoughts": "b"}, "found prompt, thoughts"),
     "no-assistant-turn": ({"messages": [user("a")]}, "must be the assistant's, got role 'user'"),
     "empty-prompt": ({"messages": [{"role": "assistant", "content": "a"}]}, "no message stands"),
-    "tool-calls": (
-        {"messages": [user("a"), {"role": "assistant", "content": "b", "tool_calls": [{}]}]},
-        "whose text only the teacher's template knows",
-    ),
     "empty-response": (response(""), "the response is empty"),
     "bad-response": (response(5), "must be text"),
-    "empty-chain-of-thought": (response("<think> </think> 5"), "nothing stands between"),
+    "empty-chain-of-thought": (
+        response("<think> </think> 5"),
+        "nothing stands between the thinking marks",
+    ),
     "unclosed-chain-of-thought": (
         {**response("<think> b c"), "finish_reason": "stop"},
         "says that the response is whole, but it lacks </think>",

@@ -1,7 +1,7 @@
 """Which tokens of a prompt the assistant wrote is found through any template."""
 
 import pytest
-from test_shapes import TEMPLATES, make_byte_teacher, says
+from test_shapes import TEMPLATES, make_byte_teacher, rendered, says
 
 from teacher_cache.sources import BadRow, PromptRenderer, RowColumns
 
@@ -22,7 +22,7 @@ def own_texts(teacher, messages):
     """What the renderer takes for the assistant's."""
     layout = RowColumns(prompt_turns="assistant")
     trace = PromptRenderer(teacher, 1000, 260, layout)({"messages": messages})
-    assert trace.token_ids == tuple(teacher.encode(teacher.render_chat(messages)))
+    assert trace.token_ids == tuple(teacher.encode(rendered(teacher, messages)))
     position, texts = 0, []
     for start, end in trace.without_rows:
         texts.append(teacher.decode(trace.token_ids[position:start]))

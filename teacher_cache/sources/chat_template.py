@@ -58,7 +58,7 @@ class ChatTemplate:
         from jinja2 import Environment, TemplateSyntaxError, meta
         from jinja2.defaults import DEFAULT_NAMESPACE
 
-        environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # noqa: S701  # not HTML
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # not HTML
         try:
             tree = environment.parse(_ASSISTANT_MASK_TAG.sub("", self.source))
         except TemplateSyntaxError as error:

@@ -186,9 +186,7 @@ def _tools(row: Mapping[str, Any], prompt: str | list[Message]) -> list[Any] | N
     return tools
 
 
-def _template_args(
-    row: Mapping[str, Any], prompt: str | list[Message]
-) -> Mapping[str, object]:
+def _template_args(row: Mapping[str, Any], prompt: str | list[Message]) -> Mapping[str, object]:
     """The row's own arguments of the chat template."""
     given = row.get(TEMPLATE_ARGS_COLUMN)
     if given is None or isinstance(prompt, str):

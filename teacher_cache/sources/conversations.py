@@ -217,9 +217,7 @@ class Conversation:
     ) -> str:
         shaped = [for_template(message, self.layout) for message in messages]
         given = self.arguments if arguments is None else arguments
-        return self.template.render(
-            shaped, tools=self.tools, arguments=given, is_prompt=is_prompt
-        )
+        return self.template.render(shaped, tools=self.tools, arguments=given, is_prompt=is_prompt)
 
 
 def for_template(message: Message, layout: TurnLayout) -> Message:

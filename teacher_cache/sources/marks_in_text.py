@@ -22,17 +22,24 @@ class Thought:
         reasoning: Empty where there is none.
         answer: Empty where the response broke off in its chain of thought.
         is_cut: Whether it broke off there, or in a data set's solution.
+        is_empty: Whether marks stand around nothing.
         verbatim: The whole response, where it is the teacher's own text already.
     """
 
     reasoning: str
     answer: str
     is_cut: bool = False
+    is_empty: bool = False
     verbatim: str | None = None
 
 
 def thought_in(
-    reasoning: str | None, answer: str, layout: TurnLayout, *, is_cut: bool = False
+    reasoning: str | None,
+    answer: str,
+    layout: TurnLayout,
+    *,
+    is_cut: bool = False,
+    calls_tools: bool = False,
 ) -> Thought:
     """Reasoning and answer of a response whose chain of thought stands apart, inside, or nowhere.
 
@@ -41,6 +48,7 @@ def thought_in(
         answer: The answer, or all of the response.
         layout: Of the teacher's turn after this prompt.
         is_cut: Whether the row says that it broke off.
+        calls_tools: Whether the turn goes on with calls of tools.
 
     Raises:
         BadRow: If the marks are out of order, or the thought is given twice over.
@@ -57,7 +65,7 @@ def thought_in(
             Reason.MARKS_OUT_OF_ORDER,
             "a chain of thought is given twice, apart and between marks in the response",
         )
-    return Thought(reasoning.strip("\n"), answer, is_cut=not answer.strip())
+    return Thought(reasoning.strip("\n"), answer, is_cut=not answer.strip() and not calls_tools)
 
 
 def foreign_thought(text: str, layout: TurnLayout) -> tuple[str, str]:
@@ -94,9 +102,7 @@ def _inside(text: str, layout: TurnLayout, *, is_cut: bool) -> Thought:
         open_at, close_at = (text.find(mark) if mark else -1 for mark in (marks.open, marks.close))
         if close_at >= 0 and not (0 <= open_at < close_at) and not marks.is_channel:
             if open_at >= 0 and layout.prompt is not Prompt.OPENS:
-                raise BadRow(
-                    Reason.MARKS_OUT_OF_ORDER, f"{marks.close} stands before {marks.open}"
-                )
+                raise BadRow(Reason.MARKS_OUT_OF_ORDER, f"{marks.close} stands before {marks.open}")
             return _split(text, text, marks, layout, opens=False)
         if open_at >= 0 and marks is not own and marks.open != DATA_MARKS[0].open:
             raise BadRow(
@@ -107,9 +113,7 @@ def _inside(text: str, layout: TurnLayout, *, is_cut: bool) -> Thought:
     return Thought("", text)
 
 
-def _split(
-    whole: str, text: str, marks: ThinkMarks, layout: TurnLayout, *, opens: bool
-) -> Thought:
+def _split(whole: str, text: str, marks: ThinkMarks, layout: TurnLayout, *, opens: bool) -> Thought:
     """A response that begins in its chain of thought; `text` has no opening mark any more."""
     if marks == layout.marks:
         verbatim = _own_text(whole, text, layout, opens=opens)
@@ -124,7 +128,7 @@ def _split(
         answer = answer.removeprefix(SOLUTION_MARKS.open).removesuffix(SOLUTION_MARKS.close).strip()
     if not reasoning:
         _check_empty(answer, layout)
-    return Thought(reasoning, answer, is_cut=is_cut)
+    return Thought(reasoning, answer, is_cut=is_cut, is_empty=not reasoning)
 
 
 def _own_text(whole: str, text: str, layout: TurnLayout, *, opens: bool) -> Thought | None:
@@ -140,21 +144,19 @@ def _own_text(whole: str, text: str, layout: TurnLayout, *, opens: bool) -> Thou
     if marks is None or layout.prompt is Prompt.CLOSES:
         return None
     reasoning, closed, answer = text.partition(marks.close)
+    if not reasoning.strip() and closed:
+        return None
     if layout.prompt is Prompt.OPENS and opens:
         # The prompt has the mark already, with the white space behind it.
         behind = (layout.opener or "").partition(marks.open)[2]
         whole = text.removeprefix(behind)
-    elif layout.opener is not None and not whole.startswith(layout.opener):
-        return None
-    if layout.joint is not None and closed and layout.joint not in whole:
-        return None
-    if not reasoning.strip() and closed:
-        if layout.joint is None:
-            raise BadRow(
-                Reason.EMPTY_CHAIN_OF_THOUGHT, "nothing stands between the thinking marks"
-            )
-        _check_empty(answer, layout)
-        return None
+    begun = "" if layout.prompt is Prompt.OPENS else layout.opener
+    if begun is not None and layout.joint is not None:
+        laid_out = begun + reasoning.strip()
+        if closed:
+            laid_out += layout.joint + answer.lstrip()
+        if whole.rstrip() != laid_out.rstrip():
+            return None  # white space of another teacher's
     return Thought(reasoning.strip(), answer, is_cut=not closed, verbatim=whole)
 
 

@@ -133,7 +133,7 @@ class Probe:
         return None
 
     def find_before_call(self) -> Shown | None:
-        """The same in a turn that calls a tool, which some templates show the reasoning of alone."""
+        """The same in a turn that calls a tool: some templates show reasoning there alone."""
         call = {"tool_calls": [_CALLED]}
         bare = self._try([ASKED, {"role": "assistant", "content": "", **call}], {})
         for name, make in FIELDS.items():

@@ -7,7 +7,6 @@ from typing import Any
 
 from teacher_cache.format import content_hash
 from teacher_cache.sources.columns import Exchange, RowColumns, read_prompt, read_trace
-from teacher_cache.sources.chat_template import TemplateRefusesError
 from teacher_cache.sources.conversations import Conversation, Message
 from teacher_cache.sources.marks_in_tokens import find_sections, opening_token
 from teacher_cache.sources.prompt_turns import tokens_of_others
@@ -218,8 +217,6 @@ def _conversation(
     try:
         template.check_arguments(exchange.template_args)
         layout = tokenizer.layout(arguments)
-    except TemplateRefusesError as error:
-        raise BadRow(Reason.TEMPLATE_REFUSES, str(error)) from error
     except ValueError as error:
         raise BadRow(Reason.BAD_TEMPLATE_ARGS, str(error)) from error
     return Conversation(template, layout, messages, exchange.tools, arguments)

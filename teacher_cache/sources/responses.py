@@ -12,7 +12,7 @@ from teacher_cache.sources.turn_layout import Prompt, TurnLayout
 
 _HOW_TO_SAY = (
     "say with --think-open and --think-close what the teacher writes there, white space included "
-    "(a configuration file holds line breaks: think-close = \"\\n</think>\\n\\n\")"
+    '(a configuration file holds line breaks: think-close = "\\n</think>\\n\\n")'
 )
 
 
@@ -57,7 +57,8 @@ def response_of(
     has_text = answer.strip() or (exchange.reasoning or "").strip()
     if not has_text and not exchange.tool_calls:
         raise BadRow(Reason.EMPTY_RESPONSE, "the response is empty")
-    thought = thought_in(exchange.reasoning, answer, layout, is_cut=is_cut)
+    calls_tools = bool(exchange.tool_calls)
+    thought = thought_in(exchange.reasoning, answer, layout, is_cut=is_cut, calls_tools=calls_tools)
     if thought.verbatim is not None:
         end = "" if thought.is_cut or is_cut else layout.end
         return Response(thought.verbatim + end, thought.is_cut or is_cut, has_thought=True)
@@ -80,6 +81,11 @@ def response_of(
     if is_cut:
         return Response(_without_end(text, thought.answer, layout), True, bool(thought.reasoning))
     has_thought = bool(thought.reasoning) or _writes_thought(text, layout)
+    if thought.is_empty and not has_thought and layout.prompt is not Prompt.CLOSES:
+        raise BadRow(
+            Reason.EMPTY_CHAIN_OF_THOUGHT,
+            "nothing stands between the thinking marks, and the chat template writes none there",
+        )
     return Response(text, is_cut=False, has_thought=has_thought)
 
 
@@ -88,7 +94,8 @@ def _check_prompt(thought: Thought, layout: TurnLayout) -> None:
     if not thought.reasoning:
         return
     if layout.prompt is Prompt.CLOSES:
-        opens = [s for s in layout.switches if not s.endswith(Prompt.CLOSES.value)]
+        allow = (Prompt.OPENS.value, Prompt.LEAVES.value)
+        opens = [s for s in layout.switches if s.endswith(allow)]
         hint = f" (--template-arg {opens[0].partition(':')[0]})" if opens else ""
         raise BadRow(
             Reason.THINKING_IS_OFF,

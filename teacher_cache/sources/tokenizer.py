@@ -18,7 +18,7 @@ from teacher_cache.format import (
     content_hash,
     tokenizer_fingerprint,
 )
-from teacher_cache.sources.chat_template import ChatTemplate
+from teacher_cache.sources.chat_template import ChatTemplate, TemplateRefusesError
 from teacher_cache.sources.turn_layout import GivenMarks, TurnLayout, read_layout
 
 _SAMPLE_BYTES = 1 << 20  # of each end of a weight file: enough to tell two trainings apart
@@ -147,14 +147,17 @@ class TeacherTokenizer:
             marks: What the user says of them, which goes before what the template says.
 
         Raises:
-            EngineError: If it cannot be loaded.
-            ValueError: If the chat template reads no argument of such a name.
+            EngineError: If it cannot be loaded, or its chat template reads no argument of such a
+                name.
         """
         self._tokenizer = files.tokenizer()
         self._own_ends = files.generation_config().end_ids
         self._marks = marks
         self._layouts: dict[str, TurnLayout] = {}
-        self.template = ChatTemplate(self._tokenizer, template_args)
+        try:
+            self.template = ChatTemplate(self._tokenizer, template_args)
+        except ValueError as error:
+            raise EngineError(f"model {files.model!r}: {error}") from error
 
     @property
     def size(self) -> int:
@@ -198,17 +201,11 @@ class TeacherTokenizer:
         return tuple(sorted({*self._own_ends, *own, *last}))
 
     def layout(self, arguments: Mapping[str, object] | None = None) -> TurnLayout:
-        """How the template lays out the assistant's turn, with the user's or a row's arguments.
-
-        Raises:
-            ValueError: If the template refuses a plain question.
-        """
+        """How the template lays out the assistant's turn, with the user's or a row's arguments."""
         given = self.template.arguments if arguments is None else arguments
         key = content_hash(dict(given))
         if key not in self._layouts:
-            found = TurnLayout("the options") if not self.template.source else None
-            found = found or read_layout(self.template, given, self.end_tokens)
-            self._layouts[key] = self._marked(found, given)
+            self._layouts[key] = self._marked(self._read_layout(given), given)
         return self._layouts[key]
 
     def encode(self, text: str) -> list[int]:
@@ -233,6 +230,14 @@ class TeacherTokenizer:
         """Text of some ids, special tokens included."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
+
+    def _read_layout(self, arguments: Mapping[str, object]) -> TurnLayout:
+        if not self.template.source:
+            return TurnLayout("nothing: there is no chat template")
+        try:
+            return read_layout(self.template, arguments, self.end_tokens)
+        except TemplateRefusesError as error:
+            return TurnLayout(f"nothing: {error}")
 
     def _marked(self, found: TurnLayout, arguments: Mapping[str, object]) -> TurnLayout:
         if not found.end:

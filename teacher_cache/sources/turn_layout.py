@@ -203,7 +203,7 @@ def _switches(probe: Probe, marks: ThinkMarks | None) -> tuple[str, ...]:
     for name in sorted(probe.template.names_read):
         for value in (True, False):
             prompt = probe.prompt_or_none({name: value})
-            if prompt is None or prompt == default or name in probe.arguments:
+            if prompt is None or prompt == default:
                 continue
             state = prompt_state(probe.header_of(prompt, {name: value}), marks)
             is_same = state is prompt_state(probe.turn_header, marks)
@@ -238,11 +238,9 @@ class GivenMarks:
     ) -> TurnLayout:
         """A layout with these marks in the place of what the template says."""
         close = _closing_mark(self.opener, self.joint, template.added_tokens)
-        marks = ThinkMarks(
-            self.opener.strip(), close, bool(self.joint.partition(close)[2].strip())
-        )
+        marks = ThinkMarks(self.opener.strip(), close, bool(self.joint.partition(close)[2].strip()))
         prompt = found.prompt
-        if template.source:
+        if template.source and not found.source.startswith("nothing:"):
             prompt = prompt_state(Probe(template, arguments, []).turn_header, marks)
         return replace(
             found,
