@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from teacher_cache.engines import EngineError
 from teacher_cache.sources import BadRow, PromptRenderer, RowColumns, TraceRenderer, find_sections
 from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer
 from teacher_cache.sources.turn_layout import GivenMarks
@@ -401,7 +402,7 @@ def test_a_template_that_asks_for_the_date_gets_a_fixed_one_or_none(tmp_path):
     with pytest.raises(BadRow, match=r"--template-arg today=YYYY-MM-DD") as caught:
         render_prompt(make_byte_teacher(tmp_path, template), {"messages": ASKED})
     assert caught.value.reason == "template-refuses"
-    with pytest.raises(ValueError, match="expected YYYY-MM-DD, got 'soon'"):
+    with pytest.raises(EngineError, match="expected YYYY-MM-DD, got 'soon'"):
         make_byte_teacher(tmp_path, template, today="soon")
 
 

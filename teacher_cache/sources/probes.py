@@ -44,7 +44,7 @@ IN_CONTENT = "marks in the content"
 class Shown:
     """A rendered conversation in which the reasoning of the last turn stands."""
 
-    field: str
+    way: str
     text: str
     start: int  # of the reasoning
     joint: str

@@ -95,7 +95,7 @@ def read_layout(
         joint = shown.joint
         close = _closing_mark(opener, joint, template.added_tokens)
         marks = ThinkMarks(opener.strip(), close, bool(joint.partition(close)[2].strip()))
-        found = TurnLayout(source, shown.field, marks, opener, joint, reveal=shown.reveal)
+        found = TurnLayout(source, shown.way, marks, opener, joint, reveal=shown.reveal)
     else:
         own = set(template.added_tokens)
         in_tokens = [marks for marks in pairs if marks.open in own and marks.close in own]
