@@ -93,6 +93,11 @@ def prepare_job(
             mass=config.mass,
             capture_prompt=config.capture_prompt,
             num_bands=config.num_bands,
+            teacher_settings=facts.settings or None,
+            chat_template=tokenizer.template.text,
+            chat_template_args=tokenizer.template.arguments or None,
+            special_tokens=tokenizer.special_tokens or None,
+            turn_layout=layout.to_json(),
         )
 
     return Job(

@@ -162,6 +162,7 @@ def _facts_of(header: CacheHeader) -> TeacherFacts:
         head_dtype=header.head_dtype,
         vocab_size=header.vocab_size,
         max_model_len=0,  # not a fact of the cache
+        settings=header.teacher_settings or {},
     )
 
 

@@ -103,4 +103,10 @@ def finished_trace(
         finish_reason=source.finish_reason or rows.finish_reason,
         fields=source.fields,
     )
-    return FinishedTrace(trace, source.source_hash, kept.num_clamped_tails, kept.num_clamped_logits)
+    return FinishedTrace(
+        trace,
+        source.source_hash,
+        kept.num_clamped_tails,
+        kept.num_clamped_logits,
+        messages=source.messages,
+    )

@@ -3,8 +3,8 @@
 Letters: R rows (tokens with a distribution), K kept candidates per row.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -74,6 +74,8 @@ class TeacherFacts:
     head_dtype: str  # of the logits
     vocab_size: int  # width of the softmax, padding included
     max_model_len: int  # tokens in a trace, prompt included
+    # Everything else that changes its numbers, as the engine reports it: JSON values by name.
+    settings: Mapping[str, object] = field(default_factory=dict)
 
 
 class Teacher(Protocol):

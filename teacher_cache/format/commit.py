@@ -47,6 +47,14 @@ class Block:
 
 
 @dataclass(frozen=True)
+class MessagesFile:
+    """The file that holds what a shard's traces were asked, `messages/<name>.arrow`."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class ShardCommit:
     """The commit record of one shard, `<name>.json` beside `<name>.arrow`."""
 
@@ -59,6 +67,7 @@ class ShardCommit:
     num_clamped_logits: int
     blocks: tuple[Block, ...]
     traces: tuple[TraceInfo, ...]
+    messages: MessagesFile | None = None  # where traces were asked in messages
     checksum: str = ""  # of the record, set when it is read; the seal lists it
 
     @property
@@ -77,6 +86,8 @@ class ShardCommit:
         """The file's content: the record and its checksum."""
         record = {"format_version": FORMAT_VERSION, **asdict(self)}
         del record["checksum"]
+        if self.messages is None:
+            del record["messages"]
         return json.dumps({**record, "checksum": content_hash(record)}).encode() + b"\n"
 
 
@@ -104,6 +115,8 @@ def parse_commit(text: bytes, name: str, advice: str = "") -> ShardCommit:
             )
         record["blocks"] = tuple(_known(Block, block) for block in record["blocks"])
         record["traces"] = tuple(_known(TraceInfo, trace) for trace in record["traces"])
+        if record.get("messages") is not None:
+            record["messages"] = _known(MessagesFile, record["messages"])
         commit = _known(ShardCommit, {**record, "checksum": checksum})
         _check_types(commit, where)
         _check(commit, name, where)
@@ -125,6 +138,9 @@ def _check_types(commit: ShardCommit, where: str) -> None:
     for block in commit.blocks:
         counts += [block.offset, block.length, block.crc32, block.num_rows, block.num_tokens]
     texts = [commit.name, commit.header_fingerprint, commit.sha256]
+    if commit.messages is not None:
+        counts += [commit.messages.size_bytes]
+        texts += [commit.messages.sha256]
     for trace in commit.traces:
         counts += [trace.n_total, trace.cot_start, trace.answer_start]
         texts += [trace.trace_id, trace.finish_reason, trace.source_hash]

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
@@ -48,6 +48,12 @@ class CacheHeader:
     capture_prompt: bool
     num_bands: int
     max_lead_span: float = 1.0  # what `truncate` left of every trace
+    # What the engine says of everything else that changes numbers (quantisation, ...).
+    teacher_settings: Mapping[str, Any] | None = None
+    chat_template: str | Mapping[str, str] | None = None  # several by name
+    chat_template_args: Mapping[str, Any] | None = None
+    special_tokens: Mapping[str, str] | None = None  # `eos_token`, ... of the tokenizer
+    turn_layout: Mapping[str, Any] | None = None  # how the template lays out a turn
 
     def num_held(self, n_total: int) -> int:
         """How many of the first tokens of a trace the cache holds: all, unless it was truncated."""
@@ -87,10 +93,25 @@ class CacheHeader:
     def differences(self, other: "CacheHeader") -> list[str]:
         """`name: other there, this now` for every fact in which a stored header differs."""
         return [
-            f"{item.name}: {getattr(other, item.name)!r} there, {getattr(self, item.name)!r} now"
-            for item in fields(self)
-            if getattr(self, item.name) != getattr(other, item.name)
+            f"{name}: {reprlib.repr(that)} there, {reprlib.repr(this)} now"
+            for name, this, that in self._facts_beside(other)
+            if this != that
         ]
+
+    def _facts_beside(self, other: "CacheHeader") -> Iterator[tuple[str, Any, Any]]:
+        """Every fact of two headers; those of a mapping one by one."""
+        for item in fields(self):
+            this, that = getattr(self, item.name), getattr(other, item.name)
+            if isinstance(this, Mapping) and isinstance(that, Mapping):
+                for key in sorted(this.keys() | that.keys()):
+                    yield f"{item.name}.{key}", this.get(key), that.get(key)
+            else:
+                yield item.name, this, that
+
+
+_MAPPINGS = (
+    *("sampling", "teacher_settings", "chat_template_args", "special_tokens", "turn_layout"),
+)
 
 
 def _is_possible(name: str, value: object) -> bool:
@@ -105,8 +126,10 @@ def _is_possible(name: str, value: object) -> bool:
         return name == "mass" or 0 < value <= 1
     if name.endswith("_ids"):
         return isinstance(value, tuple) and all(type(token) is int for token in value)
-    if name == "sampling":
+    if name in _MAPPINGS:
         return value is None or isinstance(value, dict)
+    if name == "chat_template":
+        return value is None or isinstance(value, str | dict)
     if name == "capture_prompt":
         return isinstance(value, bool)
     return isinstance(value, str) or (name == "teacher_revision" and value is None)

@@ -9,6 +9,7 @@ from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Manifest, parse_manifest
 from teacher_cache.format.store import CachePath, Store, open_store
 
+MESSAGES_FOLDER = "messages"
 _NUM_READERS = 16  # records of a remote cache that are fetched at a time
 
 
@@ -79,3 +80,8 @@ def commit_file(name: str) -> str:
 def shard_file(name: str) -> str:
     """Where a shard's bytes stand."""
     return f"{SHARD_FOLDER}/{name}.arrow"
+
+
+def messages_file(name: str) -> str:
+    """Where it stands what a shard's traces were asked."""
+    return f"{MESSAGES_FOLDER}/{name}.arrow"

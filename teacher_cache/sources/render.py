@@ -47,6 +47,7 @@ class PromptRenderer:
             _own_fields(row, self.columns.id_field, *exchange.used),
             without_rows=prompt.without_rows,
             opened_at=prompt.opened_at,
+            messages=_asked(exchange),
             marks=prompt.layout.marks,
         )
 
@@ -155,6 +156,7 @@ class TraceRenderer:
             _own_fields(row, self.columns.id_field, *exchange.used),
             "length" if response.is_cut else None,
             prompt.without_rows,
+            messages=_asked(exchange),
         )
 
 
@@ -207,6 +209,31 @@ def _rendered_prompt(
         opened_at,
         conversation,
     )
+
+
+def _asked(exchange: Exchange) -> dict[str, Any] | None:
+    """What a cache keeps of a prompt: a template makes tokens of it that do not give it back."""
+    if isinstance(exchange.prompt, str):
+        return None
+    asked: dict[str, Any] = {"messages": exchange.prompt}
+    if exchange.tools:
+        asked["tools"] = exchange.tools
+    if exchange.template_args:
+        asked["chat_template_kwargs"] = dict(exchange.template_args)
+    if exchange.tool_calls:
+        asked["response"] = {
+            "role": "assistant",
+            "content": exchange.answer,
+            "reasoning_content": exchange.reasoning or "",
+            "tool_calls": exchange.tool_calls,
+        }
+    try:
+        json.dumps(asked, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow(
+            Reason.FIELD_NOT_JSON, f"a message cannot be written as JSON: {error}"
+        ) from error
+    return asked
 
 
 def _conversation(

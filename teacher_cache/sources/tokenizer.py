@@ -176,6 +176,12 @@ class TeacherTokenizer:
         return tokenizer_fingerprint(self._tokenizer.get_vocab())
 
     @property
+    def special_tokens(self) -> dict[str, str]:
+        """The tokenizer's own tokens by their part: `eos_token`, `pad_token`, ..."""
+        named = self._tokenizer.special_tokens_map.items()
+        return {name: str(token) for name, token in named if isinstance(token, str)}
+
+    @property
     def template_hash(self) -> str:
         """Of the chat template and its arguments."""
         return content_hash([self.template.text, self.template.arguments])

@@ -22,6 +22,7 @@ class SourceTrace:
     finish_reason: str | None = None  # "length" for a given trace that was cut
     without_rows: TokenRanges = ()  # tokens of the prompt that get no distributions
     opened_at: int | None = None  # token at which a prompt opens a chain of thought
+    messages: Mapping[str, Any] | None = None  # what was asked; None where that was text
     marks: ThinkMarks | None = None  # the teacher's, for a trace that is generated
 
     @property

@@ -90,5 +90,6 @@ def _copy_shard(cache: Cache, shard: int, rows: list[int], writer: CacheWriter) 
                 infos[row].source_hash,
                 num_clamped_tails=int(is_clamped_tail(cut.tail_logit)[cut.k > 0].sum()),
                 num_clamped_logits=int((cut.top_logits == LOGIT_GRID[-1]).sum()),
+                messages=cache.messages(infos[row].trace_id),
             )
         )

@@ -10,6 +10,7 @@ from teacher_cache.format.checking.findings import Verification
 from teacher_cache.format.files import fsync
 from teacher_cache.format.header import UNUSABLE_JSON, CacheHeader
 from teacher_cache.format.manifest import JOURNAL_FOLDER, MANIFEST_NAME, SHARD_FOLDER, Manifest
+from teacher_cache.format.records import MESSAGES_FOLDER, messages_file
 from teacher_cache.format.shares import PARTS_FOLDER, publish_share, read_shares
 from teacher_cache.format.store import CachePath, Store, open_store
 from teacher_cache.format.writing.journal_places import Journals
@@ -41,10 +42,12 @@ def repair_cache(path: CachePath, found: Verification) -> Repair:
     """
     store = open_store(path)
     files = {finding.file for finding in found.errors}
-    shards = sorted({PurePosixPath(f).stem for f in files if f.startswith(f"{SHARD_FOLDER}/")})
+    folders = (f"{SHARD_FOLDER}/", f"{MESSAGES_FOLDER}/")
+    shards = sorted({PurePosixPath(f).stem for f in files if f.startswith(folders)})
     damaged = [
         *(f"{SHARD_FOLDER}/{name}.json" for name in shards),  # the records first
         *(f"{SHARD_FOLDER}/{name}.arrow" for name in shards),
+        *(messages_file(name) for name in shards),
         *sorted(file for file in files if file.startswith(f"{JOURNAL_FOLDER}/")),
     ]
     parts = [f"{PARTS_FOLDER}/{name}" for name in store.sizes(PARTS_FOLDER)]
@@ -63,7 +66,9 @@ def repair_cache(path: CachePath, found: Verification) -> Repair:
             _reopen_parts(store)
         for file in damaged:
             if store.size(file) is not None:
-                removed[file] = prefix + PurePosixPath(file).name
+                is_asked = file.startswith(MESSAGES_FOLDER)
+                kind = f"{MESSAGES_FOLDER}-" if is_asked else ""  # a shard has the same name
+                removed[file] = prefix + kind + PurePosixPath(file).name
                 _move(store, file, removed[file])
     return Repair(removed, has_manifest=found.header is not None)
 

@@ -21,6 +21,8 @@ from teacher_cache.format.manifest import (
     make_seal,
     parse_manifest,
 )
+from teacher_cache.format.reading.messages import read_messages
+from teacher_cache.format.records import messages_file
 from teacher_cache.format.shares import PARTS_FOLDER, read_shares
 from teacher_cache.format.store import CachePath, Store, open_store
 from teacher_cache.format.writing.journal import journal_damage, read_journal
@@ -188,6 +190,15 @@ def _check_shard(
     found.num_entries += commit.num_entries
     for problem in broken_shard(data, commit, header, file):
         found.wrong(file, problem)
+    try:
+        asked = read_messages(store, commit)
+    except CacheFormatError as error:
+        found.wrong(messages_file(commit.name), str(error).removeprefix(f"{store.where}: "))
+        return
+    if strangers := asked.keys() - {trace.trace_id for trace in commit.traces}:
+        found.wrong(
+            messages_file(commit.name), f"holds {min(strangers)!r}, which is no trace of the shard"
+        )
 
 
 def _count(

@@ -7,8 +7,9 @@ anything is handed out.
 import logging
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import pyarrow as pa
 
@@ -24,6 +25,7 @@ from teacher_cache.format.errors import (
 from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.manifest import SHARD_FOLDER, Manifest, ShardList, shards_fingerprint
 from teacher_cache.format.reading.decode import assemble, decode_bands
+from teacher_cache.format.reading.messages import read_messages
 from teacher_cache.format.reading.places import (
     Place,
     alike_ids,
@@ -61,6 +63,7 @@ class Cache:
     prefix_cache: PrefixCache | None = None
     bytes_read: int = 0  # from shards, by this object
     bytes_fetched: int = 0  # of these, not found in the prefix cache
+    _messages: tuple[str, dict[str, Any]] | None = field(default=None, repr=False)  # of one shard
 
     def __len__(self) -> int:
         return len(self.traces)
@@ -235,6 +238,25 @@ class Cache:
         if view is None or (view.top_k >= self.header.top_k and view.mass >= 1.0):
             return traces
         return {row: narrowed(trace, view) for row, trace in traces.items()}
+
+    def messages(self, trace_id: str) -> dict[str, Any] | None:
+        """What a trace was asked: `messages`, and `tools` and `chat_template_kwargs` if any.
+
+        The messages are those before the assistant's turn, reasoning under `reasoning_content`;
+        where that turn calls tools, `response` is its own message. None where the prompt was
+        text, or the cache was captured before messages were kept.
+
+        Raises:
+            CacheFormatError: If the file of the messages is missing or damaged.
+            TraceNotFoundError: If the cache has no such trace.
+        """
+        commit = self.shards[self.place(trace_id)[0]]
+        if commit.messages is None:
+            return None
+        if self._messages is None or self._messages[0] != commit.name:
+            self._messages = (commit.name, read_messages(self.store, commit))
+        asked: dict[str, Any] | None = self._messages[1].get(trace_id)
+        return asked
 
     def _read_prefix(self, commit: ShardCommit, num_bands: int, where: str) -> pa.Buffer:
         size = commit.prefix_bytes(num_bands)

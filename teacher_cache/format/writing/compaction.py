@@ -8,12 +8,18 @@ well that MAX_DECODED_BYTES closes it.
 
 import hashlib
 
-from teacher_cache.format.commit import ShardCommit, TraceInfo
+from teacher_cache.format.commit import MessagesFile, ShardCommit, TraceInfo
 from teacher_cache.format.header import CacheHeader
-from teacher_cache.format.records import commit_file, shard_file
+from teacher_cache.format.records import (
+    MESSAGES_FOLDER,
+    commit_file,
+    messages_file,
+    shard_file,
+)
 from teacher_cache.format.store import Store
 from teacher_cache.format.writing.journal import FinishedTrace, read_journal
 from teacher_cache.format.writing.journal_places import Journals
+from teacher_cache.format.writing.messages import encode_messages
 from teacher_cache.format.writing.shard import encode_shard
 
 
@@ -49,6 +55,7 @@ def _free_name(store: Store, name: str) -> str:
 
 def _publish(finished: list[FinishedTrace], store: Store, name: str, header: CacheHeader) -> None:
     shard = encode_shard([item.trace for item in finished], header)
+    asked = encode_messages(finished)
     commit = ShardCommit(
         name=name,
         header_fingerprint=header.fingerprint,
@@ -59,7 +66,11 @@ def _publish(finished: list[FinishedTrace], store: Store, name: str, header: Cac
         num_clamped_logits=sum(item.num_clamped_logits for item in finished),
         blocks=shard.blocks,
         traces=tuple(_trace_info(item) for item in finished),
+        messages=MessagesFile(len(asked), hashlib.sha256(asked).hexdigest()) if asked else None,
     )
+    if asked:
+        store.make_folder(MESSAGES_FOLDER)
+        store.publish(messages_file(name), asked)
     store.publish(shard_file(name), shard.data)
     store.publish(commit_file(name), commit.to_bytes())
 

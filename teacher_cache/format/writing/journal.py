@@ -36,6 +36,7 @@ class FinishedTrace:
     source_hash: str
     num_clamped_tails: int = 0
     num_clamped_logits: int = 0
+    messages: Mapping[str, Any] | None = None  # what it was asked, where that was messages
 
 
 class Journal:
@@ -203,6 +204,8 @@ def _encode(finished: FinishedTrace) -> bytes:
         "num_clamped_tails": finished.num_clamped_tails,
         "num_clamped_logits": finished.num_clamped_logits,
     }
+    if finished.messages is not None:
+        head["messages"] = finished.messages
     text = json.dumps(head).encode()
     columns = (
         trace.token_ids.astype("<i4"),
@@ -230,7 +233,7 @@ def _decode(payload: bytes) -> FinishedTrace:
         position += columns[-1].nbytes
     token_ids, k, top_ids, codes, tail_logit = columns
     counts = {name: head.pop(name) for name in ("num_clamped_tails", "num_clamped_logits")}
-    source_hash = head.pop("source_hash")
+    source_hash, messages = head.pop("source_hash"), head.pop("messages", None)
     trace = Trace(
         token_ids=token_ids,
         k=k,
@@ -240,4 +243,4 @@ def _decode(payload: bytes) -> FinishedTrace:
         **head,
     )
     trace.validate()
-    return FinishedTrace(trace, source_hash, **counts)
+    return FinishedTrace(trace, source_hash, **counts, messages=messages)
