@@ -149,7 +149,8 @@ def test_a_trial_run_estimates_the_whole_and_can_be_sealed(model, prompts, tmp_p
 def test_settings_may_come_from_a_file(model, prompts, tmp_path):
     settings = tmp_path / "capture.toml"
     settings.write_text(
-        'engine = "transformers"\ntop-k = 3\nmax-new-tokens = 5\n[template-arg]\nx = 1\n'
+        'engine = "transformers"\ntop-k = 3\nmax-new-tokens = 5\n'
+        '[template-arg]\ntoday = "2026-01-02"\n'
     )
     invoke(
         *("generate", "--config", settings, "--model", model, "--prompts", prompts),
@@ -158,7 +159,7 @@ def test_settings_may_come_from_a_file(model, prompts, tmp_path):
     header = open_cache(str(tmp_path / "cache")).header
     assert (header.top_k, header.sampling["max_tokens"]) == (4, 5)
     config = json.loads((tmp_path / "cache" / "cache.json").read_text())["config"]
-    assert config["template_arg"] == {"x": 1}
+    assert config["template_arg"] == {"today": "2026-01-02"}
 
 
 def bad_calls(model, prompts, tmp_path):

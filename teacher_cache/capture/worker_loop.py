@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from teacher_cache.engines import Teacher, TeacherRequest, TeacherRows
+from teacher_cache.engines import EngineError, Teacher, TeacherRequest, TeacherRows
+from teacher_cache.engines.checks import looks_rounded
 from teacher_cache.format import (
     CacheHeader,
     CacheWriter,
@@ -19,6 +20,7 @@ from teacher_cache.sources import SourceTrace, find_sections
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 
 Work = tuple[SourceTrace, TeacherRequest]
+_NUM_LOOKED_AT = 8  # first traces of every run, whose logits are looked at
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,26 @@ def run_requests(
 
     # Not a generator, which could not go on once it has ended.
     missing = filter(lambda item: item[1].request_id not in writer.finished(), work)
-    for rows in teacher.run(map(begin, missing)):
+    for number, rows in enumerate(teacher.run(map(begin, missing))):
+        if number < _NUM_LOOKED_AT:
+            _check_head(rows, writer.header)
         with hold():
             source = in_flight.pop(rows.request_id)
             finished = finished_trace(rows, source, writer.header, tokenizer)
             writer.append(finished)
             cut = finished.trace.finish_reason == "length"
             note(Done(rows.request_id, len(rows.token_ids), cut))
+
+
+def _check_head(rows: TeacherRows, header: CacheHeader) -> None:
+    """Refuse rounded logits that the engine reports as float32."""
+    if header.head_dtype == "float32" and looks_rounded(rows.row_logprobs[:, 1:]):
+        raise EngineError(
+            f"request {rows.request_id!r}: the engine reports a float32 head, but its logits are "
+            "rounded as bfloat16's are. Capture with what it really computes, so that the cache "
+            'says so: --engine-arg \'hf_overrides={"head_dtype": "bfloat16"}\', or use another '
+            "version of the engine"
+        )
 
 
 def finished_trace(

@@ -1,15 +1,53 @@
 """What every engine refuses, and in which words."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from teacher_cache.engines import EngineError, Sampling, TeacherRequest, TeacherRows
+from teacher_cache.format import content_hash
+
+# Steps of bfloat16 logits: 1/8 from 16 on, 1/1024 from 1/8 on. Smaller logits are few.
+_COARSE_STEP = 2.0**-10
+_STEP_TOLERANCE = 1 / 16  # of a step; float32 logprobs below 64 are exact to 1/250
+_ROUNDED_SHARE = 0.9  # by chance 1/8 of them lie so near to a step
+_FEWEST_GAPS = 64
 
 
 def one_line(error: BaseException) -> str:
     """The message of a library's exception without line breaks or pydantic's appendix."""
     return " ".join(str(error).split()).split(" [type=")[0]
+
+
+# Of a model's configuration, what changes no number.
+_NO_NUMBERS = {"_name_or_path", "transformers_version", "id2label", "label2id", "problem_type"}
+
+
+def settings_hash(settings: Mapping[str, object]) -> str:
+    """Hash of a configuration, whatever objects its values are."""
+    kept = {name: value for name, value in settings.items() if name not in _NO_NUMBERS}
+    text = json.dumps(kept, sort_keys=True, default=lambda value: type(value).__name__)
+    return content_hash(text)
+
+
+def looks_rounded(logprobs: NDArray[np.float32]) -> bool:
+    """Whether logprobs come from logits that were rounded to bfloat16 or float16.
+
+    Differences of logprobs are differences of logits, and those of rounded ones are whole multiples
+    of a step far wider than float32's, all of them.
+
+    Args:
+        logprobs: [R, K], of one distribution in each row, the most probable first.
+    """
+    gaps = (logprobs[:, :1] - logprobs[:, 1:]).astype(np.float64).ravel()
+    gaps = gaps[np.isfinite(gaps) & (gaps > _COARSE_STEP)]
+    if len(gaps) < _FEWEST_GAPS:
+        return False
+    off = np.abs(gaps / _COARSE_STEP - np.round(gaps / _COARSE_STEP))
+    return bool((off < _STEP_TOLERANCE).mean() > _ROUNDED_SHARE)
 
 
 def check_model(model: str, revision: str | None) -> None:

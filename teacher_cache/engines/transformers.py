@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from teacher_cache.engines import EngineError, Sampling, TeacherFacts, TeacherRequest, TeacherRows
-from teacher_cache.engines.checks import check_model, check_request, check_rows, one_line
+from teacher_cache.engines.checks import (
+    check_model,
+    check_request,
+    check_rows,
+    one_line,
+    settings_hash,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +94,10 @@ class TransformersTeacher:
             head_dtype=str(head_dtype).removeprefix("torch."),
             vocab_size=text_config.vocab_size,
             max_model_len=_context(model, text_config, max_model_len),
+            settings={
+                "architecture": type(network).__name__,
+                "model_config_hash": settings_hash(network.config.to_dict()),
+            },
         )
         if not 1 <= top_k <= self.facts.vocab_size:
             raise EngineError(

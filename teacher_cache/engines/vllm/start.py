@@ -26,7 +26,19 @@ _RESERVED = {
     "skip_tokenizer_init": "the end-of-sequence token comes from the tokenizer",
     "data_parallel_size": "run one capture worker per replica",
     "speculative_config": "it can corrupt the logprobs of given tokens",
+    "spec_method": "speculation can corrupt the logprobs of given tokens",
+    "spec_model": "speculation can corrupt the logprobs of given tokens",
+    "spec_tokens": "speculation can corrupt the logprobs of given tokens",
     "kv_sharing_fast_prefill": "it makes the logprobs of given tokens wrong",
+    "enable_lora": "the base model would be captured: merge the adapter into a model folder "
+    "(peft: merge_and_unload) and capture that",
+    "model_weights": "the weights are those of the model option",
+    "tokenizer": "the tokenizer is the model's own",
+    "tokenizer_revision": "it is given by the revision option",
+    "trust_remote_code": "it is given by the option of that name",
+    "generation_config": "sampling is given by options of its own",
+    "override_generation_config": "sampling is given by options of its own",
+    "logits_processors": "sampling is given by options of its own",
 }
 
 

@@ -21,6 +21,7 @@ from teacher_cache.engines import (
 from teacher_cache.engines.checks import check_model, check_request, check_rows
 from teacher_cache.engines.vllm.processes import EngineProcesses
 from teacher_cache.engines.vllm.rows import tap, to_rows, why_untapped
+from teacher_cache.engines.vllm.settings import reported_settings
 from teacher_cache.engines.vllm.start import (
     check_engine_args,
     default_args,
@@ -130,6 +131,7 @@ class VllmTeacher:
             head_dtype=str(config.model_config.head_dtype).removeprefix("torch."),
             vocab_size=config.model_config.get_vocab_size(),
             max_model_len=min(max_model_len or self._context, self._context),
+            settings=reported_settings(config),
         )
         self._is_tapped = True
         if (reason := why_untapped()) is not None:

@@ -1,0 +1,88 @@
+"""One cache, one teacher: whatever changes its numbers changes the fingerprint."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from fakes import make_header
+
+from teacher_cache.engines import EngineError
+from teacher_cache.engines.checks import looks_rounded
+from teacher_cache.format import CacheMismatchError, CacheWriter
+
+TINY = "tools/tiny-teacher"
+# Arguments of vLLM that change a teacher's numbers, and what the header says of them.
+NUMERIC = {
+    "quantization": {"quantization": "fp8"},
+    "KV cache": {"kv_cache_dtype": "fp8"},
+    "rope scaling": {
+        "hf_overrides": {
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+        }
+    },
+    "a value of the model's config": {"hf_overrides": {"rms_norm_eps": 1e-3}},
+    "window": {"disable_sliding_window": True},
+    "random weights": {"load_format": "dummy"},
+    "another implementation": {"model_impl": "transformers"},
+}
+NEUTRAL = {
+    "batch": {"max_num_seqs": 3, "max_num_batched_tokens": 512},
+    "prefix cache": {"enable_prefix_caching": False},
+    "loading": {"load_format": "safetensors"},
+}
+
+
+@pytest.fixture(scope="module")
+def header_with():
+    vllm = pytest.importorskip("vllm")
+    from teacher_cache.engines.vllm.settings import reported_settings
+
+    def of(**arguments):
+        args = vllm.EngineArgs(model=TINY, enforce_eager=True, **arguments)
+        settings = reported_settings(args.create_engine_config())
+        return dataclasses.replace(make_header(), teacher_settings=settings)
+
+    return of
+
+
+@pytest.mark.slow
+def test_every_numeric_engine_argument_changes_the_fingerprint(header_with, tmp_path):
+    plain = header_with()
+    found = {name: header_with(**arguments) for name, arguments in NUMERIC.items()}
+    fingerprints = [plain.fingerprint, *(header.fingerprint for header in found.values())]
+    assert len(set(fingerprints)) == len(fingerprints)
+    for arguments in NEUTRAL.values():
+        assert header_with(**arguments).fingerprint == plain.fingerprint
+    CacheWriter(tmp_path, plain).close()
+    with pytest.raises(CacheMismatchError, match=r"teacher_settings\.kv_cache_dtype: 'fp8', not"):
+        CacheWriter(tmp_path, found["KV cache"])
+
+
+@pytest.mark.slow
+def test_adapters_are_refused_by_name():
+    vllm = pytest.importorskip("vllm")
+    from teacher_cache.engines.vllm.start import check_engine_args
+
+    with pytest.raises(EngineError, match="'enable_lora' cannot be set: the base model would be"):
+        check_engine_args(vllm.EngineArgs, {"enable_lora": True})
+
+
+def rounded_to_bfloat16(values):
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x8000) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def logprobs_of(logits):
+    logits = -np.sort(-logits, axis=1)
+    return (logits - np.log(np.exp(logits.astype("f8")).sum(1, keepdims=True))).astype("f4")
+
+
+@pytest.mark.parametrize("scale", [3.0, 8.0])
+def test_a_head_that_is_rounded_is_seen_in_its_logprobs(scale):
+    logits = np.random.default_rng(0).normal(0, scale, (20, 64)).astype(np.float32)
+    assert not looks_rounded(logprobs_of(logits)[:, :12])
+    assert looks_rounded(logprobs_of(rounded_to_bfloat16(logits))[:, :12])
+
+
+def test_a_few_entries_are_no_evidence():
+    assert not looks_rounded(np.array([[-0.1, -2.1]], np.float32))
