@@ -58,7 +58,7 @@ LOW_TO_HIGH = {
     ],
     "teacher_cache.capture": [
         *("worker_loop", "job", "run", "ray_actor", "ray_driver", "configs", "prepare"),
-        *("generate", "score"),
+        *("generate", "score", "preview"),
     ],
     "student_train": [
         *(

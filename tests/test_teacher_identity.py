@@ -10,6 +10,7 @@ from teacher_cache.engines import EngineError
 from teacher_cache.engines.checks import looks_rounded
 from teacher_cache.format import CacheMismatchError, CacheWriter
 
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 TINY = "tools/tiny-teacher"
 # Arguments of vLLM that change a teacher's numbers, and what the header says of them.
 NUMERIC = {

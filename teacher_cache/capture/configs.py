@@ -19,16 +19,9 @@ _scale_out = partial(option, group="Scale-out")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptureConfig:
-    """What both ways of capturing need to know."""
+class RowsConfig:
+    """How rows are read and rendered; what captures and `preview` have in common."""
 
-    limit: int | None = _input(
-        "Capture only this many traces, and estimate time and disk for all of them.",
-        default=None,
-        basic=True,
-        at_least=1,
-        unset="all",
-    )
     id_field: str = _input("Column of the trace's id.", default=RowColumns.id_field)
     prompt_field: str | None = _input(
         "Column of the prompt, text or messages.", default=None, unset="the usual names"
@@ -39,6 +32,46 @@ class CaptureConfig:
     drop_system: bool = _input("Leave out the rows' system prompts.", default=False)
     dataset_config: str | None = _input("Configuration of a hub dataset.", default=None)
     split: str = _input("Split of a hub dataset or a saved one.", default=Input.split)
+    model: str = _teacher("Teacher: a model folder or a hub id.", basic=True)
+    revision: str | None = _teacher("Branch, tag or commit of a hub id.", default=None)
+    template_arg: Mapping[str, object] = _teacher(
+        "Argument of the chat template, such as enable_thinking=true; repeatable.",
+        default_factory=dict,
+    )
+    think_open: str | None = _teacher(
+        "Text that the teacher writes before its chain of thought, white space included (\\n is a "
+        "line break); for teachers whose chat template does not show it.",
+        default=None,
+        unset="read off the chat template",
+    )
+    think_close: str | None = _teacher(
+        "Text that the teacher writes between chain of thought and answer, likewise.",
+        default=None,
+        unset="read off the chat template",
+    )
+    trust_remote_code: bool = _teacher(
+        "Run code that comes with the model, for its configuration, tokenizer and network; only "
+        "from sources that you trust.",
+        default=False,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if (self.think_open is None) != (self.think_close is None):
+            raise ValueError("--think-open and --think-close: expected both or neither")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureConfig(RowsConfig):
+    """What both ways of capturing need to know."""
+
+    limit: int | None = _input(
+        "Capture only this many traces, and estimate time and disk for all of them.",
+        default=None,
+        basic=True,
+        at_least=1,
+        unset="all",
+    )
     ids_file: Path | None = _input(
         "File of ids, one per line: take only rows that have one of them.", default=None
     )
@@ -46,8 +79,6 @@ class CaptureConfig:
         "Stop at the first row that cannot be used; otherwise it goes into rejects.jsonl.",
         default=False,
     )
-    model: str = _teacher("Teacher: a model folder or a hub id.", basic=True)
-    revision: str | None = _teacher("Branch, tag or commit of a hub id.", default=None)
     engine: str = _teacher(
         "Program that runs the teacher; transformers is for small teachers and machines "
         "without vLLM.",
@@ -69,21 +100,6 @@ class CaptureConfig:
     )
     engine_arg: Mapping[str, object] = _teacher(
         "Engine argument of vLLM, such as max_num_seqs=128; repeatable.", default_factory=dict
-    )
-    template_arg: Mapping[str, object] = _teacher(
-        "Argument of the chat template, such as enable_thinking=true; repeatable.",
-        default_factory=dict,
-    )
-    think_open: str | None = _teacher(
-        "Text that the teacher writes before its chain of thought, white space included (\\n is a "
-        "line break); for teachers whose chat template does not show it.",
-        default=None,
-        unset="read off the chat template",
-    )
-    think_close: str | None = _teacher(
-        "Text that the teacher writes between chain of thought and answer, likewise.",
-        default=None,
-        unset="read off the chat template",
     )
     out: CachePath = _kept(
         "Folder or URI of the cache (s3://, gs://, hdfs://); run again to resume.", basic=True
@@ -132,10 +148,8 @@ class CaptureConfig:
     )
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         check_engine_args(self.engine, self.engine_arg)
-        if (self.think_open is None) != (self.think_close is None):
-            raise ValueError("--think-open and --think-close: expected both or neither")
         parse_worker(self.worker)
         if self.on_cluster and self.worker != ONLY_WORKER:
             raise ValueError(
@@ -203,12 +217,25 @@ class GenerateConfig(CaptureConfig):
         at_least=0,
         unset="the model's own",
     )
+    min_p: float | None = _sampling(
+        "Sample from tokens at least this many times as probable as the most probable one.",
+        default=None,
+        at_least=0,
+        at_most=1,
+        unset="the model's own",
+    )
+    repetition_penalty: float | None = _sampling(
+        "Divide the logits of tokens that were there before by this; 1 for none.",
+        default=None,
+        above=0,
+        unset="the model's own",
+    )
     max_new_tokens: int | None = _sampling(
         "Largest number of new tokens per trace; a longer answer is cut and counts as unfinished.",
         default=None,
         basic=True,
         at_least=1,
-        unset="what the context has room for",
+        unset="the model's own, or what the context has room for",
     )
     stop_at_tokens: int | None = _sampling(
         "Largest number of tokens per trace, prompt included; for a student that trains with "
@@ -269,3 +296,29 @@ class ScoreConfig(CaptureConfig):
 def _check_prompt_turns(config: GenerateConfig | ScoreConfig) -> None:
     if config.prompt_turns != RowColumns.prompt_turns and not config.capture_prompt:
         raise ValueError("--prompt-turns: no token of the prompt is kept without --capture-prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig(RowsConfig):
+    """`cache-teacher preview`."""
+
+    prompts: Path | None = _input(
+        "Rows as `generate` takes them; show their prompts.", default=None, basic=True
+    )
+    traces: Path | None = _input(
+        "Rows as `score` takes them; show the traces that they become.", default=None, basic=True
+    )
+    limit: int = _input("Number of rows to show.", default=3, basic=True, at_least=1)
+    response_field: str | None = _input(
+        "Column of the response.", default=None, unset="the usual names"
+    )
+    reasoning_field: str | None = _input(
+        "Column of the chain of thought, where it is apart from the response.",
+        default=None,
+        unset="the usual names",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompts is not None and self.traces is not None:
+            raise ValueError("--prompts and --traces: expected one of them, or neither")

@@ -1,12 +1,14 @@
 """`cache-teacher generate`: the teacher answers prompts, and its distributions are kept."""
 
 import hashlib
+import logging
 from dataclasses import asdict
 
 from teacher_cache.capture.configs import GenerateConfig
 from teacher_cache.capture.early_checks import check_early
 from teacher_cache.capture.prepare import (
     input_rows,
+    model_files,
     prepare_job,
     row_columns,
     run_job,
@@ -15,20 +17,32 @@ from teacher_cache.capture.prepare import (
 from teacher_cache.capture.run import CaptureReport
 from teacher_cache.engines import Sampling, TeacherRequest
 from teacher_cache.sources import PromptRenderer, SourceTrace
-from teacher_cache.sources.tokenizer import ModelFiles
+
+logger = logging.getLogger(__name__)
 
 
 def generate(config: GenerateConfig) -> CaptureReport:
     """Let the teacher answer every prompt, and keep its distributions; raises as `capture`."""
     check_early(config, input_rows(config, config.prompts))
-    files = ModelFiles(config.model, config.revision)
+    files = model_files(config)
     tokenizer = teacher_tokenizer(config, files)
     own = files.generation_config()
     sampling = Sampling(
         temperature=own.temperature if config.temperature is None else config.temperature,
         top_p=own.top_p if config.top_p is None else config.top_p,
         top_k=own.top_k if config.sample_top_k is None else config.sample_top_k,
+        min_p=own.min_p if config.min_p is None else config.min_p,
+        repetition_penalty=own.repetition_penalty
+        if config.repetition_penalty is None
+        else config.repetition_penalty,
+        stop_ids=tokenizer.terminal_ids,
     )
+    max_new_tokens = config.max_new_tokens or own.max_new_tokens
+    if own.left_out:
+        logger.warning(
+            "the model's generation config also sets %s, which a capture does not use",
+            ", ".join(own.left_out),
+        )
     context = files.context_length(config.max_model_len)
     longest = min(context, config.stop_at_tokens or context)
 
@@ -41,14 +55,16 @@ def generate(config: GenerateConfig) -> CaptureReport:
             TeacherRequest(
                 request_id=name,
                 token_ids=item.token_ids,
-                max_new_tokens=min(room, config.max_new_tokens or room),
+                max_new_tokens=min(room, max_new_tokens or room),
                 seed=_seed(config.seed, name),
                 capture_prompt=config.capture_prompt,
             )
             for name in names
         ]
 
-    recorded = {**asdict(sampling), "max_tokens": config.max_new_tokens, "seed": config.seed}
+    # Tokens that end a trace stand in the header by themselves.
+    recorded = {name: v for name, v in asdict(sampling).items() if name != "stop_ids"}
+    recorded |= {"max_tokens": max_new_tokens, "seed": config.seed}
     if config.stop_at_tokens is not None:
         recorded["stop_at_tokens"] = config.stop_at_tokens
     render = PromptRenderer(tokenizer, longest, files.vocab_size(), row_columns(config))

@@ -1,11 +1,12 @@
 """What both captures share: from a configuration to a job, and the job on one engine or on Ray."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from teacher_cache.capture.configs import CaptureConfig, GenerateConfig, ScoreConfig
+from teacher_cache.capture.configs import CaptureConfig, GenerateConfig, RowsConfig, ScoreConfig
 from teacher_cache.capture.job import Job
 from teacher_cache.capture.ray_driver import Cluster, ReplicaPlan
 from teacher_cache.capture.run import CaptureReport, capture
@@ -15,7 +16,9 @@ from teacher_cache.format import CacheHeader, parse_worker, shown
 from teacher_cache.sources import Input, InputTraces, Render, RowColumns, SourceTrace, read_ids
 from teacher_cache.sources.marks import ThinkMarks
 from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer
-from teacher_cache.sources.turn_layout import GivenMarks
+from teacher_cache.sources.turn_layout import GivenMarks, layout_lines
+
+logger = logging.getLogger(__name__)
 
 
 def run_job(config: CaptureConfig, job: Job) -> CaptureReport:
@@ -31,23 +34,30 @@ def input_rows(config: CaptureConfig, path: Path) -> Input:
     return Input(path, config.dataset_config, config.split)
 
 
-def row_columns(config: GenerateConfig | ScoreConfig) -> RowColumns:
+def row_columns(config: RowsConfig) -> RowColumns:
     """Which columns of a row hold what."""
     return RowColumns(
         id_field=config.id_field,
         prompt_field=config.prompt_field,
+        response_field=getattr(config, "response_field", None),
+        reasoning_field=getattr(config, "reasoning_field", None),
         drop_system=config.drop_system,
         apply_chat_template=config.apply_chat_template,
-        prompt_turns=config.prompt_turns,
+        prompt_turns=getattr(config, "prompt_turns", RowColumns.prompt_turns),
     )
 
 
-def teacher_tokenizer(config: CaptureConfig, files: ModelFiles) -> TeacherTokenizer:
+def model_files(config: RowsConfig) -> ModelFiles:
+    """The teacher's files as the user named them."""
+    return ModelFiles(config.model, config.revision, config.trust_remote_code)
+
+
+def teacher_tokenizer(config: RowsConfig, files: ModelFiles) -> TeacherTokenizer:
     """The teacher's tokenizer with the marks and template arguments that the user named."""
     return TeacherTokenizer(files, config.template_arg, _given_marks(config))
 
 
-def _given_marks(config: CaptureConfig) -> GivenMarks | None:
+def _given_marks(config: RowsConfig) -> GivenMarks | None:
     if config.think_open is None or config.think_close is None:
         return None
     opener, joint = (m.replace("\\n", "\n") for m in (config.think_open, config.think_close))
@@ -69,6 +79,8 @@ def prepare_job(
     if config.on_cluster:
         worker = "ray"  # the driver's; the actors have names of their own
     layout = tokenizer.layout()
+    for line in layout_lines(layout):
+        logger.info("%s", line)
     marks = layout.marks or ThinkMarks("", "")
 
     def header(facts: TeacherFacts) -> CacheHeader:
@@ -140,6 +152,7 @@ def _start(
         max_model_len=longest,
         sampling=sampling,
         engine_args={**_parallel_args(config.tensor_parallel_size), **config.engine_arg},
+        trust_remote_code=config.trust_remote_code,
     )
 
 

@@ -1,11 +1,10 @@
 """`cache-teacher score`: traces that exist already, and the teacher's distributions over them."""
 
-from dataclasses import replace
-
 from teacher_cache.capture.configs import ScoreConfig
 from teacher_cache.capture.early_checks import check_early
 from teacher_cache.capture.prepare import (
     input_rows,
+    model_files,
     prepare_job,
     row_columns,
     run_job,
@@ -14,13 +13,12 @@ from teacher_cache.capture.prepare import (
 from teacher_cache.capture.run import CaptureReport
 from teacher_cache.engines import TeacherRequest
 from teacher_cache.sources import SourceTrace, TraceRenderer, TraceSlice
-from teacher_cache.sources.tokenizer import ModelFiles
 
 
 def score(config: ScoreConfig) -> CaptureReport:
     """Keep the teacher's distributions over existing traces; raises as `capture`."""
     check_early(config, input_rows(config, config.traces))
-    files = ModelFiles(config.model, config.revision)
+    files = model_files(config)
     tokenizer = teacher_tokenizer(config, files)
     # vLLM scores a trace as the prompt of one more token.
     context = files.context_length(config.max_model_len, num_reserved=config.engine == "vllm")
@@ -36,13 +34,8 @@ def score(config: ScoreConfig) -> CaptureReport:
             )
         ]
 
-    layout = replace(
-        row_columns(config),
-        response_field=config.response_field,
-        reasoning_field=config.reasoning_field,
-    )
     part = None if config.slice is None else TraceSlice.parse(config.slice)
-    render = TraceRenderer(tokenizer, context, files.vocab_size(), layout, part)
+    render = TraceRenderer(tokenizer, context, files.vocab_size(), row_columns(config), part)
     return run_job(
         config, prepare_job(config, files, tokenizer, config.traces, render, requests, None, None)
     )

@@ -2,7 +2,7 @@
 
 import click
 
-from teacher_cache.cli import capturing, checking, planning, reading
+from teacher_cache.cli import capturing, checking, planning, previewing, reading
 from teacher_cache.terminal.group import Program
 
 
@@ -23,6 +23,7 @@ for _command in (
     checking.verify_command,
     checking.audit_command,
     planning.plan_command,
+    previewing.preview_command,
     reading.inspect_command,
     reading.export_command,
     reading.truncate_command,

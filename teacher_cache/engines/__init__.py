@@ -24,11 +24,23 @@ class Sampling:
     """How a teacher draws tokens. Captured logprobs never depend on it: they stay at temperature 1.
 
     `top_k` here is the sampler's cut-off (0 for none), not the number of kept entries.
+
+    Attributes:
+        temperature: 0 takes the most probable token.
+        top_p: Sample from the most probable tokens that reach this probability.
+        top_k: Sample from this many most probable tokens; 0 for all.
+        min_p: Sample from tokens at least this many times as probable as the most probable one.
+        repetition_penalty: Logits of tokens that were there before are divided by it, or
+            multiplied where they are negative.
+        stop_ids: Tokens that end a trace, beside those of the tokenizer and generation config.
     """
 
     temperature: float
     top_p: float
     top_k: int
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ def start_teacher(
     max_model_len: int,
     sampling: Sampling | None,
     engine_args: Mapping[str, object],
+    trust_remote_code: bool = False,
 ) -> Teacher:
     """Start an engine; `engine_args` are vLLM's alone.
 
@@ -34,6 +35,7 @@ def start_teacher(
             top_k=top_k,
             max_model_len=max_model_len,
             sampling=sampling,
+            trust_remote_code=trust_remote_code,
         )
     from teacher_cache.engines.vllm import VllmTeacher
 
@@ -45,4 +47,5 @@ def start_teacher(
         max_model_len=max_model_len,
         sampling=sampling,
         engine_args=engine_args,
+        trust_remote_code=trust_remote_code,
     )

@@ -4,6 +4,7 @@ Slow and plain on purpose: vLLM's rows are checked against these.
 Letters: V vocabulary, K kept candidates, T tokens of one forward pass.
 """
 
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ class TransformersTeacher:
             that is lower, or where this is None.
         sampling: How to draw new tokens; None for an engine that only scores.
         device: "cpu", "cuda", ...; None for a GPU where there is one.
+        trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
         EngineError: The model cannot be loaded.
@@ -59,6 +61,7 @@ class TransformersTeacher:
         max_model_len: int | None = None,
         sampling: Sampling | None = None,
         device: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         check_model(model, revision)
         import torch
@@ -72,13 +75,17 @@ class TransformersTeacher:
             dtype = "float32"  # vLLM's choice here too: CPUs are slow in half precision
         try:
             network: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                model, revision=revision, dtype=dtype
+                model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
             )
             self._stop_ids = frozenset[int]()
             if sampling is not None:
-                tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    model, revision=revision, trust_remote_code=trust_remote_code
+                )
                 self._stop_ids = _stop_ids(
-                    tokenizer.eos_token_id, network.generation_config.eos_token_id
+                    tokenizer.eos_token_id,
+                    network.generation_config.eos_token_id,
+                    list(sampling.stop_ids),
                 )
         except (OSError, ValueError, SafetensorError) as error:
             raise EngineError(f"model {model!r}: {one_line(error)}") from error
@@ -141,7 +148,7 @@ class TransformersTeacher:
             while len(tokens) < max_tokens:
                 if len(tokens) > num_given:
                     logits_TV, cache = self._forward(tokens[-1:], cache)
-                tokens.append(_draw(logits_TV[-1], self._sampling, generator))
+                tokens.append(_draw(logits_TV[-1], tokens, self._sampling, generator))
                 pieces.append(_candidates(logits_TV[-1:], tokens[-1:], self._top_k))
                 if tokens[-1] in self._stop_ids:
                     finish_reason = "stop"
@@ -180,16 +187,29 @@ def _candidates(logits_TV: "Tensor", tokens: Sequence[int], top_k: int) -> "tupl
     return ids.int().cpu(), logprobs.float().cpu()
 
 
-def _draw(logits_V: "Tensor", sampling: Sampling | None, generator: "torch.Generator") -> int:
-    """Sample one token: temperature, then top-k, then top-p, as vLLM orders them."""
+def _draw(
+    logits_V: "Tensor",
+    tokens: Sequence[int],
+    sampling: Sampling | None,
+    generator: "torch.Generator",
+) -> int:
+    """Sample one token after `tokens`: penalty, temperature, min-p, top-k, top-p, as vLLM does."""
     import torch
 
     if sampling is None:
         raise EngineError("this engine was made without `sampling`: it can only score")
     logits_V = logits_V.float().cpu()
+    if sampling.repetition_penalty != 1.0:
+        logits_V = logits_V.clone()
+        seen = torch.tensor(sorted(set(tokens)))
+        of_seen, penalty = logits_V[seen], sampling.repetition_penalty
+        logits_V[seen] = torch.where(of_seen > 0, of_seen / penalty, of_seen * penalty)
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     logits_V = logits_V / sampling.temperature
+    if sampling.min_p > 0:
+        lowest = logits_V.max() + math.log(sampling.min_p)
+        logits_V = logits_V.masked_fill(logits_V < lowest, float("-inf"))
     if 0 < sampling.top_k < len(logits_V):
         lowest_kept = logits_V.topk(sampling.top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < lowest_kept, float("-inf"))

@@ -2,7 +2,7 @@
 
 from teacher_cache.sources.columns import PROMPT_TURNS, RowColumns
 from teacher_cache.sources.files import Input
-from teacher_cache.sources.input_traces import InputTraces, read_ids
+from teacher_cache.sources.input_traces import InputTraces, read_ids, row_values
 from teacher_cache.sources.marks_in_tokens import find_first, find_last, find_sections
 from teacher_cache.sources.rejects import BadRow, Reason, Rejects, SourceError
 from teacher_cache.sources.render import PromptRenderer, TraceRenderer
@@ -27,4 +27,5 @@ __all__ = [
     "find_last",
     "find_sections",
     "read_ids",
+    "row_values",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from teacher_cache.sources.files import Input
 from teacher_cache.sources.json_files import parse_line
@@ -47,7 +48,7 @@ class InputTraces:
         for row in self.input:
             name = None
             try:
-                values = _values(row)
+                values = row_values(row)
                 name = given_id(values, self.id_field)
                 if self.only_ids is not None and name is not None and name not in self.only_ids:
                     continue
@@ -81,7 +82,8 @@ class InputTraces:
             )
 
 
-def _values(row: Row) -> dict[str, object]:
+def row_values(row: Row) -> dict[str, Any]:
+    """What a row holds by column; raises BadRow where it is no object."""
     content = parse_line(row.content) if isinstance(row.content, bytes) else row.content
     if not isinstance(content, dict):
         raise BadRow(Reason.NOT_AN_OBJECT, f"expected a JSON object, got {type(content).__name__}")

@@ -11,7 +11,7 @@ from teacher_cache.sources.conversations import Conversation, Message
 from teacher_cache.sources.marks_in_tokens import find_sections, opening_token
 from teacher_cache.sources.prompt_turns import tokens_of_others
 from teacher_cache.sources.rejects import BadRow, Reason
-from teacher_cache.sources.responses import response_of
+from teacher_cache.sources.responses import own_rendering, response_of
 from teacher_cache.sources.slices import TraceSlice
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 from teacher_cache.sources.trace import SourceTrace, TokenRanges
@@ -118,6 +118,17 @@ class TraceRenderer:
             _finish_reason(row, is_cut=self._is_open(ids, (cot_start, answer_start))),
             () if self.columns.prompt_turns == "all" or not cot_start else ((0, cot_start),),
         )
+
+    def template_rendering(self, row: dict[str, Any]) -> str | None:
+        """What the chat template itself makes of a row's whole conversation.
+
+        None where the row is no conversation, or the template refuses it; raises BadRow.
+        """
+        exchange = read_trace(row, self.columns)
+        prompt = _rendered_prompt(exchange, self.tokenizer, self.columns)
+        if prompt.conversation is None:
+            return None
+        return own_rendering(exchange, prompt.conversation, prompt.layout)
 
     def _is_open(self, ids: Sequence[int], bounds: tuple[int, int]) -> bool:
         """Whether a ready trace ends inside its chain of thought."""

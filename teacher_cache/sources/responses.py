@@ -89,6 +89,21 @@ def response_of(
     return Response(text, is_cut=False, has_thought=has_thought)
 
 
+def own_rendering(exchange: Exchange, conversation: Conversation, layout: TurnLayout) -> str | None:
+    """The template's own text of a row's whole conversation; None where it refuses it."""
+    if layout.reads is None:  # what stands in the content is left there
+        message: Message = {"role": "assistant", "content": exchange.answer}
+        calls = {"tool_calls": exchange.tool_calls} if exchange.tool_calls else {}
+        return conversation.answered({**message, **calls})
+    thought = thought_in(
+        exchange.reasoning,
+        exchange.answer or "",
+        layout,
+        calls_tools=bool(exchange.tool_calls),
+    )
+    return conversation.answered(_as_message(thought, exchange.tool_calls))
+
+
 def _check_prompt(thought: Thought, layout: TurnLayout) -> None:
     """Refuse a thought that the generation prompt has no place for, or one that it lacks."""
     if not thought.reasoning:

@@ -22,6 +22,16 @@ from teacher_cache.sources.chat_template import ChatTemplate, TemplateRefusesErr
 from teacher_cache.sources.turn_layout import GivenMarks, TurnLayout, read_layout
 
 _SAMPLE_BYTES = 1 << 20  # of each end of a weight file: enough to tell two trainings apart
+# Settings of a generation config that neither engine's sampler is given here.
+_LEFT_OUT = {
+    "bad_words_ids", "diversity_penalty", "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id", "forced_eos_token_id", "guidance_scale", "length_penalty", "min_length",
+    "min_new_tokens", "no_repeat_ngram_size", "num_beams", "penalty_alpha", "renormalize_logits",
+    "sequence_bias", "stop_strings", "suppress_tokens", "begin_suppress_tokens", "token_healing",
+    "top_h", "typical_p", "watermarking_config", "max_length", "max_time",
+}  # fmt: skip
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf"}
 
 
@@ -29,10 +39,14 @@ _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf"}
 class OwnGenerationConfig:
     """The sampling settings and end tokens that a model's generation config names."""
 
-    temperature: float
-    top_p: float
-    top_k: int  # 0 for none
-    end_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 for none
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int | None = None
+    end_ids: tuple[int, ...] = ()
+    left_out: tuple[str, ...] = ()  # what it sets beside these and would change a sample
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,7 @@ class ModelFiles:
 
     model: str
     revision: str | None
+    trust_remote_code: bool = False  # whether code that comes with the model may run
 
     @property
     def name(self) -> str:
@@ -53,7 +68,10 @@ class ModelFiles:
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(self.model, revision=self.revision)
+            # False, not unset: else transformers would ask at the terminal.
+            config = AutoConfig.from_pretrained(
+                self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
         except (OSError, ValueError) as error:
             raise EngineError(f"model {self.model!r}: {one_line(error)}") from error
         return config.get_text_config()
@@ -87,14 +105,18 @@ class ModelFiles:
                 self.model, revision=self.revision or "main"
             )
         except OSError:  # a model need not have one
-            return OwnGenerationConfig(1.0, 1.0, 0, ())
+            return OwnGenerationConfig()
         named = own.to_diff_dict()  # what the file says, not the library's own defaults
         ends = named.get("eos_token_id") or ()
         return OwnGenerationConfig(
             temperature=float(named.get("temperature", 1.0)),
             top_p=float(named.get("top_p", 1.0)),
             top_k=int(named.get("top_k", 0)),
+            min_p=float(named.get("min_p") or 0.0),
+            repetition_penalty=float(named.get("repetition_penalty") or 1.0),
+            max_new_tokens=named.get("max_new_tokens"),
             end_ids=(ends,) if isinstance(ends, int) else tuple(ends),
+            left_out=tuple(f"{name}={named[name]!r}" for name in sorted(_LEFT_OUT & named.keys())),
         )
 
     def tokenizer(self) -> Any:  # noqa: ANN401 (transformers is untyped here)
@@ -103,7 +125,9 @@ class ModelFiles:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.model, revision=self.revision)
+            return AutoTokenizer.from_pretrained(
+                self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
         except (OSError, ValueError) as error:
             raise EngineError(f"model {self.model!r}: {one_line(error)}") from error
 

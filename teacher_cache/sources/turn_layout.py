@@ -251,3 +251,17 @@ class GivenMarks:
             prompt=prompt,
             reads=found.reads if (found.opener, found.joint) == (self.opener, self.joint) else None,
         )
+
+
+def layout_lines(layout: TurnLayout) -> list[str]:
+    """What was found, for people: a line or two."""
+    if layout.marks is None:
+        return [f"chain of thought: no marks known ({layout.source}); end of turn {layout.end!r}"]
+    unknown = "not known"
+    opener = unknown if layout.opener is None else repr(layout.opener)
+    joint = unknown if layout.joint is None else repr(layout.joint)
+    lines = [
+        f"chain of thought: {opener} ... {joint} answer {layout.end!r} (from {layout.source}); the "
+        f"generation prompt {layout.prompt.value}"
+    ]
+    return lines + [f"  --template-arg {switch}" for switch in layout.switches]

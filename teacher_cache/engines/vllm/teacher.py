@@ -57,6 +57,7 @@ class VllmTeacher:
         sampling: How to draw new tokens; None for an engine that only scores.
         window: Requests in flight; None for 1.5 times vLLM's `max_num_seqs`.
         engine_args: Further arguments of `vllm.EngineArgs`, by name.
+        trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
         EngineError: vLLM is missing or too old, an engine argument is unknown or reserved, or the
@@ -76,6 +77,7 @@ class VllmTeacher:
         sampling: Sampling | None = None,
         window: int | None = None,
         engine_args: Mapping[str, object] | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         version, is_cpu_build = installed_version()
         check_model(model, revision)
@@ -101,6 +103,7 @@ class VllmTeacher:
         args |= {
             "model": model,
             "revision": revision,
+            "trust_remote_code": trust_remote_code,
             "dtype": "float32" if on_cpu and dtype == "auto" else dtype,
             "logprobs_mode": "raw_logprobs",
             "max_logprobs": top_k,
@@ -204,6 +207,9 @@ class VllmTeacher:
             temperature=drawing.temperature,
             top_p=drawing.top_p,
             top_k=drawing.top_k,
+            min_p=drawing.min_p,
+            repetition_penalty=drawing.repetition_penalty,
+            stop_token_ids=list(drawing.stop_ids),
             seed=request.seed,
             max_tokens=1 if scoring else min(request.max_new_tokens, room),
             logprobs=None if scoring else self._top_k,
