@@ -18,6 +18,7 @@ from student_train.model.forward import StudentWithLoss
 from student_train.model.heldout import SectionFigures, heldout_figures
 from student_train.model.load import check_student, head_of, load_model, load_tokenizer
 from student_train.model.save import check_saved
+from student_train.model.tokens import add_missing_tokens
 from teacher_cache.format import Cache, open_cache
 from teacher_cache.format.files import publish_file
 from teacher_cache.format.folder_lock import FolderLock
@@ -191,6 +192,7 @@ def _write_completions(path: Path, checked: Sequence[_Checked]) -> None:
 
 def _heldout(name: str, cache: Cache) -> dict[str, SectionFigures]:
     model, tokenizer = load_model(name, dtype=torch.float32)
+    add_missing_tokens(name, tokenizer, cache.header)
     check_student(name, model, tokenizer, cache.header)
     student = StudentWithLoss(model, head_of(model)).to(_device()).eval()
     return heldout_figures(student, cache, _device())

@@ -73,6 +73,7 @@ def save_student(
     if terminal_token_ids:
         # Base models often name another token, and would then never end as the traces do.
         model.generation_config.eos_token_id = list(terminal_token_ids)
+        model.config.eos_token_id = list(terminal_token_ids)
     with publish_folder(folder) as temporary, no_bars():
         try:
             model.save_pretrained(str(temporary), state_dict=dict(weights))

@@ -103,6 +103,12 @@ class TrainConfig:
     student_revision: str | None = _student(
         "Branch, tag or commit of a hub id.", default=None, changeable=True
     )
+    chat_template: str = _student(
+        "Whose chat template, special tokens and end tokens RUN/model gets: the cache's, in which "
+        "its traces were rendered, or the student's own.",
+        default="cache",
+        choices=("cache", "student"),
+    )
     lead_span: float | LeadSpans | None = _tokens("lead_span")
     trace_tokens: int | LeadSpans | None = _tokens("trace_tokens")
     sections: tuple[str, ...] = _tokens("sections")

@@ -128,6 +128,8 @@ def _write_student(run: Run, weights: Mapping[str, Tensor], metrics: Mapping[str
         inputs.tokenizer,
         inputs.folder.model,
         weights=weights,
-        terminal_token_ids=inputs.data.terminal_token_ids,
+        terminal_token_ids=inputs.data.terminal_token_ids
+        if config.chat_template == "cache"
+        else (),
         card=model_card(config, inputs.data, metrics, run.num_steps),
     )

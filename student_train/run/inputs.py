@@ -12,6 +12,7 @@ from student_train.data.draw import DrawnSpans, SpanFigures, described, draw_spa
 from student_train.data.traces import TrainingData, open_data
 from student_train.model.load import check_student, load_model, student_fingerprint
 from student_train.model.save import check_saved, make_savable
+from student_train.model.tokens import add_missing_tokens, adopt_turns
 from student_train.run.config import TrainConfig
 from student_train.run.folder import RunFolder, RunIdentity
 from student_train.run.memory import PeakMemory
@@ -63,9 +64,14 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     model, tokenizer = load_model(
         config.student, revision=config.student_revision, dtype=torch.float32
     )
-    for source in data.sources:
-        check_student(config.student, model, tokenizer, source.cache.header)
+    headers = [source.cache.header for source in data.sources]
+    for header in headers:
+        add_missing_tokens(config.student, tokenizer, header)
+        check_student(config.student, model, tokenizer, header)
     make_savable(config.student, model)
+    if config.chat_template == "cache":
+        _require_one_template(data)
+        adopt_turns(config.student, tokenizer, headers[0])
     drawn = tuple(draw_spans(source, config.selection, config.seed) for source in data.sources)
     check_selection(drawn, model)
     heldout = heldout_data(config, data)
@@ -84,6 +90,22 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     return RunInputs(
         config, drawn, folder, identity, accelerator, memory, data, heldout, model, tokenizer
     )
+
+
+def _require_one_template(data: TrainingData) -> None:
+    """Refuse caches of different templates where the student is to get theirs.
+
+    Raises:
+        ValueError: Naming two of them.
+    """
+    first, *others = data.sources
+    for other in others:
+        if other.cache.header.chat_template != first.cache.header.chat_template:
+            raise ValueError(
+                f"{first.cache.path} and {other.cache.path} were rendered with different chat "
+                "templates: expected one for the student. Train on caches of one template, or "
+                "keep the student's own with --chat-template student."
+            )
 
 
 def log_inputs(inputs: RunInputs, spans: SpanFigures) -> None:

@@ -109,6 +109,7 @@ def prepare_job(
             chat_template=tokenizer.template.text,
             chat_template_args=tokenizer.template.arguments or None,
             special_tokens=tokenizer.special_tokens or None,
+            added_tokens=tokenizer.added_tokens or None,
             turn_layout=layout.to_json(),
         )
 

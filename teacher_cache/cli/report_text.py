@@ -15,13 +15,22 @@ from teacher_cache.format.checking.repair import Repair
 from teacher_cache.terminal.escape import printable
 from teacher_cache.terminal.progress import duration
 
+# Facts of a header too long to print, and what they are counted in.
+_LONG = {"chat_template": "characters or templates", "added_tokens": "tokens"}
+
 
 def figures_lines(figures: Inspection, header: Mapping[str, Any], path: str) -> Iterator[str]:
     """Everything that `inspect` says of a cache as a whole."""
     state = "sealed" if figures.sealed else "not complete"
     yield f"{path}: {state}, fingerprint {figures.fingerprint}"
     for name, value in header.items():
-        yield f"  {name:22} {printable(value)}"
+        if isinstance(value, Mapping) and name in ("turn_layout", "teacher_settings", "sampling"):
+            yield f"  {name}:"
+            yield from (f"    {key:20} {printable(item)}" for key, item in value.items())
+        elif name in _LONG:
+            yield f"  {name:22} {len(value):,} {_LONG[name]} (--json shows them)"
+        else:
+            yield f"  {name:22} {printable(value)}"
     yield (
         f"\n{figures.num_shards} shards | {figures.num_traces:,} traces "
         f"({figures.num_unfinished:,} cut by length) | {figures.num_tokens:,} tokens | "

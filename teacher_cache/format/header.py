@@ -53,6 +53,7 @@ class CacheHeader:
     chat_template: str | Mapping[str, str] | None = None  # several by name
     chat_template_args: Mapping[str, Any] | None = None
     special_tokens: Mapping[str, str] | None = None  # `eos_token`, ... of the tokenizer
+    added_tokens: Mapping[str, Any] | None = None  # token -> {"id": int, "special": bool}
     turn_layout: Mapping[str, Any] | None = None  # how the template lays out a turn
 
     def num_held(self, n_total: int) -> int:
@@ -110,7 +111,8 @@ class CacheHeader:
 
 
 _MAPPINGS = (
-    *("sampling", "teacher_settings", "chat_template_args", "special_tokens", "turn_layout"),
+    *("sampling", "teacher_settings", "chat_template_args"),
+    *("special_tokens", "added_tokens", "turn_layout"),
 )
 
 
@@ -126,6 +128,11 @@ def _is_possible(name: str, value: object) -> bool:
         return name == "mass" or 0 < value <= 1
     if name.endswith("_ids"):
         return isinstance(value, tuple) and all(type(token) is int for token in value)
+    if name == "added_tokens" and isinstance(value, dict):
+        return all(
+            isinstance(facts, dict) and type(facts.get("id")) is int and "special" in facts
+            for facts in value.values()
+        )
     if name in _MAPPINGS:
         return value is None or isinstance(value, dict)
     if name == "chat_template":

@@ -206,6 +206,15 @@ class TeacherTokenizer:
         return {name: str(token) for name, token in named if isinstance(token, str)}
 
     @property
+    def added_tokens(self) -> dict[str, dict[str, object]]:
+        """Tokens beside the trained vocabulary, with their ids, as a student may lack them."""
+        decoder = self._tokenizer.added_tokens_decoder.items()
+        return {
+            str(token): {"id": int(number), "special": bool(token.special)}
+            for number, token in decoder
+        }
+
+    @property
     def template_hash(self) -> str:
         """Of the chat template and its arguments."""
         return content_hash([self.template.text, self.template.arguments])
@@ -250,7 +259,13 @@ class TeacherTokenizer:
         return offsets
 
     def encode_document(self, text: str) -> list[int]:
-        """Ids of a text that begins a sequence, with what the tokenizer puts before one."""
+        """Ids of a text that begins a sequence, with what the tokenizer puts before one.
+
+        A text that begins with the beginning-of-sequence token gets no second one.
+        """
+        begin = self._tokenizer.bos_token
+        if begin and text.startswith(str(begin)):
+            return self.encode(text)
         ids: list[int] = self._tokenizer.encode(text, verbose=False)
         if ids and ids[-1] == self.end_id:
             ids.pop()  # some tokenizers close what is only a beginning
