@@ -12,7 +12,13 @@ from typing import Any
 from teacher_cache.capture.worker_loop import Work
 from teacher_cache.engines import Teacher, TeacherFacts, TeacherRequest
 from teacher_cache.format import CacheHeader, CachePath, InputShare, open_store, shown
-from teacher_cache.sources import InputTraces, Rejects, SourceError, SourceTrace
+from teacher_cache.sources import (
+    PROMPT_LIKE_COLUMNS,
+    InputTraces,
+    Rejects,
+    SourceError,
+    SourceTrace,
+)
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 
 logger = logging.getLogger(__name__)
@@ -88,11 +94,15 @@ def take_survey(job: Job, finished: Mapping[str, str]) -> Survey:
     digest = hashlib.sha256()
     rejects = Rejects()
     found: set[str] = set()
+    has_thought = False
     said_at_s = time.monotonic()
     for source, request in job.wanted(rejects):
         if time.monotonic() - said_at_s >= _SAY_EVERY_S:
             said_at_s = time.monotonic()
             logger.info("reading %s: %d rows so far", job.source.path, len(found) + rejects.total)
+        if not found:
+            _say_passed_over(job, source)
+        has_thought = has_thought or source.bounds is None or source.bounds[0] < source.bounds[1]
         found.add(source.trace_id)
         known = finished.get(request.request_id)
         if known is not None and known != source.source_hash:
@@ -115,6 +125,12 @@ def take_survey(job: Job, finished: Mapping[str, str]) -> Survey:
             f"{job.source.path}: expected at least one usable row, found none"
             + (f" ({rejects.most_frequent()})" if rejects.total else "")
         )
+    if not has_thought:
+        logger.warning(
+            "%s: none of its %d traces has a chain of thought; if they should, see what "
+            "cache-teacher preview makes of them",
+            job.source.path, len(found),
+        )  # fmt: skip
     job.source.say_missing_ids(found | rejects.ids)
     rejects.publish(open_store(job.out), _rejects_name(job))
     return Survey(
@@ -126,6 +142,16 @@ def take_survey(job: Job, finished: Mapping[str, str]) -> Survey:
         num_input,
         digest.hexdigest()[:32],
     )
+
+
+def _say_passed_over(job: Job, source: SourceTrace) -> None:
+    """Name columns that look like prompts and were left as the user's own."""
+    over = [name for name in PROMPT_LIKE_COLUMNS if name in source.fields]
+    if over:
+        logger.info(
+            "%s: left as fields of the traces: %s; --prompt-field names the column of the prompt",
+            job.source.path, ", ".join(over),
+        )  # fmt: skip
 
 
 def _rejects_name(job: Job) -> str:

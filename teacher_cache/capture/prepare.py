@@ -127,6 +127,7 @@ def prepare_job(
             id_field=config.id_field,
             strict=config.strict,
             only_ids=None if config.ids_file is None else read_ids(config.ids_file),
+            columns=row_columns(config) if sampling is None else None,
         ),
         tokenizer=tokenizer,
         requests=requests,

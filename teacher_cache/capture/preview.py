@@ -13,6 +13,7 @@ from teacher_cache.sources import (
     PromptRenderer,
     SourceTrace,
     TraceRenderer,
+    responses_of,
     row_values,
 )
 from teacher_cache.sources.tokenizer import TeacherTokenizer
@@ -71,9 +72,10 @@ def preview_rows(config: PreviewConfig) -> Iterator[ShownRow]:
             values = row_values(row)
             if config.prompts is not None:
                 yield _shown(where, prompts(values), tokenizer, None)
-            else:
-                trace = traces(values)
-                own = None if "token_ids" in values else traces.template_rendering(values)
+                continue
+            for one in responses_of(values, columns):
+                trace = traces(one)
+                own = None if "token_ids" in one else traces.template_rendering(one)
                 yield _shown(where, trace, tokenizer, own)
         except BadRow as error:
             yield ShownRow(where, rejected=f"{error} [{error.reason}]")

@@ -1,6 +1,11 @@
 """The user's prompts and traces: files of any kind -> token ids and section bounds."""
 
-from teacher_cache.sources.columns import PROMPT_TURNS, RowColumns
+from teacher_cache.sources.columns import (
+    PROMPT_LIKE_COLUMNS,
+    PROMPT_TURNS,
+    RowColumns,
+    responses_of,
+)
 from teacher_cache.sources.files import Input
 from teacher_cache.sources.input_traces import InputTraces, read_ids, row_values
 from teacher_cache.sources.marks_in_tokens import find_first, find_last, find_sections
@@ -10,6 +15,7 @@ from teacher_cache.sources.slices import TraceSlice
 from teacher_cache.sources.trace import Render, SourceTrace
 
 __all__ = [
+    "PROMPT_LIKE_COLUMNS",
     "PROMPT_TURNS",
     "BadRow",
     "Input",
@@ -27,5 +33,6 @@ __all__ = [
     "find_last",
     "find_sections",
     "read_ids",
+    "responses_of",
     "row_values",
 ]

@@ -16,8 +16,19 @@ from teacher_cache.sources.rejects import BadRow, Reason
 
 PROMPT_TURNS = ("all", "assistant")
 CHAT_COLUMNS = ("messages", "conversations")
+# Of text prompts that are a user's question: only taken where a chat template is applied to them.
+QUESTION_COLUMNS = ("question", "problem", "instruction", "query", "input")
+PROMPT_LIKE_COLUMNS = (*CHAT_COLUMNS, "prompt", *QUESTION_COLUMNS)
+SYSTEM_COLUMNS = ("system", "system_prompt")
 TEMPLATE_ARGS_COLUMN = "chat_template_kwargs"  # as in a request to an OpenAI-like server
-_RESPONSE_COLUMNS = ("response", "completion", "content")
+_RESPONSE_COLUMNS = (
+    *("response", "completion", "content", "choices", "output", "attempt", "deepseek_attempt"),
+    *("deepseek_solution", "generations"),
+)
+# Beside those of a message. Some sets give one trajectory as a list.
+_REASONING_COLUMNS = (
+    *("thinking_trajectories", "deepseek_thinking_trajectory", "deepseek_reasoning"),
+)
 _SWITCHES = {"on", "off", "true", "false", "yes", "no"}  # a `reasoning` column that is no text
 
 
@@ -73,7 +84,11 @@ def read_trace(row: Mapping[str, Any], layout: RowColumns) -> Exchange:
     column = _prompt_column(row, layout)
     prompt, used = _asked(row, column, layout)
     response = _response_column(row, layout)
-    if not isinstance(prompt, str) and (column in CHAT_COLUMNS or response is None):
+    ends_in_answer = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+    if ends_in_answer and layout.response_field:
+        prompt, ends_in_answer = prompt[:-1], False  # the column that the user names wins
+    is_chat = ends_in_answer or response is None
+    if not isinstance(prompt, str) and is_chat:
         last = prompt[-1]
         if last["role"] != "assistant":
             raise BadRow(
@@ -100,8 +115,8 @@ def read_trace(row: Mapping[str, Any], layout: RowColumns) -> Exchange:
         )
     reasoning_column = _reasoning_column(row, layout)
     reasoning = None if reasoning_column is None else row[reasoning_column]
-    answer = row[response]
-    if isinstance(answer, list):
+    answer, reasoning = _only(row[response]), _only(reasoning)
+    if isinstance(answer, list | Mapping):
         answer, reasoning = _answer_of_messages(answer, response)
     if not isinstance(answer, str) or not isinstance(reasoning, str | None):
         raise BadRow(Reason.BAD_RESPONSE, "the response and its reasoning must be text")
@@ -116,7 +131,62 @@ def read_trace(row: Mapping[str, Any], layout: RowColumns) -> Exchange:
     )
 
 
-def _answer_of_messages(value: list[Any], column: str) -> tuple[str, str | None]:
+def responses_of(row: Mapping[str, Any], layout: RowColumns) -> list[dict[str, Any]]:
+    """A row as one row for each of its responses, where it has several in a list of texts.
+
+    Other lists of the same length (verdicts, ends) are taken apart along with them. An id of the
+    row is followed by `#` and the response's number.
+    """
+    column = _response_column(row, layout)
+    value = None if column is None else row[column]
+    if column is None or not isinstance(value, list) or len(value) < 2:
+        return [dict(row)]
+    if not all(isinstance(text, str) for text in value):
+        return [dict(row)]
+    if not layout.response_field and _holds_answer(row, layout):
+        return [dict(row)]
+    parallel = {name for name, v in row.items() if isinstance(v, list) and len(v) == len(value)}
+    rows = []
+    for number in range(len(value)):
+        one = {name: v[number] if name in parallel else v for name, v in row.items()}
+        if row.get(layout.id_field) is not None:
+            one[layout.id_field] = f"{row[layout.id_field]}#{number}"
+        if one.get("finish_reason") is None and isinstance(one.get("finish_reasons"), str):
+            one["finish_reason"] = one["finish_reasons"]
+        rows.append(one)
+    return rows
+
+
+def _holds_answer(row: Mapping[str, Any], layout: RowColumns) -> bool:
+    """Whether a conversation of the row ends in the assistant's turn."""
+    for name in CHAT_COLUMNS:
+        value = row.get(name)
+        if name != layout.prompt_field and layout.prompt_field is not None:
+            continue
+        last = value[-1] if isinstance(value, list) and value else None
+        if isinstance(last, Mapping) and last.get("role", last.get("from")) in ("assistant", "gpt"):
+            return True
+    return False
+
+
+def _only(value: object) -> object:
+    """The text of a list of one text; other values as they are."""
+    is_one = isinstance(value, list) and len(value) == 1 and isinstance(value[0], str)
+    return value[0] if is_one and isinstance(value, list) else value
+
+
+def _answer_of_messages(value: object, column: str) -> tuple[str, str | None]:
+    """The text of an answer in a message, or in the choices of a server's response."""
+    if isinstance(value, Mapping):
+        body = value.get("body")
+        value = (body if isinstance(body, Mapping) else value).get("choices", [value])
+    if (
+        isinstance(value, list)
+        and value
+        and isinstance(value[0], Mapping)
+        and "message" in value[0]
+    ):
+        value = [choice.get("message") for choice in value if isinstance(choice, Mapping)]
     messages = messages_of(value, column)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise BadRow(Reason.BAD_RESPONSE, f"`{column}` must be one message of the assistant")
@@ -124,27 +194,36 @@ def _answer_of_messages(value: list[Any], column: str) -> tuple[str, str | None]
 
 
 def _prompt_column(row: Mapping[str, Any], layout: RowColumns) -> str:
-    names = (layout.prompt_field,) if layout.prompt_field else (*CHAT_COLUMNS, "prompt")
+    usual = (*CHAT_COLUMNS, "prompt")
+    names = (layout.prompt_field,) if layout.prompt_field else usual
     for name in names:
         if row.get(name) is not None:
             return name
+    questions = [name for name in QUESTION_COLUMNS if row.get(name) is not None]
+    for name in questions if layout.prompt_field is None else []:
+        if layout.apply_chat_template or isinstance(row[name], list):
+            return name
     expected = " or ".join(f"`{name}`" for name in names)
-    raise BadRow(
-        Reason.UNKNOWN_COLUMNS,
-        f"expected {expected}, found {_found(row)}; name yours with --prompt-field",
-    )
+    hint = "name yours with --prompt-field"
+    if questions and layout.prompt_field is None:
+        hint = f"`{questions[0]}` is taken with --apply-chat-template; or {hint}"
+    raise BadRow(Reason.UNKNOWN_COLUMNS, f"expected {expected}, found {_found(row)}; {hint}")
 
 
 def _response_column(row: Mapping[str, Any], layout: RowColumns) -> str | None:
     names = (layout.response_field,) if layout.response_field else _RESPONSE_COLUMNS
-    return next((name for name in names if row.get(name) is not None), None)
+    found = next((name for name in names if row.get(name) is not None), None)
+    if found is None and not layout.response_field and row.get("answer") is not None:
+        # Often the reference; beside a chain of thought it is that one's answer.
+        return "answer" if _reasoning_column(row, layout) is not None else None
+    return found
 
 
 def _reasoning_column(row: Mapping[str, Any], layout: RowColumns) -> str | None:
     if layout.reasoning_field:
         return layout.reasoning_field if row.get(layout.reasoning_field) is not None else None
-    for name in REASONING_NAMES:
-        value = row.get(name)
+    for name in (*REASONING_NAMES, *_REASONING_COLUMNS):
+        value = _only(row.get(name))
         if isinstance(value, str) and value.strip().lower() not in _SWITCHES:
             return name
     return None
@@ -166,10 +245,11 @@ def _asked(
             Reason.BAD_PROMPT,
             f"`{column}` must be text or a list of messages, got {type(value).__name__}",
         )
-    messages = with_system(messages_of(value, column), row.get("system"), drop=layout.drop_system)
+    system = next((row[name] for name in SYSTEM_COLUMNS if row.get(name) is not None), None)
+    messages = with_system(messages_of(value, column), system, drop=layout.drop_system)
     if not messages:
         raise BadRow(Reason.EMPTY_PROMPT, "the system prompt is the only message")
-    return messages, (column, "system", "tools", TEMPLATE_ARGS_COLUMN)
+    return messages, (column, *SYSTEM_COLUMNS, "tools", TEMPLATE_ARGS_COLUMN)
 
 
 def _tools(row: Mapping[str, Any], prompt: str | list[Message]) -> list[Any] | None:
@@ -203,7 +283,8 @@ def _template_args(row: Mapping[str, Any], prompt: str | list[Message]) -> Mappi
             Reason.BAD_TEMPLATE_ARGS,
             f"`{TEMPLATE_ARGS_COLUMN}` must be an object, got {type(given).__name__}",
         )
-    return {name: value for name, value in given.items() if value is not None}
+    # A table has every key in every row; what is empty says nothing.
+    return {name: value for name, value in given.items() if value not in (None, "", [], {})}
 
 
 def _found(row: Mapping[str, Any]) -> str:

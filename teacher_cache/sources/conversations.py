@@ -79,6 +79,8 @@ def _message(item: object) -> Message:
         raise BadRow(
             Reason.BAD_MESSAGES, "every message must be an object with a `role` or a `from`"
         )
+    _take_apart(message)
+    content = message.get("content", content)
     named = [message.pop(name) for name in REASONING_NAMES if name in message]
     if not all(isinstance(text, str) for text in named):
         raise BadRow(Reason.BAD_MESSAGES, "the reasoning of a message must be text")
@@ -89,6 +91,30 @@ def _message(item: object) -> Message:
     if message.get("tool_calls"):
         message["tool_calls"] = parsed_calls(message["tool_calls"])
     return message
+
+
+def _take_apart(message: Message) -> None:
+    """Bring reasoning that stands elsewhere in a message to where it is looked for."""
+    info = message.get("info")
+    if isinstance(info, Mapping) and isinstance(info.get("answer_content"), str):
+        # AM-DeepSeek-R1: the content has it once more, between marks of its own.
+        message["content"] = info["answer_content"]
+        message["reasoning_content"] = info.get("think_content") or ""
+    message.pop("info", None)
+    details = message.pop("reasoning_details", None)  # OpenRouter's
+    if isinstance(details, list) and not any(message.get(name) for name in REASONING_NAMES):
+        texts = [part.get("text") or part.get("summary") for part in details if _is_object(part)]
+        shown = [text for text in texts if isinstance(text, str)]
+        if details and not shown:
+            raise BadRow(
+                Reason.BAD_MESSAGES,
+                "the message's `reasoning_details` hold no text: its reasoning is encrypted",
+            )
+        message["reasoning_content"] = "".join(shown)
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, Mapping)
 
 
 def _joined_parts(content: object) -> tuple[str | None, str]:

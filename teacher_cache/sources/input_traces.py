@@ -1,12 +1,13 @@
 """InputTraces: the user's input as traces, each id once, with account of every row left out."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from teacher_cache.sources.columns import RowColumns, responses_of
 from teacher_cache.sources.files import Input
 from teacher_cache.sources.json_files import parse_line
 from teacher_cache.sources.rejects import BadRow, Reason, Rejects, SourceError
@@ -32,6 +33,7 @@ class InputTraces:
     id_field: str = "id"
     strict: bool = False
     only_ids: frozenset[str] | None = None  # leave out every other row
+    columns: RowColumns | None = None  # of traces, of which a row may hold several
 
     @property
     def path(self) -> Path:
@@ -46,31 +48,53 @@ class InputTraces:
         """
         seen: dict[str, tuple[str, int]] = {}
         for row in self.input:
-            name = None
             try:
-                values = row_values(row)
-                name = given_id(values, self.id_field)
-                if self.only_ids is not None and name is not None and name not in self.only_ids:
-                    continue
-                trace = self.render(values)
-                if trace.trace_id in seen:
-                    file, number = seen[trace.trace_id]
-                    raise BadRow(
-                        Reason.DUPLICATE_ID,
-                        f"id {trace.trace_id!r} stands in {file}:{number} already",
-                    )
+                parts = self._parts(row)
             except BadRow as error:
-                if self.strict:
-                    raise SourceError(
-                        f"{row.file}:{row.number}: {error} [{error.reason}]. Mend the row, or "
-                        "leave out --strict to go on without such rows."
-                    ) from error
-                rejects.add(row.file, row.number, name, error)
+                self._reject(row, None, error, rejects)
                 continue
-            if self.only_ids is not None and trace.trace_id not in self.only_ids:
-                continue
-            seen[trace.trace_id] = (row.file, row.number)
-            yield trace
+            for values in parts:
+                trace = self._rendered(row, values, seen, rejects)
+                if trace is not None:
+                    seen[trace.trace_id] = (row.file, row.number)
+                    yield trace
+
+    def _parts(self, row: Row) -> list[dict[str, Any]]:
+        values = row_values(row)
+        return [values] if self.columns is None else responses_of(values, self.columns)
+
+    def _rendered(
+        self,
+        row: Row,
+        values: dict[str, Any],
+        seen: Mapping[str, tuple[str, int]],
+        rejects: Rejects,
+    ) -> SourceTrace | None:
+        """A row's trace; None where it is not asked for, or rejected."""
+        name = None
+        try:
+            name = given_id(values, self.id_field)
+            if self.only_ids is not None and name is not None and name not in self.only_ids:
+                return None
+            trace = self.render(values)
+            if trace.trace_id in seen:
+                file, number = seen[trace.trace_id]
+                raise BadRow(
+                    Reason.DUPLICATE_ID,
+                    f"id {trace.trace_id!r} stands in {file}:{number} already",
+                )
+        except BadRow as error:
+            self._reject(row, name, error, rejects)
+            return None
+        return trace if self.only_ids is None or trace.trace_id in self.only_ids else None
+
+    def _reject(self, row: Row, name: str | None, error: BadRow, rejects: Rejects) -> None:
+        if self.strict:
+            raise SourceError(
+                f"{row.file}:{row.number}: {error} [{error.reason}]. Mend the row, or "
+                "leave out --strict to go on without such rows."
+            ) from error
+        rejects.add(row.file, row.number, name, error)
 
     def say_missing_ids(self, found: AbstractSet[str]) -> None:
         """Say which of the ids that were asked for are not in the input."""
