@@ -98,7 +98,7 @@ def _shown(
 
 def _marked(ids: tuple[int, ...], tokenizer: TeacherTokenizer) -> str:
     """Text with every end token between ⟦ and ⟧."""
-    text, run = "", []
+    text, run = "", list[int]()
     for token in ids:
         if token in tokenizer.terminal_ids:
             text += tokenizer.decode(run) + f"⟦{tokenizer.decode([token])}⟧"
