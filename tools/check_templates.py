@@ -146,7 +146,10 @@ def compare(teacher: TeacherTokenizer, messages: list[dict[str, Any]], tools: bo
     expected = teacher.encode(own)[: len(ours.token_ids)]
     num_ended = len(teacher.encode(layout.end)) if not own.startswith(text) else 0
     same = list(ours.token_ids)[: len(ours.token_ids) - num_ended]
-    return "the same" if same == expected[: len(same)] else "the same text in other tokens"
+    if same == expected[: len(same)]:
+        return "the same"
+    # What the teacher sees is the prompt's own tokens, and then its own.
+    return "refused: the generation prompt ends inside a token of the finished text"
 
 
 def main() -> None:
