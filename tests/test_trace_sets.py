@@ -157,3 +157,23 @@ def test_reasoning_that_is_encrypted_is_no_trace(teacher):
 def test_a_question_without_the_template_is_named(teacher):
     with pytest.raises(ValueError, match="`question` is taken with --apply-chat-template"):
         render(teacher, {"question": Q, "attempt": A})
+
+
+def test_every_turn_of_the_assistant_is_a_trace_with_its_own_sections(tmp_path, teacher):
+    call = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+    messages = [
+        USER,
+        {"role": "assistant", "content": "", "reasoning_content": "Add.", "tool_calls": [call]},
+        {"role": "tool", "content": "5"},
+        MESSAGE,
+    ]
+    rows, columns = [{"id": "r", "messages": messages}], RowColumns(assistant_turns="all")
+    first, second = read(tmp_path / "rows.jsonl", teacher, rows, columns)
+    assert (first.trace_id, second.trace_id) == ("r#0", "r#1")
+    thoughts = [t.token_ids[t.bounds[0] : t.bounds[1]] for t in (first, second)]
+    assert [teacher.decode(ids) for ids in thoughts] == [
+        "<think>\nAdd.\n</think>",
+        f"<think>\n{R}\n</think>",
+    ]
+    assert "<tool_call>" in teacher.decode(first.token_ids[first.bounds[1] :])
+    assert second.token_ids == render(teacher, {"messages": messages}).token_ids

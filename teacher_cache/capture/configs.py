@@ -8,7 +8,7 @@ from pathlib import Path
 from teacher_cache.capture.job import ONLY_WORKER
 from teacher_cache.engines.start import DTYPES, ENGINES
 from teacher_cache.format import MAX_K, CachePath, parse_worker
-from teacher_cache.sources import PROMPT_TURNS, Input, RowColumns, TraceSlice
+from teacher_cache.sources import ASSISTANT_TURNS, PROMPT_TURNS, Input, RowColumns, TraceSlice
 from teacher_cache.terminal.option import check_options, option
 
 _input = partial(option, group="Input")
@@ -270,6 +270,12 @@ class ScoreConfig(CaptureConfig):
         "Column of the chain of thought, where it is apart from the response.",
         default=None,
         unset="the usual names",
+    )
+    assistant_turns: str = _input(
+        "Turns of the assistant that become traces: the last one of a conversation, or each of "
+        "them, after the messages before it.",
+        default=RowColumns.assistant_turns,
+        choices=ASSISTANT_TURNS,
     )
     slice: str | None = _input(
         "Score a part of each trace as a sequence of its own: lead, middle or last, such as "

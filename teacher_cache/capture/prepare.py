@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -35,16 +35,9 @@ def input_rows(config: CaptureConfig, path: Path) -> Input:
 
 
 def row_columns(config: RowsConfig) -> RowColumns:
-    """Which columns of a row hold what."""
-    return RowColumns(
-        id_field=config.id_field,
-        prompt_field=config.prompt_field,
-        response_field=getattr(config, "response_field", None),
-        reasoning_field=getattr(config, "reasoning_field", None),
-        drop_system=config.drop_system,
-        apply_chat_template=config.apply_chat_template,
-        prompt_turns=getattr(config, "prompt_turns", RowColumns.prompt_turns),
-    )
+    """Which columns of a row hold what: the options of that name, as far as a command has them."""
+    names = (item.name for item in fields(RowColumns))
+    return RowColumns(**{name: getattr(config, name) for name in names if hasattr(config, name)})
 
 
 def model_files(config: RowsConfig) -> ModelFiles:

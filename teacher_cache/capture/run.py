@@ -145,7 +145,7 @@ def _writer(job: Job, header: CacheHeader) -> CacheWriter:
 
 def _require_same_parts(job: Job, manifest: Manifest) -> None:
     """Refuse to mix captures that keep other parts of their traces; no header says which."""
-    for name, default in (("slice", None), ("prompt_turns", "all")):
+    for name, default in (("slice", None), ("prompt_turns", "all"), ("assistant_turns", "last")):
         before, now = (config.get(name, default) for config in (manifest.config, job.config))
         if before != now:
             raise CacheMismatchError(

@@ -1,6 +1,7 @@
 """The user's prompts and traces: files of any kind -> token ids and section bounds."""
 
 from teacher_cache.sources.columns import (
+    ASSISTANT_TURNS,
     PROMPT_LIKE_COLUMNS,
     PROMPT_TURNS,
     RowColumns,
@@ -15,6 +16,7 @@ from teacher_cache.sources.slices import TraceSlice
 from teacher_cache.sources.trace import Render, SourceTrace
 
 __all__ = [
+    "ASSISTANT_TURNS",
     "PROMPT_LIKE_COLUMNS",
     "PROMPT_TURNS",
     "BadRow",

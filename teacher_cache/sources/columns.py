@@ -15,6 +15,7 @@ from teacher_cache.sources.conversations import (
 from teacher_cache.sources.rejects import BadRow, Reason
 
 PROMPT_TURNS = ("all", "assistant")
+ASSISTANT_TURNS = ("last", "all")
 CHAT_COLUMNS = ("messages", "conversations")
 # Of text prompts that are a user's question: only taken where a chat template is applied to them.
 QUESTION_COLUMNS = ("question", "problem", "instruction", "query", "input")
@@ -42,6 +43,7 @@ class RowColumns:
     reasoning_field: str | None = None
     drop_system: bool = False
     apply_chat_template: bool = False  # to prompts that are text
+    assistant_turns: str = ASSISTANT_TURNS[0]  # which of a conversation's are traces
     prompt_turns: str = PROMPT_TURNS[0]  # which of the prompt's turns get distributions
 
 
@@ -132,11 +134,14 @@ def read_trace(row: Mapping[str, Any], layout: RowColumns) -> Exchange:
 
 
 def responses_of(row: Mapping[str, Any], layout: RowColumns) -> list[dict[str, Any]]:
-    """A row as one row for each of its responses, where it has several in a list of texts.
+    """A row as one row for each of its responses, where it has several.
 
-    Other lists of the same length (verdicts, ends) are taken apart along with them. An id of the
-    row is followed by `#` and the response's number.
+    They stand in a list of texts, or are the assistant's turns of a conversation, where all of
+    these are asked for. Other lists of the same length as the texts (verdicts, ends) are taken
+    apart along with them. An id of the row is followed by `#` and the response's number.
     """
+    if layout.assistant_turns == "all":
+        return _turns_of(row, layout)
     column = _response_column(row, layout)
     value = None if column is None else row[column]
     if column is None or not isinstance(value, list) or len(value) < 2:
@@ -155,6 +160,32 @@ def responses_of(row: Mapping[str, Any], layout: RowColumns) -> list[dict[str, A
             one["finish_reason"] = one["finish_reasons"]
         rows.append(one)
     return rows
+
+
+def _turns_of(row: Mapping[str, Any], layout: RowColumns) -> list[dict[str, Any]]:
+    """A row as one row for each turn of the assistant, which ends its conversation there."""
+    names = (layout.prompt_field,) if layout.prompt_field else CHAT_COLUMNS
+    column = next((name for name in names if row.get(name) is not None), None)
+    if column is None:
+        return [dict(row)]
+    messages = messages_of(row[column], column)
+    is_own = [message["role"] == "assistant" for message in messages]
+    ends = [
+        number + 1
+        for number, own in enumerate(is_own)
+        if own and number > 0 and not (number + 1 < len(is_own) and is_own[number + 1])
+    ]
+    if len(ends) < 2:
+        return [dict(row)]
+    given = row.get(layout.id_field)
+    return [
+        {
+            **row,
+            column: messages[:end],
+            **({} if given is None else {layout.id_field: f"{given}#{number}"}),
+        }
+        for number, end in enumerate(ends)
+    ]
 
 
 def _holds_answer(row: Mapping[str, Any], layout: RowColumns) -> bool:
