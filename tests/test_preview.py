@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from families import make_tokenizer, trl_templates
 
 from teacher_cache.capture.preview import difference
-from teacher_cache.cli import cli
+from teacher_cache.cli.group import cli
 
 FAMILIES = {
     "qwen3": "<|im_end|>", "glm4moe": "<|user|>", "gptoss": "<|return|>",

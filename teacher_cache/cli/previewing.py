@@ -8,6 +8,7 @@ import click
 from teacher_cache.capture.configs import PreviewConfig
 from teacher_cache.capture.preview import preview_lines, preview_rows
 from teacher_cache.terminal.commands import config_command, json_option
+from teacher_cache.terminal.escape import printable, printable_lines
 
 
 @config_command("preview", PreviewConfig)
@@ -26,10 +27,10 @@ def preview_command(config: PreviewConfig, as_json: bool) -> None:
         click.echo(line)
     for row in rows:
         if row.rejected is not None:
-            click.echo(f"\n{row.where}: left out: {row.rejected}")
+            click.echo(f"\n{row.where}: left out: {printable(row.rejected, 1000)}")
             continue
-        click.echo(f"\n{row.where}: trace {row.trace_id}, {row.num_tokens:,} tokens")
+        click.echo(f"\n{row.where}: trace {printable(row.trace_id)}, {row.num_tokens:,} tokens")
         for name, text in row.sections:
-            click.echo(f"  {name:6} | " + text.replace("\n", "\n         | "))
+            click.echo(f"  {name:6} | " + printable_lines(text).replace("\n", "\n         | "))
         if row.beside is not None:
             click.echo(f"  the template's own rendering: {row.beside}")
