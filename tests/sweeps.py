@@ -8,7 +8,7 @@ from teacher_cache.format.checksums import publish_record, sha256_of
 
 FACTS = {
     "cache": "cache", "cache_fingerprint": "f" * 32, "student": "models/<tiny> & co",
-    "train_options": {"lr": 1e-3}, "eval_prompts": "p.jsonl", "eval_prompts_sha256": "0" * 64,
+    "train_options": {"lr": 1e-3}, "eval_prompts": "p.jsonl", "eval_prompts_fingerprint": "0" * 64,
     "heldout_cache": None, "heldout_cache_fingerprint": None, "eval_options": {},
     "calls": [["train-student", "sweep", "--cache", "cache"]],
 }  # fmt: skip

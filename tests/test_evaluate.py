@@ -1,23 +1,42 @@
+import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import zstandard
 from fakes import VOCAB_SIZE, make_cache, make_traces
 from students import make_model, make_student, make_tokenizer
 
+from student_train.errors import InterruptedRunError
+from student_train.evaluation import evaluate as evaluate_module
+from student_train.evaluation import generation, mathematics
+from student_train.evaluation.checker import Checker
+from student_train.evaluation.completions import Completion
 from student_train.evaluation.config import EvaluateConfig
 from student_train.evaluation.evaluate import evaluate
-from student_train.evaluation.generation import generate
+from student_train.evaluation.golds import check_golds
 from student_train.evaluation.prompts import read_prompts, seen_in
+from student_train.evaluation.requests import Request
 from teacher_cache.format import open_cache
 
 
 def config_of(**changes):
     return EvaluateConfig(**({"model": "m", "prompts": Path("p"), "max_new_tokens": 12} | changes))
+
+
+def generate(model, tokenizer, prompts, config, done=()):
+    """The first sample of every prompt that is not done, by prompt."""
+    requests = [Request(tuple(ids), config.max_new_tokens) for ids in prompts]
+    found = generation.generate(model, tokenizer, requests, config, (), done)
+    by_prompt = {prompt: completion for prompt, sample, completion in found if sample == 0}
+    return [by_prompt[prompt] for prompt in sorted(by_prompt)]
 
 
 def test_batches_generate_what_single_prompts_do():
@@ -108,8 +127,14 @@ def test_messages_go_through_the_chat_template(tmp_path):
         ("[1]", r"p\.jsonl:2: expected an object, got list"),
         ('{"answer": "1"}', r"p\.jsonl:2: expected a text `prompt` or a list `messages`"),
         ('{"prompt": "", "answer": "1"}', r"p\.jsonl:2: expected a text `prompt`"),
-        ('{"prompt": "a"}', r"p\.jsonl:2: expected an `answer`, a text or a number, got None"),
-        ('{"prompt": "a", "answer": true}', r"p\.jsonl:2: expected an `answer`"),
+        (
+            '{"prompt": "a"}',
+            r"p\.jsonl:2: expected an `answer`, a text, a number, true or false, got None",
+        ),
+        ('{"prompt": "a", "answer": " "}', r"p\.jsonl:2: expected an `answer`"),
+        ('{"prompt": "a", "answer": NaN}', r"p\.jsonl:2: expected an `answer`"),
+        ('{"prompt": "a", "answer": [1]}', r"p\.jsonl:2: expected an `answer`"),
+        ('{"question": "a", "answer": 1}', r"found question, answer"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line, message):
@@ -121,7 +146,7 @@ def test_a_wrong_line_is_named(tmp_path, line, message):
 
 
 def test_missing_and_empty_prompt_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere\.jsonl: expected a JSONL file"):
+    with pytest.raises(ValueError, match=r"nowhere\.jsonl: cannot be read: No such file"):
         evaluate(config_of(prompts=tmp_path / "nowhere.jsonl"))
     with pytest.raises(ValueError, match="expected at least one prompt"):
         evaluate(config_of(prompts=write_prompts(tmp_path / "empty.jsonl")))
@@ -217,8 +242,7 @@ def test_prompts_that_were_trained_on_are_found(tmp_path):
 def test_vllm_writes_what_transformers_does(tmp_path):
     # vLLM on a CPU has no kernel for smaller heads.
     make_student(tmp_path / "student", initializer_range=0.5, head_dim=32)
-    records = [{"prompt": f"{n} 4", "answer": "x"} for n in range(8)]
-    prompts = write_prompts(tmp_path / "p.jsonl", *records)
+    prompts = eight_prompts(tmp_path / "p.jsonl")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     written = {}
     for engine in ("transformers", "vllm"):
@@ -230,8 +254,255 @@ def test_vllm_writes_what_transformers_does(tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["answers"]["num_prompts"] == 8
-        rows = [json.loads(line) for line in (tmp_path / engine).read_text().splitlines()]
+        rows = sorted(read_lines(tmp_path / engine), key=lambda row: row["prompt"])
         written[engine] = [row["completion"] for row in rows]
 
     same = [a == b for a, b in zip(written["transformers"], written["vllm"], strict=True)]
+    lines = (tmp_path / "vllm").read_bytes().splitlines(keepends=True)
+    (tmp_path / "vllm").write_bytes(b"".join(lines[:3]) + lines[3][:9])
+    again = subprocess.run(
+        [sys.executable, "-m", "student_train.cli", "evaluate", *map(str, options)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert "answered 5/5" in again.stderr
+    assert json.loads(again.stdout) == json.loads(done.stdout)
     assert sum(same) >= 7  # greedy, but a tie may be broken the other way
+
+
+def test_golds_may_be_numbers_and_truth_values_and_stay_exact(tmp_path):
+    golds = [10**30, 0.5, 1e22, True, "(B)"]
+    prompts = write_prompts(tmp_path / "p.jsonl", *({"prompt": "3", "answer": g} for g in golds))
+
+    answers = [prompt.answer for prompt in read_prompts(prompts)]
+    assert answers == [f"1{'0' * 30}", "0.5", f"1{'0' * 22}", "true", "(B)"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "json", "parquet", "arrow", "folder"])
+def test_prompts_come_in_every_format(tmp_path, kind):
+    rows = [{"prompt": "3 4", "answer": "7"}, {"prompt": "5 6", "answer": "11"}]
+    path = tmp_path / f"p.{kind}"
+    table = pa.Table.from_pylist(rows)
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines))
+    elif kind == "jsonl.zst":
+        path.write_bytes(zstandard.compress(lines))
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "parquet":
+        pq.write_table(table, path)
+    elif kind == "arrow":
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        path.mkdir()
+        (path / "a.jsonl").write_bytes(lines.splitlines()[0])
+        (path / "b.jsonl").write_bytes(lines.splitlines()[1])
+
+    found = [(prompt.text, prompt.answer) for prompt in read_prompts(path)]
+    assert found == [("3 4", "7"), ("5 6", "11")]
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_a_prompt_beyond_the_models_positions_is_refused_by_both_engines(tmp_path, engine):
+    student = make_student(tmp_path / "student", max_position_embeddings=16)
+    long = " ".join(["3"] * 16)
+    prompts = write_prompts(
+        tmp_path / "p.jsonl", {"prompt": "3", "answer": "1"}, {"prompt": long, "answer": "2"}
+    )
+    with pytest.raises(
+        ValueError, match=r"p\.jsonl:2: the prompt's 16 tokens leave no room .* 16 p"
+    ):
+        evaluate(config_of(model=student, prompts=prompts, engine=engine))
+
+
+def test_an_answer_ends_where_the_models_positions_do(tmp_path, caplog):
+    caplog.set_level("INFO")
+    student = make_student(tmp_path / "student", max_position_embeddings=16)
+    records = [{"prompt": " ".join(["3"] * n), "answer": "x"} for n in (2, 9, 12)]
+    prompts = write_prompts(tmp_path / "p.jsonl", *records)
+    file = tmp_path / "c.jsonl"
+    evaluate(config_of(model=student, prompts=prompts, completions=file))
+    by_prompt = {row["prompt"]: row["completion"] for row in read_lines(file)}
+
+    assert [by_prompt[n]["num_tokens"] for n in range(3)] == [12, 7, 4]
+    assert not any(completion["finished"] for completion in by_prompt.values())
+    assert "2 of 3 prompts leave less than 12 tokens" in caplog.text
+
+
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def eight_prompts(path):
+    return write_prompts(path, *({"prompt": f"{n} 4", "answer": n} for n in range(8)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize("kept", [1, 3, 7])
+def test_a_stopped_evaluation_keeps_what_was_answered_and_continues_to_the_same_end(
+    tmp_path, monkeypatch, temperature, kept
+):
+    settings = {
+        "model": make_student(tmp_path / "student"), "temperature": temperature, "batch_size": 2,
+        "prompts": eight_prompts(tmp_path / "p.jsonl"),
+    }  # fmt: skip
+    whole = evaluate(config_of(**settings, completions=tmp_path / "whole.jsonl"))
+    file = tmp_path / "c.jsonl"
+    checked = evaluate_module._checked
+
+    def stopped(*arguments):
+        if len(read_lines(file)) == kept:
+            os.kill(os.getpid(), signal.SIGINT)
+        return checked(*arguments)
+
+    monkeypatch.setattr(evaluate_module, "_checked", stopped)
+    with pytest.raises(InterruptedRunError, match=f"{kept + 1} of 8 answers.*same command again"):
+        evaluate(config_of(**settings, completions=file))
+    assert len(read_lines(file)) == kept + 1  # the signal waits for the line in hand
+    with file.open("ab") as torn:
+        torn.write(b'{"prompt": 7, "sam')
+    monkeypatch.setattr(evaluate_module, "_checked", checked)
+    again = evaluate(config_of(**settings, completions=file))
+
+    def by_key(path):
+        return sorted(read_lines(path), key=lambda row: row["prompt"])
+
+    assert by_key(file) == by_key(tmp_path / "whole.jsonl")
+    assert again == whole
+
+
+def test_a_finished_evaluation_is_not_generated_again(tmp_path, monkeypatch):
+    settings = {
+        "model": make_student(tmp_path / "student"),
+        "prompts": eight_prompts(tmp_path / "p.jsonl"),
+        "completions": tmp_path / "c.jsonl",
+    }
+    first = evaluate(config_of(**settings))
+    monkeypatch.setattr(evaluate_module, "_completions", None)
+
+    assert evaluate(config_of(**settings)) == first
+
+
+def test_completions_of_another_evaluation_are_not_overwritten_unless_forced(tmp_path):
+    student = make_student(tmp_path / "student")
+    prompts = eight_prompts(tmp_path / "p.jsonl")
+    file = tmp_path / "c.jsonl"
+    settings = {"model": student, "prompts": prompts, "completions": file}
+    evaluate(config_of(**settings))
+    before = file.read_bytes()
+    other = make_student(tmp_path / "other", seed=1)
+    for changes, named in [
+        ({"max_new_tokens": 13}, "max_new_tokens: 12 before, 13 now"),
+        ({"model": other}, "model: "),
+        ({"limit": 7}, "prompts: "),
+        ({"think_close": "x"}, "think_close: "),
+    ]:
+        with pytest.raises(ValueError, match=rf"completions of another evaluation \({named}"):
+            evaluate(config_of(**settings | changes))
+    assert file.read_bytes() == before
+    (tmp_path / "c.jsonl.settings.json").unlink()
+    with pytest.raises(ValueError, match="which would say what made it, does not"):
+        evaluate(config_of(**settings))
+    evaluate(config_of(**settings | {"limit": 2, "force": True}))
+    assert len(read_lines(file)) == 2
+
+
+def test_the_same_prompts_in_another_place_continue(tmp_path):
+    student = make_student(tmp_path / "student")
+    file = tmp_path / "c.jsonl"
+    prompts = eight_prompts(tmp_path / "p.jsonl")
+    first = evaluate(config_of(model=student, prompts=prompts, completions=file))
+    moved = tmp_path / "moved.jsonl.gz"
+    moved.write_bytes(gzip.compress(prompts.read_bytes()))
+
+    assert evaluate(config_of(model=student, prompts=moved, completions=file)) == first
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    settings = {
+        "model": make_student(tmp_path / "student"),
+        "prompts": eight_prompts(tmp_path / "p.jsonl"),
+        "completions": tmp_path / "c.jsonl",
+    }
+    evaluate(config_of(**settings))
+    lines = settings["completions"].read_bytes().splitlines(keepends=True)
+    settings["completions"].write_bytes(b"".join([lines[0], b"{}\n", *lines[2:]]))
+    with pytest.raises(ValueError, match=r"c\.jsonl:2: expected a completion, found a damaged"):
+        evaluate(config_of(**settings))
+
+
+def test_answers_inside_unclosed_thinking_and_beyond_limits_are_counted(tmp_path, monkeypatch):
+    texts = ["<think> 7", "<think> a </think> 7", "10^{10^{10}}", "7"]
+
+    def told(task, done):
+        for prompt, text in enumerate(texts):
+            yield prompt, 0, Completion(text, 3, finished=True)
+
+    monkeypatch.setattr(evaluate_module, "_completions", told)
+    monkeypatch.setattr(mathematics, "CPU_LIMIT_S", 0.3)
+    records = [{"prompt": "3 4", "answer": "7", "kind": n} for n in range(4)]
+    prompts = write_prompts(tmp_path / "p.jsonl", *records)
+    file = tmp_path / "c.jsonl"
+    result = evaluate(
+        config_of(model=make_student(tmp_path / "s"), prompts=prompts, completions=file)
+    )
+
+    assert (result.answers.num_right, result.answers.num_beyond_limits) == (2, 1)
+    assert result.answers.unclosed_share == 0.25
+    assert "1 answers were too long or too costly" in str(result)
+    assert "compared by text, numbers, math-verify" in str(result)
+    assert [row["compared_as"] for row in read_lines(file)] == [
+        "no answer", "text", "beyond limits", "text",
+    ]  # fmt: skip
+    assert read_lines(file)[0]["found"] is None
+
+
+def test_progress_is_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    prompts = eight_prompts(tmp_path / "p.jsonl")
+    evaluate(config_of(model=make_student(tmp_path / "student"), prompts=prompts))
+
+    assert "answered 8/8" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("golds", "message"),
+    [
+        (["It is the sum of all the parts", "No one can say what it was then"],
+         r"p\.jsonl:1: no `answer` here is a number.*e\.g\. 'It is the sum"),
+        (["0.5", "1/2", r"\frac12", "0.50", "50%"],
+         r"p\.jsonl:1: 10 of 10 pairs of different `answer`s count as equal.*p\.jsonl:2"),
+        (["7", r"\boxed{}"], r"p\.jsonl:2: its `answer` .* is empty where it is compared"),
+    ],
+)  # fmt: skip
+def test_golds_that_cannot_tell_right_from_wrong_are_refused(tmp_path, golds, message):
+    records = [{"prompt": "3", "answer": gold} for gold in golds]
+    prompts = write_prompts(tmp_path / "p.jsonl", *records)
+    with pytest.raises(ValueError, match=message):
+        evaluate(config_of(model=str(tmp_path / "no model is needed"), prompts=prompts))
+
+
+def test_golds_of_every_kind_pass_and_odd_ones_are_named(tmp_path, caplog):
+    caplog.set_level("INFO")
+    golds = ["7", "(B)", "true", r"\frac{x}{2}", "She has 3 more.\n#### 1,000", "$5", "1,2"]
+    golds += ["It is what it is and nothing more"]
+    records = [{"prompt": "3", "answer": gold} for gold in golds]
+    prompts = list(read_prompts(write_prompts(tmp_path / "p.jsonl", *records)))
+    with Checker() as checker:
+        check_golds(prompts, checker)
+        kinds = [checker.kind(gold) for gold in golds]
+
+    assert kinds == [
+        "number",
+        "choice",
+        "words",
+        "mathematics",
+        "number",
+        "number",
+        "number",
+        "text",
+    ]
+    assert "1 of 8 golds looked at are right as the same text only" in caplog.text
+    assert "p.jsonl:8: 'It is what" in caplog.text

@@ -1,22 +1,73 @@
-"""Answers: found in what a model wrote, and compared with the right ones."""
+r"""Answers: found in what a model wrote, and in the gold that it is compared with.
 
-import importlib.util
-import logging
+| written                              | the answer                                               |
+| ------------------------------------ | -------------------------------------------------------- |
+| `<think>...</think>rest`             | found in what follows the last closing mark              |
+| `<think>...` that is never closed    | none, and wrong: a user would be given nothing           |
+| `\boxed{...}`                        | content of the last one whose braces close               |
+| `\boxed{}` as the last one           | empty, and wrong; what stands around it is not searched  |
+| `... #### 18` (GSM8K)                | what follows the last `####` on its line                 |
+| `The answer is 18.`, `Answer: 18`    | what follows the last such phrase, to the sentence's end |
+| anything else                        | the whole text                                           |
+
+Around an answer, emphasis (`**73**`), marks of mathematics (`$73$`, `\(73\)`), `\text{...}` and a
+full stop at the end are taken off. How it is then compared, `verdicts` says.
+"""
+
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 _BOXED = "\\boxed{"
+_GSM8K = "####"
+_PHRASE = re.compile(r"\banswer\s*(?:is\s*:?|:|=)", re.IGNORECASE)
+_AROUND = (
+    ("**", "**"), ("__", "__"), ("`", "`"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"),
+    ("\\[", "\\]"), ("\\text{", "}"), ("\\textbf{", "}"), ("\\mathbf{", "}"), ("\\mathrm{", "}"),
+)  # fmt: skip
 
 
-def extract_answer(text: str, think_close: str, special_tokens: Sequence[str]) -> str:
-    r"""What follows the last closing mark, or all where there is none, without special tokens.
+@dataclass(frozen=True)
+class ThinkingMarks:
+    """Texts around a chain of thought; an empty closing mark means that there is none."""
 
-    Of an answer that has a ``\boxed{...}``, the content of the last one.
+    opening: str
+    closing: str
+
+    def is_open(self, text: str) -> bool:
+        """Whether a text ends inside a chain of thought."""
+        if not self.closing or not self.opening:
+            return False
+        return text.rfind(self.opening) > text.rfind(self.closing)
+
+
+def extract_answer(
+    prompt: str, text: str, marks: ThinkingMarks, special_tokens: Sequence[str]
+) -> str | None:
+    """The answer of a completion; None where its chain of thought was never closed.
+
+    Args:
+        prompt: That was completed; chat templates may open the chain of thought there.
+        text: What the model wrote, special tokens included.
+        marks: Of the chain of thought.
+        special_tokens: Of the tokenizer; they are no part of an answer.
     """
-    answer = text.rpartition(think_close)[2] if think_close else text
+    if marks.is_open(prompt + text):
+        return None
+    answer = text.rpartition(marks.closing)[2] if marks.closing else text
     for token in special_tokens:
         answer = answer.replace(token, "")
-    return boxed(answer) or answer.strip()
+    return final_answer(answer)
+
+
+def final_answer(text: str) -> str:
+    """The part of an answer, or of a gold, that is compared; see the table above."""
+    content = boxed(text)
+    if content is None and _GSM8K in text:
+        content = text.rpartition(_GSM8K)[2].strip().partition("\n")[0]
+    if content is None:
+        content = _after_phrase(text) or text
+    return bare(content)
 
 
 def boxed(text: str) -> str | None:
@@ -32,40 +83,31 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def is_right(found: str, wanted: str, *, with_math: bool = False) -> bool:
-    """Whether two answers are the same text, or numbers of the same value.
-
-    Args:
-        found: By the model.
-        wanted: The right one; may be boxed.
-        with_math: Compare as mathematics too, with math-verify, which must be installed.
-    """
-    wanted = boxed(wanted) or wanted.strip()
-    if found.strip() == wanted:
-        return True
-    numbers = [_number(found), _number(wanted)]
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    return with_math and bool(found.strip()) and _is_same_mathematics(found, wanted)
-
-
-def has_math_verify() -> bool:
-    """Whether answers can be compared as mathematics."""
-    return importlib.util.find_spec("math_verify") is not None
+def bare(text: str) -> str:
+    """A text without what only sets it off from its surroundings."""
+    before = None
+    while text != before:
+        before = text
+        text = text.strip().removesuffix(".").rstrip()
+        for opening, closing in _AROUND:
+            inside = text[len(opening) : len(text) - len(closing)]
+            if (
+                len(text) > len(opening) + len(closing)
+                and text.startswith(opening)
+                and text.endswith(closing)
+                and closing not in inside
+                and (closing != "}" or "{" not in inside)
+            ):
+                text = inside
+    return text
 
 
-def _number(text: str) -> float | None:
-    plain = text.strip().replace(",", "")
-    return float(plain) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", plain) else None
-
-
-def _is_same_mathematics(found: str, wanted: str) -> bool:
-    import math_verify
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it reports every odd answer
-    # Without time limits of its own, which need the main thread's signals.
-    right, given = (
-        math_verify.parse(f"${text.strip().strip('$')}$", parsing_timeout=None)
-        for text in (wanted, found)
-    )
-    return bool(math_verify.verify(right, given, timeout_seconds=None))
+def _after_phrase(text: str) -> str | None:
+    """What follows the last `answer is` or `answer:`, up to the end of its sentence or line."""
+    phrases = list(_PHRASE.finditer(text))
+    if not phrases:
+        return None
+    rest = text[phrases[-1].end() :].lstrip()
+    if rest.startswith("**") and rest.partition("\n")[0].count("**") % 2:
+        rest = rest[2:].lstrip()  # the phrase itself was set off: **Answer:** 18
+    return re.split(r"\n|\.\s", rest, maxsplit=1)[0] or None

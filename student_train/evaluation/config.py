@@ -20,7 +20,9 @@ class EvaluateConfig:
 
     model: str = _measured("Model folder or hub id.", basic=True)
     prompts: Path = _measured(
-        "JSONL of held-out rows with prompt or messages, and answer.", basic=True
+        "Held-out rows with prompt or messages, and answer: a file (JSONL, JSON, Parquet, Arrow; "
+        "plain or compressed), a folder, a saved dataset or a hub id.",
+        basic=True,
     )
     cache: CachePath | None = _measured(
         "Cache of held-out traces: measure KL to the teacher and NLL on all of each, by section.",
@@ -32,6 +34,11 @@ class EvaluateConfig:
     )
     group_by: str | None = _measured(
         "Column of the prompts; accuracy is also given for each of its values.", default=None
+    )
+    think_open: str = _measured(
+        "Mark that opens the chain of thought; one that is never closed leaves no answer.",
+        default="<think>",
+        can_be_empty=True,
     )
     think_close: str = _measured(
         "Mark that closes the chain of thought; the answer is what follows the last one. An empty "
@@ -74,8 +81,12 @@ class EvaluateConfig:
         at_least=1,
     )
     completions: Path | None = _output(
-        "JSONL file for every completion and its verdict.", default=None, basic=True
+        "JSONL file for every completion and its verdict, written as they come; the same command "
+        "continues it after a stop.",
+        default=None,
+        basic=True,
     )
+    force: bool = _output("Start the file of completions anew, whatever it holds.", default=False)
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -1,76 +1,100 @@
 """Completions of prompts by a student, with transformers."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from student_train.evaluation.completions import Completion
 from student_train.evaluation.config import EvaluateConfig
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a model wrote after one prompt."""
-
-    text: str  # special tokens included
-    num_tokens: int  # the end token included
-    finished: bool  # whether it ended by itself
+from student_train.evaluation.requests import Request, draw_seed
 
 
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
+    requests: Sequence[Request],
     config: EvaluateConfig,
     end_ids: Collection[int] = (),
-) -> list[Completion]:
-    """Complete every prompt once, in batches of similar length.
+    done: Collection[tuple[int, int]] = (),
+) -> Iterator[tuple[int, int, Completion]]:
+    """Complete every prompt `config.samples_per_prompt` times, in batches of similar length.
 
     Args:
         model: Causal language model, in evaluation mode.
         tokenizer: Of the model.
-        prompts: Token ids.
+        requests: The prompts.
         config: How.
         end_ids: Tokens that end a completion, beside the model's own.
+        done: (prompt, sample) that are not wanted; a batch without any other is left out, and what
+            another batch gives does not depend on it.
 
-    Returns:
-        One completion per prompt, in their order.
+    Yields:
+        Number of the prompt, number of the sample, and the completion, batch by batch.
     """
-    torch.manual_seed(config.seed)
     ends = sorted(end_tokens(model) | set(end_ids))
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
-    if config.temperature > 0:
-        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
-    done: dict[int, Completion] = {}
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(by_length), config.batch_size):
-        group = by_length[start : start + config.batch_size]
-        longest = len(prompts[group[-1]])
-        # On the left, so that every prompt ends where the generation begins.
-        rows = [[pad_id] * (longest - len(prompts[i])) + list(prompts[i]) for i in group]
-        mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in group]
-        with torch.inference_mode():
-            output = model.generate(
-                input_ids=torch.tensor(rows, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                max_new_tokens=config.max_new_tokens,
-                eos_token_id=ends or None,
-                pad_token_id=pad_id,
-                top_k=None,
-                **sampling,
-            )
-        for index, ids in zip(group, output[:, longest:].tolist(), strict=True):
-            done[index] = _completion(tokenizer, ids, ends)
-    return [done[index] for index in range(len(prompts))]
+    batches = list(_batches(requests, config.batch_size))
+    for sample in range(config.samples_per_prompt):
+        for number, batch in enumerate(batches):
+            wanted = [prompt for prompt in batch if (prompt, sample) not in done]
+            if not wanted:
+                continue
+            torch.manual_seed(draw_seed(config.seed, sample, number))
+            rows = _complete(model, tokenizer, [requests[prompt] for prompt in batch], config, ends)
+            for prompt, ids in zip(batch, rows, strict=True):
+                if prompt in wanted:
+                    yield prompt, sample, _completion(tokenizer, ids, ends)
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:
     """Tokens that end a generation, by the model's own configuration."""
     ids = model.generation_config.eos_token_id
     return {ids} if isinstance(ids, int) else set(ids or ())
+
+
+def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of prompts: those of a batch have as much room each, and are of similar length."""
+
+    def order(prompt: int) -> tuple[int, int]:
+        return requests[prompt].num_new_tokens, len(requests[prompt].ids)
+
+    by_room = groupby(sorted(range(len(requests)), key=order), key=lambda prompt: order(prompt)[0])
+    for _, alike in by_room:
+        prompts = list(alike)
+        for start in range(0, len(prompts), batch_size):
+            yield prompts[start : start + batch_size]
+
+
+@torch.inference_mode()
+def _complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[Request],
+    config: EvaluateConfig,
+    ends: Sequence[int],
+) -> list[list[int]]:
+    """Token ids behind each prompt of a batch, padded behind the end."""
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
+    if config.temperature > 0:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
+    longest = max(len(request.ids) for request in batch)
+    # On the left, so that every prompt ends where the generation begins.
+    rows = [[pad_id] * (longest - len(request.ids)) + list(request.ids) for request in batch]
+    mask = [[0] * (longest - len(request.ids)) + [1] * len(request.ids) for request in batch]
+    output = model.generate(
+        input_ids=torch.tensor(rows, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        max_new_tokens=batch[0].num_new_tokens,
+        eos_token_id=list(ends) or None,
+        pad_token_id=pad_id,
+        top_k=None,
+        **sampling,
+    )
+    ids: list[list[int]] = output[:, longest:].tolist()
+    return ids
 
 
 def _completion(

@@ -1,12 +1,15 @@
 """Evaluation prompts: read, turned into token ids, compared with what was trained on."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teacher_cache.format import Cache, rows_by_shard
+from teacher_cache.sources.files import Input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -14,45 +17,58 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of the prompts file."""
+    """One row of the prompts."""
 
     text: str | None
     messages: list[dict[str, Any]] | None
     answer: str
-    group: str | None = None  # value of the field that groups are told by
+    group: str | None  # value of the field that groups are told by
+    where: str  # file:row
 
 
 def read_prompts(path: Path, group_field: str | None = None) -> Iterator[Prompt]:
-    """Prompts of a JSONL file, blank lines left out.
+    """Prompts of a file, a folder, a saved dataset or a hub id, as `cache-teacher` reads them.
 
     Args:
-        path: Of the file.
-        group_field: Every line must have it.
+        path: JSON Lines or a JSON array, plain or compressed, Parquet or Arrow.
+        group_field: Every row must have it.
 
     Raises:
-        ValueError: Naming file and line.
+        ValueError: Naming file and row.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a JSONL file of prompts, found none")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _parse_prompt(line, f"{path}:{number}", group_field)
+    for row in Input(path):
+        where = f"{row.file}:{row.number}"
+        yield _parse_prompt(_record(row.content, where), where, group_field)
 
 
-def _parse_prompt(line: str, where: str, group_field: str | None) -> Prompt:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
+def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Hash of what is asked and what is right, wherever the rows stand."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        values = {name: value for name, value in asdict(prompt).items() if name != "where"}
+        digest.update(json.dumps(values, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _record(content: object, where: str) -> dict[str, Any]:
+    if isinstance(content, bytes):  # of a text file
+        try:
+            content = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected an object, got {type(content).__name__}")
+    return content
+
+
+def _parse_prompt(record: dict[str, Any], where: str, group_field: str | None) -> Prompt:
     text, messages = record.get("prompt"), record.get("messages")
-    if not (isinstance(text, str) and text) and not (isinstance(messages, list) and messages):
-        raise ValueError(f"{where}: expected a text `prompt` or a list `messages`, not empty")
-    answer = record.get("answer")
-    if not isinstance(answer, str | int | float) or isinstance(answer, bool):
-        raise ValueError(f"{where}: expected an `answer`, a text or a number, got {answer!r}")
+    has_messages = isinstance(messages, list) and bool(messages)
+    if not has_messages and not (isinstance(text, str) and text):
+        raise ValueError(
+            f"{where}: expected a text `prompt` or a list `messages`, not empty; found "
+            f"{', '.join(record) or 'no fields'}"
+        )
     group = None
     if group_field is not None:
         if record.get(group_field) is None:
@@ -60,19 +76,43 @@ def _parse_prompt(line: str, where: str, group_field: str | None) -> Prompt:
                 f"{where}: no field {group_field!r} to group by; there are {', '.join(record)}"
             )
         group = str(record[group_field])
-    if isinstance(messages, list) and messages:
-        return Prompt(None, messages, str(answer), group)
-    return Prompt(text, None, str(answer), group)
+    answer = _gold(record.get("answer"), where)
+    if has_messages:
+        return Prompt(None, messages, answer, group, where)
+    return Prompt(text, None, answer, group, where)
+
+
+def _gold(answer: object, where: str) -> str:
+    """A gold as text; numbers in full, true and false as JSON has them."""
+    if isinstance(answer, bool):
+        return str(answer).lower()
+    if isinstance(answer, int) or (isinstance(answer, str) and answer.strip()):
+        return str(answer)
+    if isinstance(answer, float) and Decimal(answer).is_finite():
+        return format(Decimal(repr(answer)), "f")
+    raise ValueError(
+        f"{where}: expected an `answer`, a text, a number, true or false, got {answer!r}"
+    )
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, messages by the chat template up to where the answer begins."""
+    """Token ids of a prompt, messages by the chat template up to where the answer begins.
+
+    Raises:
+        ValueError: If the template refuses the messages, naming file and row.
+    """
     if prompt.messages is None:
         ids: list[int] = tokenizer(prompt.text)["input_ids"]
         return ids
-    text = tokenizer.apply_chat_template(
-        prompt.messages, tokenize=False, add_generation_prompt=True
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            prompt.messages, tokenize=False, add_generation_prompt=True
+        )
+    # Templates raise errors of every kind on messages that they do not expect.
+    except Exception as error:
+        raise ValueError(
+            f"{prompt.where}: the model's chat template refuses these messages: {error}"
+        ) from error
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 

@@ -27,7 +27,7 @@ _SET_BY_SWEEP = frozenset(
     | {"sections", "loss_on", "lead_span_of", "loss_dropout"}
     | set(_OBJECTIVE)
 )
-_SET_BY_EVALUATION = frozenset({"model", "prompts", "cache", "completions"})
+_SET_BY_EVALUATION = frozenset({"model", "prompts", "cache", "completions", "force"})
 
 
 _data = partial(option, group="Data and student")

@@ -7,7 +7,6 @@ OUT/w0of1.lock      held by a worker at work here
 OUT/results.csv, report.png, report.html
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,13 @@ from student_train.data.draw import draw_spans
 from student_train.data.tokens import TokenSelection
 from student_train.data.traces import CacheTraces, open_data
 from student_train.errors import InterruptedRunError
-from student_train.evaluation.prompts import Prompt, prompt_ids, read_prompts, seen_in
+from student_train.evaluation.prompts import (
+    Prompt,
+    prompt_ids,
+    prompts_fingerprint,
+    read_prompts,
+    seen_in,
+)
 from student_train.model.flops import compare_flops, count_parameters
 from student_train.model.load import load_tokenizer
 from student_train.run.config import TrainConfig
@@ -74,14 +79,18 @@ def run_sweep(config: SweepConfig) -> SweepResult:
     mine = _part(cells, config.worker)
     worker, _ = parse_worker(config.worker)
     with FolderLock(config.out / f"{worker}.lock", owned=config.out):
-        return _run_and_report(config, cache, cells, mine)
+        return _run_and_report(config, cache, prompts, cells, mine)
 
 
 def _run_and_report(
-    config: SweepConfig, cache: Cache, cells: Sequence[Cell], mine: Sequence[Cell]
+    config: SweepConfig,
+    cache: Cache,
+    prompts: Sequence[Prompt],
+    cells: Sequence[Cell],
+    mine: Sequence[Cell],
 ) -> SweepResult:
     with _alone(config):
-        _describe(config, cache)
+        _describe(config, cache, prompts)
     unfinished = [cell for cell in mine if not is_finished(config, cell)]
     where = "" if len(mine) == len(cells) else f" (worker {config.worker})"
     logger.info("%d cells, %d of them to run here%s", len(cells), len(unfinished), where)
@@ -147,7 +156,7 @@ def _refuse_seen_prompts(config: SweepConfig, prompts: Sequence[Prompt], cache: 
         )
 
 
-def _describe(config: SweepConfig, cache: Cache) -> None:
+def _describe(config: SweepConfig, cache: Cache, prompts: Sequence[Prompt]) -> None:
     """Write what all cells have in common, or check that it is what the folder's cells had."""
     facts: dict[str, Any] = {
         "cache": cache.path,
@@ -155,7 +164,7 @@ def _describe(config: SweepConfig, cache: Cache) -> None:
         "student": config.student,
         "train_options": config.train_options,
         "eval_prompts": str(config.eval_prompts),
-        "eval_prompts_sha256": hashlib.sha256(config.eval_prompts.read_bytes()).hexdigest(),
+        "eval_prompts_fingerprint": prompts_fingerprint(prompts),
         "heldout_cache": config.heldout_cache,
         "heldout_cache_fingerprint": config.heldout_cache
         and open_cache(config.heldout_cache).fingerprint,

@@ -1,0 +1,100 @@
+"""What is asked of a student: the prompts' tokens, and how much room each leaves for an answer."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from student_train.evaluation.config import EvaluateConfig
+from student_train.evaluation.prompts import Prompt, prompt_ids, prompts_fingerprint
+from teacher_cache.format.checksums import sha256_of
+
+logger = logging.getLogger(__name__)
+
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, to be completed once per sample."""
+
+    ids: tuple[int, ...]
+    num_new_tokens: int  # at most, so that all has a position
+
+
+def make_requests(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], config: EvaluateConfig
+) -> list[Request]:
+    """Turn prompts into requests, the same for every engine.
+
+    Raises:
+        ValueError: If a prompt leaves no position for an answer, naming file and row.
+    """
+    num_positions = positions_of(config.model)
+    requests, num_short = [], 0
+    for prompt in prompts:
+        ids = prompt_ids(tokenizer, prompt)
+        if not ids:
+            raise ValueError(f"{prompt.where}: the prompt has no tokens")
+        room = config.max_new_tokens
+        if num_positions is not None:
+            if len(ids) >= num_positions:
+                raise ValueError(
+                    f"{prompt.where}: the prompt's {len(ids):,} tokens leave no room for an answer "
+                    f"in the model's {num_positions:,} positions"
+                )
+            room = min(room, num_positions - len(ids))
+        num_short += room < config.max_new_tokens
+        requests.append(Request(tuple(ids), room))
+    if num_short:
+        logger.info(
+            "%d of %d prompts leave less than %d tokens for an answer in the model's %d positions",
+            num_short, len(requests), config.max_new_tokens, num_positions,
+        )  # fmt: skip
+    return requests
+
+
+def positions_of(model: str) -> int | None:
+    """Positions that a model has by its configuration; None where that names none."""
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    number = getattr(config, "max_position_embeddings", None)
+    return None if number is None else int(number)
+
+
+def settings_of(
+    config: EvaluateConfig, prompts: Sequence[Prompt], end_ids: Sequence[int], checker: str
+) -> dict[str, Any]:
+    """Everything that completions and their verdicts depend on."""
+    settings: dict[str, Any] = {
+        "model": model_fingerprint(config.model),
+        "prompts": prompts_fingerprint(prompts),
+        "num_prompts": len(prompts),
+        "checker": checker,
+        "end_ids": sorted(end_ids),
+    }
+    names = ["engine", "samples_per_prompt", "max_new_tokens", "temperature", "top_p", "seed"]
+    names += ["think_open", "think_close"]
+    if config.engine == "transformers":
+        names.append("batch_size")  # draws and rounding depend on it
+    return settings | {name: getattr(config, name) for name in names}
+
+
+def model_fingerprint(model: str) -> str:
+    """Hash of a folder's weights, configuration and tokenizer; commit of a hub id."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return f"{model} {AutoConfig.from_pretrained(model)._commit_hash}"
+    digest = hashlib.sha256()
+    for file in sorted({file for kind in _MODEL_FILES for file in folder.glob(kind)}):
+        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def draw_seed(*parts: int) -> int:
+    """A seed for one draw, from the evaluation's and its place."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
