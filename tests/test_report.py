@@ -7,11 +7,13 @@ from html.parser import HTMLParser
 import pytest
 from sweeps import costs, curve, make_sweep
 
+from student_train.sweep.picture import pareto_front
 from student_train.sweep.report import write_report
-from teacher_cache.format.checksums import publish_record
+from teacher_cache.format.checksums import publish_record, read_record
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium"))), None)
 HEADER = {"teacher": "Teacher <32B>", "engine": "vllm"}
+STRANGERS = '<img src=x onerror="alert(1)">&amp;$\\frac$'
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +23,7 @@ def report(tmp_path_factory):
     cells = curve({0.25: 0.3, 0.5: 0.7, 1.0: 0.8})
     cells += [("sft", "sft", 0, {"ce_weight": 1.0}, 0.7)]
     cells += [("span-1_cot", "span", 0, {"lead_span": 1.0, "sections": ["cot"]}, 0.6)]
+    cells += [("mix-0.375x4+1x1", "mixture", n, {"lead_span": "0.375:4,1:1"}, 0.79) for n in (0, 1)]
     make_sweep(out, cells)
     (out / "cells" / "span-0.5_seed-9").mkdir()
     (out / "cells" / "span-0.5_seed-9" / "failed.txt").write_text("exit code 1: <oops>\n")
@@ -56,7 +59,7 @@ def test_the_page_is_whole_and_fetches_nothing(report):
     page = Page(source)
 
     assert page.open == []
-    assert len(page.fetched) == 2
+    assert len(page.fetched) == 4
     assert all(value.startswith("data:") for value in page.fetched)
     assert "url(" not in source
     assert "@import" not in source
@@ -70,10 +73,87 @@ def test_the_page_tells_what_a_reader_needs(report):
     for words in (
         "How much of each trace does <tiny> & co need?", '"teacher": "Teacher <32B>"',
         "train-student sweep --cache cache", "train-student run --out span-0.5_seed-0",
-        "Cell span-0.5_seed-9 failed: exit code 1: <oops>", '"lr": 0.001', "1.030", "sft",
-        "span-1 cot",
+        "Cell span-0.5_seed-9 failed: exit code 1: <oops>", '"lr": 0.001', "1.030",
+        "whole traces, hard labels only", "whole traces, reasoning only",
+        "mixture: 80 % of the traces cut at 37.5 %, 20 % whole", "What the words mean",
+        "1.00 GFLOP (100 %)", "250 MFLOP (25 %)", "1.20 MB (100 %)", "4.00 kB",
     ):  # fmt: skip
         assert words in text
+    assert "e+0" not in text
+    assert "still to come" not in text
+
+
+def test_the_overview_is_sorted_by_accuracy_and_says_what_is_enough(report):
+    out, _ = report
+    page = (out / "report.html").read_text()
+    overview = page[: page.index('class="panels"')]
+    rows = re.findall(r"<tr>(.*?)</tr>", overview)[1:]
+    cells = [re.findall(r"<td>(.*?)</td>", row) for row in rows]
+    accuracies = [int(re.match(r"\d+", row[1])[0]) for row in cells]
+    enough = {row[0]: row[3] for row in cells}
+
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert enough["first 25 % of each trace"] == "no"
+    assert enough["whole traces"] == enough["untrained student"] == ""
+
+
+def test_a_page_for_a_phone_scrolls_only_its_tables(report):
+    out, _ = report
+    page = (out / "report.html").read_text()
+
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert page.count("<table>") == page.count('<div class="table"><table>')
+    assert page.count('<img alt="') == 3  # one below the other where it is narrow
+
+
+def test_while_a_sweep_runs_the_page_says_so_and_loads_itself_again(tmp_path):
+    make_sweep(tmp_path, curve({0.5: 0.7, 1.0: 0.8}))
+    write_report(tmp_path, HEADER, costs, num_unfinished=5)
+    page = (tmp_path / "report.html").read_text()
+
+    assert "7 cells are finished, 5 are still to come" in page
+    assert 'http-equiv="refresh"' in page
+    write_report(tmp_path, HEADER, costs)
+    assert "refresh" not in (tmp_path / "report.html").read_text()
+
+
+def test_strangers_text_is_text_wherever_it_stands(tmp_path):
+    cells = curve({0.5: 0.7, 1.0: 0.8}, seeds=1)
+    cells += [
+        (STRANGERS.replace("/", ""), "span", 0, {"lead_span": 1.0, "sections": [STRANGERS]}, 0.5)
+    ]
+    make_sweep(tmp_path, cells)
+    for file in tmp_path.glob("cells/*/result.json"):
+        result = read_record(file, "")
+        result["evaluation"]["groups"] = {STRANGERS: result["evaluation"]["answers"]}
+        result["commands"] = [STRANGERS]
+        publish_record(file, result)
+    facts = read_record(tmp_path / "sweep.json", "")
+    facts |= {"student": STRANGERS, "eval_prompts": STRANGERS, "calls": [[STRANGERS]]}
+    publish_record(tmp_path / "sweep.json", facts)
+    (tmp_path / "cells" / "x").mkdir()
+    (tmp_path / "cells" / "x" / "failed.txt").write_text(STRANGERS)
+    write_report(tmp_path, {STRANGERS: STRANGERS}, costs)
+    page = (tmp_path / "report.html").read_text()
+
+    assert "<img src=x" not in page
+    assert Page(page).text.count("onerror=") > 6
+    assert all(value.startswith("data:") for value in Page(page).fetched)
+
+
+def test_reports_without_completions_can_be_written(tmp_path):
+    make_sweep(tmp_path, curve({0.5: 0.7, 1.0: 0.8}))
+    for file in tmp_path.glob("cells/*/completions.jsonl"):
+        file.unlink()
+
+    assert "cannot be told" not in write_report(tmp_path, HEADER, costs)
+    assert "untrained student" in Page((tmp_path / "report.html").read_text()).text
+
+
+def test_the_front_holds_what_nothing_beats_at_no_more_cost():
+    points = [(0.5, 0.7), (0.5, 0.9), (1.0, 0.9), (0.25, 0.75), (0.0, 0.3), (1.0, 0.95)]
+
+    assert pareto_front(points) == [(0.0, 0.3), (0.25, 0.75), (0.5, 0.9), (1.0, 0.95)]
 
 
 def test_table_and_picture_lie_beside_the_page(report):
@@ -81,7 +161,7 @@ def test_table_and_picture_lie_beside_the_page(report):
     with (out / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
 
-    assert len(rows) == 12
+    assert len(rows) == 14
     assert {
         "cell", "lead_span", "sections", "seed", "accuracy", "heldout_kl", "tokens", "bytes_read",
         "flops", "peak_memory_bytes", "wall_s",
@@ -101,12 +181,13 @@ def test_a_sweep_without_any_finished_cell_has_a_report_too(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no headless Chromium here")
-def test_a_browser_shows_the_page_without_requests_or_complaints(report, tmp_path):
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_the_page_without_requests_or_complaints(report, tmp_path, width):
     out, sentence = report
     netlog, picture = tmp_path / "net.json", tmp_path / "page.png"
     options = [
         "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-        "--enable-logging=stderr", "--v=0", "--window-size=1300,2400",
+        "--enable-logging=stderr", "--v=0", f"--window-size={width},2400",
     ]  # fmt: skip
     url = (out / "report.html").as_uri()
     shot = subprocess.run(
@@ -124,3 +205,13 @@ def test_a_browser_shows_the_page_without_requests_or_complaints(report, tmp_pat
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 50_000  # the picture is in it, not an empty page
     assert sentence.split("%")[0] in dom.stdout
+    # Nothing but the tables' own boxes is wider than the screen.
+    probe = tmp_path / "probe.html"
+    script = "<script>document.title = 'width ' + document.documentElement.scrollWidth</script>"
+    page = (out / "report.html").read_text().replace("</body>", f"{script}</body>")
+    probe.write_text(page.replace("<details>", "<details open>"))
+    measured = subprocess.run(
+        [BROWSER, *options, "--dump-dom", probe.as_uri()], capture_output=True, text=True,
+        timeout=120, check=True,
+    )  # fmt: skip
+    assert int(re.search(r"<title>width (\d+)", measured.stdout)[1]) <= width

@@ -1,9 +1,10 @@
-import numpy as np
 import pytest
 from sweeps import costs, curve, make_sweep
 
-from student_train.sweep.conclusion import conclusion
-from student_train.sweep.results import csv_rows, group_cells, read_cells
+from student_train.evaluation.intervals import wilson_interval
+from student_train.sweep.decisions import Answer, decide
+from student_train.sweep.groups import group_cells
+from student_train.sweep.results import csv_rows, read_cells
 from teacher_cache.format.checksums import (
     DamagedFileError,
     publish_record,
@@ -46,46 +47,50 @@ def test_without_the_cells_it_is_measured_against_there_is_no_retention(tmp_path
     assert (half.retention is None) == (left_out == "span-1")
 
 
-def test_the_interval_covers_prompts_and_seeds():
-    """Draws of whole sweeps from known accuracies: the interval holds the truth about as often."""
-    rng = np.random.default_rng(5)
-    covered = 0
-    for _ in range(60):
-        difficulty = rng.normal(0, 0.6, 150)
-        cells = []
-        for _ in range(4):
-            logit = 0.5 + rng.normal(0, 0.15) - difficulty
-            right = rng.random(150) < 1 / (1 + np.exp(-logit))
-            cells.append(FakeCell({"group": "g", "options": {}, "kind": "span"}, right * 1.0))
-        (group,) = group_cells(cells)
-        truth = np.mean(1 / (1 + np.exp(-(0.5 - np.random.default_rng(1).normal(0, 0.6, 99999)))))
-        covered += group.accuracy.low <= truth <= group.accuracy.high
-    assert 0.9 <= covered / 60 <= 1.0
-
-
-class FakeCell:
-    def __init__(self, result, right_P):
-        self.result, self.right_P, self.group = result, right_P, result["group"]
-
-
 def test_one_seed_gives_the_interval_of_prompts_alone(tmp_path):
     one = groups_of(tmp_path / "1", curve({1.0: 0.5}, seeds=1))["span-1"].accuracy
-    few = groups_of(tmp_path / "2", curve({1.0: 0.5}, seeds=1), num_prompts=50)["span-1"].accuracy
 
-    assert one.high - one.low == pytest.approx(2 * 1.96 * (0.25 / 200) ** 0.5, rel=0.1)
-    assert few.high - few.low == pytest.approx(2 * (one.high - one.low), rel=0.15)
+    assert (one.low, one.high) == wilson_interval(0.5, 200)
+
+
+def test_pairs_tell_more_than_two_intervals(tmp_path):
+    """The same prompts are hard for both: the ratio is surer than the accuracies are."""
+    half = groups_of(tmp_path, curve({0.5: 0.6, 1.0: 0.8}))["span-0.5"]
+
+    assert half.retention.high - half.retention.low < half.accuracy.high - half.accuracy.low
+
+
+def test_seeds_that_only_one_side_has_are_left_out(tmp_path):
+    cells = [cell for cell in curve({0.5: 0.6, 1.0: 0.8}) if cell[:3] != ("span-0.5", "span", 2)]
+    half = groups_of(tmp_path, cells)["span-0.5"]
+
+    assert len(half.cells) == 2
+    assert half.retention.value == pytest.approx((0.59 + 0.6) / (0.79 + 0.8))
+
+
+def test_old_results_without_completions_are_told_by_their_seeds(tmp_path):
+    make_sweep(tmp_path, curve({0.5: 0.6, 1.0: 0.8}))
+    for file in tmp_path.glob("cells/*/completions.jsonl"):
+        file.unlink()
+    groups = {g.name: g for g in group_cells(read_cells(tmp_path, costs))}
+
+    assert groups["span-0.5"].gain_retention.value == pytest.approx(2 / 3)
+    assert groups["base"].accuracy is None  # one run says nothing of its spread
+    assert groups["base"].mean_accuracy == pytest.approx(0.2)
+    (decision,) = decide(list(groups.values())).values()
+    assert (decision.answer, decision.num_prompts) == (Answer.NO, None)
 
 
 def test_cells_of_different_students_or_prompts_are_not_put_together(tmp_path):
     make_sweep(tmp_path, curve({1.0: 0.5}, seeds=2))
     file = tmp_path / "cells" / "span-1_seed-1" / "result.json"
     result = read_record(file, "")
-    publish_record(file, {**result, "student_fingerprint": "t" * 32})
+    publish_record(file, result | {"student_fingerprint": "t" * 32})
     with pytest.raises(ValueError, match="started from 2 different students"):
         read_cells(tmp_path, costs)
     completions = file.with_name("completions.jsonl")
     completions.write_text('{"prompt": 0, "right": true}\n')
-    publish_record(file, {**result, "completions_sha256": sha256_of(completions)})
+    publish_record(file, result | {"completions_sha256": sha256_of(completions)})
     with pytest.raises(ValueError, match="different numbers of prompts"):
         read_cells(tmp_path, costs)
 
@@ -117,36 +122,3 @@ def test_a_row_per_run_has_what_was_measured(tmp_path):
     }.items():  # fmt: skip
         assert half[name] == value
     assert by_cell["base"]["lead_span"] == by_cell["base"]["tokens"] == ""
-
-
-def said(folder, cells):
-    return conclusion(group_cells(read_cells(make_sweep(folder, cells), costs)))
-
-
-def test_the_answer_names_the_shortest_span_that_keeps_enough(tmp_path):
-    cells = curve({0.25: 0.3, 0.5: 0.77, 0.75: 0.79, 1.0: 0.8})
-    cells += [("half-steps", "half-steps", 0, {"max_steps": 5}, 0.5)]
-    sentence = said(tmp_path, cells)
-
-    assert sentence.startswith(
-        "The shortest lead span that keeps 90% of the accuracy gain over the untrained student is "
-        "0.5, which keeps 95% ("
-    )
-    assert "for 50% of the FLOPs, 58% of the peak memory" in sentence
-    assert "Half the computation on whole traces keeps, with half the steps 50% (" in sentence
-
-
-def test_the_answer_says_when_no_span_keeps_enough(tmp_path):
-    sentence = said(tmp_path, curve({0.5: 0.4, 0.75: 0.5, 1.0: 0.8}))
-
-    assert sentence.startswith("No lead span below 1 keeps 90% of the accuracy gain over")
-    assert "the nearest is 0.75, which keeps 50% (" in sentence
-    assert "lead span 0.5, which keeps 33% (" in sentence
-
-
-def test_the_answer_falls_back_on_raw_accuracy_or_says_why_there_is_none(tmp_path):
-    no_gain = said(tmp_path / "1", curve({0.5: 0.2, 1.0: 0.21}, base=0.2))
-    assert "of the full-length accuracy (there is no gain over the untrained student" in no_gain
-    assert "no full-length cell" in said(tmp_path / "2", curve({0.5: 0.2}))
-    assert "no lead span below 1" in said(tmp_path / "3", curve({1.0: 0.2}))
-    assert "nothing right" in said(tmp_path / "4", curve({0.5: 0.0, 1.0: 0.0}, seeds=1, base=0.0))

@@ -9,7 +9,7 @@ OUT/results.csv, report.png, report.html
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,6 +19,8 @@ from student_train.data.draw import draw_spans
 from student_train.data.tokens import TokenSelection
 from student_train.data.traces import CacheTraces, open_data
 from student_train.errors import InterruptedRunError
+from student_train.evaluation.checker import Checker
+from student_train.evaluation.golds import check_golds
 from student_train.evaluation.prompts import (
     Prompt,
     prompt_ids,
@@ -34,6 +36,7 @@ from student_train.sweep.cells import FULL, Cell
 from student_train.sweep.config import SweepConfig
 from student_train.sweep.costs import span_costs
 from student_train.sweep.report import write_report
+from student_train.sweep.results import Costs
 from teacher_cache.format import Cache, open_cache, parse_worker
 from teacher_cache.format.checksums import publish_record
 from teacher_cache.format.folder_lock import FolderLock
@@ -74,6 +77,8 @@ def run_sweep(config: SweepConfig) -> SweepResult:
     prompts = list(read_prompts(config.eval_prompts, config.eval_options.get("group_by")))
     if not prompts:
         raise ValueError(f"{config.eval_prompts}: expected at least one prompt, found none")
+    with Checker() as checker:
+        check_golds(prompts, checker)  # not only when the first run is to be evaluated
     if not config.allow_seen_prompts:
         _refuse_seen_prompts(config, prompts, cache)
     mine = _part(cells, config.worker)
@@ -99,12 +104,25 @@ def _run_and_report(
             "no full-length cell: retention has no base and is left out; add 1.0 to --lead-spans "
             "or full to --baselines"
         )
-    _run_all(config, unfinished)
+    costs = _remembering(partial(_costs, config))
+
+    def report(num_unfinished: int = 0) -> str:
+        header = cache.header.to_json()
+        return write_report(config.out, header, costs, num_unfinished=num_unfinished)
+
+    def report_so_far() -> None:
+        try:
+            with _alone(config):
+                report(sum(not is_finished(config, cell) for cell in cells))
+        except ValueError as error:  # raised again at the end; cells must not be lost for it
+            logger.warning("the report was not updated: %s", error)
+
+    _run_all(config, unfinished, report_so_far)
     left = [cell for cell in cells if not is_finished(config, cell)]
     failed = tuple(c.name for c in left if cell_folder(config, c).joinpath("failed.txt").exists())
     with _alone(config):
         _compare_flops(config, cache)
-        answer = write_report(config.out, cache.header.to_json(), partial(_costs, config))
+        answer = report()
     return SweepResult(len(cells) - len(left), failed, answer)
 
 
@@ -130,6 +148,19 @@ def _costs(config: SweepConfig, options: Mapping[str, Any]) -> dict[str, float]:
     typed = fields_of_json(TrainConfig, options)
     run = config.train_config(typed)
     return span_costs(draw_spans(_source(config, typed), run.selection, run.seed))
+
+
+def _remembering(costs: Costs) -> Costs:
+    """Count every cell's costs once: a large cache has many commit records to go through."""
+    known: dict[str, Mapping[str, float]] = {}
+
+    def counted(options: Mapping[str, Any]) -> Mapping[str, float]:
+        key = json.dumps(options, sort_keys=True)
+        if key not in known:
+            known[key] = costs(options)
+        return known[key]
+
+    return counted
 
 
 def _check_cells(config: SweepConfig, cells: Sequence[Cell], cache: Cache) -> None:
@@ -201,7 +232,7 @@ def _has_group(config: SweepConfig, group: str) -> bool:
     return any((config.out / "cells").glob(f"{group}_seed-*/result.json"))
 
 
-def _run_all(config: SweepConfig, cells: Sequence[Cell]) -> None:
+def _run_all(config: SweepConfig, cells: Sequence[Cell], after_each: Callable[[], None]) -> None:
     shown = Progress("finished", len(cells), "cells")
     with Children() as children, ThreadPoolExecutor(config.num_parallel) as pool, shown:
         running = {pool.submit(run_cell, config, cell, children): cell for cell in cells}
@@ -210,6 +241,7 @@ def _run_all(config: SweepConfig, cells: Sequence[Cell]) -> None:
                 continue
             shown.set(number)
             logger.info("%d/%d %s: %s", number, len(cells), running[done].name, done.result())
+            after_each()
     if children.stopped_by:
         raise InterruptedRunError(
             "stopped; run the same command again to go on where it stood", children.stopped_by

@@ -5,48 +5,72 @@ import csv
 import io
 import json
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from student_train.model.flops import FORMULA
+from student_train.sweep import tables
 from student_train.sweep.cell_run import sweep_record
-from student_train.sweep.cells import FULL
-from student_train.sweep.conclusion import COSTS, conclusion, percent, share_of_full
-from student_train.sweep.picture import draw
-from student_train.sweep.results import (
-    CellResult,
-    Costs,
-    Estimate,
-    Group,
-    csv_rows,
-    group_cells,
-    read_cells,
-)
-from teacher_cache.format import SECTIONS
-from teacher_cache.format.checksums import read_record
+from student_train.sweep.conclusion import conclusion
+from student_train.sweep.decisions import ENOUGH, decide
+from student_train.sweep.groups import Group, group_cells
+from student_train.sweep.labels import whole_percent
+from student_train.sweep.picture import draw, panels
+from student_train.sweep.results import CellResult, Costs, csv_rows, read_cells
 from teacher_cache.format.files import publish
 
+_REFRESH_S = 60
+
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-size: 13px; margin: 1rem 0; }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 0 1rem 3rem;
+  color: #222; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.answer { font-size: 1.1rem; border-left: 4px solid #1f77b4; padding: .2rem 0 .2rem 1rem; }
+.running { background: #fff4d6; padding: .5rem 1rem; } .failed { color: #a00; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr));
+  gap: 1rem; align-items: start; }
+.panels img { width: 100%; }
+.table { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: 14px; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right;
+  vertical-align: top; }
+th { white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; min-width: 9rem; position: sticky; left: 0;
+  background: #fff; }
+td:not(:first-child) { white-space: nowrap; overflow-wrap: normal; }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 12px; }
-img { max-width: 100%; }
-.answer { font-size: 1.15rem; border-left: 4px solid #1f77b4; padding-left: 1rem; }
-.failed { color: #a00; }
+summary { cursor: pointer; font-weight: 600; margin: 1rem 0; } dt { font-weight: 600; }
 """
 
+_WORDS = """<dl>
+<dt>trace</dt><dd>a problem, the teacher's reasoning and its answer: what a student learns
+from</dd>
+<dt>gain kept</dt><dd>how much better than the untrained student it became, as a part of what
+training on whole traces gives. 100 % is as good as whole traces; less than 0 % is worse than no
+training</dd>
+<dt>enough?</dt><dd>whether it keeps at least {enough} of the gain. Every run is compared with the
+run on whole traces of the same seed, prompt by prompt, and the test is stricter the more is
+compared (Holm). Where it cannot be told, the table says how many prompts, or runs, would</dd>
+<dt>93 % (90 % to 96 %)</dt><dd>the figure, and the interval that holds the true one 95 times in
+100, over other prompts and other seeds; with one run it tells of the prompts alone</dd>
+<dt>computation</dt><dd>floating-point operations of training, whole traces being 100 %</dd>
+</dl>"""
 
-def write_report(out: Path, header: Mapping[str, Any], costs: Costs) -> str:
+
+def write_report(
+    out: Path, header: Mapping[str, Any], costs: Costs, *, num_unfinished: int = 0
+) -> str:
     """Write the report of every finished cell of a sweep's folder; return the answer.
 
     Args:
         out: The sweep's folder.
         header: Provenance of the cache.
         costs: From the options of a cell's run to `span_costs`.
+        num_unfinished: Cells still to come; the page says so and loads itself again.
 
     Raises:
         ValueError: If its cells do not belong together.
@@ -56,7 +80,7 @@ def write_report(out: Path, header: Mapping[str, Any], costs: Costs) -> str:
     _write_csv(out / "results.csv", cells)
     draw(groups, out / "report.png")
     sentence = conclusion(groups)
-    page = _page(out, cells, groups, sentence, header)
+    page = _page(out, cells, groups, sentence, header, num_unfinished)
     publish(out / "report.html", page.encode())
     return sentence
 
@@ -64,11 +88,11 @@ def write_report(out: Path, header: Mapping[str, Any], costs: Costs) -> str:
 def _write_csv(file: Path, cells: Sequence[CellResult]) -> None:
     rows = csv_rows(cells)
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    target = io.StringIO(newline="")
-    writer = csv.DictWriter(target, columns, restval="", lineterminator="\n")
+    content = io.StringIO(newline="")
+    writer = csv.DictWriter(content, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    publish(file, target.getvalue().encode())
+    publish(file, content.getvalue().encode())
 
 
 def _page(
@@ -77,150 +101,89 @@ def _page(
     groups: Sequence[Group],
     sentence: str,
     header: Mapping[str, Any],
+    num_unfinished: int,
 ) -> str:
-    picture = base64.b64encode((out / "report.png").read_bytes()).decode("ascii")
     facts = sweep_record(out)
-    failed = {
-        file.parent.name: file.read_text(encoding="utf-8").strip()
-        for file in sorted(out.glob("cells/*/failed.txt"))
-    }
-    failures = "".join(
-        f'<p class="failed">Cell {escape(name)} failed: {escape(why)}</p>'
-        for name, why in failed.items()
+    student = escape(Path(facts["student"]).name)
+    refresh = f'<meta http-equiv="refresh" content="{_REFRESH_S}">' if num_unfinished else ""
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">{refresh}
+<title>How much of each trace does {student} need?</title>
+<link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>
+<h1>How much of each trace does {student} need?</h1>
+{_running(cells, num_unfinished)}
+<p class="answer">{escape(sentence)}</p>
+{_failures(out)}
+{tables.overview(groups, decide(groups))}
+<div class="panels">{_pictures(groups)}</div>
+<h2>What the words mean</h2>
+{_WORDS.format(enough=whole_percent(ENOUGH))}
+<details><summary>How the answers are</summary>
+{tables.answers(groups)}</details>
+<details><summary>By kind of problem</summary>
+{tables.by_problem_group(groups)}</details>
+<details><summary>What training cost</summary>
+{tables.costs(groups)}
+<p>FLOP = {escape(FORMULA)}. Memory is the process' growth on a CPU, the allocator's peak on a GPU;
+both hold weights and optimizer too. The cache of that size holds just the bands read. Saved tokens
+stand behind the last one needed: a teacher that stopped there would not generate them.
+{_captured(groups)} Break-even: runs after which a teacher kept in memory would have been run on
+more tokens than that.</p>
+{tables.flops(out / "flops.json")}</details>
+<details><summary>Distance from the teacher on held-out traces</summary>
+{tables.heldout(groups)}
+<p>KL is how far the student's distribution is from the teacher's, NLL how surprised it is by the
+tokens; smaller is better for both.</p></details>
+<details><summary>Configuration and commands</summary>
+{_provenance(facts, header, cells)}</details>
+</body></html>
+"""
+
+
+def _running(cells: Sequence[CellResult], num_unfinished: int) -> str:
+    if not num_unfinished:
+        return ""
+    at = time.strftime("%Y-%m-%d %H:%M")
+    return (
+        f'<p class="running">{len(cells)} cells are finished, {num_unfinished} are still to come. '
+        f"Written {at}, and again after every cell.</p>"
     )
+
+
+def _failures(out: Path) -> str:
+    return "".join(
+        f'<p class="failed">Cell {escape(file.parent.name)} failed: '
+        f"{escape(file.read_text(encoding='utf-8').strip())}</p>"
+        for file in sorted(out.glob("cells/*/failed.txt"))
+    )
+
+
+def _pictures(groups: Sequence[Group]) -> str:
+    return "".join(
+        f'<img alt="{escape(panel.title)}" '
+        f'src="data:image/png;base64,{base64.b64encode(panel.png()).decode("ascii")}">'
+        for panel in panels(groups)
+    )
+
+
+def _captured(groups: Sequence[Group]) -> str:
+    tokens = {group.mean("costs", "num_captured") for group in groups} - {None}
+    return "".join(f"The capture ran the teacher once on {n:,.0f} tokens." for n in tokens)
+
+
+def _provenance(
+    facts: Mapping[str, Any], header: Mapping[str, Any], cells: Sequence[CellResult]
+) -> str:
     commands = [command for cell in cells for command in cell.result["commands"]]
     calls = [shlex.join(call) for call in facts["calls"]]
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Lead spans of {escape(facts["student"])}</title>
-<link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>
-<h1>How much of each trace does {escape(Path(facts["student"]).name)} need?</h1>
-<p class="answer">{escape(sentence)}</p>
-{failures}
-<img alt="Quality and cost against lead span" src="data:image/png;base64,{picture}">
-<h2>Quality</h2>
-{_quality_table(groups)}
-<p>Intervals of 95 %: a bootstrap over prompts, the same for all rows, and a t distribution over
-seeds. Retention is accuracy over full-length accuracy; retention of the gain counts from the
-untrained student. It is left out where the full-length gain is not above zero for certain.</p>
-<h2>By problem group</h2>
-{_group_table(groups)}
-<h2>Cost</h2>
-{_cost_table(groups)}
-<p>FLOPs = {escape(FORMULA)}. Memory is the process' growth on a CPU, the allocator's peak on a GPU;
-both hold weights and optimizer too. Disk is that of a cache of the bands read. Saved tokens are
-those behind the span, which a teacher that stopped there would not generate.{_captured(groups)}
-Break-even: runs after which a live teacher would have been run on more tokens than that.</p>
-{_flop_table(out / "flops.json")}
-<h2>Held-out traces, all of each</h2>
-{_heldout_table(groups)}
-<h2>Configuration</h2>
-<pre>{escape(json.dumps({k: v for k, v in facts.items() if k != "calls"}, indent=1))}</pre>
+    common = {name: value for name, value in facts.items() if name != "calls"}
+    return f"""<h2>Configuration</h2>
+<pre>{escape(json.dumps(common, indent=1))}</pre>
 <h2>Provenance of the cache</h2>
 <pre>{escape(json.dumps(dict(header), indent=1))}</pre>
 <h2>Commands</h2>
 <p>The sweep, and below the runs and evaluations that it started:</p>
 <pre>{escape(chr(10).join(calls))}</pre>
 <details><summary>{len(commands)} commands</summary>
-<pre>{escape(chr(10).join(commands))}</pre></details>
-</body></html>
-"""
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _quality_table(groups: Sequence[Group]) -> str:
-    rows = []
-    for group in groups:
-        row = [group.name.replace("_", " "), str(len(group.cells)), _percent(group.accuracy)]
-        row += [_percent(group.retention), _percent(group.gain_retention)]
-        row += [
-            _number(group.mean("evaluation", "answers", "unfinished_share"), "{:.1%}"),
-            _number(group.mean("evaluation", "answers", "mean_tokens"), "{:.1f}"),
-        ]
-        rows.append(row)
-    columns = ["cell", "runs", "accuracy", "retention", "of the gain", "unfinished", "mean tokens"]
-    return _table(columns, rows)
-
-
-def _group_table(groups: Sequence[Group]) -> str:
-    names = sorted({n for g in groups for c in g.cells for n in c.result["evaluation"]["groups"]})
-    if not names:
-        return "<p>The prompts name no group (--group-by).</p>"
-    rows = [
-        [group.name.replace("_", " ")]
-        + [_number(group.mean("evaluation", "groups", n, "accuracy"), "{:.1%}") for n in names]
-        for group in groups
-    ]
-    return _table(["accuracy", *names], rows)
-
-
-def _cost_table(groups: Sequence[Group]) -> str:
-    full = next((group for group in groups if group.name == FULL), None)
-    rows = []
-    for group in groups:
-        if group.kind == "base":
-            continue
-        row = [group.name.replace("_", " ")]
-        row.append(_number(group.mean("run", "tokens_trained"), "{:,.0f}"))
-        row.append(_number(group.mean("costs", "cot_share"), "{:.0%}"))
-        for _, path in COSTS:
-            value = group.mean(*path)
-            share = None if full is None else share_of_full(group, full, path)
-            row.append(_number(value, "{:.3g}") + (f" ({share:.0%})" if share is not None else ""))
-        row.append(_number(group.mean("costs", "cache_bytes"), "{:,.0f}"))
-        row.append(_number(group.mean("costs", "tokens_saved"), "{:,.0f}"))
-        row.append(_number(group.mean("break_even_runs"), "{:.2f}"))
-        rows.append(row)
-    columns = ["cell", "tokens trained", "of the CoT", "FLOPs", "peak memory, B", "time, s"]
-    columns += ["bytes read", "disk, B", "teacher tokens saved", "break-even, runs"]
-    return _table(columns, rows)
-
-
-def _captured(groups: Sequence[Group]) -> str:
-    tokens = {group.mean("costs", "num_captured") for group in groups} - {None}
-    return "".join(f" The capture ran the teacher once on {n:,.0f} tokens." for n in tokens)
-
-
-def _flop_table(file: Path) -> str:
-    if not file.exists():
-        return ""
-    rows = [
-        [
-            f"{row['lead_span']:g}",
-            *(f"{row[name]:,}" for name in ("num_positions", "by_formula", "counted")),
-            f"{row['counted'] / row['by_formula']:.3f}",
-        ]
-        for row in read_record(file, "Remove it: it is made again.")["rows"]
-    ]
-    columns = ["lead span of one trace", "positions", "by formula", "PyTorch's counter", "ratio"]
-    return _table(columns, rows) + "<p>PyTorch counts the masked half of attention too.</p>"
-
-
-def _heldout_table(groups: Sequence[Group]) -> str:
-    sections = (*SECTIONS, "all")
-    rows = []
-    for group in groups:
-        row = [group.name.replace("_", " ")]
-        for section in sections:
-            for figure in ("kl", "nll"):
-                row.append(_number(group.mean("evaluation", "heldout", section, figure), "{:.4f}"))
-        if set(row[1:]) != {"-"}:
-            rows.append(row)
-    if not rows:
-        return "<p>Not measured (--heldout-cache).</p>"
-    columns = [f"{name} {section}" for section in sections for name in ("KL", "NLL")]
-    return _table(["nats per token", *columns], rows)
-
-
-def _percent(estimate: Estimate | None) -> str:
-    return "-" if estimate is None else percent(estimate)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+<pre>{escape(chr(10).join(commands))}</pre></details>"""

@@ -1,6 +1,6 @@
-"""What the cells of a sweep found: a row per run, and what each group of seeds keeps of the gain.
+"""What the cells of a sweep found, as they lie in its folder, and a row of a table for each.
 
-Letters: S seeds, P prompts, R draws of the bootstrap.
+Letter: P prompts.
 """
 
 import json
@@ -12,25 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from student_train.sweep.cells import FULL
 from teacher_cache.format.checksums import DamagedFileError, read_record, sha256_of
-
-NUM_DRAWS = 4000
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure and its interval of 95 %."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, value: float, draws_R: NDArray[np.float64]) -> "Estimate":
-        """The percentiles of draws as the interval."""
-        low, high = np.percentile(draws_R, [2.5, 97.5])
-        return cls(value, float(low), float(high))
 
 
 @dataclass(frozen=True)
@@ -38,48 +20,23 @@ class CellResult:
     """One finished cell."""
 
     result: Mapping[str, Any]  # result.json
-    right_P: NDArray[np.float64]  # share of right samples of each prompt
+    right_P: NDArray[np.float64] | None  # share of right samples of each prompt, if that is known
 
     @property
     def group(self) -> str:
         """Cells that differ in the seed alone have one."""
         return str(self.result["group"])
 
-
-@dataclass(frozen=True)
-class Group:
-    """The cells of one group."""
-
-    name: str
-    cells: tuple[CellResult, ...]
-    accuracy: Estimate
-    retention: Estimate | None  # accuracy / full-length accuracy, the paper's
-    gain_retention: Estimate | None  # of the gain over the untrained student
+    @property
+    def seed(self) -> int | None:
+        """Of its run; None for the untrained student."""
+        seed = self.result["seed"]
+        return None if seed is None else int(seed)
 
     @property
-    def options(self) -> Mapping[str, Any]:
-        """Of its runs, the seed apart."""
-        return self.cells[0].result["options"] or {}
-
-    @property
-    def kind(self) -> str:
-        """`span` or a baseline."""
-        return str(self.cells[0].result["kind"])
-
-    @property
-    def is_plain_span(self) -> bool:
-        """A point of the curve: a lead span of every trace and nothing else changed."""
-        return self.kind == "span" and list(self.options) == ["lead_span"]
-
-    def mean(self, *path: str) -> float | None:
-        """Mean over seeds of a figure of result.json; None where a cell lacks it."""
-        values = []
-        for cell in self.cells:
-            value: Any = cell.result
-            for name in path:
-                value = value.get(name) if isinstance(value, Mapping) else None
-            values.append(value)
-        return None if None in values else sum(values) / len(values)
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return float(self.result["evaluation"]["answers"]["accuracy"])
 
 
 Costs = Callable[[Mapping[str, Any]], Mapping[str, float]]
@@ -94,27 +51,29 @@ def read_cells(out: Path, costs: Costs) -> list[CellResult]:
 
     Raises:
         DamagedFileError: If a cell's figures or completions are not what was written.
-        OSError: If a file is missing.
         ValueError: If they started from different students or answered different prompts.
     """
     cells = []
     for file in sorted(out.glob("cells/*/result.json")):
         remedy = (
-            f"Restore it from a copy; or remove {file} and run the same sweep again, which has "
-            "the student of this cell and evaluates it again."
+            f"Restore it from a copy; or remove {file} and completions.jsonl beside it and run the "
+            "same sweep again, which has the student of this cell and evaluates it again."
         )
         result = read_record(file, remedy)
         if result["options"] is not None:
             result["costs"] = costs({**result["options"], "seed": result["seed"]})
             result["break_even_runs"] = break_even_runs(result)
         completions = file.with_name("completions.jsonl")
-        if sha256_of(completions) != result["completions_sha256"]:
-            raise DamagedFileError(f"{completions}: damaged. {remedy}")
-        cells.append(CellResult(result, _right(completions)))
+        right_P = None
+        if completions.exists():
+            if sha256_of(completions) != result["completions_sha256"]:
+                raise DamagedFileError(f"{completions}: damaged. {remedy}")
+            right_P = _right(completions)
+        cells.append(CellResult(result, right_P))
     students = {cell.result.get("student_fingerprint") for cell in cells} - {None}
     if len(students) > 1:
         raise ValueError(f"{out}: its cells started from {len(students)} different students")
-    if len({len(cell.right_P) for cell in cells}) > 1:
+    if len({len(cell.right_P) for cell in cells if cell.right_P is not None}) > 1:
         raise ValueError(f"{out}: its cells answered different numbers of prompts")
     return cells
 
@@ -125,73 +84,6 @@ def _right(completions: Path) -> NDArray[np.float64]:
         sample = json.loads(line)
         verdicts.setdefault(sample["prompt"], []).append(sample["right"])
     return np.array([np.mean(verdicts[prompt]) for prompt in sorted(verdicts)], np.float64)
-
-
-def group_cells(cells: Sequence[CellResult]) -> list[Group]:
-    """Groups with accuracies and, where there is a full-length one, retentions.
-
-    Intervals come from a bootstrap: prompts are drawn anew, the same for all groups, and the mean
-    over S seeds varies as s / sqrt(S) times a t with S - 1 degrees of freedom, s being the standard
-    deviation between seeds. With one seed they tell of the prompts alone. There is no retention
-    where the interval of what it is a part of includes zero.
-    """
-    by_name: dict[str, list[CellResult]] = {}
-    for cell in cells:
-        by_name.setdefault(cell.group, []).append(cell)
-    rng = np.random.default_rng(0)
-    if not cells:
-        return []
-    num_prompts = len(cells[0].right_P)
-    weight_RP = rng.multinomial(num_prompts, [1 / num_prompts] * num_prompts, NUM_DRAWS)
-    draws = {name: _draws(own, weight_RP / num_prompts, rng) for name, own in by_name.items()}
-    means = {name: float(np.mean([c.right_P for c in own])) for name, own in by_name.items()}
-    groups = []
-    for name, own in by_name.items():
-        retention = gain_retention = None
-        if FULL in by_name:
-            retention = _ratio(means[name], means[FULL], draws[name], draws[FULL])
-        if FULL in by_name and "base" in by_name:
-            base, base_R = means["base"], draws["base"]
-            gain_retention = _ratio(
-                means[name] - base, means[FULL] - base, draws[name] - base_R, draws[FULL] - base_R
-            )
-        accuracy = Estimate.of(means[name], draws[name])
-        groups.append(Group(name, tuple(own), accuracy, retention, gain_retention))
-    return sorted(groups, key=_place)
-
-
-def _draws(
-    cells: Sequence[CellResult], weight_RP: NDArray[np.float64], rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """[R] accuracies that the group might have had."""
-    right_SP = np.stack([cell.right_P for cell in cells])
-    draws_R: NDArray[np.float64] = weight_RP @ right_SP.mean(axis=0)
-    num_seeds = len(cells)
-    if num_seeds > 1:
-        spread = right_SP.mean(axis=1).std(ddof=1) / num_seeds**0.5
-        draws_R = draws_R + spread * rng.standard_t(num_seeds - 1, len(draws_R))
-    return draws_R.clip(0.0, 1.0)
-
-
-def _ratio(
-    value: float, whole: float, draws_R: NDArray[np.float64], whole_R: NDArray[np.float64]
-) -> Estimate | None:
-    """Value / whole; None where the interval of the whole includes zero."""
-    if np.percentile(whole_R, 2.5) <= 0:
-        return None
-    some = whole_R > 0
-    return Estimate.of(value / whole, draws_R[some] / whole_R[some])
-
-
-def _place(group: Group) -> tuple[int, float, str]:
-    """The untrained student, the curve, other spans, baselines."""
-    options = group.options
-    if group.kind == "base":
-        return 0, 0.0, group.name
-    if group.kind != "span":
-        return 3, 0.0, group.name
-    length = options.get("lead_span", options.get("trace_tokens", 0))
-    return 1 if group.is_plain_span else 2, float(length), group.name
 
 
 def csv_rows(cells: Sequence[CellResult]) -> list[dict[str, Any]]:

@@ -1,0 +1,105 @@
+"""Groups and figures in words: what a reader understands who has not seen the options."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from student_train.sweep.cells import FULL
+from student_train.sweep.groups import Estimate, Group
+
+_KINDS = {
+    "base": "untrained student",
+    "sft": "whole traces, hard labels only",
+    "half-steps": "whole traces, half the steps",
+    "half-traces": "half as many traces, whole",
+    "live": "whole traces, teacher in memory",
+}
+_PARTS = {"lead": "first", "middle": "middle", "last": "last"}
+_SECTIONS = {"prompt": "prompt", "cot": "reasoning", "answer": "answer"}
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+
+
+def label(group: Group) -> str:
+    """What a group trained on, such as `first 50 % of each trace`."""
+    options = group.options
+    if group.name == FULL:
+        return "whole traces"
+    if group.kind in _KINDS:
+        return _KINDS[group.kind]
+    parts = [_length(options)]
+    if "sections" in options:
+        names = [_SECTIONS.get(name, str(name)) for name in options["sections"]]
+        parts.append(f"{' and '.join(names)} only")
+    if "loss_dropout" in options:
+        parts.append(f"{percent(options['loss_dropout'])} of the labels left out at random")
+    return ", ".join(parts)
+
+
+def short_label(group: Group) -> str:
+    """A label for a point in a picture."""
+    if group.name == FULL:
+        return "whole traces"
+    if group.is_plain_span:
+        return f"first {percent(float(group.options['lead_span']))}"
+    short = {"base": "untrained", "half-steps": "half the steps", "half-traces": "half the traces"}
+    return short.get(group.kind, label(group).partition(":")[0])
+
+
+def _length(options: Mapping[str, Any]) -> str:
+    part = _PARTS.get(options.get("loss_on", "lead"), str(options.get("loss_on")))
+    whole = "the reasoning" if options.get("lead_span_of") == "reasoning" else "each trace"
+    if "trace_tokens" in options:
+        tokens = options["trace_tokens"]
+        if isinstance(tokens, str):
+            return _mixture(tokens, lambda number: f"cut at {number:g} tokens")
+        return f"{part} {tokens:g} tokens of each trace"
+    span = options.get("lead_span", 1.0)
+    if isinstance(span, str):
+        return _mixture(span, lambda own: "whole" if own == 1 else f"cut at {percent(own)}")
+    return "whole traces" if span == 1 else f"{part} {percent(span)} of {whole}"
+
+
+def _mixture(lengths: str, name: Callable[[float], str]) -> str:
+    """`0.375:4,1:1` as `mixture: 80 % of the traces cut at 37.5 %, 20 % whole`."""
+    pairs = [item.partition(":") for item in lengths.split(",")]
+    weights = [float(weight or 1) for _, _, weight in pairs]
+    shares = [percent(weight / sum(weights)) for weight in weights]
+    shares[0] += " of the traces"
+    named = [
+        f"{share} {name(float(value))}" for (value, _, _), share in zip(pairs, shares, strict=True)
+    ]
+    return f"mixture: {', '.join(named)}"
+
+
+def percent(share: float) -> str:
+    """`50 %`, `37.5 %`; never `-0 %`."""
+    return f"{round(100 * share, 1) + 0.0:g} %"
+
+
+def whole_percent(share: float) -> str:
+    """`93 %`; without end it is not a number."""
+    if share in (float("inf"), float("-inf")):
+        return "any more" if share > 0 else "any less"
+    return f"{round(100 * share)} %"
+
+
+def with_interval(estimate: Estimate) -> str:
+    """`93 % (90 % to 96 %)`."""
+    low, high = whole_percent(estimate.low), whole_percent(estimate.high)
+    return f"{whole_percent(estimate.value)} ({low} to {high})"
+
+
+def quantity(value: float, unit: str) -> str:
+    """Three digits with a prefix: `120 MB`, `103 GFLOP`."""
+    prefix = 0
+    while abs(value) >= 999.5 and prefix < len(_PREFIXES) - 1:
+        value, prefix = value / 1000, prefix + 1
+    digits = 0 if value >= 99.95 or prefix == 0 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {_PREFIXES[prefix]}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `5.2 min`, `1.4 h`."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
