@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from student_train.data.traces import TrainingData, open_data
     from student_train.errors import InterruptedRunError, NonFiniteLossError, OutOfMemoryError
     from student_train.evaluation.config import EvaluateConfig
-    from student_train.evaluation.evaluate import Evaluation, evaluate
+    from student_train.evaluation.evaluate import evaluate
+    from student_train.evaluation.figures import Evaluation
     from student_train.losses import (
         Objective,
         SparseKLOutput,
@@ -73,7 +74,7 @@ _MODULES = {
     "Cursor": "student_train.data.stream",
     "DistillationDataset": "student_train.batch.torch_dataset",
     "EvaluateConfig": "student_train.evaluation.config",
-    "Evaluation": "student_train.evaluation.evaluate",
+    "Evaluation": "student_train.evaluation.figures",
     "InterruptedRunError": "student_train.errors",
     "MicroBatch": "student_train.batch.micro_batch",
     "NonFiniteLossError": "student_train.errors",

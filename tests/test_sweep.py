@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from fakes import TOKENS, make_cache, make_traces, write_shards
 from students import make_student
-from sweeps import add_cell
+from sweeps import add_cell, costs
 
 from student_train.sweep import cell_run, protocol
 from student_train.sweep.config import SweepConfig
@@ -119,6 +119,42 @@ def test_workers_share_the_cells_and_the_last_call_reports_all_of_them(parts, ra
     assert len(ran) == 7
     calls = json.loads((config.out / "sweep.json").read_text())["calls"]
     assert calls == [config.command()]  # however its cells were shared
+
+
+def test_the_report_is_written_after_every_cell(parts, monkeypatch):
+    settings, _ = parts
+    config = SweepConfig(**settings, lead_spans=(0.5, 1.0), baselines=(), num_seeds=1)
+    page = config.out / "report.html"
+
+    def run(config, cell, children):
+        add_cell(config.out, cell.group, cell.kind, cell.seed, cell.options, 0.5, num_prompts=2)
+        return "done"
+
+    monkeypatch.setattr(protocol, "run_cell", run)
+    counted, reports = [], []
+    write = protocol.write_report
+    monkeypatch.setattr(
+        protocol, "write_report",
+        lambda *a, **k: reports.append(k["num_unfinished"]) or write(*a, **k),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        protocol, "_costs", lambda config, options: counted.append(options) or costs(options)
+    )
+    run_sweep(config)
+
+    assert reports[-1] == 0
+    assert len(reports) == 3  # after each of two cells, and at the end
+    assert "still to come" not in page.read_text()
+    assert len(counted) == 2  # of two cells, each once for all reports
+
+
+def test_golds_are_checked_before_anything_runs(parts, ran):
+    settings, _ = parts
+    rows = [{"prompt": "3 4", "answer": "It is what it is and nothing more"}]
+    settings["eval_prompts"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="no `answer` here is a number"):
+        run_sweep(SweepConfig(**settings))
+    assert ran == []
 
 
 def test_another_call_adds_cells_and_one_without_a_full_length_says_so(parts, ran, caplog):

@@ -132,5 +132,5 @@ def _rounded_up(variance: float, wanted: float, now: int, most: int) -> int | No
     if wanted <= 0 or variance / wanted > most:
         return None
     number = max(now + 1, math.ceil(variance / wanted))
-    unit = 10 ** max(0, len(str(number)) - 2)
+    unit = int(10 ** max(0, len(str(number)) - 2))
     return -(-number // unit) * unit

@@ -27,10 +27,6 @@ _COLOURS = {  # of every kind
 _MARKERS = {"span": "o", "mixture": "D", "half-steps": "s", "half-traces": "^", "sft": "v"}
 _WIDTH_IN, _HEIGHT_IN = 4.6, 4.0
 _LABEL_WIDTH = 30  # characters of a line beside a bar
-_STYLE = {
-    "font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
-    "axes.spines.right": False, "text.parse_math": False,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,16 @@ def draw(groups: Sequence[Group], file: Path) -> None:
 
 
 def _png(shown: Sequence[Panel]) -> bytes:
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(
+        {
+            "font.size": 10,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "text.parse_math": False,
+        }
+    ):
         # Not pyplot, which keeps state and asks for a display.
         height_in = max([panel.height_in for panel in shown], default=_HEIGHT_IN)
         number = max(1, len(shown))
