@@ -112,7 +112,7 @@ def test_yes_names_the_cheapest_that_is_enough_and_its_costs(tmp_path):
     sentence = said(tmp_path, cells, num_prompts=1000)
 
     assert sentence.startswith(
-        "Yes, less than whole traces keeps 90 % of what whole traces teach: “first 50 % of each "
+        "Yes, less than whole traces keeps at least 90 % of what whole traces teach: “first 50 % of each "
         "trace” keeps 98 % ("
     )
     assert "and takes 50 % of the computation, 58 % of the peak memory" in sentence
@@ -121,14 +121,18 @@ def test_yes_names_the_cheapest_that_is_enough_and_its_costs(tmp_path):
 def test_no_names_the_nearest(tmp_path):
     sentence = said(tmp_path, curve({0.5: 0.4, 0.75: 0.5, 1.0: 0.8}, seeds=5))
 
-    assert sentence.startswith("No, nothing tried that is less than whole traces keeps 90 %")
+    assert sentence.startswith(
+        "No, nothing tried that is less than whole traces keeps at least 90 %"
+    )
     assert "The nearest: “first 75 % of each trace” keeps 50 % (" in sentence
 
 
 def test_what_cannot_be_told_says_what_would(tmp_path):
     sentence = said(tmp_path, curve({0.5: 0.72, 1.0: 0.8}), num_prompts=200)
 
-    assert sentence.startswith("Whether less than whole traces keeps 90 % of what whole traces ")
+    assert sentence.startswith(
+        "Whether less than whole traces keeps at least 90 % of what whole traces "
+    )
     assert "cannot be told with 3 seeds and 200 prompts; " in sentence
     assert " prompts or about " in sentence
     assert "The nearest: “first 50 % of each trace” keeps 87 % (" in sentence

@@ -2,7 +2,6 @@ import pytest
 
 from student_train.sweep.groups import Estimate, Group
 from student_train.sweep.labels import (
-    duration,
     label,
     percent,
     quantity,
@@ -59,8 +58,7 @@ def test_quantities_have_three_digits_and_a_prefix(value, unit, text):
     assert quantity(value, unit) == text
 
 
-def test_shares_and_times_are_short():
+def test_shares_are_short():
     assert [percent(0.375), percent(0.5), percent(-0.0001)] == ["37.5 %", "50 %", "0 %"]
     assert [whole_percent(0.925), whole_percent(-0.001)] == ["92 %", "0 %"]
     assert with_interval(Estimate(0.5, -0.001, float("inf"))) == "50 % (0 % to any more)"
-    assert [duration(s) for s in (2.04, 40, 312, 6120)] == ["2.0 s", "40 s", "5.2 min", "1.7 h"]

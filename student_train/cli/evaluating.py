@@ -7,9 +7,9 @@ import click
 
 from student_train.cli.early_checks import check_evaluate
 from student_train.evaluation.config import EvaluateConfig
+from student_train.evaluation.evaluate import evaluate
 from student_train.run.folder import student_of
 from teacher_cache.terminal.commands import config_command, json_option
-from teacher_cache.terminal.progress import Progress
 
 
 @config_command("evaluate", EvaluateConfig)
@@ -23,8 +23,5 @@ def evaluate_command(config: EvaluateConfig, as_json: bool) -> None:
     """
     config = replace(config, model=student_of(config.model))
     check_evaluate(config)
-    with Progress("loading torch"):
-        from student_train.evaluation.evaluate import evaluate
-
     result = evaluate(config)
     click.echo(json.dumps(asdict(result)) if as_json else str(result))

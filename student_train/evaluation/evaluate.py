@@ -58,9 +58,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     cache = None if config.cache is None else open_cache(config.cache)
     with Checker() as checker:
         check_golds(prompts, checker)
-        from student_train.evaluation.requests import make_requests, settings_of
-        from student_train.model.load import load_tokenizer
-        from student_train.model.save import check_saved
+        with Progress("loading torch"):
+            from student_train.evaluation.requests import make_requests, settings_of
+            from student_train.model.load import load_tokenizer
+            from student_train.model.save import check_saved
 
         check_saved(config.model)
         end_ids = () if cache is None else tuple(cache.header.terminal_token_ids)

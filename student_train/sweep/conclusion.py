@@ -52,10 +52,10 @@ def _answer(groups: Sequence[Group], full: Group, decisions: Mapping[str, Decisi
     enough = [g for g in groups if decisions[g.name].answer is Answer.YES]
     unknown = [g for g in groups if decisions[g.name].answer is Answer.UNKNOWN]
     what = "gain" if groups[0].gain_retention is not None else "accuracy"
-    goal = f"{whole_percent(ENOUGH)} of what whole traces teach"
+    goal = f"at least {whole_percent(ENOUGH)} of what whole traces teach"
     if what == "accuracy":
         goal = (
-            f"{whole_percent(ENOUGH)} of the full-length accuracy (no gain over the untrained "
+            f"at least {whole_percent(ENOUGH)} of the full-length accuracy (no gain over the untrained "
             "student can be told)"
         )
     if enough:

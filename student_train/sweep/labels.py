@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from student_train.data.lead_spans import LeadSpans
 from student_train.sweep.cells import FULL
 from student_train.sweep.groups import Estimate, Group
 
@@ -60,13 +61,10 @@ def _length(options: Mapping[str, Any]) -> str:
 
 def _mixture(lengths: str, name: Callable[[float], str]) -> str:
     """`0.375:4,1:1` as `mixture: 80 % of the traces cut at 37.5 %, 20 % whole`."""
-    pairs = [item.partition(":") for item in lengths.split(",")]
-    weights = [float(weight or 1) for _, _, weight in pairs]
-    shares = [percent(weight / sum(weights)) for weight in weights]
+    spans = LeadSpans.parse(lengths)
+    shares = [percent(share) for share in spans.shares]
     shares[0] += " of the traces"
-    named = [
-        f"{share} {name(float(value))}" for (value, _, _), share in zip(pairs, shares, strict=True)
-    ]
+    named = [f"{share} {name(length)}" for share, length in zip(shares, spans.lengths, strict=True)]
     return f"mixture: {', '.join(named)}"
 
 
@@ -95,11 +93,3 @@ def quantity(value: float, unit: str) -> str:
         value, prefix = value / 1000, prefix + 1
     digits = 0 if value >= 99.95 or prefix == 0 else 1 if value >= 9.995 else 2
     return f"{value:.{digits}f} {_PREFIXES[prefix]}{unit}"
-
-
-def duration(seconds: float) -> str:
-    """`40 s`, `5.2 min`, `1.4 h`."""
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"

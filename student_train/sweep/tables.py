@@ -9,7 +9,6 @@ from student_train.sweep.conclusion import share_of_full
 from student_train.sweep.decisions import Answer, Decision
 from student_train.sweep.groups import Group
 from student_train.sweep.labels import (
-    duration,
     label,
     percent,
     quantity,
@@ -17,6 +16,7 @@ from student_train.sweep.labels import (
     with_interval,
 )
 from teacher_cache.format.checksums import read_record
+from teacher_cache.terminal.progress import duration
 
 _UNKNOWN = "-"
 
