@@ -112,8 +112,8 @@ def test_yes_names_the_cheapest_that_is_enough_and_its_costs(tmp_path):
     sentence = said(tmp_path, cells, num_prompts=1000)
 
     assert sentence.startswith(
-        "Yes, less than whole traces keeps at least 90 % of what whole traces teach: “first 50 % of each "
-        "trace” keeps 98 % ("
+        "Yes, less than whole traces keeps at least 90 % of what whole traces teach: “first 50 % "
+        "of each trace” keeps 98 % ("
     )
     assert "and takes 50 % of the computation, 58 % of the peak memory" in sentence
 

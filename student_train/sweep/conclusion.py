@@ -55,8 +55,8 @@ def _answer(groups: Sequence[Group], full: Group, decisions: Mapping[str, Decisi
     goal = f"at least {whole_percent(ENOUGH)} of what whole traces teach"
     if what == "accuracy":
         goal = (
-            f"at least {whole_percent(ENOUGH)} of the full-length accuracy (no gain over the untrained "
-            "student can be told)"
+            f"at least {whole_percent(ENOUGH)} of the full-length accuracy (no gain over the "
+            "untrained student can be told)"
         )
     if enough:
         chosen = min(enough, key=lambda g: _computation(g, full))
