@@ -1,0 +1,152 @@
+"""ByteTokenizer: what a tokenizer makes of bytes, also where they end inside a character."""
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+
+from tokenizers import Tokenizer
+
+from teacher_cache.transform.retokenize.token_bytes import (
+    TokenBytes,
+    character_of_byte,
+    for_continuation,
+    token_bytes,
+)
+
+_CONTINUATION = range(0x80, 0xC0)  # bytes of UTF-8 that begin no character
+_STRAY_BYTE = re.compile("[\udc80-\udcff]")  # one that is of no character, decoded
+_RUNS = re.compile("[\udc80-\udcff]+|[^\udc80-\udcff]+")
+_FILLERS = (0xA0, 0x80, 0x90)  # one of them continues any character that was begun
+
+
+class ByteTokenizer:
+    """A tokenizer of a text that goes on behind a prompt, asked in bytes.
+
+    Special tokens in a text are text here, as an assistant may write about them.
+    """
+
+    def __init__(self, definition: str, where: str) -> None:
+        """Read a `tokenizer.json`.
+
+        Raises:
+            UnsupportedTokenizerError: If its tokens are not bytes of the text.
+        """
+        self._definition = definition
+        self.tokens: TokenBytes = token_bytes(definition, where)
+
+    @cached_property
+    def _backend(self) -> Tokenizer:
+        backend = Tokenizer.from_str(for_continuation(self._definition))
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True
+        return backend
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids, those that are no text included."""
+        return len(self.tokens.of_id)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_all(self, pieces: Sequence[bytes]) -> list[list[int]]:
+        """Ids of each of many short pieces, which need not be whole characters."""
+        texts: list[str] = []
+        partial: list[int] = []
+        for number, piece in enumerate(pieces):
+            try:
+                texts.append(piece.decode())
+            except UnicodeDecodeError:
+                texts.append("")
+                partial.append(number)
+        found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        ids: list[list[int]] = [encoded.ids for encoded in found]
+        for number in partial:
+            ids[number] = self._encode_partial(pieces[number])
+        return ids
+
+    def _encode_partial(self, piece: bytes) -> list[int]:
+        """Ids of bytes that begin or end inside a character.
+
+        Byte-level: the text is completed so that it can be split into words, and what was added
+        is taken away again. SentencePiece: a character that is not whole is written in bytes.
+        """
+        if not self.tokens.is_byte_level:
+            return self._encode_runs(piece)
+        begin, end = _whole_characters(piece)
+        before, after = _completing(piece[:begin], piece[end:])
+        try:
+            text = (before + piece + after).decode()
+        except UnicodeDecodeError:  # broken in the middle, which no text is
+            return self._encode_runs(piece)
+        words = [word for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(text)]
+        words[0] = words[0][len(before) :]
+        words[-1] = words[-1][: len(words[-1]) - len(after)]
+        return self._word_ids(words)
+
+    def _word_ids(self, words: Sequence[str]) -> list[int]:
+        return [token.id for word in words if word for token in self._backend.model.tokenize(word)]
+
+    def _encode_runs(self, piece: bytes) -> list[int]:
+        ids: list[int] = []
+        for run in _RUNS.findall(piece.decode(errors="surrogateescape")):
+            if not _STRAY_BYTE.match(run):
+                ids += self.encode(run)
+                continue
+            data = run.encode(errors="surrogateescape")
+            if self.tokens.is_byte_level:
+                ids += self._word_ids(["".join(character_of_byte()[byte] for byte in data)])
+            else:
+                ids += (self._backend.token_to_id(f"<0x{byte:02X}>") for byte in data)
+        return ids
+
+
+def _whole_characters(piece: bytes) -> tuple[int, int]:
+    """Where the first character of some bytes begins, and the last whole one ends."""
+    begin = 0
+    while begin < min(3, len(piece)) and piece[begin] in _CONTINUATION:
+        begin += 1
+    for back in range(1, min(4, len(piece) - begin) + 1):
+        byte = piece[-back]
+        if byte not in _CONTINUATION:
+            length = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return begin, len(piece) - back if length > back else len(piece)
+    return begin, len(piece)
+
+
+def _completing(head: bytes, rest: bytes) -> tuple[bytes, bytes]:
+    """Bytes that make whole characters of the ends of others."""
+    before = b""
+    if head:
+        three = b"\xf0" if head[0] >= 0x90 else b"\xf1"
+        before = {1: b"\xc3", 2: b"\xe3", 3: three}[len(head)]
+    if not rest:
+        return before, b""
+    missing = (2 if rest[0] < 0xE0 else 3 if rest[0] < 0xF0 else 4) - len(rest)
+    for filler in _FILLERS:
+        after = bytes([filler]) * missing
+        try:
+            (rest + after).decode()
+        except UnicodeDecodeError:
+            continue
+        return before, after
+    return before, b""
+
+
+def tokenizer_definition(tokenizer: object, where: str) -> str:
+    """The `tokenizer.json` of a tokenizer of transformers.
+
+    Raises:
+        ValueError: If it is not a fast tokenizer.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"{where}: expected a fast tokenizer (tokenizer.json), found "
+            f"{type(tokenizer).__name__}, which runs in Python"
+        )
+    definition: str = backend.to_str()
+    return definition

@@ -1,0 +1,272 @@
+"""What the student's tokenizer makes of a text at the joint with what the teacher could say next.
+
+Left strings are ids: the student's tokens, then NOTHING (a joint where nothing can reach across:
+the start of the response, a special token), then beginnings of tokens that are added on demand.
+Right strings are ids too: the teacher's tokens, then their ends, added on demand.
+
+Letters: N questions asked at once.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_cache.transform.retokenize.byte_tokenizer import ByteTokenizer
+from teacher_cache.transform.retokenize.crossings import Crossings
+from teacher_cache.transform.retokenize.memo import Memo
+from teacher_cache.transform.retokenize.token_bytes import NOT_TEXT, special_of
+
+NONE = -1  # no token
+
+
+class Joints:
+    """Answers about pairs of strings, remembered; most need no tokenizer at all."""
+
+    def __init__(
+        self, student: ByteTokenizer, teacher: ByteTokenizer, texts: Sequence[bytes | None]
+    ) -> None:
+        """Read both vocabularies; a second or two for 150,000 ids.
+
+        Args:
+            student: Its tokenizer.
+            teacher: Likewise.
+            texts: What each of the teacher's tokens stands for in the shared text; None for those
+                that the student cannot write.
+        """
+        self._student, self._teacher = student, teacher
+        self._crossings = Crossings(student.tokens.of_id)
+        self._memo = Memo(num_values=2)
+        self._teacher_memo = Memo(num_values=1)
+        self.nothing = student.vocab_size
+        self._left = _Left(student, self._crossings)
+        self._right = _Right(student, teacher, texts)
+
+    def left_of(self, beginnings: Sequence[bytes]) -> NDArray[np.int64]:
+        """[N] ids of beginnings of the student's tokens as left strings."""
+        return self._left.ids_of(beginnings)
+
+    def right_of(self, ends: Sequence[bytes]) -> NDArray[np.int64]:
+        """[N] ids of ends of the teacher's tokens as right strings."""
+        return self._right.ids_of(ends)
+
+    def after(
+        self,
+        left: NDArray[np.int64],
+        right: NDArray[np.int64],
+        teacher_left: NDArray[np.int64],
+        teacher_right: NDArray[np.int64],
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """What stands behind a token of the student, if the text goes on in this way.
+
+        A pair that the teacher's own tokenizer would have written in another way is left as the
+        teacher has it: it decided for a boundary here.
+
+        Args:
+            left: [N] the student's token before the joint, or `nothing`.
+            right: [N] what the teacher could say.
+            teacher_left: [N] the teacher's token before the joint; NONE where there is none, or
+                the joint is inside one of its tokens.
+            teacher_right: [N] the teacher's token on the right; read where teacher_left is.
+
+        Returns:
+            [N] the token that would stand in place of `left`, where the joint would not be one
+            (NONE where it is), and [N] the first token on the right (NONE: it cannot be told).
+        """
+        merged = np.full(len(left), NONE, np.int32)
+        following = self._right.first[right]
+        rows = np.flatnonzero(self._may_cross(left, right))
+        rows = rows[self._left.stands[left[rows]]]
+        if not len(rows):
+            return merged, following
+        tokens = self._tokens(left[rows], right[rows])
+        is_other = (tokens[:, 0] != left[rows]) | (tokens[:, 1] != following[rows])
+        rows, tokens = rows[is_other], tokens[is_other]
+        is_own = self._is_canonical(teacher_left[rows], teacher_right[rows])
+        rows, tokens = rows[is_own], tokens[is_own]
+        is_merged = tokens[:, 0] != left[rows]
+        merged[rows[is_merged]] = tokens[is_merged, 0]
+        following[rows[~is_merged]] = tokens[~is_merged, 1]
+        return merged, following
+
+    def first(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int32]:
+        """[N] the first token of a beginning (never `nothing`) and what follows it."""
+        found = self._left.head[left]
+        rows = np.flatnonzero(self._may_cross(left, right))
+        if len(rows):
+            found[rows] = self._tokens(left[rows], right[rows])[:, 0]
+        return found
+
+    def _may_cross(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.bool_]:
+        byte = self._right.first_byte[right]
+        word = self._left.masks.reshape(-1)[left * 4 + (byte >> 6)]
+        may: NDArray[np.bool_] = (word >> (byte & 63).astype(np.uint64)) & np.uint64(1) != 0
+        return may
+
+    def _tokens(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int32]:
+        """[N, 2] the first two tokens of the two strings together; NONE where there is none."""
+        keys = (left << 32) | right
+        tokens, known = self._memo.find(keys)
+        if known.all():
+            return tokens
+        missing, place = np.unique(keys[~known], return_inverse=True)
+        pairs = zip((missing >> 32).tolist(), (missing & 0xFFFFFFFF).tolist(), strict=True)
+        texts = [self._left.strings[x] + self._right.strings[y] for x, y in pairs]
+        found = np.full((len(texts), 2), NONE, np.int32)
+        for row, ids in zip(found, self._student.encode_all(texts), strict=True):
+            row[: len(ids)] = ids[:2]
+        tokens[~known] = found[place]
+        self._memo.insert(missing, found)
+        return tokens
+
+    def _is_canonical(
+        self, left: NDArray[np.int64], right: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """[N] whether the teacher's own tokenizer writes two of its tokens as these two."""
+        canonical = np.ones(len(left), bool)
+        asked = np.flatnonzero(left != NONE)
+        keys = (left[asked] << 32) | right[asked]
+        values, known = self._teacher_memo.find(keys)
+        if not known.all():
+            missing, place = np.unique(keys[~known], return_inverse=True)
+            pairs = list(
+                zip((missing >> 32).tolist(), (missing & 0xFFFFFFFF).tolist(), strict=True)
+            )
+            of_id = self._teacher.tokens.of_id
+            texts = [(of_id[x] or b"") + (of_id[y] or b"") for x, y in pairs]
+            written = self._teacher.encode_all(texts)
+            same = [ids == [*pair] for ids, pair in zip(written, pairs, strict=True)]
+            found = np.array(same, np.int32)[:, None]
+            values[~known] = found[place]
+            self._teacher_memo.insert(missing, found)
+        canonical[asked] = values[:, 0] == 1
+        return canonical
+
+
+class _Left:
+    """Left strings: [X, 4] masks, [X] whether each is one token for itself, [X] its first token."""
+
+    def __init__(self, student: ByteTokenizer, crossings: Crossings) -> None:
+        self._student, self._crossings = student, crossings
+        self.strings: list[bytes] = [token or b"" for token in student.tokens.of_id]
+        self.strings.append(b"")  # nothing
+        self._ids: dict[bytes, int] = {}
+        self.masks = self._masks(self.strings)
+        written = student.encode_all(self.strings)
+        self.head = np.array([ids[0] if ids else NONE for ids in written], np.int32)
+        self.stands = np.array([ids == [n] for n, ids in enumerate(written)])
+
+    def ids_of(self, beginnings: Sequence[bytes]) -> NDArray[np.int64]:
+        new = [text for text in dict.fromkeys(beginnings) if text not in self._ids]
+        if new:
+            for text in new:
+                self._ids[text] = len(self.strings)
+                self.strings.append(text)
+            self.masks = np.concatenate([self.masks, self._masks(new)])
+            written = self._student.encode_all(new)
+            heads = [ids[0] if ids else NONE for ids in written]
+            self.head = np.concatenate([self.head, np.array(heads, np.int32)])
+            self.stands = np.concatenate([self.stands, np.zeros(len(new), bool)])
+        return np.array([self._ids[text] for text in beginnings], np.int64)
+
+
+    def _masks(self, strings: Sequence[bytes]) -> NDArray[np.uint64]:
+        masks = self._crossings.masks(strings)
+        last = np.frombuffer(b"".join(string[-1:] or b"\xff" for string in strings), np.uint8)
+        if self._student.tokens.is_byte_level:
+            masks |= _WORDS_DEPEND[last]
+            masks[[not _is_whole(string) for string in strings]] = _ALL
+        if self._student.tokens.is_composing:
+            masks |= _BEYOND_ASCII
+        masks[[not string for string in strings]] = 0
+        return masks
+
+
+def _words_depend() -> NDArray[np.uint64]:
+    """[256, 4] for each last byte the first bytes of a text whose words may depend on it.
+
+    Splitting into words looks across a joint: a space before a letter leaves its run, a sign joins
+    the signs after it, an apostrophe what stands before it. Behind a letter or a digit of ASCII
+    nothing but apostrophes and line breaks is looked at (in the expressions of GPT-2 and all that
+    came from them); behind a character beyond ASCII, signs as well.
+    """
+    signs = [byte for byte in range(128) if not chr(byte).isalnum() and byte != 0x20]
+    depend = np.zeros((256, 256), bool)
+    depend[:, list(b"\r\n'")] = True
+    depend[128:, signs] = True
+    depend[[*signs, 0x20], :NOT_TEXT] = True
+    return _as_bits(depend)
+
+
+def _as_bits(sets: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """[.., 4] sets of bytes as bits, of [.., 256] sets as booleans."""
+    return np.packbits(sets, axis=-1, bitorder="little").view("<u8").astype(np.uint64)
+
+
+_WORDS_DEPEND = _words_depend()
+_ALL = _as_bits(np.arange(256) < NOT_TEXT)
+_BEYOND_ASCII = _as_bits((np.arange(256) >= 128) & (np.arange(256) < NOT_TEXT))
+
+
+def _is_whole(text: bytes) -> bool:
+    """Whether some bytes are whole characters."""
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+class _Right:
+    """Right strings: [Y] the first byte of each, [Y] the student's first token of it."""
+
+    def __init__(
+        self, student: ByteTokenizer, teacher: ByteTokenizer, texts: Sequence[bytes | None]
+    ) -> None:
+        self._student = student
+        self.strings: list[bytes] = [text or b"" for text in texts]
+        self._ids: dict[bytes, int] = {}
+        self.first_byte = _first_bytes(self.strings)
+        self.first = _first_tokens(self.strings, student)
+        self._keep_own(student, teacher)
+
+    def _keep_own(self, student: ByteTokenizer, teacher: ByteTokenizer) -> None:
+        """A token that the teacher's own tokenizer never writes is the student's of that name."""
+        id_of = {name: number for number, name in enumerate(student.tokens.names) if name}
+        same = {}  # the teacher's id -> the student's, where their names and bytes agree
+        for number, name in enumerate(teacher.tokens.names):
+            token = id_of.get(name, NONE)
+            text = self.strings[number]
+            if token != NONE and self.first[number] != token and text:
+                if student.tokens.of_id[token] == text:
+                    same[number] = token
+        written = teacher.encode_all([self.strings[number] for number in same])
+        for (number, token), ids in zip(same.items(), written, strict=True):
+            if ids != [number]:
+                self.first[number] = token
+
+    def ids_of(self, ends: Sequence[bytes]) -> NDArray[np.int64]:
+        new = [text for text in dict.fromkeys(ends) if text not in self._ids]
+        if new:
+            for text in new:
+                self._ids[text] = len(self.strings)
+                self.strings.append(text)
+            self.first_byte = np.concatenate([self.first_byte, _first_bytes(new)])
+            self.first = np.concatenate([self.first, _first_tokens(new, self._student)])
+        return np.array([self._ids[text] for text in ends], np.int64)
+
+
+def _first_bytes(strings: Sequence[bytes]) -> NDArray[np.uint8]:
+    return np.frombuffer(b"".join(string[:1] or b"\xff" for string in strings), np.uint8)
+
+
+def _first_tokens(strings: Sequence[bytes], student: ByteTokenizer) -> NDArray[np.int32]:
+    """[Y] the student's first token of each string; special tokens by their stand-ins."""
+    special = [special_of(string) for string in strings]
+    texts = [b"" if token is not None else string for token, string in zip(special, strings, strict=True)]
+    written = student.encode_all(texts)
+    first = [ids[0] if ids else NONE for ids in written]
+    for number, token in enumerate(special):
+        if token is not None:
+            first[number] = token
+    return np.array(first, np.int32)
