@@ -193,6 +193,7 @@ def _words_depend() -> NDArray[np.uint64]:
     signs = [byte for byte in range(128) if not chr(byte).isalnum() and byte != 0x20]
     depend = np.zeros((256, 256), bool)
     depend[:, list(b"\r\n'")] = True
+    depend[:, 0x80:0xC0] = True  # goes on inside a character
     depend[128:, signs] = True
     depend[[*signs, 0x20], :NOT_TEXT] = True
     return _as_bits(depend)
