@@ -27,5 +27,6 @@ for _command in (
     reading.inspect_command,
     reading.export_command,
     reading.truncate_command,
+    reading.retokenize_command,
 ):
     cli.add_command(_command)

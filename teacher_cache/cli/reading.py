@@ -1,6 +1,7 @@
-"""inspect, export, truncate: what can be done with a cache that exists."""
+"""inspect, export, truncate, retokenize: what can be done with a cache that exists."""
 
 import json
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -15,6 +16,7 @@ from teacher_cache.terminal.early_checks import check_cache, check_out_cache, ch
 from teacher_cache.terminal.escape import printable
 from teacher_cache.terminal.progress import Progress
 from teacher_cache.transform.export import ExportConfig, export
+from teacher_cache.transform.retokenize.configs import RetokenizeConfig
 from teacher_cache.transform.truncate import TruncateConfig, truncate_cache
 
 if TYPE_CHECKING:
@@ -84,6 +86,23 @@ def truncate_command(config: TruncateConfig) -> None:
         click.echo(
             f"{shown(config.out)}: sealed, {seal.num_traces:,} traces, {seal.num_tokens:,} tokens"
         )
+
+
+@config_command("retokenize", RetokenizeConfig)
+def retokenize_command(config: RetokenizeConfig) -> None:
+    """Write a cache for a student with another tokenizer.
+
+    \b
+    cache-teacher retokenize cache student-cache --student meta-llama/Llama-3.1-8B \\
+        --rows prompts.jsonl
+    """
+    from teacher_cache.transform.retokenize.run import retokenize
+
+    report = retokenize(config)
+    for line in report_text.retokenized_lines(report, shown(config.out)):
+        click.echo(line, err=report.stopped_by is not None)
+    if report.stopped_by is not None:
+        sys.exit(128 + report.stopped_by)
 
 
 def _tokenizer_to_show(header: CacheHeader, model: str | None) -> "TeacherTokenizer | None":

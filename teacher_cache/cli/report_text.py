@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from teacher_cache.capture.run import CaptureReport
 from teacher_cache.examine.audit import Audit, Spread
@@ -14,6 +14,9 @@ from teacher_cache.format.checking.findings import Finding, Verification
 from teacher_cache.format.checking.repair import Repair
 from teacher_cache.terminal.escape import printable
 from teacher_cache.terminal.progress import duration
+
+if TYPE_CHECKING:
+    from teacher_cache.transform.retokenize.run import RetokenizeReport
 
 # Facts of a header too long to print, and what they are counted in.
 _LONG = {"chat_template": "characters or templates", "added_tokens": "tokens"}
@@ -120,6 +123,32 @@ def estimate_line(report: CaptureReport, cache: Cache) -> str:
         f"starting the teacher; {disk.of(num_tokens) / 1e6:,.1f} MB (+-{disk_error:.0%}), "
         f"{disk.token_bytes:.1f} bytes/token and {disk.shard_bytes / 1e3:,.0f} kB for every "
         f"shard. {rest}"
+    )
+
+
+def retokenized_lines(report: "RetokenizeReport", out: str) -> Iterator[str]:
+    """What `retokenize` did, and how good it is."""
+    if report.stopped_by is not None:
+        yield (
+            f"stopped: {report.num_present + report.num_traces:,} traces are kept in {out}; run "
+            "the same command again to go on"
+        )
+        return
+    yield (
+        f"{out}: {report.num_traces:,} traces carried over now ({report.num_tokens:,} tokens), "
+        f"{report.num_present:,} were there, {report.rejects.total:,} left out; sealed"
+    )
+    if report.figures is not None:
+        yield derived_line(report.figures)
+
+
+def derived_line(figures: Mapping[str, float]) -> str:
+    """How good the distributions of a derived cache are."""
+    return (
+        f"{figures['coverage']:.2%} of the responses' tokens have a distribution; chain-rule error "
+        f"{figures['chain_rule_error']:.2g} nats/token (largest of a trace "
+        f"{figures['largest_chain_rule_error']:.2g}), mass shared with other tokens of the teacher "
+        f"{figures['shared_nats_per_token']:.2g} nats/token, mean tail {figures['tail_mass']:.2g}"
     )
 
 

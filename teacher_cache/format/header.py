@@ -55,6 +55,7 @@ class CacheHeader:
     special_tokens: Mapping[str, str] | None = None  # `eos_token`, ... of the tokenizer
     added_tokens: Mapping[str, Any] | None = None  # token -> {"id": int, "special": bool}
     turn_layout: Mapping[str, Any] | None = None  # how the template lays out a turn
+    derived: Mapping[str, Any] | None = None  # of a cache made by `retokenize`: from what, and how
 
     def num_held(self, n_total: int) -> int:
         """How many of the first tokens of a trace the cache holds: all, unless it was truncated."""
@@ -112,7 +113,7 @@ class CacheHeader:
 
 _MAPPINGS = (
     *("sampling", "teacher_settings", "chat_template_args"),
-    *("special_tokens", "added_tokens", "turn_layout"),
+    *("special_tokens", "added_tokens", "turn_layout", "derived"),
 )
 
 

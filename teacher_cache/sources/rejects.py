@@ -48,6 +48,11 @@ class Reason(StrEnum):
     PROMPT_TOO_LONG = "prompt-too-long"
     TRACE_TOO_SHORT = "trace-too-short"
     TRACE_TOO_LONG = "trace-too-long"
+    # Of `retokenize`.
+    NO_ROW = "no-row"
+    NOTHING_HELD = "nothing-held"
+    TOKEN_WITHOUT_COUNTERPART = "token-without-counterpart"
+    TEXT_CHANGES = "text-changes"
 
 
 class BadRow(ValueError):

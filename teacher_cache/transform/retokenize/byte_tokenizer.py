@@ -117,6 +117,11 @@ def _whole_characters(piece: bytes) -> tuple[int, int]:
     return begin, len(piece)
 
 
+def whole_length(text: bytes) -> int:
+    """Bytes of a text up to the end of its last whole character."""
+    return _whole_characters(text)[1]
+
+
 def _completing(head: bytes, rest: bytes) -> tuple[bytes, bytes]:
     """Bytes that make whole characters of the ends of others."""
     before = b""

@@ -12,7 +12,7 @@ from teacher_cache.format import LOGIT_GRID, TAIL_FLOOR, KeepPolicy
 from teacher_cache.format.codec import MAX_GAP, logit_codes, round_to_bfloat16
 from teacher_cache.transform.retokenize.distribution import Contributions
 
-_PLACE_BITS, _TOKEN_BITS = 24, 20
+_PLACE_BITS, _TOKEN_BITS = 25, 20
 MAX_VOCABULARY = 1 << _TOKEN_BITS
 MAX_ROWS = 1 << (63 - _PLACE_BITS - _TOKEN_BITS)
 MAX_CONTRIBUTIONS = 1 << _PLACE_BITS

@@ -13,6 +13,7 @@ from typing import Any
 SPACE_MARK = "\u2581"  # SentencePiece's space
 # Begins the stand-in for a token that is no text: 0xFF is never part of UTF-8.
 NOT_TEXT = 0xFF
+STAND_IN_BYTES = 5
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -45,9 +46,9 @@ def stand_in(special_id: int) -> bytes:
 
 
 def special_of(text: bytes) -> int | None:
-    """The special token that some bytes stand for; None where they are text."""
-    if len(text) == 5 and text[0] == NOT_TEXT:
-        return int.from_bytes(text[1:], "big")
+    """The special token whose stand-in some bytes begin with; None where they begin with text."""
+    if len(text) >= STAND_IN_BYTES and text[0] == NOT_TEXT:
+        return int.from_bytes(text[1:STAND_IN_BYTES], "big")
     return None
 
 

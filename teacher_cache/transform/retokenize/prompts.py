@@ -1,0 +1,76 @@
+"""Where the prompts of a cache's traces come from: the user's rows, by id."""
+
+import json
+import re
+import sqlite3
+from collections.abc import Set as AbstractSet
+from contextlib import closing
+from typing import Any, Protocol, Self
+
+from teacher_cache.sources.files import Input
+from teacher_cache.sources.input_traces import row_values
+from teacher_cache.sources.rejects import BadRow, Reason, Rejects
+from teacher_cache.sources.render import given_id
+
+_SAMPLE = re.compile(r"#\d+\Z")  # of several answers to one prompt
+
+
+class Prompts(Protocol):
+    """Rows by the ids of traces."""
+
+    def row_of(self, trace_id: str) -> dict[str, Any] | None:
+        """The row that a trace was made from; None where it is not known."""
+        ...
+
+
+class PromptRows:
+    """Rows of a file, kept in a database that goes to the disk where it grows large."""
+
+    def __init__(
+        self, source: Input, id_field: str, wanted: AbstractSet[str], rejects: Rejects
+    ) -> None:
+        """Read all rows once.
+
+        Args:
+            source: The file, folder or hub id.
+            id_field: The column of the id.
+            wanted: Ids of the traces; other rows are passed over.
+            rejects: Takes rows that cannot be read.
+        """
+        self._database = sqlite3.connect("")  # without a name: private, and gone at the end
+        self._database.execute("CREATE TABLE rows (id TEXT PRIMARY KEY, content TEXT)")
+        known = {*wanted, *(_SAMPLE.sub("", name) for name in wanted)}
+        for row in source:
+            try:
+                values = row_values(row)
+                name = given_id(values, id_field)
+                if name is not None and name in known:
+                    self._keep(name, json.dumps(values))
+            except BadRow as error:
+                rejects.add(row.file, row.number, None, error)
+
+    def _keep(self, name: str, content: str) -> None:
+        try:
+            self._database.execute("INSERT INTO rows VALUES (?, ?)", (name, content))
+        except sqlite3.IntegrityError as error:
+            raise BadRow(
+                Reason.DUPLICATE_ID, f"id {name!r} stands in an earlier row already"
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._database.close()
+
+    def row_of(self, trace_id: str) -> dict[str, Any] | None:
+        """The row of a trace, or of the prompt that it is one of several answers to."""
+        for name in (trace_id, _SAMPLE.sub("", trace_id)):
+            with closing(
+                self._database.execute("SELECT content FROM rows WHERE id = ?", (name,))
+            ) as found:
+                row = found.fetchone()
+            if row is not None:
+                values: dict[str, Any] = json.loads(row[0])
+                return values
+        return None

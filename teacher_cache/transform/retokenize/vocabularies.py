@@ -1,0 +1,97 @@
+"""What each of the teacher's tokens stands for in a text that the student writes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from teacher_cache.format import CacheHeader
+from teacher_cache.sources.marks import ThinkMarks
+from teacher_cache.sources.tokenizer import TeacherTokenizer
+from teacher_cache.transform.retokenize.byte_tokenizer import ByteTokenizer
+from teacher_cache.transform.retokenize.token_bytes import UnsupportedTokenizerError, stand_in
+
+
+@dataclass(frozen=True)
+class Vocabularies:
+    """Both vocabularies in one language: bytes, and stand-ins for the student's special tokens.
+
+    Attributes:
+        texts: Of each of the teacher's ids; None where the student has nothing like it.
+        student: Of each of the student's ids; empty where an id means nothing.
+        marks: Around a chain of thought, as the student writes them; None where neither has any.
+        open_text: The opening mark in these bytes.
+        end_text: What ends the student's turn, likewise.
+    """
+
+    texts: list[bytes | None]
+    student: list[bytes]
+    marks: ThinkMarks | None
+    open_text: bytes
+    end_text: bytes
+
+
+def share_vocabularies(
+    teacher: ByteTokenizer, header: CacheHeader, student: ByteTokenizer, chat: TeacherTokenizer
+) -> Vocabularies:
+    """Map the teacher's special tokens to what the student writes in their place.
+
+    Tokens that end the teacher's turn end the student's; thinking marks are the student's own; a
+    special token of the same name is the same.
+
+    Args:
+        teacher: The tokenizer of the cache's teacher.
+        header: Of the cache.
+        student: The student's.
+        chat: The student's too, with its chat template.
+
+    Raises:
+        UnsupportedTokenizerError: If the teacher writes its marks in words that are not the
+            student's.
+    """
+    student_bytes = [text or b"" for text in student.tokens.of_id]
+    for token in student.tokens.special_ids.values():
+        student_bytes[token] = stand_in(token)
+    texts = list(teacher.tokens.of_id)
+    names = {name: number for number, name in enumerate(student.tokens.names) if name}
+    for name, token in teacher.tokens.special_ids.items():
+        if name in names and student_bytes[names[name]]:
+            texts[token] = student_bytes[names[name]]
+
+    layout = chat.layout()
+    end_text = b"".join(student_bytes[token] for token in chat.encode(layout.end))
+    for token in header.terminal_token_ids:
+        texts[token] = end_text or None
+    marks = layout.marks or _own_marks(teacher, header)
+    open_text = b""
+    if marks is not None:
+        open_text, close_text = (
+            b"".join(student_bytes[token] for token in chat.encode(mark))
+            for mark in (marks.open, marks.close)
+        )
+        _translate_mark(texts, header.think_open_ids, open_text, header)
+        _translate_mark(texts, header.think_close_ids, close_text, header)
+    return Vocabularies(texts, student_bytes, marks, open_text, end_text)
+
+
+def _own_marks(teacher: ByteTokenizer, header: CacheHeader) -> ThinkMarks | None:
+    """The teacher's marks, for a student that is not known to have any: they are text to it."""
+    ids = (header.think_open_ids, header.think_close_ids)
+    opened, closed = (b"".join(_name(teacher, i) for i in mark).decode() for mark in ids)
+    return ThinkMarks(opened, closed) if closed else None
+
+
+def _name(teacher: ByteTokenizer, token: int) -> bytes:
+    return teacher.tokens.of_id[token] or teacher.tokens.names[token].encode()
+
+
+def _translate_mark(
+    texts: list[bytes | None], ids: Sequence[int], mark: bytes, header: CacheHeader
+) -> None:
+    if len(ids) == 1:
+        texts[ids[0]] = mark
+    elif ids and b"".join(texts[token] or b"" for token in ids) != mark:
+        raise UnsupportedTokenizerError(
+            f"teacher {header.teacher!r} writes its thinking mark in {len(ids)} tokens, "
+            f"{[texts[token] for token in ids]}, and the student's is {mark!r}: a mark can be "
+            "exchanged only where the teacher has one token for it. Give the student the same one "
+            "with --think-open and --think-close"
+        )
