@@ -46,7 +46,9 @@ def derive(toy, teacher_ids, rows, student_ids, max_unknown=0.05):
         end = place + len(toy.student_bytes[token])
         following = student_ids[number + 1] if number + 1 < len(student_ids) else None
         derived.append(
-            _row(toy, teacher_ids, rows, starts, (place, end), before, token, following, max_unknown)
+            _row(
+                toy, teacher_ids, rows, starts, (place, end), before, token, following, max_unknown
+            )
         )
         place, before = end, token
     return derived

@@ -73,7 +73,9 @@ class Pair:
         text = b"".join(self.toy.teacher_bytes[t] for t in trace.token_ids)
         ids = self.student.encode_all([text])[0]
         lengths = [len(self.student_bytes[token]) for token in ids]
-        return Response(trace, 0, len(trace.token_ids), np.array(ids, np.int32), np.array(lengths), 0)
+        return Response(
+            trace, 0, len(trace.token_ids), np.array(ids, np.int32), np.array(lengths), 0
+        )
 
     def derive(self, traces):
         batch = align([self.response(trace) for trace in traces], self.derivation.teacher_lengths)

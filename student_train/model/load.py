@@ -113,7 +113,8 @@ def check_student(
             f"student {name!r} has a tokenizer of {len(vocabulary)} tokens (fingerprint "
             f"{fingerprint[:8]}), the cache was made with teacher {header.teacher!r} and its "
             f"tokenizer of {header.tokenizer_size} (fingerprint "
-            f"{header.tokenizer_fingerprint[:8]}). Teacher and student must share a tokenizer."
+            f"{header.tokenizer_fingerprint[:8]}). Carry the cache over to the student's tokens "
+            "first: cache-teacher retokenize"
         )
     num_ids, num_tokens = output_layer(model).weight.shape[0], max(vocabulary.values()) + 1
     if num_ids < num_tokens:

@@ -46,6 +46,8 @@ def figures_lines(figures: Inspection, header: Mapping[str, Any], path: str) -> 
         f"{figures.tail_mass_p99:.2e}; {figures.num_clamped_tails:,} tails and "
         f"{figures.num_clamped_logits:,} logits clamped"
     )
+    if figures.retokenized is not None:
+        yield f"carried over: {derived_line(figures.retokenized)}"
     yield f"kept entries per token: mean {figures.mean_k:.1f}"
     most = max(figures.k_histogram.values(), default=0)
     for label, count in figures.k_histogram.items():

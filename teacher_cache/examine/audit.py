@@ -137,6 +137,13 @@ def audit(config: AuditConfig) -> Audit:
         EngineError: If the model cannot be run.
     """
     cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
+    if cache.header.derived is not None:
+        raise CacheMismatchError(
+            f"{cache.path}: its distributions are carried over from another tokenizer, no teacher "
+            "gives them. Audit the cache that it was made from (fingerprint "
+            f"{cache.header.derived.get('fingerprint')}), and see `cache-teacher inspect` for what "
+            "was lost on the way"
+        )
     _require_teacher(cache.header, config)
     traces = sample_traces(cache, config.num_traces, config.seed)
     width = min(cache.header.vocab_size, LIVE_WIDTH)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from teacher_cache.format import SECTIONS, Cache, CacheHeader, CachePath, Trace
 from teacher_cache.sources.tokenizer import TeacherTokenizer
+from teacher_cache.transform.retokenize.certificate import overall
 from teacher_cache.terminal.option import check_options, option
 
 _HISTOGRAM_EDGES = (1, 2, 3, 5, 9, 17, 33, 65, 129, 256)
@@ -50,6 +51,7 @@ class Inspection:
     tail_mass_p99: float
     num_clamped_tails: int
     num_clamped_logits: int
+    retokenized: Mapping[str, float] | None = None  # certificates, where it is derived
 
 
 def inspect_cache(cache: Cache, traces: Mapping[int, Trace]) -> Inspection:
@@ -86,6 +88,7 @@ def inspect_cache(cache: Cache, traces: Mapping[int, Trace]) -> Inspection:
         tail_mass_p99=float(np.quantile(tail, 0.99)) if len(tail) else 0.0,
         num_clamped_tails=sum(shard.num_clamped_tails for shard in cache.shards),
         num_clamped_logits=sum(shard.num_clamped_logits for shard in cache.shards),
+        retokenized=None if cache.header.derived is None else overall(infos),
     )
 
 

@@ -247,6 +247,22 @@ class TeacherTokenizer:
             self._layouts[key] = self._marked(self._read_layout(given), given)
         return self._layouts[key]
 
+    @property
+    def definition(self) -> str:
+        """The content of its `tokenizer.json`.
+
+        Raises:
+            EngineError: If it is not a fast tokenizer.
+        """
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise EngineError(
+                f"model {self._tokenizer.name_or_path!r}: expected a fast tokenizer "
+                f"(tokenizer.json), found {type(self._tokenizer).__name__}, which runs in Python"
+            )
+        text: str = backend.to_str()
+        return text
+
     def encode(self, text: str) -> list[int]:
         """Ids of a piece of text, nothing added."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
@@ -293,7 +309,7 @@ class TeacherTokenizer:
 
 
 def load_tokenizer(header: CacheHeader, model: str | None) -> TeacherTokenizer:
-    """The tokenizer of a cache's teacher, for showing text.
+    """The tokenizer of a cache's teacher, or of the student that it was retokenised for.
 
     Args:
         header: Of the cache.
@@ -303,11 +319,14 @@ def load_tokenizer(header: CacheHeader, model: str | None) -> TeacherTokenizer:
         EngineError: If it is not there.
         CacheMismatchError: If `model` has another tokenizer.
     """
-    files = ModelFiles(model or header.teacher, header.teacher_revision if model is None else None)
+    known, revision = header.teacher, header.teacher_revision
+    if header.derived is not None:
+        known, revision = str(header.derived.get("student")), None
+    files = ModelFiles(model or known, revision if model is None else None)
     tokenizer = TeacherTokenizer(files, {})
     if tokenizer.fingerprint != header.tokenizer_fingerprint:
         raise CacheMismatchError(
-            f"model {files.model!r} has another tokenizer than the cache's teacher had "
-            f"({header.teacher!r})"
+            f"model {files.model!r} has another tokenizer than the cache is written in, that of "
+            f"{known!r}"
         )
     return tokenizer

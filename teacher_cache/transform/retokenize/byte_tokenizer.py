@@ -3,8 +3,7 @@
 import re
 from collections.abc import Sequence
 from functools import cached_property
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING
 
 from teacher_cache.transform.retokenize.token_bytes import (
     TokenBytes,
@@ -12,6 +11,9 @@ from teacher_cache.transform.retokenize.token_bytes import (
     for_continuation,
     token_bytes,
 )
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _CONTINUATION = range(0x80, 0xC0)  # bytes of UTF-8 that begin no character
 _STRAY_BYTE = re.compile("[\udc80-\udcff]")  # one that is of no character, decoded
@@ -35,7 +37,9 @@ class ByteTokenizer:
         self.tokens: TokenBytes = token_bytes(definition, where)
 
     @cached_property
-    def _backend(self) -> Tokenizer:
+    def _backend(self) -> "Tokenizer":
+        from tokenizers import Tokenizer  # comes with transformers, which reading needs not
+
         backend = Tokenizer.from_str(for_continuation(self._definition))
         backend.no_padding()
         backend.no_truncation()
@@ -139,19 +143,3 @@ def _completing(head: bytes, rest: bytes) -> tuple[bytes, bytes]:
             continue
         return before, after
     return before, b""
-
-
-def tokenizer_definition(tokenizer: object, where: str) -> str:
-    """The `tokenizer.json` of a tokenizer of transformers.
-
-    Raises:
-        ValueError: If it is not a fast tokenizer.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ValueError(
-            f"{where}: expected a fast tokenizer (tokenizer.json), found "
-            f"{type(tokenizer).__name__}, which runs in Python"
-        )
-    definition: str = backend.to_str()
-    return definition

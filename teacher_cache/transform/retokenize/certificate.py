@@ -70,7 +70,9 @@ def certify(
     last = np.concatenate([batch.last[np.flatnonzero(is_start)[1:] - 1], batch.last[-1:]])
     # A stretch that begins or ends inside a token of the teacher is no stretch of its tokens.
     is_whole &= batch.depth[is_start] == 0
-    is_whole &= np.concatenate([batch.ends_on[np.flatnonzero(is_start)[1:] - 1], batch.ends_on[-1:]])
+    is_whole &= np.concatenate(
+        [batch.ends_on[np.flatnonzero(is_start)[1:] - 1], batch.ends_on[-1:]]
+    )
     log_teacher = np.concatenate([[0.0], np.cumsum(np.log(batch.realised))])
     teacher = np.where(is_whole, log_teacher[last + 1] - log_teacher[first], 0.0)
 

@@ -20,9 +20,7 @@ class RetokenizeConfig:
     out: CachePath = option("Folder or URI of the student's cache.", is_argument=True)
     student: str = _student("Model folder or hub id whose tokenizer to write in.", basic=True)
     student_revision: str | None = _student("Branch, tag or commit of a hub id.", default=None)
-    template_arg: Mapping[str, object] = same_option(
-        CaptureConfig, "template_arg", group="Student"
-    )
+    template_arg: Mapping[str, object] = same_option(CaptureConfig, "template_arg", group="Student")
     think_open: str | None = same_option(
         CaptureConfig,
         "think_open",

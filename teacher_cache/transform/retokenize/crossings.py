@@ -53,7 +53,9 @@ class Crossings:
         return masks
 
 
-def _flat(strings: Sequence[bytes]) -> tuple[NDArray[np.uint64], NDArray[np.intp], NDArray[np.intp]]:
+def _flat(
+    strings: Sequence[bytes],
+) -> tuple[NDArray[np.uint64], NDArray[np.intp], NDArray[np.intp]]:
     """[L] bytes of all strings, [X] where each begins, [X] their lengths."""
     lengths = np.array([len(string) for string in strings], np.intp)
     flat = np.frombuffer(b"".join(strings), np.uint8).astype(np.uint64)

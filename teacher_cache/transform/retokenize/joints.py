@@ -119,9 +119,7 @@ class Joints:
         self._memo.insert(missing, found)
         return tokens
 
-    def _is_canonical(
-        self, left: NDArray[np.int64], right: NDArray[np.int64]
-    ) -> NDArray[np.bool_]:
+    def _is_canonical(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.bool_]:
         """[N] whether the teacher's own tokenizer writes two of its tokens as these two."""
         canonical = np.ones(len(left), bool)
         asked = np.flatnonzero(left != NONE)
@@ -168,7 +166,6 @@ class _Left:
             self.head = np.concatenate([self.head, np.array(heads, np.int32)])
             self.stands = np.concatenate([self.stands, np.zeros(len(new), bool)])
         return np.array([self._ids[text] for text in beginnings], np.int64)
-
 
     def _masks(self, strings: Sequence[bytes]) -> NDArray[np.uint64]:
         masks = self._crossings.masks(strings)
@@ -264,7 +261,9 @@ def _first_bytes(strings: Sequence[bytes]) -> NDArray[np.uint8]:
 def _first_tokens(strings: Sequence[bytes], student: ByteTokenizer) -> NDArray[np.int32]:
     """[Y] the student's first token of each string; special tokens by their stand-ins."""
     special = [special_of(string) for string in strings]
-    texts = [b"" if token is not None else string for token, string in zip(special, strings, strict=True)]
+    texts = [
+        b"" if token is not None else string for token, string in zip(special, strings, strict=True)
+    ]
     written = student.encode_all(texts)
     first = [ids[0] if ids else NONE for ids in written]
     for number, token in enumerate(special):

@@ -110,6 +110,4 @@ class ResponseWriter:
             return part.decode()
         except UnicodeDecodeError as error:
             around = part[max(0, error.start - _SHOWN // 2) : error.start + _SHOWN // 2]
-            raise BadRow(
-                Reason.NOT_UTF8, f"the teacher's text is not UTF-8: {around!r}"
-            ) from error
+            raise BadRow(Reason.NOT_UTF8, f"the teacher's text is not UTF-8: {around!r}") from error

@@ -36,7 +36,7 @@ from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer
 from teacher_cache.sources.turn_layout import GivenMarks
 from teacher_cache.terminal.capture_progress import CaptureProgress
 from teacher_cache.terminal.stop_signals import Stopped, stop_signals
-from teacher_cache.transform.retokenize.byte_tokenizer import ByteTokenizer, tokenizer_definition
+from teacher_cache.transform.retokenize.byte_tokenizer import ByteTokenizer
 from teacher_cache.transform.retokenize.certificate import overall
 from teacher_cache.transform.retokenize.configs import RetokenizeConfig
 from teacher_cache.transform.retokenize.convert import Converter, Rejected, Task
@@ -182,13 +182,10 @@ def make_converter(config: RetokenizeConfig, source: CacheHeader) -> Converter:
             f"teacher {where!r}: has another tokenizer than the cache was captured with; name the "
             "folder of the right one with --teacher"
         )
-    teacher = ByteTokenizer(tokenizer_definition(files.tokenizer(), where), f"teacher {where!r}")
-    chat, student_files = _student_chat(config), _student_files(config)
-    student = ByteTokenizer(
-        tokenizer_definition(student_files.tokenizer(), config.student),
-        f"student {config.student!r}",
-    )
-    vocab_size = max(student_files.vocab_size(), chat.size)
+    teacher = ByteTokenizer(own.definition, f"teacher {where!r}")
+    chat = _student_chat(config)
+    student = ByteTokenizer(chat.definition, f"student {config.student!r}")
+    vocab_size = max(_student_files(config).vocab_size(), chat.size)
     if vocab_size > MAX_VOCABULARY:
         raise ValueError(f"student: at most {MAX_VOCABULARY:,} ids, got {vocab_size:,}")
     columns = RowColumns(
@@ -210,6 +207,7 @@ def _run(config: RetokenizeConfig, source: Cache, writer: CacheWriter) -> Retoke
     if not missing or writer.sealed:
         return RetokenizeReport(0, 0, num_present, rejects, None, 0.0)
     given = Input(config.rows, config.dataset_config, config.split)
+    stopped_by = None
     with ExitStack() as stack:
         prompts = stack.enter_context(PromptRows(given, config.id_field, missing, rejects))
         convert = stack.enter_context(_Workers(config, source.header))
@@ -225,6 +223,7 @@ def _run(config: RetokenizeConfig, source: Cache, writer: CacheWriter) -> Retoke
                     trace = result.trace
                     progress.add(trace.n_total, cut_by_length=trace.finish_reason == "length")
         except Stopped as stopped:
+            stopped_by = stopped.signum
             logger.info("%s: stopping; what is finished is kept", stopped)
     return RetokenizeReport(
         progress.num_traces,
@@ -233,7 +232,7 @@ def _run(config: RetokenizeConfig, source: Cache, writer: CacheWriter) -> Retoke
         rejects,
         None,
         progress.seconds,
-        switch.signum,
+        stopped_by,
     )
 
 

@@ -51,6 +51,7 @@ def share_vocabularies(
     for token in student.tokens.special_ids.values():
         student_bytes[token] = stand_in(token)
     texts = list(teacher.tokens.of_id)
+    texts += [None] * (header.vocab_size - len(texts))  # the teacher's softmax may be wider
     names = {name: number for number, name in enumerate(student.tokens.names) if name}
     for name, token in teacher.tokens.special_ids.items():
         if name in names and student_bytes[names[name]]:
