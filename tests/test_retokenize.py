@@ -1,8 +1,8 @@
 """Distributions in another tokenizer: against slow definitions, exact ones, and themselves."""
 
 import math
-from functools import cache
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -19,10 +19,8 @@ from teacher_cache.transform.retokenize.distribution import Derivation
 from teacher_cache.transform.retokenize.joints import Joints
 from teacher_cache.transform.retokenize.rows import keep
 from teacher_cache.transform.retokenize.token_bytes import (
-    UnsupportedTokenizerError,
     byte_of_character,
     stand_in,
-    token_bytes,
 )
 
 POLICY = KeepPolicy(top_k=24, mass=1.0)

@@ -26,6 +26,7 @@ from teacher_cache.sources import SourceError
 from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer
 from teacher_cache.terminal.stop_signals import Stopped
 from teacher_cache.transform.retokenize import run as job
+from teacher_cache.transform.retokenize import workers
 from teacher_cache.transform.retokenize.configs import RetokenizeConfig
 from teacher_cache.transform.retokenize.run import retokenize
 from teacher_cache.transform.retokenize.token_bytes import UnsupportedTokenizerError
@@ -195,7 +196,7 @@ def test_a_stopped_job_goes_on_and_ends_like_one_that_was_not(
     source, student, rows, made, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(job, "_CHUNK_ENTRIES", 1)
-    convert, calls = job.make_converter, []
+    convert, calls = workers.make_converter, []
 
     def stopping(*args):
         real = convert(*args)
@@ -208,7 +209,7 @@ def test_a_stopped_job_goes_on_and_ends_like_one_that_was_not(
 
         return converted
 
-    monkeypatch.setattr(job, "make_converter", stopping)
+    monkeypatch.setattr(workers, "make_converter", stopping)
     config = configured(source, tmp_path / "out", student, rows)
     retokenize_stopped = retokenize(config)
     assert retokenize_stopped.num_traces == 4

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from teacher_cache.format import SECTIONS, Cache, CacheHeader, CachePath, Trace
 from teacher_cache.sources.tokenizer import TeacherTokenizer
-from teacher_cache.transform.retokenize.certificate import overall
 from teacher_cache.terminal.option import check_options, option
+from teacher_cache.transform.retokenize.certificate import overall
 
 _HISTOGRAM_EDGES = (1, 2, 3, 5, 9, 17, 33, 65, 129, 256)
 

@@ -127,3 +127,11 @@ def expand(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int
     rows = np.repeat(np.arange(len(counts)), counts)
     ends = np.cumsum(counts)
     return rows, np.arange(len(rows)) - (ends - counts)[rows]
+
+
+def summed(
+    rows: NDArray[np.int64], values: NDArray[np.float64], num_rows: int
+) -> NDArray[np.float64]:
+    """[num_rows] the sum of the values of each row; all of them may be none."""
+    sums: NDArray[np.float64] = np.bincount(rows, values, num_rows).astype(np.float64, copy=False)
+    return sums

@@ -46,6 +46,12 @@ class ByteTokenizer:
         backend.encode_special_tokens = True
         return backend
 
+    @cached_property
+    def _byte_ids(self) -> list[int]:
+        """SentencePiece's ids of single bytes; there are all of them, which was checked."""
+        ids = {name: number for number, name in enumerate(self.tokens.names)}
+        return [ids[f"<0x{byte:02X}>"] for byte in range(256)]
+
     @property
     def vocab_size(self) -> int:
         """Ids, those that are no text included."""
@@ -53,7 +59,8 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        (found,) = self._backend.encode_batch_fast([text], add_special_tokens=False)  # no offsets
+        ids: list[int] = found.ids
         return ids
 
     def encode_all(self, pieces: Sequence[bytes]) -> list[list[int]]:
@@ -104,7 +111,7 @@ class ByteTokenizer:
             if self.tokens.is_byte_level:
                 ids += self._word_ids(["".join(character_of_byte()[byte] for byte in data)])
             else:
-                ids += (self._backend.token_to_id(f"<0x{byte:02X}>") for byte in data)
+                ids += (self._byte_ids[byte] for byte in data)
         return ids
 
 

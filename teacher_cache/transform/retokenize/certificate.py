@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from teacher_cache.format import TraceInfo
-from teacher_cache.transform.retokenize.alignment import Batch
+from teacher_cache.transform.retokenize.alignment import Batch, summed
 from teacher_cache.transform.retokenize.distribution import Contributions
 
 FIELD = "retokenized"  # of a trace's own fields
@@ -82,11 +82,11 @@ def certify(
         shared = np.where(counted & batch.ends_on, log_own - np.log(found.path), 0.0)
 
     def total(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.bincount(of, values, num_responses)
+        return summed(of, values, num_responses)
 
     sizes, num_counted = total(np.ones(len(of))), total(counted.astype(float))
     num_rows, tails = total(found.has_row.astype(float)), total(found.tail)
-    teacher_sum = np.bincount(of[is_start], teacher, num_responses)
+    teacher_sum = summed(of[is_start], teacher, num_responses)
     own_sum, shared_sum = total(log_own), total(shared)
     return [
         Certificate(

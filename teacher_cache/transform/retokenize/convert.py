@@ -16,7 +16,7 @@ from teacher_cache.format import (
 )
 from teacher_cache.sources import BadRow, PromptRenderer, Reason, SourceTrace, find_sections
 from teacher_cache.sources.tokenizer import TeacherTokenizer
-from teacher_cache.transform.retokenize.alignment import Batch, Response, align
+from teacher_cache.transform.retokenize.alignment import Response, align
 from teacher_cache.transform.retokenize.byte_tokenizer import ByteTokenizer
 from teacher_cache.transform.retokenize.certificate import FIELD, Certificate, certify
 from teacher_cache.transform.retokenize.distribution import Derivation

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.transform.retokenize.alignment import Batch, expand
+from teacher_cache.transform.retokenize.alignment import Batch, expand, summed
 from teacher_cache.transform.retokenize.joints import NONE, Joints
 from teacher_cache.transform.retokenize.token_bytes import special_of
 
@@ -90,7 +90,7 @@ class Derivation:
         probs = batch.entry_probs[level.entry]
 
         def total(chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
-            return np.bincount(level.row[chosen], probs[chosen], num_rows)
+            return summed(level.row[chosen], probs[chosen], num_rows)
 
         is_other = ~level.is_realised & ~level.is_out & ~level.is_open
         excluded = total(is_other & (level.merged != NONE))
@@ -129,7 +129,7 @@ class Derivation:
             tail = tail + inner.tail
         row, token, mass = np.concatenate(rows), np.concatenate(tokens), np.concatenate(masses)
         told = token != NONE
-        tail = tail + np.bincount(row[~told], mass[~told], num_rows)
+        tail = tail + summed(row[~told], mass[~told], num_rows)
         is_kept = told & has_row[row]
         row, token, mass = row[is_kept], token[is_kept].astype(np.int64), mass[is_kept]
         is_plain = (batch.last == batch.level) & (batch.depth == 0) & (excluded == 0)
@@ -229,7 +229,7 @@ class Derivation:
         row = rows[of_row]
         level = batch.level[row] + 1 + step
         reach = np.exp(log_realised[level] - log_realised[batch.level[row]])
-        tail = np.bincount(row, reach * batch.tail[level], len(has_row))
+        tail = summed(row, reach * batch.tail[level], len(has_row))
         num_bytes = batch.teacher_starts[level] - batch.student_starts[row]
         pairs = zip(batch.student_ids[row].tolist(), num_bytes.tolist(), strict=True)
         left = self._joints.left_of([self._student[token][:length] for token, length in pairs])

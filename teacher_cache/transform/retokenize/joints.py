@@ -233,11 +233,10 @@ class _Right:
         id_of = {name: number for number, name in enumerate(student.tokens.names) if name}
         same = {}  # the teacher's id -> the student's, where their names and bytes agree
         for number, name in enumerate(teacher.tokens.names):
-            token = id_of.get(name, NONE)
-            text = self.strings[number]
-            if token != NONE and self.first[number] != token and text:
-                if student.tokens.of_id[token] == text:
-                    same[number] = token
+            token, text = id_of.get(name, NONE), self.strings[number]
+            is_namesake = token != NONE and text and student.tokens.of_id[token] == text
+            if is_namesake and self.first[number] != token:
+                same[number] = token
         written = teacher.encode_all([self.strings[number] for number in same])
         for (number, token), ids in zip(same.items(), written, strict=True):
             if ids != [number]:

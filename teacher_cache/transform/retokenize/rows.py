@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from teacher_cache.format import LOGIT_GRID, TAIL_FLOOR, KeepPolicy
 from teacher_cache.format.codec import MAX_GAP, logit_codes, round_to_bfloat16
+from teacher_cache.transform.retokenize.alignment import summed
 from teacher_cache.transform.retokenize.distribution import Contributions
 
 _PLACE_BITS, _TOKEN_BITS = 25, 20
@@ -65,7 +66,7 @@ def keep(found: Contributions, realised: NDArray[np.int64], policy: KeepPolicy) 
     is_own = token == realised[row]
     is_kept = (number < policy.top_k) & (found.is_plain[row] | (before < policy.mass))
     is_kept |= is_own
-    cut = np.bincount(row, mass * ~is_kept, num_rows)
+    cut = summed(row, mass * ~is_kept, num_rows)
     own = np.zeros(num_rows)
     own[row[is_own]] = mass[is_own]
     tail = found.tail + cut

@@ -4,26 +4,16 @@ Made from the cache alone, without the teacher's weights and without a GPU: ever
 carried over byte by byte (see `distribution`). The result is an ordinary cache.
 """
 
-import itertools
 import logging
-import os
-import signal
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 from teacher_cache.format import (
     Cache,
-    CacheError,
-    CacheHeader,
     CacheMismatchError,
     CacheWriter,
-    FinishedTrace,
     compact_journals,
     open_cache,
     open_store,
@@ -31,23 +21,19 @@ from teacher_cache.format import (
     seal_cache,
     shown,
 )
-from teacher_cache.sources import Input, PromptRenderer, Rejects, RowColumns, SourceError
-from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer
-from teacher_cache.sources.turn_layout import GivenMarks
+from teacher_cache.sources import Input, Rejects, SourceError
 from teacher_cache.terminal.capture_progress import CaptureProgress
 from teacher_cache.terminal.stop_signals import Stopped, stop_signals
-from teacher_cache.transform.retokenize.byte_tokenizer import ByteTokenizer
 from teacher_cache.transform.retokenize.certificate import overall
 from teacher_cache.transform.retokenize.configs import RetokenizeConfig
-from teacher_cache.transform.retokenize.convert import Converter, Rejected, Task
+from teacher_cache.transform.retokenize.convert import Rejected, Task
+from teacher_cache.transform.retokenize.loading import student_header
 from teacher_cache.transform.retokenize.prompts import PromptRows, Prompts
-from teacher_cache.transform.retokenize.rows import MAX_VOCABULARY
-from teacher_cache.transform.retokenize.vocabularies import share_vocabularies
+from teacher_cache.transform.retokenize.workers import Workers
 
 logger = logging.getLogger(__name__)
 
 _CHUNK_ENTRIES = 400_000  # converted at once: 100 MB at work, and arrays that a cache still holds
-_NO_LIMIT = 1 << 31  # of a prompt: the response is given, whatever the student's context
 
 
 @dataclass(frozen=True)
@@ -84,7 +70,7 @@ def retokenize(config: RetokenizeConfig) -> RetokenizeReport:
         OSError: If the cache cannot be written; what was finished before is kept.
     """
     source = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
-    header = _student_header(config, source)
+    header = student_header(config, source)
     origin = {"retokenized_from": source.fingerprint}
     manifest = read_manifest(config.out)
     if manifest is not None and manifest.seal is None:
@@ -112,91 +98,9 @@ def retokenize(config: RetokenizeConfig) -> RetokenizeReport:
     return report
 
 
-def _student_files(config: RetokenizeConfig) -> ModelFiles:
-    return ModelFiles(config.student, config.student_revision)
-
-
-def _student_chat(config: RetokenizeConfig) -> TeacherTokenizer:
-    marks = None
-    if config.think_open is not None and config.think_close is not None:
-        opener, joint = (m.replace("\\n", "\n") for m in (config.think_open, config.think_close))
-        marks = GivenMarks(opener, joint)
-    return TeacherTokenizer(_student_files(config), config.template_arg, marks)
-
-
-def _student_header(config: RetokenizeConfig, source: Cache) -> CacheHeader:
-    """The source's header, with all that is said of tokens the student's."""
-    files, chat = _student_files(config), _student_chat(config)
-    before = source.header
-    if before.derived is not None:
-        raise CacheMismatchError(
-            f"{source.path}: was carried over from another tokenizer itself; start from the cache "
-            f"that it was made from ({before.derived.get('fingerprint')})"
-        )
-    layout = chat.layout()
-    mark_ids = (
-        ((), ())
-        if layout.marks is None
-        else tuple(tuple(chat.encode(mark)) for mark in (layout.marks.open, layout.marks.close))
-    )
-    return replace(
-        before,
-        vocab_size=max(files.vocab_size(), chat.size),
-        tokenizer_size=chat.size,
-        tokenizer_fingerprint=chat.fingerprint,
-        chat_template_hash=chat.template_hash,
-        think_open_ids=mark_ids[0],
-        think_close_ids=mark_ids[1],
-        terminal_token_ids=chat.terminal_ids,
-        capture_prompt=False,
-        derived={
-            "fingerprint": source.fingerprint,
-            "tokenizer_fingerprint": before.tokenizer_fingerprint,
-            "vocab_size": before.vocab_size,
-            "student": files.name,
-        },
-    )
-
-
 def _as_json(config: RetokenizeConfig) -> dict[str, object]:
     values = {**asdict(config), "cache": shown(config.cache), "out": shown(config.out)}
     return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
-
-
-def make_converter(config: RetokenizeConfig, source: CacheHeader) -> Converter:
-    """Load both tokenizers.
-
-    Args:
-        config: Names them.
-        source: Header of the teacher's cache.
-
-    Raises:
-        CacheMismatchError: If the teacher's tokenizer is not the cache's.
-        UnsupportedTokenizerError: If one of them cannot be carried over.
-    """
-    where = config.teacher or source.teacher
-    files = ModelFiles(where, source.teacher_revision if config.teacher is None else None)
-    own = TeacherTokenizer(files, {})
-    if own.fingerprint != source.tokenizer_fingerprint:
-        raise CacheMismatchError(
-            f"teacher {where!r}: has another tokenizer than the cache was captured with; name the "
-            "folder of the right one with --teacher"
-        )
-    teacher = ByteTokenizer(own.definition, f"teacher {where!r}")
-    chat = _student_chat(config)
-    student = ByteTokenizer(chat.definition, f"student {config.student!r}")
-    vocab_size = max(_student_files(config).vocab_size(), chat.size)
-    if vocab_size > MAX_VOCABULARY:
-        raise ValueError(f"student: at most {MAX_VOCABULARY:,} ids, got {vocab_size:,}")
-    columns = RowColumns(
-        id_field=config.id_field,
-        prompt_field=config.prompt_field,
-        drop_system=config.drop_system,
-        apply_chat_template=config.apply_chat_template,
-    )
-    render = PromptRenderer(chat, _NO_LIMIT, vocab_size, columns)
-    words = share_vocabularies(teacher, source, student, chat)
-    return Converter(source, teacher, student, words, chat, render)
 
 
 def _run(config: RetokenizeConfig, source: Cache, writer: CacheWriter) -> RetokenizeReport:
@@ -210,7 +114,7 @@ def _run(config: RetokenizeConfig, source: Cache, writer: CacheWriter) -> Retoke
     stopped_by = None
     with ExitStack() as stack:
         prompts = stack.enter_context(PromptRows(given, config.id_field, missing, rejects))
-        convert = stack.enter_context(_Workers(config, source.header))
+        convert = stack.enter_context(Workers(config, source.header))
         progress = stack.enter_context(CaptureProgress(len(missing), doing="carried over"))
         switch = stack.enter_context(stop_signals())
         try:
@@ -255,62 +159,3 @@ def _chunks(source: Cache, missing: set[str], prompts: Prompts) -> Iterator[list
             chunk.append(task)
             num_entries += trace.num_entries
         yield chunk
-
-
-class _Workers:
-    """Converts chunks in other processes, or in this one where there is one core."""
-
-    def __init__(self, config: RetokenizeConfig, source: CacheHeader) -> None:
-        """Start them; this process reads the tokenizers too, so that errors are said plainly."""
-        self._num = config.processes or len(os.sched_getaffinity(0))
-        self._convert = make_converter(config, source)
-        self._pool: ProcessPoolExecutor | None = None
-        if self._num > 1:
-            self._pool = ProcessPoolExecutor(
-                self._num,
-                mp_context=get_context("spawn"),
-                initializer=_start_worker,
-                initargs=(config, source),
-            )
-
-    def __enter__(self) -> "Callable[[Iterator[list[Task]]], Iterator[FinishedTrace | Rejected]]":
-        return self._converted
-
-    def __exit__(self, *exception: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def _converted(self, chunks: Iterator[list[Task]]) -> Iterator[FinishedTrace | Rejected]:
-        if self._pool is None:
-            for chunk in chunks:
-                yield from self._convert(chunk)
-            return
-        waiting: deque[Future[list[FinishedTrace | Rejected]]] = deque()
-        try:
-            for chunk in itertools.chain(chunks, [None] * (2 * self._num)):
-                if chunk is not None:
-                    waiting.append(self._pool.submit(_convert, chunk))
-                if waiting and (chunk is None or len(waiting) >= 2 * self._num):
-                    yield from waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise CacheError(
-                "a process that was converting traces has died, probably for lack of memory; what "
-                "is finished is kept. Run again with fewer --processes"
-            ) from error
-
-
-_converter: Converter | None = None  # of this process
-
-
-def _start_worker(config: RetokenizeConfig, source: CacheHeader) -> None:
-    global _converter  # noqa: PLW0603  # an initializer has no other way to leave something behind
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
-    _converter = make_converter(config, source)
-
-
-def _convert(tasks: list[Task]) -> list[FinishedTrace | Rejected]:
-    if _converter is None:
-        raise RuntimeError("the process was not started by _start_worker")
-    return _converter(tasks)

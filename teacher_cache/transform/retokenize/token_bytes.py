@@ -121,11 +121,8 @@ def check_normalizer(normalizer: dict[str, Any] | None, where: str) -> None:
 
 
 def _writes_spaces(normalizer: dict[str, Any]) -> bool:
-    return (
-        normalizer["type"] == "Replace"
-        and normalizer["pattern"] == {"String": " "}
-        and normalizer["content"] == SPACE_MARK
-    )
+    known = ("Replace", {"String": " "}, SPACE_MARK)
+    return tuple(normalizer.get(key) for key in ("type", "pattern", "content")) == known
 
 
 def for_continuation(definition: str) -> str:
