@@ -12,7 +12,7 @@ from toy_tokenizers import train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import student_train.cli
-from teacher_cache.cli import cli
+from teacher_cache.cli.group import cli
 from teacher_cache.engines import EngineError
 from teacher_cache.format import (
     CacheMismatchError,
