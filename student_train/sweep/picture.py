@@ -143,10 +143,12 @@ def _name_points(axes: Axes, points: Sequence[tuple[float, Group]]) -> None:
         while any(abs(y - height) < line for y in near):
             height += 0.1 * line
         placed.append((share, height))
-        axes.annotate(
+        name = axes.annotate(
             short_label(group), (share, group.mean_accuracy), (share + 0.03 * right, height),
             va="center", fontsize=8, color=_COLOURS.get(group.kind, "tab:cyan"),
-        ).set_in_layout(False)  # fmt: skip
+        )  # fmt: skip
+        name.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})
+        name.set_in_layout(False)
 
 
 def _draw_all(axes: Axes, groups: Sequence[Group]) -> None:
