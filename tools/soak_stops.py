@@ -88,7 +88,7 @@ class Moment:
         line: What the command says when it is there; empty to wait `delay_s` from its start.
         delay_s: Further wait.
         with_child: Whether it has children then, that a signal may go to.
-        finishes: Whether work at the moment is ended first: then it may take _HELD_S longer.
+        num_holds: How often work that is ended first is held; each adds _HELD_S to the limit.
     """
 
     command: tuple[str, ...]
@@ -97,7 +97,7 @@ class Moment:
     line: str = ""
     delay_s: float = 0.0
     with_child: bool = False
-    finishes: bool = False
+    num_holds: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def stop(moment: Moment, signal_name: str, to: str, folder: Path) -> Stop:
     after = said.read_text(errors="replace")[len(before) :].splitlines()
     lines = tuple(line for line in after if line != AT_THE_MOMENT)
     expected = {"INT": 130, "TERM": 143, "KILL": -9}[signal_name] if to != "child" else 1
-    limit_s = LIMIT_S + _HELD_S * moment.finishes
+    limit_s = LIMIT_S + _HELD_S * moment.num_holds
     is_right = (
         code == expected and seconds <= limit_s and not left and len(lines) <= MAX_LINES
         and "Traceback" not in "".join(lines)
@@ -241,7 +241,7 @@ def moments(parts: Path) -> list[Moment]:
         Moment(small, "generating", "teacher_cache.engines.transformers:check_rows"),
         Moment(
             small, "keeping a trace", "teacher_cache.capture.worker_loop:finished_trace",
-            finishes=True,
+            num_holds=1,
         ),
         Moment(small, "compaction", "teacher_cache.format.writing.compaction:encode_shard"),
         Moment(small, "seal", "teacher_cache.format.writing.sealing:make_seal"),
@@ -262,10 +262,10 @@ def moments(parts: Path) -> list[Moment]:
         Moment(run, "first import", "teacher_cache.terminal.entry"),
         Moment(run, "heavy imports", "torch"),
         Moment(run, "loading", "student_train.run.inputs:load_model"),
-        Moment(run, "first step", "student_train.run.loop:micro_batches", finishes=True),
+        Moment(run, "first step", "student_train.run.loop:micro_batches", num_holds=1),
         Moment(
             (*run, "--save-every", "1"), "checkpoint", "student_train.run.checkpoint:_save",
-            finishes=True,
+            num_holds=2,
         ),
         Moment(run, "student", "student_train.run.finish:save_student"),
         Moment(evaluate, "heavy imports", "transformers"),

@@ -125,11 +125,14 @@ def _take_steps(run: Run) -> None:
             # Every save_every steps, after the last, when asked to stop, and where it is the best.
             is_best = config.select == "heldout" and state.best_step == state.step
             is_turn = _is_turn(state.step, config.save_every)
-            if is_end or is_turn or is_best or totals.is_asked_to_stop:
+            is_asked_to_stop = totals.is_asked_to_stop
+            if is_end or is_turn or is_best or is_asked_to_stop:
                 _save_checkpoint(run)
+                # What came meanwhile; other processes agree on it in the next step.
+                is_asked_to_stop |= stop.signum is not None and accelerator.num_processes == 1
             if is_end:
                 break
-            if totals.is_asked_to_stop:
+            if is_asked_to_stop:
                 accelerator.end_training()  # trackers write what they hold
                 raise InterruptedRunError(
                     f"stopped after step {state.step:,} of {run.num_steps:,}; a checkpoint is in "
