@@ -150,6 +150,14 @@ def test_the_cache_is_an_ordinary_one_in_the_students_tokens(made, source, stude
         assert trace.k[trace.cot_start :].astype(bool).mean() > 0.6
 
 
+def test_messages_that_the_cache_holds_need_no_rows(made, source, student, rows, tmp_path):
+    config = RetokenizeConfig(cache=source, out=str(tmp_path / "out"), student=student, processes=1)
+    assert retokenize(config).num_traces == 12
+    given, held = traces_of(made[1]), traces_of(str(tmp_path / "out"))
+    for name, trace in given.items():
+        np.testing.assert_array_equal(trace.token_ids, held[name].token_ids)
+
+
 def test_its_certificate_is_stored_shown_and_usable_as_a_condition(made, student, tmp_path):
     report, out = made
     found = [trace.fields["retokenized"] for trace in traces_of(out).values()]

@@ -34,10 +34,13 @@ class RetokenizeConfig:
         group="Student",
         help="Text that the student writes between chain of thought and answer, likewise.",
     )
-    rows: Path = option(
-        "File, folder or hub id of the rows that were captured, for their messages.",
+    rows: Path | None = option(
+        "File, folder or hub id of the rows that were captured, for caches that do not hold what "
+        "was asked.",
+        default=None,
         group="Input",
         basic=True,
+        unset="what the cache holds of it",
     )
     id_field: str = same_option(CaptureConfig, "id_field")
     prompt_field: str | None = same_option(CaptureConfig, "prompt_field")

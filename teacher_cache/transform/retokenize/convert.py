@@ -96,7 +96,9 @@ class Converter:
     def _prepared(self, task: Task) -> tuple[Task, SourceTrace, Response]:
         trace = task.trace
         if task.row is None:
-            raise BadRow(Reason.NO_ROW, "no row of this id: its messages are not known")
+            raise BadRow(
+                Reason.NO_ROW, "what it was asked is not known; give the rows with --rows, by id"
+            )
         if FIELD in trace.fields:
             raise BadRow(
                 Reason.FIELD_RESERVED, f"it has a field {FIELD!r} already: it is derived itself"
@@ -135,6 +137,7 @@ class Converter:
             content_hash([task.source_hash, list(prompt.token_ids)]),
             num_clamped_tails=int(rows.is_clamped_tail.sum()),
             num_clamped_logits=int(rows.num_clamped_logits.sum()),
+            messages=prompt.messages,
         )
 
     def _whole_length(self, source: Trace, num_tokens: int) -> int:

@@ -52,6 +52,11 @@ def student_header(config: RetokenizeConfig, source: Cache) -> CacheHeader:
         think_close_ids=mark_ids[1],
         terminal_token_ids=chat.terminal_ids,
         capture_prompt=False,
+        chat_template=chat.template.text,
+        chat_template_args=chat.template.arguments or None,
+        special_tokens=chat.special_tokens or None,
+        added_tokens=chat.added_tokens or None,
+        turn_layout=layout.to_json(),
         derived={
             "fingerprint": source.fingerprint,
             "tokenizer_fingerprint": before.tokenizer_fingerprint,

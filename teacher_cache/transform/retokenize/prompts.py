@@ -1,12 +1,14 @@
-"""Where the prompts of a cache's traces come from: the user's rows, by id."""
+"""Where the prompts of a cache's traces come from: the cache itself, or the user's rows by id."""
 
 import json
 import re
 import sqlite3
 from collections.abc import Set as AbstractSet
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
+from teacher_cache.format import Cache
 from teacher_cache.sources.files import Input
 from teacher_cache.sources.input_traces import row_values
 from teacher_cache.sources.rejects import BadRow, Reason, Rejects
@@ -21,6 +23,18 @@ class Prompts(Protocol):
     def row_of(self, trace_id: str) -> dict[str, Any] | None:
         """The row that a trace was made from; None where it is not known."""
         ...
+
+
+@dataclass(frozen=True)
+class CachedPrompts:
+    """The messages that a capture keeps beside its traces."""
+
+    cache: Cache
+
+    def row_of(self, trace_id: str) -> dict[str, Any] | None:
+        """What a trace was asked; None of caches of before, and of prompts that were text."""
+        asked = self.cache.messages(trace_id)
+        return None if asked is None else dict(asked)
 
 
 class PromptRows:

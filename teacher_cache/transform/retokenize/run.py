@@ -28,7 +28,7 @@ from teacher_cache.transform.retokenize.certificate import overall
 from teacher_cache.transform.retokenize.configs import RetokenizeConfig
 from teacher_cache.transform.retokenize.convert import Rejected, Task
 from teacher_cache.transform.retokenize.loading import student_header
-from teacher_cache.transform.retokenize.prompts import PromptRows, Prompts
+from teacher_cache.transform.retokenize.prompts import CachedPrompts, PromptRows, Prompts
 from teacher_cache.transform.retokenize.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -110,10 +110,12 @@ def _run(config: RetokenizeConfig, source: Cache, writer: CacheWriter) -> Retoke
     num_present = len(names) - len(missing)
     if not missing or writer.sealed:
         return RetokenizeReport(0, 0, num_present, rejects, None, 0.0)
-    given = Input(config.rows, config.dataset_config, config.split)
     stopped_by = None
     with ExitStack() as stack:
-        prompts = stack.enter_context(PromptRows(given, config.id_field, missing, rejects))
+        prompts: Prompts = CachedPrompts(source)
+        if config.rows is not None:
+            given = Input(config.rows, config.dataset_config, config.split)
+            prompts = stack.enter_context(PromptRows(given, config.id_field, missing, rejects))
         convert = stack.enter_context(Workers(config, source.header))
         progress = stack.enter_context(CaptureProgress(len(missing), doing="carried over"))
         switch = stack.enter_context(stop_signals())
