@@ -48,7 +48,7 @@ def check_schema(found: pa.Schema, header: CacheHeader, where: str) -> None:
     """
     narrow, wide = (shard_schema(header, wide_ids=wide) for wide in (False, True))
     for field in narrow:
-        position = found.get_field_index(field.name)  # -1 where absent or there twice
+        position = found.get_field_index(field.name)  # -1 if missing or duplicate
         if position < 0:
             raise CacheFormatError(f"{where}: expected one column {field.name!r}, not found")
         kind = found.field(position).type

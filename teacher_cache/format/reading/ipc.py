@@ -83,7 +83,7 @@ def declared_bytes(stream: memoryview, num_record_batches: int) -> int:
 def _decompressed(batch: _Table, body: memoryview) -> int:
     buffers = batch.field(2)
     if batch.field(3) is None or buffers is None:
-        return 0  # not compressed: used where it stands
+        return 0  # not compressed: used in place
     place = buffers + _unsigned(batch.data, buffers)
     total = 0
     for number in range(_unsigned(batch.data, place)):
