@@ -225,12 +225,29 @@ def test_reference_draws_from_the_nucleus_of_the_top_k_and_from_all_of_it():
             nucleus.add(token)
         mass += prob / sum(probs.values())
     drawn = [
-        transformers_engine._draw(logits, sampling, torch.Generator().manual_seed(seed))
+        transformers_engine._draw(logits, [], sampling, torch.Generator().manual_seed(seed))
         for seed in range(2000)
     ]
     assert nucleus == set(drawn) == {1, 4, 2}
     share = probs[1] / sum(probs[token] for token in nucleus)
     assert abs(drawn.count(1) / 2000 - share) < 0.05  # 4.5 standard errors
+
+
+def test_reference_draws_what_min_p_and_the_penalty_leave():
+    logits = torch.tensor([0.5, 3.0, 2.0, -1.0, 2.5, 1.0])
+
+    def drawn(tokens=(), **changes):
+        sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, **changes)
+        return {
+            transformers_engine._draw(logits, tokens, sampling, torch.Generator().manual_seed(n))
+            for n in range(500)
+        }
+
+    least = np.exp(2.0 - 3.0)  # of token 2, beside the most probable one
+    assert drawn(min_p=float(least) * 0.99) == {1, 4, 2}
+    assert drawn(min_p=float(least) * 1.01) == {1, 4}
+    # Logits 3 and 2.5 become 0.03 and 0.025: the least but for -1, and -1 becomes -100.
+    assert drawn([1, 4, 3], repetition_penalty=100.0, min_p=0.2) == {0, 2, 5}
 
 
 def test_half_precision_teacher_with_shared_embeddings_has_float32_logits(tmp_path):

@@ -55,7 +55,7 @@ def find_sections(
     if opened_at is not None:
         return opened_at, len(ids) if closed < 0 else num_prompt + closed
     head = tokenizer.decode(response[: closed if closed >= 0 else _HEAD_TOKENS]).lstrip()
-    if head.startswith(marks.open.lstrip()):
+    if marks.open and head.startswith(marks.open.lstrip()):
         return num_prompt, len(ids) if closed < 0 else num_prompt + closed
     if closed >= 0 and not marks.is_channel and marks.open not in head:
         return num_prompt, num_prompt + closed
