@@ -303,6 +303,8 @@ def test_traces_that_cannot_be_carried_over_are_counted_with_an_example(source, 
     listed = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert {line["id"]: line["reason"] for line in listed} == {"r1": "text-changes", "?": "no-row"}
     assert traces_of(str(out)).keys() == {"r2"}
+    assert retokenize(configured(str(part), out, composing, rows)).num_present == 1
+    assert (out / "rejects.jsonl").exists()
 
 
 def test_a_job_without_any_usable_trace_says_why(source, student, tmp_path):

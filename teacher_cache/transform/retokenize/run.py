@@ -84,6 +84,7 @@ def retokenize(config: RetokenizeConfig) -> RetokenizeReport:
             )
         report = _run(config, source, writer)
         if report.stopped_by is None and not writer.sealed:
+            report.rejects.publish(open_store(config.out), "rejects.jsonl")
             if not writer.finished():
                 raise SourceError(
                     f"{source.path}: no trace can be carried over: {report.rejects.most_frequent()}"
@@ -91,7 +92,6 @@ def retokenize(config: RetokenizeConfig) -> RetokenizeReport:
             writer.finish()
     if report.stopped_by is None:
         seal_cache(config.out, journal=config.journal)
-        report.rejects.publish(open_store(config.out), "rejects.jsonl")
         made = open_cache(config.out)
         infos = (made.shards[shard].traces[row] for shard, row in made.traces)
         report = replace(report, figures=overall(infos))

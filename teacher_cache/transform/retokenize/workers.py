@@ -40,8 +40,8 @@ class Workers:
 
     def _converted(self, chunks: Iterator[list[Task]]) -> Iterator[FinishedTrace | Rejected]:
         if self._pool is None:
-            for chunk in chunks:
-                yield from self._convert(chunk)
+            for tasks in chunks:
+                yield from self._convert(tasks)
             return
         waiting: deque[Future[list[FinishedTrace | Rejected]]] = deque()
         try:
