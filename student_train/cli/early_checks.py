@@ -1,6 +1,7 @@
 """What train-student refuses before torch is imported: it costs half a second instead of ten."""
 
 from itertools import islice
+from pathlib import Path
 
 from student_train.evaluation.config import EvaluateConfig
 from student_train.evaluation.prompts import read_prompts
@@ -8,12 +9,15 @@ from student_train.profile.config import ProfileConfig
 from student_train.run.config import TrainConfig
 from student_train.run.folder import RunFolder
 from student_train.sweep.config import SweepConfig
+from teacher_cache.sources.files import Input
 from teacher_cache.terminal.early_checks import (
     check_cache,
+    check_hub_name,
     check_model,
     check_out_file,
     check_out_folder,
     check_wandb_login,
+    near_path,
 )
 
 
@@ -31,8 +35,8 @@ def check_run(config: TrainConfig) -> None:
     check_model(config.student, "--student")
     if config.live_teacher is not None:
         check_model(config.live_teacher, "--live-teacher")
-    RunFolder(config.out)
     check_out_folder(config.out)
+    RunFolder(config.out)
     if config.tracker == "wandb":
         check_wandb_login()
 
@@ -52,6 +56,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
         check_cache(config.cache, "--cache")
     if config.completions is not None:
         check_out_file(config.completions, "--completions", force=True)
+    _check_prompts(config.prompts, "--prompts")
     for _ in islice(read_prompts(config.prompts, config.group_by), config.limit):
         pass  # reading is checking
 
@@ -63,5 +68,13 @@ def check_sweep(config: SweepConfig) -> None:
         check_cache(config.heldout_cache, "--heldout-cache")
     check_model(config.student, "--student")
     check_out_folder(config.out)
+    _check_prompts(config.eval_prompts, "--eval-prompts")
     for _ in read_prompts(config.eval_prompts, config.eval_options.get("group_by")):
         pass
+
+
+def _check_prompts(path: Path, flag: str) -> None:
+    rows = Input(path)
+    rows.check_exists(near_path(path))
+    if rows.may_be_hub_id:
+        check_hub_name(str(path), flag, "datasets")

@@ -10,6 +10,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from student_train.evaluation.completions import Completion
 from student_train.evaluation.config import EvaluateConfig
 from student_train.evaluation.requests import Request, draw_seed
+from teacher_cache.terminal.messages import others_into_log
+from teacher_cache.terminal.progress import Progress
 
 
 def generate_with_vllm(
@@ -35,8 +37,9 @@ def generate_with_vllm(
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # "auto" leaves a core unused
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM, SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    with Progress("loading vLLM"), others_into_log():
+        from vllm import LLM, SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
     settings: dict[str, Any] = {
         "max_model_len": max(len(each.ids) + each.num_new_tokens for each in requests),
@@ -48,7 +51,8 @@ def generate_with_vllm(
     }
     if not torch.cuda.is_available():  # compiling takes longer than small models run
         settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
-    engine = LLM(model=config.model, disable_log_stats=True, **settings).llm_engine
+    with Progress(f"starting vLLM for {config.model}"), others_into_log():
+        engine = LLM(model=config.model, disable_log_stats=True, **settings).llm_engine
     asked: dict[str, tuple[int, int]] = {}
     for sample in range(config.samples_per_prompt):
         for prompt, request in enumerate(requests):

@@ -1,5 +1,6 @@
 """One training run, from an open cache to a finished student, to be read from top to bottom."""
 
+import logging
 import math
 import signal
 
@@ -24,6 +25,8 @@ from student_train.run.step import (
     global_counts,
 )
 from teacher_cache.terminal.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -113,6 +116,8 @@ def _take_steps(run: Run) -> None:
             if run.validation is not None and (is_end or _is_turn(state.step, config.eval_every)):
                 heldout = run.validation.measure()
                 state.note_heldout(heldout["heldout_kl"])
+                if accelerator.is_main_process:
+                    logger.info("step %d: held-out KL %.4f", state.step, heldout["heldout_kl"])
 
             # Every log_every steps, after the last, and where held-out traces were measured.
             if is_end or heldout or _is_turn(state.step, config.log_every):

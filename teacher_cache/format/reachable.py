@@ -40,6 +40,10 @@ def _server_of(uri: str) -> tuple[str, int] | None:
         return None
     if parts.scheme == "hdfs":
         return (parts.hostname, parts.port or 8020) if parts.hostname else None
+    if parts.scheme == "hf":
+        hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+        port = hub.port or (80 if hub.scheme == "http" else 443)
+        return (hub.hostname, port) if hub.hostname else None
     if parts.scheme not in ("s3", "gs", "gcs"):
         return None
     options = {name: values[0] for name, values in parse_qs(parts.query).items()}

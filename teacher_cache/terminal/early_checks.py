@@ -14,8 +14,9 @@ import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
-from teacher_cache.format import CachePath
+from teacher_cache.format import CachePath, shown
 from teacher_cache.format.manifest import JOURNAL_FOLDER, MANIFEST_NAME, SHARD_FOLDER
+from teacher_cache.format.reachable import check_reachable
 from teacher_cache.format.shares import PARTS_FOLDER
 from teacher_cache.terminal.escape import printable
 
@@ -38,9 +39,12 @@ def check_file(path: Path, flag: str) -> None:
 
 
 def check_cache(path: CachePath, flag: str = "cache") -> None:
-    """Refuse a local folder that is no cache; of a URI nothing is known yet."""
+    """Refuse a local folder that is no cache, or a URI that nobody answers at."""
     text = os.fspath(path)
-    if "://" in text or any((Path(text) / n).exists() for n in (MANIFEST_NAME, SHARD_FOLDER)):
+    if "://" in text:
+        check_reachable(text, shown(text))
+        return
+    if any((Path(text) / n).exists() for n in (MANIFEST_NAME, SHARD_FOLDER)):
         return
     folder = Path(text)
     found = "a file" if folder.is_file() else "a folder without cache.json"
