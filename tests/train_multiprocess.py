@@ -43,4 +43,3 @@ def sharded_run(rank, world_size, port, config, stop_at):
         loop.train(config)
     except InterruptedRunError:
         assert stop_at is not None
-        dist.destroy_process_group()
