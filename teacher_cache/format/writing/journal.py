@@ -1,7 +1,7 @@
 """The journal: finished traces of one worker, one zstandard frame each, until they fill a shard.
 
-The first frame holds the header's fingerprint. Bytes outside whole frames (at the end after a crash,
-in the middle after a power cut) are left out and reported; every whole frame is kept.
+The first frame holds the header's fingerprint. Bytes outside whole frames (at the end after a
+crash, in the middle after a power cut) are left out and reported; every whole frame is kept.
 """
 
 import errno
