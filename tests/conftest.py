@@ -1,6 +1,13 @@
-"""What every test file shares: the group of tests that need vLLM."""
+"""What test files share: the group of tests that need vLLM, and captures by a table."""
+
+import json
 
 import pytest
+from captures import VOCAB_SIZE, TableTeacher, write_prompts
+from small_teachers import CHAT, make_teacher
+
+from teacher_cache.capture import prepare
+from teacher_cache.capture.configs import GenerateConfig
 
 
 def pytest_addoption(parser):
@@ -23,3 +30,32 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.getoption("--without-vllm"):
         number = len(terminalreporter.stats.get("deselected", []))
         terminalreporter.write_line(f"left out with --without-vllm: {number} tests")
+
+
+@pytest.fixture(scope="module")
+def table_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_teacher(folder, CHAT)
+    settings = {"model_type": "qwen3", "vocab_size": VOCAB_SIZE, "max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Requests that teachers got; `asked.teacher` changes how the next one behaves."""
+
+    class Asked(list):
+        teacher = TableTeacher
+
+    requests = Asked()
+    monkeypatch.setattr(prepare, "_start", lambda *_: requests.teacher(requests))
+    return requests
+
+
+@pytest.fixture
+def capture_config(table_model, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 6)
+    return GenerateConfig(
+        model=table_model, prompts=prompts, out=tmp_path / "cache", top_k=8, max_new_tokens=20
+    )

@@ -5,15 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from captures import VOCAB_SIZE, TableTeacher, row_over
 from click.testing import CliRunner
-from test_capture import (  # noqa: F401 (fixtures)
-    VOCAB_SIZE,
-    TableTeacher,
-    asked,
-    config,
-    model,
-    row_over,
-)
 
 from teacher_cache.capture.generate import generate
 from teacher_cache.cli.group import cli
@@ -48,10 +41,10 @@ class WideTable(TableTeacher):
 
 
 @pytest.fixture
-def captured(config, asked):  # noqa: F811
+def captured(capture_config, asked):
     """A cache of the table, and how to audit it."""
-    generate(replace(config, capture_prompt=True, mass=0.9))
-    return AuditConfig(cache=str(config.out), model=config.model)
+    generate(replace(capture_config, capture_prompt=True, mass=0.9))
+    return AuditConfig(cache=str(capture_config.out), model=capture_config.model)
 
 
 @pytest.fixture
@@ -88,13 +81,13 @@ def test_a_cache_of_this_teacher_passes_at_the_error_of_its_grid(captured, live)
 
 
 def test_another_distribution_fails(captured, live):
-    live.teacher = lambda asked: teacher_with(asked, sharpness=1.2)  # noqa: F811
+    live.teacher = lambda asked: teacher_with(asked, sharpness=1.2)
     found = audit(captured)
     assert not found.passed
     assert found.top1_agreement == 1  # of which this alone would say nothing
 
 
-def teacher_with(asked, **attributes):  # noqa: F811
+def teacher_with(asked, **attributes):
     teacher = WideTable(asked)
     vars(teacher).update(attributes)
     return teacher
@@ -102,7 +95,7 @@ def teacher_with(asked, **attributes):  # noqa: F811
 
 @pytest.mark.parametrize(("moved_by", "said"), [(1, "before"), (-1, "after")])
 def test_rows_that_are_off_by_one_are_called_so(captured, live, moved_by, said):
-    live.teacher = lambda asked: teacher_with(asked, moved_by=moved_by)  # noqa: F811
+    live.teacher = lambda asked: teacher_with(asked, moved_by=moved_by)
     with pytest.raises(CacheMismatchError, match=f"those of the token {said} each.*off by one"):
         audit(captured)
 
@@ -112,7 +105,7 @@ def test_an_engine_with_narrow_rows_says_what_it_could_not_see(captured, live, m
     assert (whole.live_width, whole.num_outside) == (VOCAB_SIZE, 0)
     for width, any_outside in ((20, False), (6, True)):
         monkeypatch.setattr(audit_module, "LIVE_WIDTH", width)
-        live.teacher = lambda asked, width=width: teacher_with(asked, width=width)  # noqa: F811
+        live.teacher = lambda asked, width=width: teacher_with(asked, width=width)
         narrow = audit(captured)
         assert narrow.live_width == width
         assert (narrow.num_outside > 0) == any_outside
@@ -142,12 +135,12 @@ def test_a_sample_is_drawn_by_its_seed(captured):
     assert len({tuple(names(seed)) for seed in range(8)}) > 1
 
 
-def test_truncated_and_unsealed_caches_are_audited(captured, live, tmp_path, config, asked):  # noqa: F811
+def test_truncated_and_unsealed_caches_are_audited(captured, live, tmp_path, capture_config, asked):
     truncate_cache(open_cache(captured.cache), tmp_path / "half", lead_span=0.5)
     half = audit(replace(captured, cache=str(tmp_path / "half")))
     assert half.passed
     assert half.num_tokens < audit(captured).num_tokens
-    generate(replace(config, out=tmp_path / "open", limit=2))
+    generate(replace(capture_config, out=tmp_path / "open", limit=2))
     found = replace(captured, cache=str(tmp_path / "open"))
     with pytest.raises(CacheMismatchError, match="not complete"):
         audit(found)

@@ -12,18 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from caches import read_all
 from click.testing import CliRunner
-from test_format import read_all
-from test_sources import CHAT, make_teacher
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from commands import COMMAND, arguments, run, write_rows
+from small_teachers import CONTEXT, make_small_model
 
 from teacher_cache.cli import COMMAND_LINE
 from teacher_cache.cli.group import cli
 from teacher_cache.format import open_cache
 from teacher_cache.terminal.entry import CommandLine, run_command
-
-COMMAND = [sys.executable, "-c", "from teacher_cache.cli import program; program()"]
-CONTEXT = 128
 
 
 @pytest.fixture(scope="module")
@@ -31,52 +28,10 @@ def model(tmp_path_factory):
     return make_small_model(tmp_path_factory.mktemp("teacher"))
 
 
-def make_small_model(folder):
-    """A random Qwen3 with the tokenizer of the source tests."""
-    import torch
-
-    make_teacher(folder, CHAT)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=80,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=CONTEXT,
-        eos_token_id=0,
-        bos_token_id=None,
-        initializer_range=0.2,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture
 def prompts(tmp_path):
     rows = [{"id": f"p{n}", "prompt": f"a {n} b", "answer": str(n)} for n in range(8)]
     return write_rows(tmp_path / "prompts.jsonl", rows)
-
-
-def arguments(model, prompts, out, *more, engine="transformers"):
-    """The command line of a small capture."""
-    return [
-        *("generate", "--engine", engine, "--model", str(model), "--prompts", str(prompts)),
-        *("--out", str(out), "--max-new-tokens", "12", "--top-k", "6", *map(str, more)),
-    ]
-
-
-def run(*args, expect=0):
-    done = subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, check=False)
-    assert done.returncode == expect, done.stderr
-    return done
 
 
 def invoke(*args):

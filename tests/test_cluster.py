@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from test_cache_cli import COMMAND, arguments, make_small_model, run, write_rows
-from test_format import read_all
+from caches import read_all
+from commands import COMMAND, arguments, run, write_rows
+from small_teachers import make_small_model
 
 from teacher_cache.format import open_cache
 

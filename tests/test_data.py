@@ -3,8 +3,8 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from caches import assert_same
 from fakes import make_cache, make_header, make_traces
-from test_format import assert_same
 
 from student_train.data.stream import TraceStream
 from student_train.data.tokens import TokenSelection

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from caches import write
 from fakes import make_traces
-from test_format import write
 
 import student_train.cli.group
 import teacher_cache.cli.group

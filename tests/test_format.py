@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 import pytest
+from caches import ARRAYS, VOCAB_SIZE, assert_same, logits_rows, read_all, write
 from fakes import make_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,14 +26,10 @@ from teacher_cache.format import (
     lead_span_length,
     num_bands_needed,
     open_cache,
-    seal_cache,
     stored_logprobs,
 )
 from teacher_cache.format.bands import band_start
 from teacher_cache.format.codec import round_to_bfloat16
-
-ARRAYS = ("token_ids", "k", "top_ids", "top_logits", "tail_logit")
-VOCAB_SIZE = 600
 
 
 @st.composite
@@ -69,33 +66,6 @@ def any_trace(draw, trace_id="t"):
         finish_reason=draw(st.sampled_from(["stop", "length", "scored"])),
         fields=draw(st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2)),
     )
-
-
-def write(folder, traces, **header):
-    folder.mkdir(parents=True)
-    with CacheWriter(folder, make_header(vocab_size=VOCAB_SIZE, **header)) as writer:
-        for trace in traces:
-            writer.append(FinishedTrace(trace, "source"))
-        writer.finish()
-    seal_cache(folder)
-    return open_cache(str(folder))
-
-
-def read_all(cache, lead_span=1.0):
-    traces = {}
-    for index, shard in enumerate(cache.shards):
-        keep = {
-            row: lead_span_length(info.n_total, lead_span) for row, info in enumerate(shard.traces)
-        }
-        traces |= {trace.trace_id: trace for trace in cache.read(index, keep).values()}
-    return traces
-
-
-def assert_same(left, right):
-    for name in ARRAYS:
-        np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name)
-    for name in ("trace_id", "n_total", "cot_start", "answer_start", "finish_reason", "fields"):
-        assert getattr(left, name) == getattr(right, name)
 
 
 @settings(deadline=None, max_examples=40)
@@ -159,17 +129,6 @@ def test_a_lead_span_counts_as_the_decimal_that_was_written():
 def test_a_lead_span_outside_its_range_is_refused(lead_span):
     with pytest.raises(ValueError, match=r"expected a proportion in \(0, 1\]"):
         lead_span_length(10, lead_span)
-
-
-def logits_rows(seed, num_rows=50, vocab_size=300, scale=3.0):
-    """Exact log-softmax rows in float64, realised tokens drawn from them, and their top-k form."""
-    rng = np.random.default_rng(seed)
-    logits = rng.normal(0, scale, (num_rows, vocab_size))
-    logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    realised = np.array([rng.choice(vocab_size, p=np.exp(row)) for row in logprobs])
-    order = np.argsort(-logprobs, axis=1)
-    ids = np.concatenate([realised[:, None], order[:, :64]], axis=1).astype(np.int32)
-    return logprobs, ids, np.take_along_axis(logprobs, ids, axis=1).astype(np.float32)
 
 
 def split(kept, values):

@@ -7,8 +7,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from caches import assert_same, read_all
 from fakes import make_header, make_traces
-from test_format import assert_same, read_all
 
 from teacher_cache.format import CacheWriter, FinishedTrace, open_cache, seal_cache
 

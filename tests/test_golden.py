@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_format import ARRAYS, read_all
+from caches import ARRAYS, read_all
 
 from teacher_cache.format import open_cache
 

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 import pytest
+from caches import assert_same, read_all, write_through
 from click.testing import CliRunner
 from fakes import make_cache, make_header, make_traces
 from s3_server import SECRET, s3_server
-from test_format import assert_same, read_all
 
 from teacher_cache.cli.group import cli
 from teacher_cache.format import (
     CacheError,
     CacheMismatchError,
     CacheWriter,
-    FinishedTrace,
     open_cache,
     open_store,
     seal_cache,
@@ -52,16 +51,6 @@ def uri(s3, proxy, request):
     return s3[1](request.node.name.replace("[", "-").replace("]", ""))
 
 
-def write(uri, traces, journal, *, worker="w0", finish=True):
-    with CacheWriter(
-        uri, make_header(), worker=worker, journal=journal, shard_bytes=3000
-    ) as writer:
-        for trace in traces:
-            writer.append(FinishedTrace(trace, "source"))
-        if finish:
-            writer.finish()
-
-
 def assert_holds(uri, traces):
     found = read_all(open_cache(uri))
     assert sorted(found) == sorted(trace.trace_id for trace in traces)
@@ -73,7 +62,7 @@ def assert_holds(uri, traces):
 def test_a_remote_cache_holds_the_bytes_of_a_local_one(uri, tmp_path):
     traces = make_traces(12)
     for place in (uri, tmp_path / "local"):
-        write(place, traces, tmp_path / f"journal of {str(place)[:2]}".replace("/", ""))
+        write_through(place, traces, tmp_path / f"journal of {str(place)[:2]}".replace("/", ""))
         seal_cache(place, journal=tmp_path / f"journal of {str(place)[:2]}".replace("/", ""))
     remote, local = open_store(uri), open_store(tmp_path / "local")
     for folder in ("", "shards"):
@@ -90,7 +79,7 @@ def test_failing_requests_are_tried_again(uri, proxy, tmp_path):
     traces = make_traces(16)
     proxy.fault_share = 0.15
     before = dict(proxy.num_faults)
-    write(uri, traces, tmp_path / "journal")
+    write_through(uri, traces, tmp_path / "journal")
     seal_cache(uri, journal=tmp_path / "journal")
     assert_holds(uri, traces)
     assert all(proxy.num_faults[kind] > before[kind] for kind in before), proxy.num_faults
@@ -99,7 +88,7 @@ def test_failing_requests_are_tried_again(uri, proxy, tmp_path):
 @pytest.mark.slow
 def test_an_outage_stops_the_capture_and_the_next_run_goes_on(uri, proxy, tmp_path, monkeypatch):
     traces = make_traces(20)
-    write(uri, traces[:8], tmp_path / "journal", finish=False)
+    write_through(uri, traces[:8], tmp_path / "journal", finish=False)
 
     def down(store, path, data):
         if path.endswith(".arrow"):
@@ -110,12 +99,14 @@ def test_an_outage_stops_the_capture_and_the_next_run_goes_on(uri, proxy, tmp_pa
     put = Store._write
     monkeypatch.setattr(Store, "_write", down)
     with pytest.raises(OSError, match=r"shards/w0-\d+\.arrow: given up after 8 tries"):
-        write(uri, traces[8:], tmp_path / "journal")
+        write_through(uri, traces[8:], tmp_path / "journal")
     monkeypatch.undo()
     with CacheWriter(uri, make_header(), journal=tmp_path / "journal") as writer:
         done = set(writer.finished())
     assert len(done) > 8  # what was finished after the outage began is kept too
-    write(uri, [trace for trace in traces if trace.trace_id not in done], tmp_path / "journal")
+    write_through(
+        uri, [trace for trace in traces if trace.trace_id not in done], tmp_path / "journal"
+    )
     seal_cache(uri, journal=tmp_path / "journal")
     assert_holds(uri, traces)
 
@@ -123,17 +114,17 @@ def test_an_outage_stops_the_capture_and_the_next_run_goes_on(uri, proxy, tmp_pa
 def test_what_cannot_get_better_is_not_tried_again(uri, monkeypatch, tmp_path):
     monkeypatch.setattr(store_module, "RETRY_WAITS_S", (60.0,))
     with pytest.raises(OSError, match="NO_SUCH_BUCKET"):
-        write(uri.replace("bucket/", "nowhere/"), make_traces(1), tmp_path / "journal")
+        write_through(uri.replace("bucket/", "nowhere/"), make_traces(1), tmp_path / "journal")
     with pytest.raises(CacheError, match="no cache here"):
         open_cache(uri)
 
 
 def test_a_name_that_another_machine_took_is_not_written_again(uri, tmp_path):
     traces = make_traces(6)
-    write(uri, traces[:2], tmp_path / "here", finish=False)
-    write(uri, traces[2:4], tmp_path / "there")
+    write_through(uri, traces[:2], tmp_path / "here", finish=False)
+    write_through(uri, traces[2:4], tmp_path / "there")
     taken = open_store(uri).read("shards/w0-00000.json")
-    write(uri, traces[4:], tmp_path / "here")
+    write_through(uri, traces[4:], tmp_path / "here")
     assert open_store(uri).read("shards/w0-00000.json") == taken
     assert len(committed_names(open_store(uri))) >= 3
     seal_cache(uri, journal=tmp_path / "here")
@@ -141,7 +132,7 @@ def test_a_name_that_another_machine_took_is_not_written_again(uri, tmp_path):
 
 
 def test_nobody_seals_without_a_journal_on_another_machine(uri, tmp_path):
-    write(uri, make_traces(3), tmp_path / "there", worker="a", finish=False)
+    write_through(uri, make_traces(3), tmp_path / "there", worker="a", finish=False)
     with pytest.raises(CacheMismatchError, match=r"'a' is not finished.*/there.*a\.open"):
         seal_cache(uri, journal=tmp_path / "here")
     seal_cache(uri, journal=tmp_path / "there")
@@ -149,26 +140,26 @@ def test_nobody_seals_without_a_journal_on_another_machine(uri, tmp_path):
 
 
 def test_a_journal_folder_belongs_to_one_cache(uri, tmp_path):
-    write(uri, make_traces(2), tmp_path / "journal", finish=False)
+    write_through(uri, make_traces(2), tmp_path / "journal", finish=False)
     with pytest.raises(CacheMismatchError, match="a folder of its own"):
-        write(tmp_path / "other", make_traces(2), tmp_path / "journal")
+        write_through(tmp_path / "other", make_traces(2), tmp_path / "journal")
 
 
 def test_the_journal_is_under_the_users_cache_directory(uri, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     caplog.set_level("INFO")
-    write(uri, make_traces(2), None, finish=False)
+    write_through(uri, make_traces(2), None, finish=False)
     (journal,) = tmp_path.rglob("w0-00000.journal")
     assert str(journal.parent) in caplog.text
     changed = uri.replace(SECRET, "rotated")
-    write(changed, make_traces(4)[2:], None)
+    write_through(changed, make_traces(4)[2:], None)
     seal_cache(uri)
     assert_holds(uri, make_traces(4))
 
 
 def test_credentials_stay_out_of_what_is_said_and_stored(uri, tmp_path, caplog):
     caplog.set_level("DEBUG")
-    write(uri, make_traces(2), tmp_path / "journal", finish=False)
+    write_through(uri, make_traces(2), tmp_path / "journal", finish=False)
     with pytest.raises(CacheMismatchError) as caught:
         open_cache(uri)
     cache = open_cache(uri, allow_unsealed=True)
@@ -188,7 +179,7 @@ def invoke(*arguments):
 @pytest.mark.slow
 def test_every_command_takes_a_uri(uri, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    write(uri, make_traces(6), None, finish=False)
+    write_through(uri, make_traces(6), None, finish=False)
     sealed = invoke("seal", uri)
     assert "6 traces" in sealed
     assert SECRET not in sealed

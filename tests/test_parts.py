@@ -1,5 +1,4 @@
 """`--worker i/n`: one input shared by processes that do not talk, and a seal that knows of them."""
-# ruff: noqa: F811 (fixtures come by import)
 
 import itertools
 import json
@@ -7,9 +6,10 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-from test_cache_cli import COMMAND, arguments, make_small_model, write_rows
-from test_capture import TableTeacher, asked, config, model, names, write_prompts  # noqa: F401
-from test_format import read_all
+from caches import read_all
+from captures import TableTeacher, names, write_prompts
+from commands import COMMAND, arguments, write_rows
+from small_teachers import make_small_model
 
 from teacher_cache.capture.generate import generate
 from teacher_cache.cli.report_text import report_line
@@ -45,85 +45,85 @@ def test_a_worker_is_a_part_or_a_name(text, expected):
 
 
 @pytest.mark.parametrize("text", ["8/8", "-1/8", "1/0", "a/3", "/", "1/2/3", "w3of8"])
-def test_what_is_neither_is_refused(config, text):
+def test_what_is_neither_is_refused(capture_config, text):
     with pytest.raises(ValueError, match="worker: "):
-        replace(config, worker=text)
+        replace(capture_config, worker=text)
 
 
-def test_parts_are_disjoint_and_together_everything(config, asked):
-    write_prompts(config.prompts, 40)
-    reports = [generate(replace(config, worker=f"{i}/3")) for i in range(3)]
+def test_parts_are_disjoint_and_together_everything(capture_config, asked):
+    write_prompts(capture_config.prompts, 40)
+    reports = [generate(replace(capture_config, worker=f"{i}/3")) for i in range(3)]
     assert sorted(names(asked)) == sorted(f"p{n}" for n in range(40))
     assert sum(report.num_traces for report in reports) == 40
     assert not any(report.sealed for report in reports)
     assert "2 of 3 are still to come (1/3, 2/3)" in report_line(reports[0], "c")
     assert "as are all others: `cache-teacher seal c`" in report_line(reports[2], "c")
-    assert seal_cache(config.out).seal.num_duplicates == 0
-    assert len(read_all(open_cache(str(config.out)))) == 40
+    assert seal_cache(capture_config.out).seal.num_duplicates == 0
+    assert len(read_all(open_cache(str(capture_config.out)))) == 40
 
 
-def test_the_samples_of_a_prompt_are_one_workers(config, asked):
-    generate(replace(config, worker="1/2", samples_per_prompt=3))
+def test_the_samples_of_a_prompt_are_one_workers(capture_config, asked):
+    generate(replace(capture_config, worker="1/2", samples_per_prompt=3))
     prompts = {name.partition("#")[0] for name in names(asked)}
     assert 0 < len(prompts) < 6
     assert len(asked) == 3 * len(prompts)
 
 
-def test_the_limit_is_that_of_all_workers_together(config, asked):
+def test_the_limit_is_that_of_all_workers_together(capture_config, asked):
     for i in range(2):
-        generate(replace(config, worker=f"{i}/2", limit=4))
+        generate(replace(capture_config, worker=f"{i}/2", limit=4))
     assert sorted(names(asked)) == ["p0", "p1", "p2", "p3"]
-    assert seal_cache(config.out).seal.num_traces == 4
+    assert seal_cache(capture_config.out).seal.num_traces == 4
 
 
-def test_a_worker_without_rows_starts_no_teacher_and_counts_as_finished(config, asked):
-    write_prompts(config.prompts, 1)
+def test_a_worker_without_rows_starts_no_teacher_and_counts_as_finished(capture_config, asked):
+    write_prompts(capture_config.prompts, 1)
     idle = next(i for i in range(2) if not InputShare(2, i).holds("p0"))
     asked.teacher = None  # would fail when called
-    report = generate(replace(config, worker=f"{idle}/2"))
+    report = generate(replace(capture_config, worker=f"{idle}/2"))
     assert (report.num_traces, report.survey.num_wanted) == (0, 0)
     asked.teacher = TableTeacher
-    generate(replace(config, worker=f"{1 - idle}/2"))
-    assert seal_cache(config.out).seal.num_traces == 1
+    generate(replace(capture_config, worker=f"{1 - idle}/2"))
+    assert seal_cache(capture_config.out).seal.num_traces == 1
 
 
-def test_the_seal_names_the_workers_that_have_not_finished(config, asked):
-    write_prompts(config.prompts, 40)
-    generate(replace(config, worker="0/3"))
+def test_the_seal_names_the_workers_that_have_not_finished(capture_config, asked):
+    write_prompts(capture_config.prompts, 40)
+    generate(replace(capture_config, worker="0/3"))
     asked.teacher = lambda requests: TableTeacher(requests, fail_after=2)
     with pytest.raises(EngineError):
-        generate(replace(config, worker="2/3"))
+        generate(replace(capture_config, worker="2/3"))
     with pytest.raises(
         CacheMismatchError,
         match=r"worker 1/3 has never begun, 2/3 has not finished. Run these .*--allow-missing",
     ):
-        seal_cache(config.out)
-    assert seal_cache(config.out, allow_missing=True).seal.num_traces < 40
+        seal_cache(capture_config.out)
+    assert seal_cache(capture_config.out, allow_missing=True).seal.num_traces < 40
 
 
-def test_a_worker_that_finished_less_than_the_others_is_noticed(config, asked):
+def test_a_worker_that_finished_less_than_the_others_is_noticed(capture_config, asked):
     for i in range(2):
-        generate(replace(config, worker=f"{i}/2", limit=3))
-    generate(replace(config, worker="0/2"))
+        generate(replace(capture_config, worker=f"{i}/2", limit=3))
+    generate(replace(capture_config, worker="0/2"))
     with pytest.raises(CacheMismatchError, match="worker 1/2 took on another input, of 3 traces"):
-        seal_cache(config.out)
-    generate(replace(config, worker="1/2"))
-    assert seal_cache(config.out).seal.num_traces == 6
+        seal_cache(capture_config.out)
+    generate(replace(capture_config, worker="1/2"))
+    assert seal_cache(capture_config.out).seal.num_traces == 6
 
 
-def test_another_number_of_workers_may_finish_what_was_begun(config, asked):
-    write_prompts(config.prompts, 40)
-    generate(replace(config, worker="0/3"))
+def test_another_number_of_workers_may_finish_what_was_begun(capture_config, asked):
+    write_prompts(capture_config.prompts, 40)
+    generate(replace(capture_config, worker="0/3"))
     asked.clear()
     for i in range(2):
-        generate(replace(config, worker=f"{i}/2"))
+        generate(replace(capture_config, worker=f"{i}/2"))
     assert len(asked) == 40 - sum(InputShare(3, 0).holds(f"p{n}") for n in range(40))
-    assert seal_cache(config.out).seal.num_traces == 40
+    assert seal_cache(capture_config.out).seal.num_traces == 40
 
 
-def test_a_worker_that_takes_on_everything_seals_by_itself(config, asked):
-    generate(replace(config, worker="0/3"))
-    assert generate(config).sealed
+def test_a_worker_that_takes_on_everything_seals_by_itself(capture_config, asked):
+    generate(replace(capture_config, worker="0/3"))
+    assert generate(capture_config).sealed
 
 
 @pytest.mark.slow

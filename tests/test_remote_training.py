@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from caches import write_through
 from fakes import make_traces
 from s3_server import SECRET, s3_server
 from students import make_student
-from test_object_store import write
 from transformers import AutoModelForCausalLM
 
 from student_train.run.config import TrainConfig
@@ -26,7 +26,7 @@ def remote(tmp_path_factory):
     student = make_student(folder / "student")
     with s3_server() as (proxy, uri):
         for place, journal in ((uri("cache"), "j1"), (folder / "cache", "j2")):
-            write(place, make_traces(24), folder / journal)
+            write_through(place, make_traces(24), folder / journal)
             seal_cache(place, journal=folder / journal)
         config = TrainConfig(
             cache=(str(folder / "cache"),), student=student, out=folder / "local", batch_traces=4,

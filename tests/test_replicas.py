@@ -1,13 +1,12 @@
 """The driver and its replicas with threads in place of Ray: deaths, errors, and their bounds."""
-# ruff: noqa: F811 (fixtures come by import)
 
 import types
 from concurrent import futures
 from dataclasses import replace
 
 import pytest
-from test_capture import TableTeacher, asked, config, model, names, write_prompts  # noqa: F401
-from test_format import read_all
+from caches import read_all
+from captures import TableTeacher, names, write_prompts
 
 from teacher_cache.capture import ray_driver
 from teacher_cache.capture.generate import generate
@@ -102,13 +101,13 @@ class FailingTeacher(TableTeacher):
 
 
 @pytest.fixture
-def threads(config, asked, monkeypatch):
+def threads(capture_config, asked, monkeypatch):
     """A capture of 100 traces by two replicas in threads."""
     ray = ThreadRay(num_gpus=0)
     monkeypatch.setattr(ray_driver, "_connected", lambda _: ray)
     monkeypatch.setattr(ray_driver.os, "dup2", lambda *_: None)
-    write_prompts(config.prompts, 100)
-    return ray, replace(config, num_replicas=2)
+    write_prompts(capture_config.prompts, 100)
+    return ray, replace(capture_config, num_replicas=2)
 
 
 def test_replicas_share_the_work_and_the_driver_seals(threads, asked):
@@ -167,6 +166,6 @@ def test_more_gpus_than_the_cluster_has_are_refused_before_anything_starts(threa
         generate(replace(config, tensor_parallel_size=4, engine="vllm"))
 
 
-def test_a_name_of_a_worker_has_no_meaning_on_a_cluster(config):
+def test_a_name_of_a_worker_has_no_meaning_on_a_cluster(capture_config):
     with pytest.raises(ValueError, match="leave it out with --num-replicas"):
-        replace(config, num_replicas=2, worker="0/2")
+        replace(capture_config, num_replicas=2, worker="0/2")

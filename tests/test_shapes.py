@@ -5,50 +5,11 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from small_teachers import TEMPLATES, make_byte_teacher, rendered, says
 
 from teacher_cache.engines import EngineError
 from teacher_cache.sources import BadRow, PromptRenderer, RowColumns, TraceRenderer, find_sections
-from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer
 from teacher_cache.sources.turn_layout import GivenMarks
-
-MARKS = GivenMarks("<think>\n", "\n</think>\n\n")
-TURNS = "{% for m in messages %}<|start|>{{ m.role }}\n{{ CONTENT }}<|end|>\n{% endfor %}"
-GENERATE = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-LAST = "m.content.split('</think>')[-1].lstrip('\\n') if m.role == 'assistant' else m.content"
-TEMPLATES = {
-    "plain": TURNS.replace("CONTENT", "m.content") + GENERATE,
-    # As DeepSeek-R1's: earlier thinking goes, and the generation prompt opens the next.
-    "opening": TURNS.replace("CONTENT", LAST)
-    + GENERATE.replace("assistant\n", "assistant\n<think>\n"),
-    # As Qwen3's: reasoning that stands apart is known, and kept after the last question only.
-    "stripping": (
-        "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
-        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
-        "{% for m in messages %}<|start|>{{ m.role }}\n"
-        "{% if m.reasoning_content and loop.index0 > ns.last %}"
-        "<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
-        f"{{{{ {LAST} }}}}<|end|>\n{{% endfor %}}" + GENERATE
-    ),
-}
-
-
-def make_byte_teacher(folder, template, marks=MARKS, **template_args):
-    """Every byte is a token, so that no difference between two texts is lost."""
-    texts = [m.strip() for m in (marks.opener, marks.joint)] if marks else ["<think>", "</think>"]
-    special = ["<|end|>", "<|start|>", *texts]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0])
-    fast.add_special_tokens({"additional_special_tokens": special[1:]})
-    fast.chat_template = template
-    fast.save_pretrained(folder)
-    (folder / "config.json").write_text("{}")
-    return TeacherTokenizer(ModelFiles(str(folder), None), template_args, marks)
 
 
 @pytest.fixture(scope="module", params=TEMPLATES)
@@ -83,14 +44,6 @@ def sections(teacher, trace):
     start, end = trace.bounds
     ids = trace.token_ids
     return [teacher.decode(part) for part in (ids[:start], ids[start:end], ids[end:])]
-
-
-def rendered(teacher, messages):
-    return teacher.template.render(messages)
-
-
-def says(role, content, **more):
-    return {"role": role, "content": content, **more}
 
 
 SYSTEM, QUESTION, REASONING, ANSWER = "Be brief.", "2 + 3?", "Two and\n\nthree.", "It is\n5."

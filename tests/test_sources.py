@@ -4,8 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from small_teachers import CHAT, make_teacher
 
 from teacher_cache.format import open_store
 from teacher_cache.sources import (
@@ -23,33 +22,12 @@ from teacher_cache.sources import (
 )
 from teacher_cache.sources.marks import ThinkMarks
 from teacher_cache.sources.marks_in_tokens import opening_token
-from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer
-from teacher_cache.sources.turn_layout import GivenMarks
 
 VOCAB_SIZE = 60
-GIVEN = GivenMarks("<think> ", " </think> ")
 MARKS = ThinkMarks("<think>", "</think>")
-CHAT = (
-    "{% for m in messages %}<start> {{ m.role }} {% if m.role == 'assistant' %}"
-    "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %} <end> {% endfor %}"
-    "{% if add_generation_prompt %}<start> assistant {% endif %}"
-)
 OPENING_CHAT = CHAT.replace(
     "<start> assistant {% endif %}", "<start> assistant <think> {% endif %}"
 )
-
-
-def make_teacher(folder, template):
-    special = ["<end>", "<start>", "<think>", "</think>", "<unk>"]
-    words = [*special, "user", "assistant", "system", *"abcdefghij", *map(str, range(30))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    fast.add_special_tokens({"additional_special_tokens": special[1:4]})
-    fast.chat_template = template
-    fast.save_pretrained(folder)
-    (folder / "config.json").write_text("{}")
-    return TeacherTokenizer(ModelFiles(str(folder), None), {}, GIVEN)
 
 
 @pytest.fixture(scope="module")

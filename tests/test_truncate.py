@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from caches import assert_same, logits_rows, read_all
 from click.testing import CliRunner
 from fakes import make_cache, make_traces
-from test_format import assert_same, logits_rows, read_all
 
 from teacher_cache.cli.group import cli
 from teacher_cache.format import (

@@ -1,7 +1,7 @@
 """Which tokens of a prompt the assistant wrote is found through any template."""
 
 import pytest
-from test_shapes import TEMPLATES, make_byte_teacher, rendered, says
+from small_teachers import TEMPLATES, make_byte_teacher, rendered, says
 
 from teacher_cache.sources import BadRow, PromptRenderer, RowColumns
 

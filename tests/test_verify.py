@@ -15,10 +15,9 @@ import numpy as np
 import pyarrow.fs as pafs
 import pytest
 import zstandard
+from caches import ARRAYS, read_all
 from click.testing import CliRunner
 from fakes import make_cache, make_header, make_trace, make_traces
-from test_capture import asked, config, model  # noqa: F401 (fixtures)
-from test_format import ARRAYS, read_all
 
 from teacher_cache.capture.generate import generate
 from teacher_cache.cli.group import cli
@@ -367,25 +366,25 @@ def damage(folder, kind):
 @pytest.mark.parametrize(
     "kind", ["shard", "record", "missing shard", "missing record", "cache.json", "everything"]
 )
-def test_what_was_repaired_is_captured_again_with_the_same_values(config, asked, kind):  # noqa: F811
-    generate(config)
-    expected = read_all(open_cache(str(config.out)))
-    before = {path.read_bytes() for path in config.out.glob("shards/*")}
-    damage(config.out, kind)
-    assert run("verify", config.out).exit_code == 1
-    result = run("verify", config.out, "--repair")
+def test_what_was_repaired_is_captured_again_with_the_same_values(capture_config, asked, kind):
+    generate(capture_config)
+    expected = read_all(open_cache(str(capture_config.out)))
+    before = {path.read_bytes() for path in capture_config.out.glob("shards/*")}
+    damage(capture_config.out, kind)
+    assert run("verify", capture_config.out).exit_code == 1
+    result = run("verify", capture_config.out, "--repair")
     assert result.exit_code == 0
     assert "run the command again" in result.stdout
-    assert generate(config).sealed
-    assert errors(config.out) == []
-    found = read_all(open_cache(str(config.out)))
-    assert len(open_cache(str(config.out)).traces) == len(found) == 6
+    assert generate(capture_config).sealed
+    assert errors(capture_config.out) == []
+    found = read_all(open_cache(str(capture_config.out)))
+    assert len(open_cache(str(capture_config.out)).traces) == len(found) == 6
     for name, trace in expected.items():
         for column in ARRAYS:
             np.testing.assert_array_equal(getattr(trace, column), getattr(found[name], column))
     if kind not in ("shard", "record"):
         return
-    kept = {path.read_bytes() for path in config.out.glob("removed/1-*")}
+    kept = {path.read_bytes() for path in capture_config.out.glob("removed/1-*")}
     assert kept & before  # the half of the pair that was whole is not lost
 
 

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+from caches import assert_same, read_all
 from fakes import make_header, make_trace, make_traces
-from test_format import assert_same, read_all
 
 from teacher_cache.format import (
     CacheFormatError,
