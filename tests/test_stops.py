@@ -3,6 +3,7 @@
 The table of all commands, moments and signals is `python tools/soak.py stops`.
 """
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -10,8 +11,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import soak_stops
-
-pytestmark = pytest.mark.slow
 
 # (words of command and moment) -> what is sent to whom. A signal to the command alone is a
 # scheduler's, to the group a terminal's.
@@ -39,6 +38,15 @@ def parts(tmp_path_factory):
     return folder
 
 
+def test_every_moment_is_at_a_function_that_is_there():
+    for moment in soak_stops.moments(Path("parts")):
+        module, _, name = moment.held.partition(":")
+        owner = importlib.import_module(module) if module else None
+        for part in name.split(".") if name else ():
+            owner = getattr(owner, part)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "signal"), [(moment, sent) for moment, all_of in STOPS.items() for sent in all_of]
 )

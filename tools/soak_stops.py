@@ -87,7 +87,8 @@ class Moment:
         held: Function that is held, as `module:name`, or module whose import is; empty for none.
         line: What the command says when it is there; empty to wait `delay_s` from its start.
         delay_s: Further wait.
-        with_child: Whether it has children then, that a signal may go to.
+        with_child: Whether it has children then.
+        needs_child: Whether it cannot go on without one of them; a sweep begins another cell.
         num_holds: How often work that is ended first is held; each adds _HELD_S to the limit.
     """
 
@@ -97,6 +98,7 @@ class Moment:
     line: str = ""
     delay_s: float = 0.0
     with_child: bool = False
+    needs_child: bool = True
     num_holds: int = 0
 
 
@@ -269,9 +271,11 @@ def moments(parts: Path) -> list[Moment]:
         ),
         Moment(run, "student", "student_train.run.finish:save_student"),
         Moment(evaluate, "heavy imports", "transformers"),
-        Moment(evaluate, "generating", "student_train.evaluation.evaluate:generate"),
+        Moment(evaluate, "generating", "student_train.evaluation.generation:_complete"),
         Moment(sweep, "heavy imports", "torch"),
-        Moment(sweep, "cells", line="cells, ", with_child=True, delay_s=2.0),
+        Moment(
+            sweep, "cells", line="cells, ", with_child=True, needs_child=False, delay_s=2.0
+        ),
         Moment(sweep, "report", "student_train.sweep.protocol:write_report"),
     ]  # fmt: skip
 
@@ -307,7 +311,11 @@ def main(arguments: argparse.Namespace, folder: Path) -> int:
         if arguments.only not in title:
             continue
         for name in arguments.signals.split(","):
-            for to in ("group", "command", *(("child",) if moment.with_child else ())):
+            for to in (
+                "group",
+                "command",
+                *(("child",) if moment.with_child and moment.needs_child else ()),
+            ):
                 done = stop(moment, name, to, folder / f"stop-{len(stops)}")
                 stops.append(done)
                 print(
