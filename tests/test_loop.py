@@ -635,7 +635,7 @@ def test_a_loss_that_is_no_number_stops_the_run_naming_its_traces(config, cache)
 def test_a_student_with_another_tokenizer_is_refused(config, tmp_path):
     student = make_student(tmp_path / "student", [*TOKENS[:-1], "other"])
 
-    with pytest.raises(CacheMismatchError, match=r"'table'.*must share a tokenizer"):
+    with pytest.raises(CacheMismatchError, match=r"'table'.*cache-teacher retokenize"):
         train(config(student=student))
 
 

@@ -1,6 +1,7 @@
 """`cache-teacher retokenize`: a whole job on a small teacher, from rows to a trained student."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -322,6 +323,22 @@ def test_tokenizers_that_do_not_hold_a_texts_bytes_are_refused(source, student, 
     fast.save_pretrained(folder)
     with pytest.raises(UnsupportedTokenizerError, match="WordPiece tokens do not hold every byte"):
         retokenize(configured(source, tmp_path / "out", str(folder), rows))
+
+
+def test_marks_that_cannot_be_exchanged_leave_thoughts_out_and_say_why(
+    source, rows, student, tmp_path
+):
+    whole = open_cache(source)
+    parts = tmp_path / "parts"
+    mark = TeacherTokenizer(ModelFiles(whole.header.teacher, None), {}).encode("<thought>")
+    header = replace(whole.header, think_open_ids=tuple(mark))
+    with CacheWriter(parts, header) as writer:
+        for trace in list(traces_of(source).values())[:2]:
+            writer.append(FinishedTrace(trace, "x"))
+        writer.finish()
+    seal_cache(parts)
+    with pytest.raises(SourceError, match=r"marks-unknown.*b'<thought>'.*--think-open"):
+        retokenize(configured(str(parts), tmp_path / "out", student, rows))
 
 
 def test_a_folder_of_another_teacher_is_refused(source, student, rows, tmp_path):

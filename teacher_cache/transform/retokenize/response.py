@@ -41,6 +41,8 @@ class ResponseWriter:
                 Reason.NOTHING_HELD,
                 f"the cache holds {num_held} tokens, and the response begins at {trace.cot_start}",
             )
+        if self.words.mark_problem and trace.cot_start < trace.answer_start:
+            raise BadRow(Reason.MARKS_UNKNOWN, self.words.mark_problem)
         pieces = [self._text_of(int(token)) for token in trace.token_ids[trace.cot_start :]]
         text = b"".join(pieces)
         skipped = self._opened_in_prompt(text, prompt)

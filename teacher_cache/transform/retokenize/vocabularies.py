@@ -7,7 +7,7 @@ from teacher_cache.format import CacheHeader
 from teacher_cache.sources.marks import ThinkMarks
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 from teacher_cache.transform.retokenize.byte_tokenizer import ByteTokenizer
-from teacher_cache.transform.retokenize.token_bytes import UnsupportedTokenizerError, stand_in
+from teacher_cache.transform.retokenize.token_bytes import stand_in
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Vocabularies:
         marks: Around a chain of thought, as the student writes them; None where neither has any.
         open_text: The opening mark in these bytes.
         end_text: What ends the student's turn, likewise.
+        mark_problem: Why a chain of thought cannot be carried over; None where it can.
     """
 
     texts: list[bytes | None]
@@ -27,6 +28,7 @@ class Vocabularies:
     marks: ThinkMarks | None
     open_text: bytes
     end_text: bytes
+    mark_problem: str | None
 
 
 def share_vocabularies(
@@ -42,10 +44,6 @@ def share_vocabularies(
         header: Of the cache.
         student: The student's.
         chat: The student's too, with its chat template.
-
-    Raises:
-        UnsupportedTokenizerError: If the teacher writes its marks in words that are not the
-            student's.
     """
     student_bytes = [text or b"" for text in student.tokens.of_id]
     for token in student.tokens.special_ids.values():
@@ -62,15 +60,15 @@ def share_vocabularies(
     for token in header.terminal_token_ids:
         texts[token] = end_text or None
     marks = layout.marks or _own_marks(teacher, header)
-    open_text = b""
+    open_text, problem = b"", None
     if marks is not None:
         open_text, close_text = (
             b"".join(student_bytes[token] for token in chat.encode(mark))
             for mark in (marks.open, marks.close)
         )
-        _translate_mark(texts, header.think_open_ids, open_text, header)
-        _translate_mark(texts, header.think_close_ids, close_text, header)
-    return Vocabularies(texts, student_bytes, marks, open_text, end_text)
+        problem = _translate_mark(texts, header.think_open_ids, open_text)
+        problem = _translate_mark(texts, header.think_close_ids, close_text) or problem
+    return Vocabularies(texts, student_bytes, marks, open_text, end_text, problem)
 
 
 def _own_marks(teacher: ByteTokenizer, header: CacheHeader) -> ThinkMarks | None:
@@ -84,15 +82,16 @@ def _name(teacher: ByteTokenizer, token: int) -> bytes:
     return teacher.tokens.of_id[token] or teacher.tokens.names[token].encode()
 
 
-def _translate_mark(
-    texts: list[bytes | None], ids: Sequence[int], mark: bytes, header: CacheHeader
-) -> None:
+def _translate_mark(texts: list[bytes | None], ids: Sequence[int], mark: bytes) -> str | None:
+    """Let the teacher's mark stand for the student's; says why where that cannot be done."""
     if len(ids) == 1:
         texts[ids[0]] = mark
-    elif ids and b"".join(texts[token] or b"" for token in ids) != mark:
-        raise UnsupportedTokenizerError(
-            f"teacher {header.teacher!r} writes its thinking mark in {len(ids)} tokens, "
-            f"{[texts[token] for token in ids]}, and the student's is {mark!r}: a mark can be "
-            "exchanged only where the teacher has one token for it. Give the student the same one "
-            "with --think-open and --think-close"
-        )
+        return None
+    written = b"".join(texts[token] or b"" for token in ids)
+    if written == mark:
+        return None
+    return (
+        f"the teacher writes a thinking mark in {len(ids)} tokens, {written!r}, and the student's "
+        f"is {mark!r}: only a mark of one token can be exchanged. Give the student the same one "
+        "with --think-open and --think-close"
+    )
