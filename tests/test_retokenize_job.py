@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from toy_tokenizers import train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import student_train.cli
+from student_train.cli.group import cli as training
 from teacher_cache.cli.group import cli
 from teacher_cache.engines import EngineError
 from teacher_cache.format import (
@@ -182,7 +182,7 @@ def test_audit_refuses_it_and_says_what_to_do(made, teacher):
 @pytest.mark.slow
 def test_a_student_trains_on_it(made, student, tmp_path):
     done = invoke(
-        student_train.cli.cli, "run", "--cache", made[1], "--student", student, "--out",
+        training, "run", "--cache", made[1], "--student", student, "--out",
         tmp_path / "run", "--lead-span", "0.5", "--max-steps", "2", "--batch-traces", "4",
         "--where", "retokenized['chain_rule_error'] < 0.05", "--dtype", "float32",
     )  # fmt: skip
