@@ -277,7 +277,7 @@ def test_invariants_of_a_trace_are_checked_when_it_is_written(tmp_path):
             with pytest.raises(ValueError, match="trace 'a': "):
                 writer.append(FinishedTrace(Trace(**{**vars(good), name: value}), "source"))
         writer.append(FinishedTrace(good, "source"))
-        with pytest.raises(ValueError, match="in the cache already"):
+        with pytest.raises(ValueError, match="already in the cache"):
             writer.append(FinishedTrace(good, "source"))
         with pytest.raises(ValueError, match="outside the teacher's vocabulary"):
             big = make_simple("b", VOCAB_SIZE + 1)

@@ -77,7 +77,7 @@ REASONS = (  # each is reached
     "wrong lengths",
     "must not rise within a token",
     "outside the vocabulary",
-    "is not what the commit record says",
+    "differs from the commit record",
     "the distributions belong to other tokens",
 )
 
@@ -141,7 +141,7 @@ def test_a_dictionary_that_changes_behind_the_first_band_is_refused(folder):
             lists = pa.ListArray.from_arrays(column.offsets, values)
             writer.write_batch(batch.set_column(place, reader.schema.field(place), lists))
             ends.append(sink.tell())
-    with pytest.raises(CacheFormatError, match="a dictionary stands behind the first record batch"):
+    with pytest.raises(CacheFormatError, match="a dictionary follows the first record batch"):
         decode_bands(sink.getvalue(), commit, 3, cache.header, "shard")
     decode_bands(sink.getvalue().slice(0, ends[2]), commit, 2, cache.header, "shard")
 
@@ -157,7 +157,7 @@ def test_a_shards_name_that_leads_elsewhere_is_refused(folder, name):
     manifest = json.loads((folder / "cache.json").read_text())
     manifest["seal"]["shards"][0][0] = name
     resealed(folder, manifest)
-    with pytest.raises(CacheFormatError, match="is no name of a shard"):
+    with pytest.raises(CacheFormatError, match="is not a valid shard name"):
         open_cache(str(folder))
 
 
@@ -196,7 +196,7 @@ def test_ids_that_stand_twice_in_a_token_are_not_written(tmp_path):
     ids[others[0]] = ids[others[1]]
     with (
         CacheWriter(tmp_path, make_header()) as writer,
-        pytest.raises(ValueError, match=rf"token {at} has an id twice"),
+        pytest.raises(ValueError, match=rf"token {at} has a repeated id"),
     ):
         writer.append(FinishedTrace(type(trace)(**{**vars(trace), "top_ids": ids}), "source"))
 

@@ -98,7 +98,7 @@ def test_an_outage_stops_the_capture_and_the_next_run_goes_on(uri, proxy, tmp_pa
     # Arrow itself would try for some seconds each time, so the outage is put before it.
     put = Store._write
     monkeypatch.setattr(Store, "_write", down)
-    with pytest.raises(OSError, match=r"shards/w0-\d+\.arrow: given up after 8 tries"):
+    with pytest.raises(OSError, match=r"shards/w0-\d+\.arrow: gave up after 8 tries"):
         write_through(uri, traces[8:], tmp_path / "journal")
     monkeypatch.undo()
     with CacheWriter(uri, make_header(), journal=tmp_path / "journal") as writer:
@@ -133,7 +133,7 @@ def test_a_name_that_another_machine_took_is_not_written_again(uri, tmp_path):
 
 def test_nobody_seals_without_a_journal_on_another_machine(uri, tmp_path):
     write_through(uri, make_traces(3), tmp_path / "there", worker="a", finish=False)
-    with pytest.raises(CacheMismatchError, match=r"'a' is not finished.*/there.*a\.open"):
+    with pytest.raises(CacheMismatchError, match=r"'a' has not finished.*/there.*a\.open"):
         seal_cache(uri, journal=tmp_path / "here")
     seal_cache(uri, journal=tmp_path / "there")
     assert_holds(uri, make_traces(3))

@@ -95,7 +95,7 @@ def test_the_seal_names_the_workers_that_have_not_finished(capture_config, asked
         generate(replace(capture_config, worker="2/3"))
     with pytest.raises(
         CacheMismatchError,
-        match=r"worker 1/3 has never begun, 2/3 has not finished. Run these .*--allow-missing",
+        match=r"worker 1/3 has not started, 2/3 has not finished. Run these .*--allow-missing",
     ):
         seal_cache(capture_config.out)
     assert seal_cache(capture_config.out, allow_missing=True).seal.num_traces < 40

@@ -74,7 +74,7 @@ def test_a_shard_without_its_commit_record_does_not_exist(folder):
 def test_a_shard_cut_short_is_refused(folder):
     file = shard_files(folder)[0]
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(CacheFormatError, match="not fully copied"):
+    with pytest.raises(CacheFormatError, match="only partly copied"):
         open_cache(str(folder))
 
 
@@ -284,7 +284,7 @@ def null_ids(batch):
 
 def test_bands_in_another_order_are_refused(folder):
     rewritten(folder, lambda batch: batch, reorder=lambda batches: batches[::-1])
-    with pytest.raises(CacheFormatError, match="band 0: column 'band' is not what the commit"):
+    with pytest.raises(CacheFormatError, match="band 0: column 'band' differs from the commit"):
         read_everything(folder)
 
 
@@ -315,7 +315,7 @@ def test_a_column_that_is_missing_or_of_another_type_is_named(folder):
         (ids_outside, "top_ids outside the vocabulary"),
         (null_ids, "column 'token_ids' holds nulls"),
         (shifted_entries, "the distributions belong to other tokens"),
-        (wrong_start, "column 'start' is not what the commit record says"),
+        (wrong_start, "column 'start' differs from the commit record"),
         (wrong_k, "wrong lengths"),
         (not_a_number, "tail_logit must be finite"),
         (huge_ids, "outside the vocabulary"),

@@ -94,7 +94,7 @@ def test_a_store_that_goes_away_stops_the_run_and_the_next_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "_path", path)
-        with pytest.raises(ConnectionError, match=r"w0-.*given up after 8 tries: AWS Error"):
+        with pytest.raises(ConnectionError, match=r"w0-.*gave up after 8 tries: AWS Error"):
             train(config)
     assert list((config.out / "checkpoints").glob("step-*"))
     train(config)

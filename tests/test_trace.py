@@ -169,7 +169,7 @@ def test_a_trace_that_is_not_there_is_a_key_error_that_names_others(cache):
     assert re.fullmatch(
         r".*cache: no trace 't11' among 10\. Did you mean 't1'.*\?", str(caught.value)
     )
-    with pytest.raises(TraceNotFoundError, match=r"Its ids are such as 't0', 't1', 't2'\.$"):
+    with pytest.raises(TraceNotFoundError, match=r"Its ids look like 't0', 't1', 't2'\.$"):
         cache["gsm8k"]
     with pytest.raises(TypeError, match="expected the id of a trace, such as 't0', got 0"):
         cache[0]

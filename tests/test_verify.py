@@ -145,7 +145,7 @@ def test_damage_to_the_name_of_the_checksum_is_found(folder):
     file = folder / "cache.json"
     file.write_text(file.read_text().replace('"checksum"', '"chezksum"'))
     assert errors(folder) == [
-        "cache.json: expected the key `checksum`, found 'chezksum' in its place"
+        "cache.json: expected the key `checksum`, found 'chezksum' instead"
     ]
 
 
@@ -170,7 +170,7 @@ def test_a_missing_or_exchanged_commit_record_is_found(folder):
     first, second = sorted((folder / "shards").glob("*.json"))
     first.unlink()
     assert errors(folder) == [
-        "shards/w000-00000.json: the seal lists this commit record, and it is missing"
+        "shards/w000-00000.json: the seal lists this commit record, but it is missing"
     ]
     first.write_bytes(second.read_bytes())
     assert "expected the record of 'w000-00000', got 'w001-00000'" in errors(folder)[0]
@@ -222,9 +222,9 @@ def twice_the_same_id(trace):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (twice_the_same_id, "has an id twice"),
+        (twice_the_same_id, "has a repeated id"),
         (lambda t: with_values(t, tail_logit=np.where(t.k > 0, -20, 0).astype("f4")), "the floor"),
-        (lambda t: with_values(t, tail_logit=t.tail_logit - 2), "has a tail, but no entries"),
+        (lambda t: with_values(t, tail_logit=t.tail_logit - 2), "has a tail but no entries"),
     ],
 )
 def test_values_that_break_a_promise_are_found_under_right_checksums(tmp_path, change, text):

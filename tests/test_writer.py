@@ -275,7 +275,7 @@ def test_a_seal_waits_for_every_worker_and_what_comes_later_is_not_hidden(tmp_pa
 
 @pytest.mark.parametrize("worker", ["", "a-1", "n1.cluster", "a/b", "-"])
 def test_a_workers_name_that_no_shard_could_have_is_refused(tmp_path, worker):
-    with pytest.raises(ValueError, match="letters, digits and _ alone"):
+    with pytest.raises(ValueError, match="only letters, digits and _"):
         CacheWriter(tmp_path / "cache", make_header(), worker=worker)
     assert not (tmp_path / "cache").exists()
 

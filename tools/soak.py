@@ -233,7 +233,7 @@ def read_as_promised(data: bytes, commit: ShardCommit, header: CacheHeader) -> N
         try:
             trace.validate()
         except ValueError as error:
-            if "has an id twice" not in str(error):  # SPEC.md: readers do not check that
+            if "has a repeated id" not in str(error):  # SPEC.md: readers do not check that
                 raise
 
 

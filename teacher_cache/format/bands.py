@@ -31,19 +31,19 @@ _Tokens = TypeVar("_Tokens", int, NDArray[np.int64])
 
 
 def band_start(n_total: _Tokens, band: int, num_bands: int) -> _Tokens:
-    """First token of a band (of the trace's end for `band` == `num_bands`)."""
+    """First token of a band, or the trace's end for `band` == `num_bands`."""
     return n_total * band // num_bands
 
 
 def num_bands_needed(spans: Iterable[tuple[int, int]], num_bands: int) -> int:
-    """How many leading bands hold the first `keep` tokens of every trace.
+    """Number of leading bands that hold the first `keep` tokens of every trace.
 
     Args:
         spans: (n_total, keep) per trace, 0 <= keep <= n_total.
         num_bands: S, bands per trace.
 
     Returns:
-        The smallest b with floor(n_total*b/S) >= keep for all traces: 0 where nothing is kept.
+        The smallest b with floor(n_total*b/S) >= keep for all traces; 0 if nothing is kept.
     """
     # floor(n*b/S) >= keep  <=>  n*b >= keep*S  <=>  b >= ceil(keep*S/n)
     return max((-(-keep * num_bands // n_total) for n_total, keep in spans), default=0)

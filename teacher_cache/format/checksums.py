@@ -1,4 +1,4 @@
-"""Files that are read again carry a checksum: a record its own, a folder one for each file."""
+"""Checksums of files that are read again: one inside each record, one per file of a folder."""
 
 import hashlib
 import json
@@ -14,11 +14,11 @@ _CHECKSUM = "checksum"
 
 
 class DamagedFileError(ValueError):
-    """A file is not what was written; the message names it, and says what to do."""
+    """A file differs from what was written; the message names it and says what to do."""
 
 
 def publish_record(file: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON object with its own checksum; the file is whole, or as it was before.
+    """Write a JSON object with its own checksum; the file is complete or left as it was.
 
     Raises:
         OSError: If it cannot be written.
@@ -31,11 +31,11 @@ def read_record(file: Path, remedy: str) -> dict[str, Any]:
     """Read what `publish_record` wrote, without the checksum.
 
     Args:
-        file: Which.
-        remedy: What to do if it is damaged, a sentence.
+        file: File to read.
+        remedy: Sentence that says what to do if it is damaged.
 
     Raises:
-        DamagedFileError: If it is not what was written.
+        DamagedFileError: If it differs from what was written.
         OSError: If it cannot be read.
     """
     try:
@@ -49,7 +49,7 @@ def read_record(file: Path, remedy: str) -> dict[str, Any]:
 
 
 def write_checksums(folder: Path, *, leave_out: Collection[str] = ()) -> None:
-    """Add the sha256 of every file of a folder to it; nothing may be written there afterwards."""
+    """Store the sha256 of every file in a folder; do not write there afterwards."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path: path.relative_to(folder).as_posix() for path in files}
     hashes = {name: sha256_of(path) for path, name in names.items() if name not in leave_out}
@@ -57,11 +57,11 @@ def write_checksums(folder: Path, *, leave_out: Collection[str] = ()) -> None:
 
 
 def check_folder(folder: Path, remedy: str) -> None:
-    """Read every file that has a checksum and compare it; files that came later do not count.
+    """Read and compare every file that has a checksum; later files are ignored.
 
     Args:
-        folder: With checksums by `write_checksums`.
-        remedy: What to do if a file is damaged or missing, a sentence.
+        folder: Folder with checksums from `write_checksums`.
+        remedy: Sentence that says what to do if a file is damaged or missing.
 
     Raises:
         DamagedFileError: Naming the first such file.

@@ -1,4 +1,4 @@
-"""From an engine's rows of logprobs to what is stored, and back.
+"""Encoding an engine's rows of logprobs for storage, and decoding them.
 
 Letters: R rows (tokens with a distribution), K candidates per row, E kept entries of all rows.
 """
@@ -14,15 +14,15 @@ from teacher_cache.format.ragged import row_of_entry
 TAIL_FLOOR = 1e-7
 
 FINE_STEP = 1 / 32  # nats; a bfloat16 head's own rounding is of this size
-STEP_GROWTH = 4.0  # nats over which the step grows by a factor of e: far entries have less weight
+STEP_GROWTH = 4.0  # nats over which the step grows by a factor of e: far entries weigh less
 GROWTH_END = 16.0  # nats; evenly spaced from there on
 MAX_GAP = 60.0  # nats below the largest logit
 
-_FEW = 8  # candidates looked at first: most rows of a sure teacher end there
+_FEW = 8  # candidates examined first: most rows of a confident teacher end there
 
 
 def _logit_grid() -> NDArray[np.float32]:
-    """153 values from 0 down to -60 nats: a step of 1/32 at first that grows to 1.7."""
+    """153 values from 0 down to -60 nats: steps grow from 1/32 to 1.7."""
     gaps = [0.0]
     while gaps[-1] < MAX_GAP:
         gaps.append(gaps[-1] + FINE_STEP * float(np.exp(min(gaps[-1], GROWTH_END) / STEP_GROWTH)))
@@ -31,11 +31,11 @@ def _logit_grid() -> NDArray[np.float32]:
     return grid
 
 
-# The grid is each shard's own dictionary: readers take it from the file, only writers from here.
+# The grid is each shard's own dictionary: readers take it from the file, writers from here.
 LOGIT_GRID = _logit_grid()
 _GAP_MIDPOINTS = np.append(-(LOGIT_GRID[1:] + LOGIT_GRID[:-1]) / 2, np.float32(np.inf))
-# Cells of half a fine step, so that each holds at most one midpoint: a look-up and one comparison
-# find the nearest point, in a tenth of the time of a binary search.
+# Cells of half a fine step, so each holds at most one midpoint: a look-up and one comparison
+# find the nearest point, ten times faster than a binary search.
 _CELLS_PER_NAT = int(2 / FINE_STEP)
 _NUM_CELLS = int(MAX_GAP) * _CELLS_PER_NAT
 _CODE_OF_CELL = np.searchsorted(
@@ -45,9 +45,9 @@ _CODE_OF_CELL = np.searchsorted(
 
 @dataclass(frozen=True)
 class KeepPolicy:
-    """How many of a row's candidates are kept: the fewest whose mass reaches `mass`, in 1..top_k.
+    """Rule for a row's kept candidates: the fewest whose mass reaches `mass`, in 1..top_k.
 
-    The realised token is kept beside them where it is not among them.
+    The target token is kept as well if it is not among them.
     """
 
     top_k: int
@@ -72,9 +72,9 @@ def keep_entries(
     """Choose and encode the entries to keep of every row.
 
     Args:
-        row_ids: [R, 1 + K], the realised token, then the candidates by falling probability.
+        row_ids: [R, 1 + K], the target token, then the candidates by falling probability.
         row_logprobs: [R, 1 + K] nats, normalised over the whole vocabulary. -inf candidates are
-            dropped; a realised token at -inf is kept at the grid's far end.
+            dropped; a target token at -inf is kept at the grid's far end.
         policy: The adaptive rule.
     """
     num_rows, width = row_ids.shape
@@ -82,8 +82,8 @@ def keep_entries(
     is_apart = _realised_apart(row_ids, num_top)
     k = num_top + is_apart
     ends = np.cumsum(k)
-    # Where each entry stands in the flat rows: columns 1, 2, ... of its row, column 0 at last
-    # where the order by probability puts the realised token if it is kept apart.
+    # Position of each entry in the flat rows: columns 1, 2, ... of its row, column 0 last
+    # where the order by probability puts the target token if it is kept apart.
     first_places = np.arange(1, num_rows * width, width)
     places = np.repeat(first_places - (ends - k), k) + np.arange(int(k.sum()))
     places[ends[is_apart] - 1] = first_places[is_apart] - 1
@@ -104,18 +104,18 @@ def keep_entries(
 def _num_kept(
     logprobs: NDArray[np.float32], policy: KeepPolicy
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """[R] how many of the first candidates [R, K] are kept, and their mass."""
+    """[R] number of the first candidates [R, K] that are kept, and their mass."""
     limit = min(policy.top_k, logprobs.shape[1])
     few = min(_FEW, limit)
     masses = np.cumsum(np.exp(logprobs[:, :few], dtype=np.float64), axis=1)
-    # Where the mass is reached, what reaches it is finite, and so is all before it.
+    # If the mass is reached, the entry that reaches it and all before it are finite.
     num_top = (masses >= policy.mass).argmax(axis=1)
     mass = masses[np.arange(len(masses)), num_top]
     num_top += 1
     rows = np.flatnonzero(masses[:, -1] < policy.mass)
     if len(rows):
         part = logprobs[rows, few:limit]
-        # The sum goes on where it stands, so that it is the same whatever `few` is.
+        # The sum continues from here, so that it does not depend on `few`.
         probs = np.column_stack([masses[rows, -1], np.exp(part, dtype=np.float64)])
         masses = np.cumsum(probs, axis=1)
         num_below = few + np.count_nonzero(masses[:, 1:] < policy.mass, axis=1)
@@ -126,7 +126,7 @@ def _num_kept(
 
 
 def _realised_apart(row_ids: NDArray[np.int32], num_top: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """[R] whether the realised token is not among the first `num_top` candidates of its row."""
+    """[R] whether the target token is not among the first `num_top` candidates of its row."""
     is_apart: NDArray[np.bool_] = row_ids[:, 1] != row_ids[:, 0]
     rows = np.flatnonzero(is_apart)  # all others are the most probable token itself
     is_hit = row_ids[rows, 1:] == row_ids[rows, :1]
@@ -151,7 +151,7 @@ def tail_logit_of(kept_mass: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def is_clamped_tail(tail_logit: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Which stored tails stand at TAIL_FLOOR."""
+    """Mask of stored tails that are at TAIL_FLOOR."""
     clamped: NDArray[np.bool_] = tail_logit <= tail_logit_of(np.ones(1))[0]
     return clamped
 
@@ -174,7 +174,7 @@ def stored_logprobs(
     logits = top_logits.astype(np.float64)
     sums = np.bincount(rows, weights=np.exp(logits), minlength=len(k))
     log_inside = -np.logaddexp(0.0, tail_logit.astype(np.float64))
-    with np.errstate(divide="ignore"):  # rows without entries, which nothing below refers to
+    with np.errstate(divide="ignore"):  # rows without entries, which are not used below
         offset = log_inside - np.log(sums)
     logprobs: NDArray[np.float64] = logits + offset[rows]
     return logprobs

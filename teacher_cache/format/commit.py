@@ -1,4 +1,4 @@
-"""Commit records: what a shard holds and its checksums; a shard without one does not exist."""
+"""Commit records: contents and checksums of a shard; a shard without one does not count."""
 
 import json
 import re
@@ -21,20 +21,20 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z")
 
 @dataclass(frozen=True)
 class TraceInfo:
-    """What is known of a trace without reading its shard."""
+    """Facts about a trace that are known without reading its shard."""
 
     trace_id: str
     n_total: int
     cot_start: int
     answer_start: int
     finish_reason: str
-    source_hash: str  # of the input it was made from: a changed input is noticed on resume
+    source_hash: str  # hash of its input: a changed input is noticed on resume
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A contiguous run of a shard's bytes that is checked as one: band `b` is block `b`.
+    """A contiguous run of a shard's bytes with one checksum: band `b` is block `b`.
 
     Block 0 begins at byte 0 and so holds the schema and the dictionaries too.
     """
@@ -48,7 +48,7 @@ class Block:
 
 @dataclass(frozen=True)
 class MessagesFile:
-    """The file that holds what a shard's traces were asked, `messages/<name>.arrow`."""
+    """The file with the messages that a shard's traces answer, `messages/<name>.arrow`."""
 
     size_bytes: int
     sha256: str
@@ -67,12 +67,12 @@ class ShardCommit:
     num_clamped_logits: int
     blocks: tuple[Block, ...]
     traces: tuple[TraceInfo, ...]
-    messages: MessagesFile | None = None  # where traces were asked in messages
-    checksum: str = ""  # of the record, set when it is read; the seal lists it
+    messages: MessagesFile | None = None  # if traces have messages as prompts
+    checksum: str = ""  # the record's own, set when it is read; the seal lists it
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all traces, as far as the cache holds them."""
+        """Tokens that the cache holds of all traces."""
         return sum(block.num_tokens for block in self.blocks)
 
     def prefix_bytes(self, num_bands: int) -> int:
@@ -96,11 +96,11 @@ def parse_commit(text: bytes, name: str, advice: str = "") -> ShardCommit:
 
     Args:
         text: The file's bytes.
-        name: The shard's name, that is the file's name without `.json`.
-        advice: What the message says to do where the record is damaged.
+        name: The shard's name: the file's name without `.json`.
+        advice: Text that says what to do if the record is damaged.
 
     Raises:
-        CacheFormatError: If the record is damaged, or stands under another shard's name.
+        CacheFormatError: If the record is damaged, or is stored under another shard's name.
     """
     where = f"{name}.json"
     try:
@@ -132,7 +132,7 @@ def _known(kind: type[_T], values: Mapping[str, Any]) -> _T:
 
 
 def _check_types(commit: ShardCommit, where: str) -> None:
-    """A record that anyone may have written holds any JSON; nothing may trip over it later."""
+    """Check a record's values: a file from elsewhere may hold any JSON."""
     counts = [commit.size_bytes, commit.num_entries]
     counts += [commit.num_clamped_tails, commit.num_clamped_logits]
     for block in commit.blocks:
@@ -162,17 +162,17 @@ def _check_types(commit: ShardCommit, where: str) -> None:
 
 
 def check_commit(commit: ShardCommit, header: CacheHeader) -> None:
-    """Check a record against the header of the cache in whose folder it stands.
+    """Check a record against the header of the cache that it is in.
 
     Raises:
         CacheMismatchError: If the shard belongs to another capture.
-        CacheFormatError: If its bands are not those of its traces.
+        CacheFormatError: If its bands do not match its traces.
     """
     where = f"shard {commit.name}"
     if commit.header_fingerprint != header.fingerprint:
         raise CacheMismatchError(
             f"{where}: expected a shard of capture {header.fingerprint}, got one of "
-            f"{commit.header_fingerprint}; take it out of the folder"
+            f"{commit.header_fingerprint}; move it out of the folder"
         )
     if len(commit.blocks) != header.num_bands:
         raise CacheFormatError(
@@ -206,9 +206,9 @@ def _check(commit: ShardCommit, name: str, where: str) -> None:
     if not commit.blocks or position > commit.size_bytes:
         raise CacheFormatError(f"{where}: blocks end at {position} of {commit.size_bytes} bytes")
     if len({trace.trace_id for trace in commit.traces}) != len(commit.traces):
-        raise CacheFormatError(f"{where}: a trace stands twice in the shard")
+        raise CacheFormatError(f"{where}: a trace occurs twice in the shard")
 
 
 def block_of(data: bytes | memoryview, offset: int, num_rows: int, num_tokens: int) -> Block:
-    """The Block that describes `data` standing at `offset`."""
+    """The Block that describes `data` at `offset`."""
     return Block(offset, len(data), zlib.crc32(data), num_rows, num_tokens)

@@ -1,14 +1,14 @@
-"""What can be wrong with a cache.
+"""Errors of a cache.
 
 CacheError
 ├── CacheFormatError     the bytes are wrong: damaged, cut off, or not of this format
 ├── CacheMismatchError   the bytes are right, but belong to something else
-└── TraceNotFoundError   the cache has no trace of this id; a KeyError too
+└── TraceNotFoundError   the cache has no trace with this id; also a KeyError
 """
 
 
 class CacheError(Exception):
-    """Anything about a cache that a user must mend; the message says where, what and how."""
+    """A problem with a cache that a user must fix; the message says where, what and how."""
 
 
 class CacheFormatError(CacheError):
@@ -20,15 +20,15 @@ class CacheMismatchError(CacheError):
 
 
 class TraceNotFoundError(CacheError, KeyError):
-    """The cache has no trace of this id; the message names ids that are alike."""
+    """The cache has no trace with this id; the message names similar ids."""
 
     def __str__(self) -> str:
         return str(self.args[0])  # a KeyError would show the message in quotes
 
 
 def repair_advice(path: str) -> str:
-    """What to do with a cache of which files are damaged or missing; no full stop at the end."""
+    """Advice for a cache with damaged or missing files, without a full stop at the end."""
     return (
-        "restore these files from a copy, or take them out with "
+        "restore these files from a copy, or remove them with "
         f"`cache-teacher verify {path} --repair` and capture their traces again"
     )

@@ -1,4 +1,4 @@
-"""Local files and folders that are either whole or absent: written beside, verified, renamed."""
+"""Local files and folders that are complete or absent: written aside, verified, renamed."""
 
 import os
 import shutil
@@ -9,11 +9,11 @@ from pathlib import Path
 
 
 def publish(path: Path, data: bytes | memoryview) -> None:
-    """Put a file under its final name only when all of it is on the disk and reads back equal.
+    """Give a file its final name only once all of it is on disk and reads back unchanged.
 
     Raises:
-        OSError: If it cannot be written, or reads back different; nothing stands at `path` then
-            that did not stand there before.
+        OSError: If it cannot be written, or reads back different; `path` is then left
+            as it was.
     """
     temporary = path.parent / f".tmp-{path.name}-{uuid.uuid4().hex[:8]}"
     with naming(path):
@@ -24,7 +24,7 @@ def publish(path: Path, data: bytes | memoryview) -> None:
                 os.fsync(file.fileno())
             if temporary.read_bytes() != data:
                 raise OSError(
-                    f"{path}: what was written does not read back the same; check the disk"
+                    f"{path}: the file does not read back as it was written; check the disk"
                 )
             temporary.replace(path)
         finally:
@@ -34,10 +34,10 @@ def publish(path: Path, data: bytes | memoryview) -> None:
 
 @contextmanager
 def publish_file(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write a file under, then put it under its own; whole or absent.
+    """Give a temporary path to write to, then rename the file: complete or absent.
 
     Raises:
-        OSError: If it cannot be put there; a file that stood there before stays.
+        OSError: If it cannot be renamed; an existing file is kept.
     """
     temporary = path.parent / f".tmp-{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}"
     with naming(path):
@@ -51,7 +51,7 @@ def publish_file(path: Path) -> Iterator[Path]:
 
 
 def remove_unpublished(folder: Path, prefix: str = "") -> None:
-    """Remove what dead processes left half written under names that begin so."""
+    """Remove half-written files of dead processes whose names begin with this prefix."""
     for path in folder.glob(f".tmp-{prefix}*"):
         if path.is_dir():
             shutil.rmtree(path)
@@ -60,7 +60,7 @@ def remove_unpublished(folder: Path, prefix: str = "") -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, and their names durable."""
+    """Make a folder and its parents, with their names durable."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -69,7 +69,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of the system that name no file (a full disk) name this one."""
+    """Make system errors that name no file (a full disk) name this one."""
     try:
         yield
     except OSError as error:
@@ -80,7 +80,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def publish_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill, then put it under its name; whole, or not there at all."""
+    """Give a temporary folder to fill, then rename it: complete or absent."""
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -92,14 +92,14 @@ def publish_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Take a folder away: its name goes first, so that under it there is all of it or nothing."""
+    """Remove a folder: it is renamed first, so that its name holds all of it or nothing."""
     hidden = folder.with_name(f".tmp-removed-{folder.name}")
     folder.rename(hidden)
     shutil.rmtree(hidden)
 
 
 def fsync(path: Path) -> None:
-    """Force a file, or the names in a folder, onto the disk."""
+    """Force a file, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,7 +1,7 @@
-"""One process at a time: the lock of what a command owns, a folder or a file, released by death.
+"""A lock on a folder or file that one process at a time owns; it ends with the process.
 
-It is `flock`'s on a small file, so it ends with the last process that holds the open file, however
-that one ends. What stands in the file says who holds it, for messages alone.
+It is a `flock` on a small file, so it ends with the last process that holds the open file, however
+that one ends. The file's text says who holds it, for messages only.
 """
 
 import errno
@@ -19,16 +19,16 @@ from typing import BinaryIO, Self
 
 from teacher_cache.format.files import naming
 
-LOCK_NAME = "lock"  # of a folder that one command owns
+LOCK_NAME = "lock"  # file name, in a folder that one command owns
 _MAX_COMMAND_CHARS = 160
 _URI = re.compile(r"(\w+://)(?:[^/\s@]*@)?([^\s?#]*)\S*")  # with credentials and a query
 
 
 class InUseError(BlockingIOError):
-    """Another process owns this; the message says which, where, since when and by what command.
+    """Another process holds the lock; the message says which, where, since when and which command.
 
     Attributes:
-        holder: That part of the message.
+        holder: The part of the message that names the process.
     """
 
     def __init__(self, owned: object, holder: str) -> None:
@@ -36,28 +36,28 @@ class InUseError(BlockingIOError):
         self.holder = holder
 
     def __reduce__(self) -> tuple[type["InUseError"], tuple[object, str]]:
-        """Travel to other processes whole."""
+        """Pickle with all attributes."""
         return type(self), (str(self).partition(": in use by ")[0], self.holder)
 
 
 class FolderLock:
-    """A lock from its making to `close` or the death of the process; a context manager."""
+    """A lock held until `close` or the end of the process; a context manager."""
 
     def __init__(
         self, file: Path, *, owned: Path | None = None, wait: bool = False, keep: bool = False
     ) -> None:
-        """Take the lock; the folder of its file is made where there is none.
+        """Take the lock; a missing folder for its file is created.
 
         Args:
             file: The lock's own file.
-            owned: What the lock is of, in messages; by default the file's folder.
+            owned: What the lock protects, for messages; by default the file's folder.
             wait: Wait until another process lets go, instead of refusing.
-            keep: Leave the file where it is when the lock ends. It is taken away otherwise, and so
+            keep: Keep the file when the lock ends. Otherwise it is removed, and so
                 is a folder that was made for it and holds nothing else.
 
         Raises:
             InUseError: If another process has it.
-            OSError: If the file cannot be written, or its file system knows no locks.
+            OSError: If the file cannot be written, or its file system does not support locks.
         """
         self._path = file
         self._keep = keep
@@ -86,26 +86,26 @@ class FolderLock:
             except BaseException:
                 file.close()
                 raise
-            file.close()  # the one who had it took the file away: the next one counts
+            file.close()  # its holder removed the file: try the new one
 
     def _opened(self) -> BinaryIO:
         while True:
             self._made_folder |= _make_folder(self._path.parent)
             try:
                 return self._path.open("a+b")
-            except FileNotFoundError:  # its folder went with another process' lock
+            except FileNotFoundError:  # its folder was removed with another process's lock
                 continue
 
     def fileno(self) -> int:
-        """Of the open file: a child process that inherits it holds the lock too."""
+        """Descriptor of the open file: a child process that inherits it holds the lock too."""
         return self._file.fileno()
 
     def close(self) -> None:
-        """Let go."""
+        """Release the lock."""
         if self._file.closed:
             return
         if self._keep:
-            self._file.truncate(0)  # nobody has it; and the folder may be given to others
+            self._file.truncate(0)  # nobody holds it now; the folder may be passed on
         elif _stands_at(self._file, self._path):
             self._path.unlink()
             if self._made_folder:
@@ -132,7 +132,7 @@ def _stands_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _make_folder(folder: Path) -> bool:
-    """Whether it had to be made."""
+    """Make a folder; return whether it was missing."""
     try:
         folder.mkdir(parents=True)
         return True
@@ -148,7 +148,7 @@ def _remove_if_empty(folder: Path) -> None:
     try:
         folder.rmdir()
     except FileNotFoundError:
-        return  # another process did
+        return  # another process has removed it
     except OSError as error:
         if error.errno != errno.ENOTEMPTY:
             raise
@@ -174,5 +174,5 @@ def _holder(file: BinaryIO) -> str:
         return (
             f"process {found['pid']} on {found['host']} since {found['since']} ({found['command']})"
         )
-    except (ValueError, KeyError, TypeError):  # it has the lock, and has not written this yet
+    except (ValueError, KeyError, TypeError):  # the holder has not written this yet
         return "another process"

@@ -1,4 +1,4 @@
-"""CacheHeader: what `cache.json` says of a cache, and the fingerprints it is compared by."""
+"""CacheHeader: a cache's facts in `cache.json`, and the fingerprints that compare them."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from teacher_cache.format.errors import CacheFormatError
 FORMAT_NAME = "leadspan-cache"
 FORMAT_VERSION = 1
 
-# What reading JSON of any shape as one's own can raise.
+# Errors raised when JSON of unknown shape is read as a header.
 UNUSABLE_JSON = (
     ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError
 )  # fmt: skip
@@ -22,7 +22,7 @@ UNUSABLE_JSON = (
 
 @dataclass(frozen=True, kw_only=True)
 class CacheHeader:
-    """Provenance and policy of a cache; the same facts stand in every shard's schema metadata.
+    """Provenance and policy of a cache, repeated in every shard's schema metadata.
 
     Two captures with equal headers may write into one cache.
     """
@@ -30,7 +30,7 @@ class CacheHeader:
     mode: str  # "generate" or "score"
     teacher: str  # path or hub id, as the user gave it
     teacher_revision: str | None
-    teacher_fingerprint: str  # of the weights
+    teacher_fingerprint: str  # fingerprint of the weights
     engine: str
     engine_version: str
     dtype: str
@@ -41,24 +41,24 @@ class CacheHeader:
     chat_template_hash: str
     think_open_ids: tuple[int, ...]  # the mark that begins a chain of thought
     think_close_ids: tuple[int, ...]
-    terminal_token_ids: tuple[int, ...]  # any of them ends a generated trace
-    sampling: Mapping[str, float | int | None] | None  # None where traces were given
+    terminal_token_ids: tuple[int, ...]  # each of them ends a generated trace
+    sampling: Mapping[str, float | int | None] | None  # None if traces were given
     top_k: int
     mass: float
     capture_prompt: bool
     num_bands: int
-    max_lead_span: float = 1.0  # what `truncate` left of every trace
-    # What the engine says of everything else that changes numbers (quantisation, ...).
+    max_lead_span: float = 1.0  # part of every trace that `truncate` kept
+    # Everything else that changes numbers, as the engine reports it (quantisation, ...).
     teacher_settings: Mapping[str, Any] | None = None
-    chat_template: str | Mapping[str, str] | None = None  # several by name
+    chat_template: str | Mapping[str, str] | None = None  # or several, by name
     chat_template_args: Mapping[str, Any] | None = None
-    special_tokens: Mapping[str, str] | None = None  # `eos_token`, ... of the tokenizer
+    special_tokens: Mapping[str, str] | None = None  # the tokenizer's `eos_token`, ...
     added_tokens: Mapping[str, Any] | None = None  # token -> {"id": int, "special": bool}
     turn_layout: Mapping[str, Any] | None = None  # how the template lays out a turn
-    derived: Mapping[str, Any] | None = None  # of a cache made by `retokenize`: from what, and how
+    derived: Mapping[str, Any] | None = None  # source and settings of `retokenize`
 
     def num_held(self, n_total: int) -> int:
-        """How many of the first tokens of a trace the cache holds: all, unless it was truncated."""
+        """Number of leading tokens of a trace that the cache holds: all, unless truncated."""
         if self.max_lead_span == 1.0:
             return n_total
         return lead_span_length(n_total, self.max_lead_span)
@@ -69,16 +69,16 @@ class CacheHeader:
         return content_hash(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """The header's own part of `cache.json`; what stands at its default is left out."""
+        """The header's part of `cache.json`; values at their defaults are left out."""
         defaults = {item.name: item.default for item in fields(self)}
         return {name: value for name, value in asdict(self).items() if value != defaults[name]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: str) -> "CacheHeader":
-        """Read what `to_json` wrote; keys this version does not know are ignored.
+        """Read what `to_json` wrote; unknown keys are ignored.
 
         Raises:
-            CacheFormatError: If a key is missing or its value is none that it can have.
+            CacheFormatError: If a key is missing or its value is invalid.
         """
         known: dict[str, Any] = {}
         for item in fields(cls):
@@ -88,12 +88,12 @@ class CacheHeader:
             known[item.name] = tuple(value) if isinstance(value, list) else value
             if not _is_possible(item.name, known[item.name]):
                 raise CacheFormatError(
-                    f"{where}: {item.name} = {reprlib.repr(value)} is nothing that a header holds"
+                    f"{where}: {item.name} = {reprlib.repr(value)} is not a valid value"
                 )
         return cls(**known)
 
     def differences(self, other: "CacheHeader") -> list[str]:
-        """`name: other there, this now` for every fact in which a stored header differs."""
+        """List `name: other there, this now` for every fact in which a stored header differs."""
         return [
             f"{name}: {reprlib.repr(that)} there, {reprlib.repr(this)} now"
             for name, this, that in self._facts_beside(other)
@@ -101,7 +101,7 @@ class CacheHeader:
         ]
 
     def _facts_beside(self, other: "CacheHeader") -> Iterator[tuple[str, Any, Any]]:
-        """Every fact of two headers; those of a mapping one by one."""
+        """Every fact of two headers, mappings key by key."""
         for item in fields(self):
             this, that = getattr(self, item.name), getattr(other, item.name)
             if isinstance(this, Mapping) and isinstance(that, Mapping):
@@ -118,7 +118,7 @@ _MAPPINGS = (
 
 
 def _is_possible(name: str, value: object) -> bool:
-    """Whether a header that anyone may have written can have this value."""
+    """Whether a header, which anyone may have written, can have this value."""
     if name in ("vocab_size", "tokenizer_size"):
         return type(value) is int and 0 <= value < 1 << 31
     if name in ("num_bands", "top_k"):
@@ -144,7 +144,7 @@ def _is_possible(name: str, value: object) -> bool:
 
 
 def canonical_json(value: object) -> bytes:
-    """The one way in which JSON is written where it is hashed."""
+    """Canonical JSON, for hashing."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 

@@ -19,17 +19,17 @@ MANIFEST_NAME = "cache.json"
 SHARD_FOLDER = "shards"
 JOURNAL_FOLDER = "journal"
 
-ShardList = tuple[tuple[str, str], ...]  # name and commit checksum of each, by name
+ShardList = tuple[tuple[str, str], ...]  # (name, commit checksum) of each shard, sorted by name
 
 
 @dataclass(frozen=True)
 class Seal:
-    """What a complete cache consists of."""
+    """Contents of a complete cache."""
 
     shards: ShardList
-    num_traces: int  # every trace once
+    num_traces: int  # each trace counted once
     num_tokens: int
-    num_duplicates: int  # traces that a second worker captured too; the first shard's counts
+    num_duplicates: int  # traces captured by two workers; the first shard's counts
 
     @property
     def fingerprint(self) -> str:
@@ -44,7 +44,7 @@ def shards_fingerprint(shards: Sequence[tuple[str, str]]) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`cache.json`, read."""
+    """Contents of `cache.json`."""
 
     header: CacheHeader
     config: Mapping[str, Any]  # the resolved configuration of the capture that made the folder
@@ -62,7 +62,7 @@ class Manifest:
         }
         if self.seal is not None:
             record["seal"] = {**asdict(self.seal), "fingerprint": self.seal.fingerprint}
-        record["checksum"] = content_hash(json.loads(json.dumps(record)))  # as it will be read
+        record["checksum"] = content_hash(json.loads(json.dumps(record)))  # as a reader will see it
         return (json.dumps(record, indent=1) + "\n").encode()
 
 
@@ -70,7 +70,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     """Read a `cache.json`.
 
     Raises:
-        CacheFormatError: If it is not one, or of a version that this reader does not know.
+        CacheFormatError: If it is not one, or has a version that this reader does not support.
     """
     try:
         record = json.loads(text)
@@ -104,16 +104,16 @@ def _parse_seal(record: Mapping[str, Any], where: str) -> Seal:
     names = [name for name, _ in seal.shards]
     for name in names:
         if not PLAIN_NAME.match(name):
-            raise CacheFormatError(f"{where}: {name!r} is no name of a shard")
+            raise CacheFormatError(f"{where}: {name!r} is not a valid shard name")
     if names != sorted(set(names)):
-        raise CacheFormatError(f"{where}: the seal must list every shard once, by name")
+        raise CacheFormatError(f"{where}: the seal must list every shard once, sorted by name")
     if record["fingerprint"] != seal.fingerprint:
         raise CacheFormatError(f"{where}: the seal's fingerprint does not match its shards")
     return seal
 
 
 def make_seal(commits: Sequence[ShardCommit], header: CacheHeader) -> Seal:
-    """The seal of a cache with these shards, in the order of their names."""
+    """Seal for a cache with these shards, in the order of their names."""
     ordered = sorted(commits, key=lambda commit: commit.name)
     first: dict[str, TraceInfo] = {}
     for commit in ordered:

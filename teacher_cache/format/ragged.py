@@ -1,6 +1,6 @@
-"""Rows of different lengths that lie flat in one array, and the probability of the tail.
+"""Rows of different lengths stored flat in one array, and the probability of the tail.
 
-Letters: R rows (tokens), E entries of all of them.
+Letters: R rows (tokens), E entries of all rows.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def entry_offsets(k: ArrayLike) -> NDArray[np.int64]:
-    """[R + 1] where each row's entries begin: those of row r are offsets[r]:offsets[r + 1]."""
+    """[R + 1] start of each row's entries: those of row r are offsets[r]:offsets[r + 1]."""
     lengths = np.asarray(k)
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, dtype=np.int64, out=offsets[1:])
@@ -23,6 +23,6 @@ def row_of_entry(k: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
 
 
 def tail_mass(tail_logit: NDArray[np.float32]) -> NDArray[np.float64]:
-    """[R] probability outside the kept entries, from its logit; no logit overflows."""
+    """[R] probability outside the kept entries, from its logit, without overflow."""
     mass: NDArray[np.float64] = np.exp(-np.logaddexp(0.0, -tail_logit.astype(np.float64)))
     return mass

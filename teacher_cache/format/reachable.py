@@ -1,6 +1,6 @@
-"""Whether anybody answers where a remote cache should be, asked once and for a few seconds.
+"""A quick check, once per process, that the server of a remote cache answers.
 
-Arrow's own clients try for minutes: right for an outage, wrong for a misspelt address.
+Arrow's clients retry for minutes: right for an outage, wrong for a misspelt address.
 """
 
 import functools
@@ -14,14 +14,14 @@ _ANSWER_S = 5.0
 
 
 def check_reachable(uri: str, where: str) -> None:
-    """Ask once per process whether the server of a URI accepts connections.
+    """Check once per process whether the server of a URI accepts connections.
 
     Args:
-        uri: Of a cache.
-        where: The URI as messages may show it.
+        uri: URI of a cache.
+        where: The URI as shown in messages.
 
     Raises:
-        CacheError: If it does not.
+        CacheError: If the server does not answer.
     """
     server = _server_of(uri)
     if server is not None:
@@ -34,7 +34,7 @@ def check_reachable(uri: str, where: str) -> None:
 
 
 def _server_of(uri: str) -> tuple[str, int] | None:
-    """Host and port; None where they cannot be told, or somebody stands between."""
+    """Host and port; None if they are unknown or behind a proxy."""
     parts = urlsplit(uri)
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "http_proxy")):
         return None

@@ -10,15 +10,15 @@ from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Manifest,
 from teacher_cache.format.store import CachePath, Store, open_store
 
 MESSAGES_FOLDER = "messages"
-_NUM_READERS = 16  # records of a remote cache that are fetched at a time
+_NUM_READERS = 16  # records of a remote cache fetched at a time
 
 
 def read_manifest(path: CachePath | Store) -> Manifest | None:
-    """The `cache.json` of a folder or URI; None where there is none.
+    """The `cache.json` of a folder or URI; None if it is missing.
 
     Raises:
         CacheFormatError: If it is damaged.
-        OSError: If it is there and cannot be read.
+        OSError: If it exists and cannot be read.
     """
     store = path if isinstance(path, Store) else open_store(path)
     if store.size(MANIFEST_NAME) is None:
@@ -27,10 +27,10 @@ def read_manifest(path: CachePath | Store) -> Manifest | None:
 
 
 def require_manifest(store: Store) -> Manifest:
-    """The `cache.json` of a cache that must be there.
+    """The `cache.json` of a cache that must exist.
 
     Raises:
-        CacheFormatError: If there is none, or it is damaged.
+        CacheFormatError: If it is missing or damaged.
     """
     manifest = read_manifest(store)
     if manifest is None:
@@ -55,7 +55,7 @@ def read_commits(store: Store, names: Iterable[str], header: CacheHeader) -> lis
 
     def read(name: str) -> ShardCommit:
         if not PLAIN_NAME.match(name):
-            raise CacheFormatError(f"{store.where}: {name!r} is no name of a shard")
+            raise CacheFormatError(f"{store.where}: {name!r} is not a valid shard name")
         try:
             text = store.read(commit_file(name))
         except FileNotFoundError as error:
@@ -68,20 +68,20 @@ def read_commits(store: Store, names: Iterable[str], header: CacheHeader) -> lis
 
     if store.folder is not None:
         return [read(name) for name in names]
-    with ThreadPoolExecutor(_NUM_READERS) as pool:  # one after another would be latency alone
+    with ThreadPoolExecutor(_NUM_READERS) as pool:  # fetching one by one would be mostly latency
         return list(pool.map(read, names))
 
 
 def commit_file(name: str) -> str:
-    """Where the commit record of a shard stands."""
+    """Path of a shard's commit record."""
     return f"{SHARD_FOLDER}/{name}.json"
 
 
 def shard_file(name: str) -> str:
-    """Where a shard's bytes stand."""
+    """Path of a shard's bytes."""
     return f"{SHARD_FOLDER}/{name}.arrow"
 
 
 def messages_file(name: str) -> str:
-    """Where it stands what a shard's traces were asked."""
+    """Path of the messages that a shard's traces answer."""
     return f"{MESSAGES_FOLDER}/{name}.arrow"

@@ -14,7 +14,7 @@ MAX_NARROW_IDS = 1 << 16
 
 
 def shard_schema(header: CacheHeader, *, wide_ids: bool) -> pa.Schema:
-    """Schema of a shard of the cache with this header, provenance in its metadata."""
+    """Schema of a shard of a cache with this header, with provenance in its metadata."""
     id_index = pa.uint32() if wide_ids else pa.uint16()
     columns = {
         "trace_id": pa.dictionary(pa.int32(), pa.string()),
@@ -44,7 +44,7 @@ def check_schema(found: pa.Schema, header: CacheHeader, where: str) -> None:
     """Check that a shard has every column, of the right type; unknown columns are ignored.
 
     Raises:
-        CacheFormatError: Naming the column, its type here and the type expected.
+        CacheFormatError: Names the column, its type and the type expected.
     """
     narrow, wide = (shard_schema(header, wide_ids=wide) for wide in (False, True))
     for field in narrow:

@@ -1,6 +1,6 @@
-"""Workers that share one input without talking: whose a trace is, and who has finished.
+"""Workers that share one input without communicating: which takes a trace, which have finished.
 
-DIR/parts/w3of8.json        worker 3 of 8: the input that it took on, and whether its part is done
+DIR/parts/w3of8.json        worker 3 of 8: the input it took on, and whether its part is done
 """
 
 import hashlib
@@ -26,20 +26,20 @@ class InputShare:
 
     @property
     def name(self) -> str:
-        """Its name as a worker."""
+        """Name of this worker."""
         return f"w{self.index}of{self.count}"
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
 
     def holds(self, source_id: str) -> bool:
-        """Whether a row of the input is this worker's: of its id alone, whatever rows there are."""
+        """Whether a row is this worker's; this depends on its id alone, not on other rows."""
         digest = hashlib.sha256(source_id.encode()).digest()
         return int.from_bytes(digest[:8], "big") % self.count == self.index
 
 
 def parse_worker(text: str) -> tuple[str, InputShare | None]:
-    """A worker's name, and its part where it is one of several: `3/8`, or a plain name.
+    """Parse a worker: its name, and its part if it is one of several (`3/8`, or a plain name).
 
     Raises:
         ValueError: If it is neither.
@@ -62,16 +62,16 @@ def parse_worker(text: str) -> tuple[str, InputShare | None]:
 
 @dataclass(frozen=True)
 class ShareRecord:
-    """What one worker of several knows when it begins, and whether it has ended."""
+    """Facts that one worker of several knows at its start, and whether it has finished."""
 
-    input_hash: str  # of every trace that all the workers together must bring
-    num_input: int  # how many these are
+    input_hash: str  # covers every trace that all workers together must capture
+    num_input: int  # number of these
     num_traces: int  # of these, this worker's
     finished: bool
 
 
 def publish_share(store: Store, part: InputShare, record: ShareRecord) -> None:
-    """Say how far a worker is; what it said before is replaced.
+    """Record a worker's state, replacing its earlier record.
 
     Raises:
         OSError: If it cannot be written.
@@ -81,7 +81,7 @@ def publish_share(store: Store, part: InputShare, record: ShareRecord) -> None:
 
 
 def read_shares(store: Store) -> dict[InputShare, ShareRecord]:
-    """What every worker of several said last.
+    """The latest record of every worker.
 
     Raises:
         CacheFormatError: If a record is damaged.
@@ -101,13 +101,13 @@ def read_shares(store: Store) -> dict[InputShare, ShareRecord]:
 
 
 def require_all_parts(store: Store) -> None:
-    """Make sure that workers who share an input have all finished it.
+    """Check that all workers that share an input have finished it.
 
-    The largest input counts: a trial run with a limit may have gone before it. Nothing is known
-    of workers with names of their own.
+    The largest input counts, because a trial run with a limit may precede it. Nothing is known
+    about workers with plain names.
 
     Raises:
-        CacheMismatchError: Naming those that have not.
+        CacheMismatchError: Names those that have not.
     """
     records = read_shares(store)
     if not records:
@@ -131,12 +131,12 @@ def require_all_parts(store: Store) -> None:
 def shares_to_come(
     records: Mapping[InputShare, ShareRecord], count: int, input_hash: str
 ) -> dict[InputShare, str]:
-    """Which of `count` workers have not finished an input, and how that is known."""
+    """Those of `count` workers that have not finished an input, each with the reason."""
     reasons = {}
     for index in range(count):
         record = records.get(part := InputShare(count, index))
         if record is None:
-            reasons[part] = "has never begun"
+            reasons[part] = "has not started"
         elif record.input_hash != input_hash:
             reasons[part] = f"took on another input, of {record.num_input:,} traces"
         elif not record.finished:

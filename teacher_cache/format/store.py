@@ -1,7 +1,7 @@
-"""Store: the one place where a cache lives, a local folder or a URI that pyarrow.fs knows.
+"""Store: the location of a cache, a local folder or a URI that pyarrow.fs supports.
 
-A file is published whole or not at all. Locally and on HDFS it is written beside, verified and
-renamed; an object store shows a key only when all of it is there.
+A file is published complete or not at all. Locally and on HDFS it is written aside, verified and
+renamed; an object store shows a key only once it is complete.
 """
 
 import logging
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 CachePath = str | os.PathLike[str]  # a folder, or a URI (s3://, gs://, hdfs://, file://)
 
-# Waits between tries, in seconds: about two minutes of outage. Each try of S3 has Arrow's own few
-# seconds of retries inside, which a URI cannot set; those of gs:// have `?retry_limit_seconds=`.
+# Waits between tries, in seconds: about two minutes of outage. Each S3 try includes Arrow's few
+# seconds of retries, which a URI cannot set; gs:// has `?retry_limit_seconds=`.
 RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 _PERMANENT = re.compile(
     "ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|EXPIRED_TOKEN|NO_SUCH_BUCKET"
@@ -43,27 +43,27 @@ _T = TypeVar("_T")
 class Store:
     """Access to the files of one cache; names are relative to its root, with `/`."""
 
-    where: str  # how messages call it, without credentials
+    where: str  # its name in messages, without credentials
     filesystem: pafs.FileSystem
     root: str
 
     @property
     def folder(self) -> Path | None:
-        """The folder of a local cache; None elsewhere."""
+        """The folder of a local cache; None for a remote one."""
         return Path(self.root) if isinstance(self.filesystem, pafs.LocalFileSystem) else None
 
     def read(self, name: str) -> bytes:
-        """All of a file.
+        """Read all of a file.
 
         Raises:
-            FileNotFoundError: If there is none.
+            FileNotFoundError: If it is missing.
             ConnectionError: If a remote store fails every time.
             OSError: If it cannot be read.
         """
         return self._retried(name, lambda: self._read(self._path(name)))
 
     def read_range(self, name: str, offset: int, num_bytes: int) -> pa.Buffer:
-        """Bytes of a file from `offset` on, fewer where it ends before; raises as `read`."""
+        """Read bytes of a file from `offset`, fewer if it ends early; raises as `read`."""
 
         def action() -> pa.Buffer:
             with self.filesystem.open_input_file(self._path(name)) as file:
@@ -73,22 +73,22 @@ class Store:
         return self._retried(name, action)
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is no such file."""
+        """Size of a file in bytes; None if it is missing."""
         info = self._retried(name, lambda: self.filesystem.get_file_info(self._path(name)))
         return int(info.size) if info.type == pafs.FileType.File else None
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Name -> bytes of every file in a folder; a folder that is not there is empty."""
+        """Name -> size of every file in a folder; a missing folder is empty."""
         selector = pafs.FileSelector(self._path(folder), allow_not_found=True)
         infos = self._retried(folder, lambda: self.filesystem.get_file_info(selector))
         return {i.base_name: int(i.size) for i in infos if i.type == pafs.FileType.File}
 
     def publish(self, name: str, data: bytes | memoryview) -> None:
-        """Put a file under its final name when all of it is there and reads back equal.
+        """Give a file its final name once it is complete and reads back unchanged.
 
         Raises:
-            OSError: If that fails, on a remote store after several tries; a file that stood
-                there before may then be the old or the new one, never a part.
+            OSError: If that fails, on a remote store after several tries; a file already
+                there may then be the old or the new one, never a part.
         """
         if self.folder is not None:
             publish(self.folder / name, data)
@@ -98,19 +98,19 @@ class Store:
             self._retried(name, lambda: self._write_and_rename(self._path(name), data))
 
     def make_folder(self, name: str) -> None:
-        """Make a folder where files need one; object stores have none."""
+        """Make a folder if files need one; object stores have none."""
         if self.folder is not None:
             make_folder(self.folder / name)
         elif self.filesystem.type_name not in _OBJECT_STORES:
             self._retried(name, lambda: self.filesystem.create_dir(self._path(name)))
 
     def remove_unpublished(self, folder: str, prefix: str = "") -> None:
-        """Remove what dead writers of these names left half written; object stores show none."""
+        """Remove half-written files left by dead writers; object stores show none."""
         if self.folder is not None:
             remove_unpublished(self.folder / folder, prefix)
 
     def remove(self, name: str) -> None:
-        """Take a file away; nothing happens where there is none."""
+        """Remove a file; a missing one is no error."""
         if self.size(name) is not None:
             self._retried(name, lambda: self.filesystem.delete_file(self._path(name)))
 
@@ -125,13 +125,13 @@ class Store:
         with self.filesystem.open_output_stream(path) as file:
             file.write(data)
         if self._read(path) != data:
-            raise OSError("what was written does not read back the same")
+            raise OSError("the file does not read back as it was written")
 
     def _write_and_rename(self, path: str, data: bytes | memoryview) -> None:
         temporary = f"{path.rpartition('/')[0]}/.tmp-{uuid.uuid4().hex}"
         self._write(temporary, data)
-        # HDFS does not rename over a file. A death in between costs cache.json alone, which the
-        # next writer makes anew: shards have unique names.
+        # HDFS does not rename over a file. A crash in between costs only cache.json, which the
+        # next writer recreates: shards have unique names.
         if self.filesystem.get_file_info(path).type == pafs.FileType.File:
             self.filesystem.delete_file(path)
         self.filesystem.move(temporary, path)
@@ -152,16 +152,16 @@ def _retried(where: str, action: Callable[[], _T]) -> _T:
             if _PERMANENT.search(str(error)):
                 raise OSError(f"{where}: {error}") from error
             if wait_s is None:
-                raise ConnectionError(f"{where}: given up after {number} tries: {error}") from error
+                raise ConnectionError(f"{where}: gave up after {number} tries: {error}") from error
             logger.warning("%s: %s; trying again in %g s", where, error, wait_s)
-            time.sleep(wait_s * random.uniform(0.5, 1.0))  # spreads workers
+            time.sleep(wait_s * random.uniform(0.5, 1.0))  # spreads out the workers
     raise AssertionError("unreachable")
 
 
 def open_store(path: CachePath) -> Store:
-    """The store that a path or URI names; nothing is read and nothing need be there.
+    """Open the store that a path or URI names; nothing is read and nothing need exist.
 
-    Endpoint and credentials come from the URI or the environment, as pyarrow takes them.
+    Endpoint and credentials come from the URI or the environment, as pyarrow reads them.
 
     Raises:
         CacheError: If pyarrow cannot open it.
@@ -182,7 +182,7 @@ def open_store(path: CachePath) -> Store:
 
 
 def shown(path: CachePath) -> str:
-    """A path or URI as messages and records may hold it: without credentials and query."""
+    """A path or URI for messages and records, without credentials and query."""
     text = os.fspath(path)
     if "://" not in text:
         return text
@@ -192,7 +192,7 @@ def shown(path: CachePath) -> str:
 
 
 def identity(path: CachePath) -> str:
-    """What tells one cache's place from another's, however its credentials change."""
+    """Identity of a cache's location, whatever its credentials."""
     text = os.fspath(path)
     if "://" not in text:
         return str(Path(text).resolve())

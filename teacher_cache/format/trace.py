@@ -1,6 +1,6 @@
 """Trace: one token sequence with the teacher's distributions; the object both stages pass around.
 
-Letters: m tokens held (all of the trace, or its first part), E kept entries of all of them.
+Letters: m tokens held (all of the trace, or its first part), E kept entries of all of these.
 """
 
 from collections.abc import Mapping
@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from teacher_cache.format.codec import stored_logprobs
 from teacher_cache.format.ragged import entry_offsets, row_of_entry, tail_mass
 
-MAX_K = 254  # the realised token may come on top of the top-k, and `k` is a uint8
-SECTIONS = ("prompt", "cot", "answer")  # of a trace, in their order
+MAX_K = 254  # the target token may come on top of the top-k, and `k` is a uint8
+SECTIONS = ("prompt", "cot", "answer")  # of a trace, in order
 
 
 class TokenLogprobs(NamedTuple):
     """The teacher's kept entries for one token, most probable first; empty without a distribution.
 
-    The token itself is among them, last where it is not in the top-k. With `Trace.tail` of the
-    token their probabilities sum to one.
+    The token itself is among them, last if it is not in the top-k. Together with the token's
+    `Trace.tail`, the probabilities sum to one.
     """
 
     ids: NDArray[np.int32]  # [k]
@@ -31,16 +31,16 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Trace:
-    """Prompt, chain of thought and answer, with what the teacher said of each token.
+    """Prompt, chain of thought and answer, with the teacher's distribution over each token.
 
-    `len(trace)` is m, `trace[:n]` the trace cut to its first n tokens, `trace.logprobs(t)` what
-    the teacher said of token t. The arrays are constants: values derived from them are kept.
+    `len(trace)` is m, `trace[:n]` the trace cut to its first n tokens, `trace.logprobs(t)`
+    the teacher's entries for token t. The arrays are constant: derived values are cached.
 
     Entry t is the teacher's distribution over token t given the tokens before it. Its kept ids
-    are in order of falling probability; the realised token is among them, last where it is not
-    in the top-k. `k[t]` is 0 where there is no distribution (always for token 0).
+    are in order of falling probability; the target token is among them, last if it is not
+    in the top-k. `k[t]` is 0 if there is no distribution (always for token 0).
 
-    The bounds may lie beyond `m` where only the first part of a trace is held.
+    The bounds may lie beyond `m` if only the first part of a trace is held.
     """
 
     trace_id: str
@@ -51,7 +51,7 @@ class Trace:
     k: NDArray[np.uint8]  # [m]
     top_ids: NDArray[np.int32]  # [E], flat, k[t] per token
     top_logits: NDArray[np.float32]  # [E], relative to the token's largest: 0, -0.47, ...
-    tail_logit: NDArray[np.float32]  # [m], log(tail / (1 - tail)); 0 where k is 0
+    tail_logit: NDArray[np.float32]  # [m], log(tail / (1 - tail)); 0 if k is 0
     finish_reason: str = "stop"
     fields: Mapping[str, Any] = field(default_factory=dict)  # the user's own, JSON values
 
@@ -71,11 +71,11 @@ class Trace:
     def __getitem__(self, tokens: slice) -> "Trace":
         """The trace cut to its first tokens: `trace[:n]`, or `trace[:-n]` without the last n.
 
-        `n_total` and the bounds stay those of the whole trace, as where a cache is read to a lead
-        span. Entry t is given the tokens before it, so a cut from the start only is a trace.
+        `n_total` and the bounds stay those of the whole trace, as when a cache is read to a lead
+        span. Entry t depends on the tokens before it, so only a prefix is a valid trace.
 
         Raises:
-            TypeError: If `tokens` is no slice; `logprobs(t)` gives one token.
+            TypeError: If `tokens` is not a slice; use `logprobs(t)` for one token.
             ValueError: If it leaves out the first token or steps over some, or leaves none.
         """
         if not isinstance(tokens, slice):
@@ -101,12 +101,12 @@ class Trace:
 
     @property
     def num_entries(self) -> int:
-        """Kept entries of all tokens held."""
+        """Number of kept entries of all tokens held."""
         return len(self.top_ids)
 
     @cached_property
     def entry_offsets(self) -> NDArray[np.int64]:
-        """[m + 1] where each token's entries begin in `top_ids`, and where the last one's end."""
+        """[m + 1] start of each token's entries in `top_ids`, and the end of the last one's."""
         return entry_offsets(self.k)
 
     @cached_property
@@ -120,7 +120,7 @@ class Trace:
         bounds = np.array([self.cot_start, self.answer_start])
         return np.searchsorted(bounds, np.arange(len(self)), side="right")
 
-    # What follows is [E]: several times the trace itself, so it is made anew at every access.
+    # The following are [E], several times the trace itself, so each access computes them again.
 
     @property
     def token_of_entry(self) -> NDArray[np.int64]:
@@ -133,10 +133,10 @@ class Trace:
         return stored_logprobs(self.k, self.top_logits, self.tail_logit)
 
     def logprobs(self, t: int) -> TokenLogprobs:
-        """What the teacher said of token t given the tokens before it.
+        """The teacher's entries for token t, given the tokens before it.
 
         Args:
-            t: Place of the token, 0 to m - 1; from the end where negative.
+            t: Position of the token, 0 to m - 1; counted from the end if negative.
 
         Raises:
             IndexError: If the trace holds no such token.
@@ -159,10 +159,10 @@ class Trace:
         return t % len(self)
 
     def validate(self) -> None:
-        """Check every invariant that the class promises.
+        """Check every invariant of the class.
 
         Raises:
-            ValueError: Naming the trace, what was expected and what was found.
+            ValueError: Names the trace, what was expected and what was found.
         """
         where = f"trace {self.trace_id!r}"
         m = len(self)
@@ -196,16 +196,16 @@ class Trace:
         if not np.isfinite(self.tail_logit).all():
             raise ValueError(f"{where}: tail_logit must be finite")
         token_of_entry = self.token_of_entry
-        # Sorting token by token: equal neighbours are an id that stands twice.
+        # Sorted within each token: equal neighbours are a repeated id.
         keys = np.sort((token_of_entry << 32) | self.top_ids)
         twice = np.flatnonzero(keys[1:] == keys[:-1])
         if len(twice):
-            raise ValueError(f"{where}: token {keys[twice[0]] >> 32} has an id twice")
+            raise ValueError(f"{where}: token {keys[twice[0]] >> 32} has a repeated id")
         is_target = self.top_ids == self.token_ids[token_of_entry]
         found = np.bincount(token_of_entry[is_target], minlength=len(self.k))
         missing = np.flatnonzero((self.k > 0) & (found != 1))
         if len(missing):
             raise ValueError(
-                f"{where}: token {missing[0]} must be once among its own kept ids, "
+                f"{where}: token {missing[0]} must occur once among its own kept ids, "
                 f"found {found[missing[0]]} times"
             )

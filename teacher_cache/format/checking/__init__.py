@@ -1,1 +1,1 @@
-"""A cache checked to the end, and damaged shards taken out of it."""
+"""Full checks of a cache, and removal of damaged shards."""

@@ -1,4 +1,4 @@
-"""Taking what is damaged out of a cache, so that a capture makes it again. Nothing is deleted."""
+"""Moves damaged files out of a cache so that a capture recreates them. Deletes nothing."""
 
 import json
 from collections.abc import Iterator
@@ -20,24 +20,24 @@ REMOVED_FOLDER = "removed"
 
 @dataclass(frozen=True)
 class Repair:
-    """What was done to a cache."""
+    """Result of a repair."""
 
     removed: dict[str, str]  # file below the cache's root -> where it is now
     has_manifest: bool  # else `cache.json` is gone: it was damaged, and no shard gives its header
 
 
 def repair_cache(path: CachePath, found: Verification) -> Repair:
-    """Move damaged shards with their commit records out of the way, and take the seal off.
+    """Move damaged shards and their commit records out of the way, and remove the seal.
 
     The traces of these shards are then missing, and the command that made the cache captures them
     again. A process that dies here leaves an unsealed cache that can be repaired again.
 
     Args:
-        path: The cache; nobody may be writing to it, which is noticed on a local disk.
-        found: What `verify_cache` found there.
+        path: The cache. No process may be writing to it; on a local disk this is checked.
+        found: Result of `verify_cache`.
 
     Raises:
-        CacheMismatchError: If a writer is at work.
+        CacheMismatchError: If a writer is active.
         OSError: If a file cannot be moved or written.
     """
     store = open_store(path)
@@ -75,7 +75,7 @@ def repair_cache(path: CachePath, found: Verification) -> Repair:
 
 @contextmanager
 def _no_writer(store: Store) -> Iterator[None]:
-    """Hold the lock of everybody who ever wrote here."""
+    """Hold the locks of all workers that ever wrote here."""
     with ExitStack() as stack:
         if store.folder is not None:
             journals = Journals(store.folder / JOURNAL_FOLDER, store, inside=True)
@@ -85,7 +85,7 @@ def _no_writer(store: Store) -> Iterator[None]:
 
 
 def _new_prefix(store: Store) -> str:
-    """For the names of one repair: names of shards may come again."""
+    """Prefix for the file names of one repair, because shard names may recur."""
     store.make_folder(REMOVED_FOLDER)
     numbers = [name.partition("-")[0] for name in store.sizes(REMOVED_FOLDER)]
     last = max((int(number) for number in numbers if number.isdigit()), default=0)
@@ -93,7 +93,7 @@ def _new_prefix(store: Store) -> str:
 
 
 def _unsealed(store: Store, header: CacheHeader) -> Manifest:
-    """A new `cache.json` without a seal; what the old one says of the capture is kept."""
+    """New `cache.json` without a seal; the old one's record of the capture is kept."""
     try:
         config = json.loads(store.read(MANIFEST_NAME))["config"]
     except (FileNotFoundError, *UNUSABLE_JSON):
@@ -102,7 +102,7 @@ def _unsealed(store: Store, header: CacheHeader) -> Manifest:
 
 
 def _reopen_parts(store: Store) -> None:
-    """Workers that share an input have not finished it any more: traces of theirs are missing."""
+    """Mark workers that share an input as unfinished: some of their traces are now missing."""
     for part, record in read_shares(store).items():
         publish_share(store, part, replace(record, finished=False))
 

@@ -1,4 +1,4 @@
-"""Every checksum, count and promise of a cache, checked to the end: a list of all that is wrong.
+"""Checks every checksum, count and guarantee of a cache and lists everything that is wrong.
 
 One shard is in memory at a time.
 """
@@ -27,18 +27,18 @@ from teacher_cache.format.shares import PARTS_FOLDER, read_shares
 from teacher_cache.format.store import CachePath, Store, open_store
 from teacher_cache.format.writing.journal import journal_damage, read_journal
 
-OnBytes = Callable[[int, int], None]  # told how many bytes of how many are checked
+OnBytes = Callable[[int, int], None]  # (bytes checked, bytes in all)
 
 
 def verify_cache(path: CachePath, on_bytes: OnBytes = lambda done, total: None) -> Verification:
-    """Check a cache, sealed or not, also while it is being written.
+    """Check a cache, sealed or not, even while it is being written.
 
     Args:
         path: A folder, or a URI that pyarrow.fs knows.
-        on_bytes: Is called after every shard.
+        on_bytes: Called after every shard.
 
     Raises:
-        CacheError: If there is nothing that could be checked, or it cannot be opened.
+        CacheError: If there is nothing to check, or the cache cannot be opened.
     """
     store = open_store(path)
     shard_files = set(store.sizes(SHARD_FOLDER))
@@ -74,12 +74,12 @@ def verify_cache(path: CachePath, on_bytes: OnBytes = lambda done, total: None) 
 
 
 def _check_manifest(store: Store, found: Verification) -> tuple[Manifest | None, bool]:
-    """`cache.json`, where nothing is wrong with it, and whether it has a checksum that says so."""
+    """`cache.json` if nothing is wrong with it, and whether a checksum confirms that."""
     try:
         text = store.read(MANIFEST_NAME)
         damage = _manifest_damage(text)
     except FileNotFoundError:
-        damage = "is missing, although there are shards"
+        damage = "is missing although shards exist"
     except (OSError, *UNUSABLE_JSON) as error:
         damage = f"not readable: {error}"
     if damage is not None:
@@ -90,7 +90,7 @@ def _check_manifest(store: Store, found: Verification) -> tuple[Manifest | None,
         manifest = parse_manifest(text, f"{found.path}/{MANIFEST_NAME}")
     except CacheFormatError as error:
         if has_checksum:
-            raise  # as it was written, but by a later version
+            raise  # intact, but written by a later version
         found.wrong(MANIFEST_NAME, str(error).removeprefix(f"{found.path}/"))
         return None, False
     if not has_checksum:
@@ -106,15 +106,15 @@ def _manifest_damage(text: bytes) -> str | None:
 
     checksum = record.get("checksum")
     if checksum is not None and checksum != hash_without("checksum"):
-        return f"its checksum {checksum!r} is not that of its content"
+        return f"its checksum {checksum!r} does not match its content"
     for name, value in record.items():
         if name != "checksum" and isinstance(value, str) and value == hash_without(name):
-            return f"expected the key `checksum`, found {name!r} in its place"
+            return f"expected the key `checksum`, found {name!r} instead"
     return _case_damage(text, json.dumps(record, indent=1))
 
 
 def _case_damage(text: bytes, expected: str) -> str | None:
-    """A flipped bit that no value shows: in `\\u00e9` and `1e-05` case means nothing to JSON."""
+    """Detect a flipped bit that no value shows: JSON ignores case in `\\u00e9` and `1e-05`."""
     found = text.strip()
     if found != expected.encode() and found.lower() == expected.lower().encode():
         return "a letter of an escape or a number has changed its case"
@@ -124,13 +124,13 @@ def _case_damage(text: bytes, expected: str) -> str | None:
 def _read_commit(store: Store, name: str, found: Verification) -> ShardCommit | None:
     file = f"{SHARD_FOLDER}/{name}.json"
     if not PLAIN_NAME.match(name):
-        found.wrong(file, f"{name!r} is no name of a shard")
+        found.wrong(file, f"{name!r} is not a valid shard name")
         return None
     try:
         text = store.read(file)
         commit = parse_commit(text, name)
     except FileNotFoundError:
-        found.wrong(file, "the seal lists this commit record, and it is missing")
+        found.wrong(file, "the seal lists this commit record, but it is missing")
         return None
     except (OSError, CacheFormatError) as error:
         found.wrong(file, error)
@@ -142,7 +142,7 @@ def _read_commit(store: Store, name: str, found: Verification) -> ShardCommit | 
 
 
 def _is_of_shards(manifest: Manifest, commits: Sequence[ShardCommit], found: Verification) -> bool:
-    """Whether a header without a checksum is that of any shard: what all deny is the damage."""
+    """Check a header without a checksum against the shards; if none has it, it is damaged."""
     fingerprint = manifest.header.fingerprint
     of_shards = {commit.header_fingerprint for commit in commits} or {fingerprint}
     if fingerprint in of_shards or len(of_shards) > 1:
@@ -154,7 +154,7 @@ def _is_of_shards(manifest: Manifest, commits: Sequence[ShardCommit], found: Ver
 
 
 def _header(store: Store, commits: Sequence[ShardCommit]) -> CacheHeader | None:
-    """The header as shards hold it, where `cache.json` is damaged."""
+    """The header stored in the shards, for a damaged `cache.json`."""
     for commit in commits:
         try:
             return header_in_shard(store.read(_shard_file(commit)), commit)
@@ -175,12 +175,12 @@ def _check_shard(
             check_commit(commit, header)
         except CacheError as error:
             found.wrong(f"{SHARD_FOLDER}/{commit.name}.json", error)
-            header = None  # its values cannot be judged by this one
+            header = None  # this header says nothing about its values
     file = _shard_file(commit)
     try:
         data = store.read(file)
     except FileNotFoundError:
-        found.wrong(file, "is missing, although its commit record is there")
+        found.wrong(file, "is missing although its commit record exists")
         return
     except OSError as error:
         found.wrong(file, f"cannot be read: {error}")
@@ -197,7 +197,7 @@ def _check_shard(
         return
     if strangers := asked.keys() - {trace.trace_id for trace in commit.traces}:
         found.wrong(
-            messages_file(commit.name), f"holds {min(strangers)!r}, which is no trace of the shard"
+            messages_file(commit.name), f"holds {min(strangers)!r}, not a trace of the shard"
         )
 
 
@@ -216,9 +216,9 @@ def _count(
     checksums = dict(manifest.seal.shards)
     for commit in commits:
         if commit.checksum != checksums[commit.name]:
-            found.wrong(f"{SHARD_FOLDER}/{commit.name}.json", "is not the one that was sealed")
+            found.wrong(f"{SHARD_FOLDER}/{commit.name}.json", "differs from the sealed one")
     if len(commits) < num_listed:
-        return  # said already, and the totals must differ
+        return  # already reported, and the totals must differ
     for name in ("num_traces", "num_tokens", "num_duplicates"):
         expected, counted = getattr(manifest.seal, name), getattr(actual, name)
         if expected != counted:
@@ -243,15 +243,15 @@ def _note_strays(files: Collection[str], listed: Collection[str], found: Verific
         stem, _, kind = file.rpartition(".")
         where = f"{SHARD_FOLDER}/{file}"
         if file.startswith(".tmp-"):
-            found.note(where, "a writer's temporary file; it may be removed when none is at work")
+            found.note(where, "a writer's temporary file; remove it if no writer is active")
         elif stem in listed and kind in ("json", "arrow"):
             continue
         elif f"{stem}.json" in files and kind in ("json", "arrow"):
             found.note(where, "came after the seal and does not count")
         elif kind == "arrow":
-            found.note(where, "has no commit record and does not count: its writer was stopped")
+            found.note(where, "has no commit record and does not count: its writer was interrupted")
         else:
-            found.note(where, "is no file of a cache")
+            found.note(where, "is not a file of a cache")
 
 
 def _check_journals(
@@ -263,18 +263,18 @@ def _check_journals(
             num_traces = sum(1 for _ in read_journal(path, header.fingerprint))
             damage = journal_damage(path, header.fingerprint)
         except FileNotFoundError:
-            continue  # a running writer has made a shard of it meanwhile
+            continue  # a running writer has since turned it into a shard
         except (OSError, CacheFormatError) as error:
             found.wrong(file, str(error).removeprefix(f"{path}: "))
             continue
         if path.stem in listed:
-            found.note(file, "is left from a shard that is there; the next capture removes it")
+            found.note(file, "is left over from a finished shard; the next capture removes it")
             continue
         found.num_journalled += num_traces
         if damage:
             num_bytes = sum(end - start for start, end in damage)
             found.note(
                 file,
-                f"{num_traces:,} whole traces, and {num_bytes:,} bytes that are none, from byte "
-                f"{damage[0][0]:,}: the next capture makes what stood there again",
+                f"{num_traces:,} whole traces, and {num_bytes:,} damaged bytes, from byte "
+                f"{damage[0][0]:,}: the next capture recreates what was there",
             )

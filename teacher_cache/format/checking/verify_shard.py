@@ -1,4 +1,4 @@
-"""One shard, checked to the end: bytes against the commit record, values against the format."""
+"""Full check of one shard: bytes against the commit record, values against the format."""
 
 import hashlib
 import json
@@ -25,16 +25,16 @@ _TAIL_FLOOR_LOGIT = float(tail_logit_of(np.ones(1))[0])
 def broken_shard(
     data: bytes, commit: ShardCommit, header: CacheHeader | None, where: str
 ) -> Iterator[str]:
-    """Everything that is wrong with a shard.
+    """Yield everything that is wrong with a shard.
 
-    A shard whose bytes are not those of its record is not decoded: what it holds is worth nothing
-    then. Where a band cannot be decoded, that is the last finding.
+    A shard whose bytes do not match its record is not decoded: its contents cannot be trusted.
+    If a band cannot be decoded, that is the last finding.
 
     Args:
         data: The whole file.
         commit: Its commit record.
-        header: Of the cache; None checks the bytes alone.
-        where: Names the shard.
+        header: Header of the cache; None checks only the bytes.
+        where: Name of the shard, for messages.
     """
     damage = list(_damage(data, commit))
     yield from damage
@@ -46,10 +46,10 @@ def broken_shard(
 
 
 def header_in_shard(data: pa.Buffer | bytes, commit: ShardCommit) -> CacheHeader:
-    """The cache's header as the schema of a shard holds it.
+    """The cache's header as stored in a shard's schema.
 
     Raises:
-        CacheFormatError: If it is not the one that was committed.
+        CacheFormatError: If it differs from the committed one.
     """
     where = f"{commit.name}.arrow"
     try:
@@ -111,22 +111,22 @@ def _broken_content(
         return  # the counts cannot agree
     if num_entries != commit.num_entries:
         yield f"has {num_entries:,} entries, the commit record says {commit.num_entries:,}"
-    # What was clamped stands at the end of its range, with what was rounded to it.
+    # Clamped values lie at the end of their range, beside values rounded to it.
     for name, counted in (("num_clamped_tails", num_tails), ("num_clamped_logits", num_logits)):
         if getattr(commit, name) > counted:
             yield f"the commit record says {name} {getattr(commit, name):,}, at most {counted:,}"
 
 
 def broken_promises(trace: Trace, header: CacheHeader) -> Iterator[str]:
-    """What the policy of a cache promises of every token, beyond what `Trace.validate` checks."""
+    """Check the cache policy's guarantees for every token, beyond `Trace.validate`."""
     has_entries = trace.k > 0
     tail, probs = trace.tail, np.exp(trace.top_logprobs)
     mass = np.bincount(trace.token_of_entry, weights=probs, minlength=len(trace)) + tail
     outside = (1 - header.mass) * _TAIL_SLACK + 1e-6
-    # Carried over from another tokenizer, a row's entries are all that is known of it.
+    # In a row carried over from another tokenizer, only the entries are known.
     needs_mass = header.derived is None
     checks = (
-        ("has more entries than top_k and the token itself", trace.k > header.top_k + 1),
+        ("has more entries than top_k plus the token itself", trace.k > header.top_k + 1),
         (
             "has fewer entries than its mass needs",
             needs_mass & (trace.k < header.top_k) & (tail > outside),
@@ -140,4 +140,4 @@ def broken_promises(trace: Trace, header: CacheHeader) -> Iterator[str]:
             yield f"token {tokens[0]} {text} ({len(tokens):,} tokens like it)"
     tokens = np.flatnonzero((trace.tail_logit != 0) & ~has_entries)
     if len(tokens):
-        yield f"token {tokens[0]} has a tail, but no entries"
+        yield f"token {tokens[0]} has a tail but no entries"

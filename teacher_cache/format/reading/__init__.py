@@ -1,1 +1,1 @@
-"""From bytes to traces: all that a student's training needs of the format."""
+"""From bytes to traces: the part of the format that training a student needs."""

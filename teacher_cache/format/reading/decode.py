@@ -19,10 +19,10 @@ from teacher_cache.format.reading.ipc import declared_bytes
 from teacher_cache.format.schema import check_schema
 from teacher_cache.format.trace import Trace
 
-MAGIC_BYTES = 8  # of an IPC file; what follows is an IPC stream
+MAGIC_BYTES = 8  # of an IPC file; an IPC stream follows
 MAX_DECLARED_BYTES = (
     2 << 30
-)  # of all buffers of a shard: what a stranger can make a reader allocate
+)  # of a shard's buffers: limits what an untrusted file can make a reader allocate
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Coded:
     dictionary: NDArray[Any]
 
     def values(self, codes: NDArray[np.unsignedinteger]) -> NDArray[Any]:
-        """What some of the codes stand for."""
-        # Clipping changes nothing here and spares numpy a check of its own that costs more.
+        """Values of some of the codes."""
+        # Clipping changes nothing here and avoids numpy's own, slower check.
         return self.dictionary.take(codes, mode="clip")
 
 
@@ -43,8 +43,8 @@ class Band:
     """One record batch, flat; row r's tokens are token_ends[r]:token_ends[r+1]."""
 
     token_ends: list[int]  # [rows + 1]
-    row_ends: list[int]  # [rows + 1], the same for its entries
-    entry_ends: NDArray[np.int64]  # [tokens + 1], of each token's entries
+    row_ends: list[int]  # [rows + 1], likewise for its entries
+    entry_ends: NDArray[np.int64]  # [tokens + 1], likewise for each token's entries
     token_ids: NDArray[np.int32]
     k: NDArray[np.uint8]
     top_ids: NDArray[np.int32]
@@ -58,14 +58,14 @@ def decode_bands(
     """Decode the leading bands of a shard and check them against the format and its record.
 
     Args:
-        data: The first bytes of the file, at least to the end of these bands.
+        data: Leading bytes of the file, at least to the end of these bands.
         commit: The shard's commit record.
-        num_bands: How many leading bands.
-        header: Of the cache.
-        where: Names the shard in errors.
+        num_bands: Number of leading bands.
+        header: Header of the cache.
+        where: Name of the shard, for errors.
 
     Raises:
-        CacheFormatError: If anything is not as the format or the record says.
+        CacheFormatError: If anything contradicts the format or the record.
     """
     if num_bands == 0:
         return []
@@ -84,7 +84,7 @@ def decode_bands(
             check_schema(stream.schema, header, where)
             for band in range(num_bands):
                 batch = stream.read_next_batch()
-                batch.validate()  # buffers as large as the columns need
+                batch.validate()  # checks that buffers are large enough for the columns
                 if band == 0:
                     dictionaries = _dictionaries(batch, header, where)
                 bands.append(
@@ -106,7 +106,7 @@ def decode_bands(
 
 @dataclass(frozen=True)
 class _Expected:
-    """What the commit record says of a shard's rows."""
+    """Facts about a shard's rows from the commit record."""
 
     trace_ids: pa.Array
     held: NDArray[np.int64]  # tokens of each trace in this cache
@@ -123,7 +123,7 @@ class _Expected:
 
 
 def _dictionaries(batch: pa.RecordBatch, header: CacheHeader, where: str) -> dict[str, pa.Array]:
-    """Values that the entries point to, checked: the same in every band of a shard."""
+    """Checked values that the entries point to, the same in every band of a shard."""
     found = {name: batch[name].values.dictionary for name in ("top_ids", "top_logits")}
     for name, dictionary in found.items():
         dictionary.validate(full=True)
@@ -147,11 +147,11 @@ def _decode_batch(
     num_tokens = band_start(expected.held, band + 1, header.num_bands) - starts
     batch["trace_id"].validate(full=True)
     if not batch["trace_id"].dictionary_decode().equals(expected.trace_ids):
-        raise CacheFormatError(f"{where}: the trace ids are not those of the commit record")
+        raise CacheFormatError(f"{where}: the trace ids differ from the commit record")
     of_band = {"band": np.full(len(starts), band), "start": starts}
     for name, values in {**of_band, **expected.columns}.items():
         if not np.array_equal(_plain(batch, name, where), values):
-            raise CacheFormatError(f"{where}: column {name!r} is not what the commit record says")
+            raise CacheFormatError(f"{where}: column {name!r} differs from the commit record")
     k, lengths = _flat(batch, "k", where)
     token_ids, token_lengths = _flat(batch, "token_ids", where)
     tail_logit, tail_lengths = _flat(batch, "tail_logit", where)
@@ -178,8 +178,8 @@ def _decode_batch(
         row = int(np.searchsorted(token_ends, wrong, side="right")) - 1
         raise CacheFormatError(
             f"{where}: token {starts[row] + wrong - token_ends[row]} of trace "
-            f"{expected.trace_ids[row].as_py()!r} has entries, but is not once among them: the "
-            "distributions belong to other tokens"
+            f"{expected.trace_ids[row].as_py()!r} has entries but is not exactly once among them: "
+            "the distributions belong to other tokens"
         )
     return Band(
         token_ends=token_ends.tolist(),
@@ -217,7 +217,7 @@ def _codes(
 ) -> tuple[pa.Array, NDArray[np.int64]]:
     """Codes of a column of lists from a dictionary, and the length of each list.
 
-    Checks what `validate(full=True)` would check, in a tenth of its time.
+    Checks what `validate(full=True)` would check, ten times faster.
     """
     column = batch[name]
     values, offsets = column.values, column.offsets.to_numpy()
@@ -240,7 +240,7 @@ def _check_range(ids: NDArray[np.int32], name: str, vocab_size: int, where: str)
 
 def _check_logits(logits: Coded, starts: NDArray[np.int64], where: str) -> None:
     grid, codes = logits.dictionary, logits.codes
-    # On a falling grid codes rise where values fall, and are a quarter of the bytes.
+    # On a falling grid codes rise as values fall, and take a quarter of the bytes.
     rises = (
         codes[1:] < codes[:-1]
         if (grid[1:] < grid[:-1]).all()
@@ -259,10 +259,10 @@ def _without_itself(
     top_ids: NDArray[np.int32],
     entry_ends: NDArray[np.int64],
 ) -> int | None:
-    """The first token with entries that is not once among them: a capture off by one has some."""
+    """The first token with entries not exactly once among them; a capture off by one has some."""
     found = np.flatnonzero(top_ids == np.repeat(token_ids, k))
     ends = entry_ends[1:][k > 0]
-    # The i-th token with entries holds the i-th hit, or some token has none or two.
+    # If the i-th token with entries does not hold the i-th hit, a token has none or two.
     if len(found) == len(ends) and (found < ends).all() and (found[1:] >= ends[:-1]).all():
         return None
     hits = np.histogram(found, entry_ends)[0]
@@ -272,10 +272,10 @@ def _without_itself(
 def assemble(
     commit: ShardCommit, row: int, num_tokens: int, bands: Sequence[Band], where: str
 ) -> Trace:
-    """Put the first `num_tokens` tokens of one trace together from its bands.
+    """Assemble the first `num_tokens` tokens of one trace from its bands.
 
     Raises:
-        CacheFormatError: If the distributions are those of other tokens.
+        CacheFormatError: If the distributions belong to other tokens.
     """
     parts = []
     missing = num_tokens

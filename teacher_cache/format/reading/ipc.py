@@ -1,21 +1,21 @@
-"""How much memory an IPC stream would take, from what it declares and before it is decompressed.
+"""Memory that an IPC stream would take, from its declared sizes, before decompression.
 
-pyarrow allocates a compressed buffer's declared length first and looks at its bytes afterwards, so
-a few bytes from a stranger could ask for any amount. The messages' flatbuffers are read by hand for
-that one number; everything else about them is checked by pyarrow.
+pyarrow allocates a compressed buffer's declared length before it looks at the bytes, so
+a few untrusted bytes could request any amount. The messages' flatbuffers are parsed here for
+that one number; pyarrow checks everything else.
 """
 
 import struct
 from dataclasses import dataclass
 
-_CONTINUATION = 0xFFFFFFFF  # stands before every message
+_CONTINUATION = 0xFFFFFFFF  # precedes every message
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
 _BUFFER_BYTES = 16  # offset and length
 
 
 @dataclass(frozen=True)
 class _Table:
-    """A flatbuffers table: its fields are found through the table of offsets before it."""
+    """A flatbuffers table: a table of offsets before it locates its fields."""
 
     data: memoryview
     position: int
@@ -25,7 +25,7 @@ class _Table:
         return cls(data, _unsigned(data, 0))
 
     def field(self, number: int) -> int | None:
-        """Where a field stands; None where it is left at its default."""
+        """Position of a field; None if it is left at its default."""
         vtable = self.position - int(struct.unpack_from("<i", self.data, self.position)[0])
         if vtable < 0:
             raise ValueError("a message's field table lies outside it")
@@ -45,15 +45,15 @@ def _unsigned(data: memoryview, position: int) -> int:
 
 
 def declared_bytes(stream: memoryview, num_record_batches: int) -> int:
-    """Bytes that the first messages of an IPC stream take when their buffers are decompressed.
+    """Bytes that the first messages of an IPC stream take once decompressed.
 
     Args:
         stream: The stream from its schema on.
         num_record_batches: Count messages up to this record batch, dictionaries included.
 
     Raises:
-        ValueError, struct.error: If the stream is not made as an IPC stream is, ends before, or
-            changes a dictionary behind its first record batch.
+        ValueError, struct.error: If the stream is not a valid IPC stream, ends early, or
+            changes a dictionary after its first record batch.
     """
     position = total = num_seen = 0
     while num_seen < num_record_batches:
@@ -70,7 +70,7 @@ def declared_bytes(stream: memoryview, num_record_batches: int) -> int:
         kind = 0 if kind_place is None else message.data[kind_place]
         batch = message.table(2)
         if kind == _DICTIONARY_BATCH and num_seen:
-            raise ValueError("a dictionary stands behind the first record batch")
+            raise ValueError("a dictionary follows the first record batch")
         if kind == _DICTIONARY_BATCH and batch is not None:
             batch = batch.table(1)
         if kind in (_DICTIONARY_BATCH, _RECORD_BATCH) and batch is not None:

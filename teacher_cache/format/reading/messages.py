@@ -1,4 +1,4 @@
-"""What traces were asked, as messages: read from the small file beside their shard."""
+"""Messages that traces answer, read from the small file beside their shard."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ _MAGIC_BYTES = 8  # before the stream in an IPC file
 
 
 def read_messages(store: Store, commit: ShardCommit) -> dict[str, Any]:
-    """trace_id -> what it was asked, of every trace of a shard that was asked in messages.
+    """trace_id -> messages, for every trace of a shard whose prompt was messages.
 
     Raises:
         CacheFormatError: If the file is missing or damaged.
@@ -32,12 +32,12 @@ def read_messages(store: Store, commit: ShardCommit) -> dict[str, Any]:
         data = store.read(file)
     except FileNotFoundError as error:
         raise CacheFormatError(
-            f"{where} is missing, although the commit record of the shard names it. Restore it "
+            f"{where} is missing although the shard's commit record names it. Restore it "
             "from a copy"
         ) from error
     is_whole = len(data) == commit.messages.size_bytes
     if not is_whole or hashlib.sha256(data).hexdigest() != commit.messages.sha256:
-        raise CacheFormatError(f"{where}: is not the file that was committed; it is damaged")
+        raise CacheFormatError(f"{where}: differs from the committed file; it is damaged")
     try:
         num_bytes = declared_bytes(memoryview(data)[_MAGIC_BYTES:], num_record_batches=1)
         if num_bytes > MAX_MESSAGES_BYTES:
@@ -48,4 +48,4 @@ def read_messages(store: Store, commit: ShardCommit) -> dict[str, Any]:
         names, texts = batch["trace_id"].to_pylist(), batch["messages"].to_pylist()
         return {str(name): json.loads(text) for name, text in zip(names, texts, strict=True)}
     except (pa.ArrowException, struct.error, StopIteration, *UNUSABLE_JSON) as error:
-        raise CacheFormatError(f"{where}: no table of messages: {error!r}") from error
+        raise CacheFormatError(f"{where}: not a table of messages: {error!r}") from error

@@ -1,9 +1,9 @@
-"""A local folder with the first bytes of shards that live elsewhere, shared by all who read them.
+"""A local folder with the leading bytes of remote shards, shared by all their readers.
 
-A file `<sha256 of the shard>.prefix` holds the first bytes of that shard, as many as somebody has
+A file `<sha256 of the shard>.prefix` holds as many leading bytes of that shard as some reader has
 needed so far: a larger lead span fetches only what is missing. It is replaced by renaming, so that
-readers see the old or the new one. All writing happens under one lock of the folder, which keeps
-its bound; fetching under one lock per shard, so that no two processes fetch the same bytes.
+readers see the old or the new one. All writing happens under one lock of the folder, to keep
+its size bound; fetching under one lock per shard, so that no bytes are fetched twice.
 """
 
 import fcntl
@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 _SUFFIX = ".prefix"
 
-Fetch = Callable[[int, int], pa.Buffer]  # (offset, number of bytes) -> fewer where the file ends
+Fetch = Callable[[int, int], pa.Buffer]  # (offset, number of bytes) -> bytes, fewer at the end
 
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """At most `max_bytes` of prefixes in a folder; what was not used for longest goes first."""
+    """At most `max_bytes` of prefixes in a folder; the least recently used go first."""
 
     folder: Path
     max_bytes: int
@@ -36,22 +36,22 @@ class PrefixCache:
             raise ValueError(f"prefix cache: expected at least 1 byte, got {self.max_bytes}")
 
     def read(self, key: str, num_bytes: int, fetch: Fetch) -> pa.Buffer:
-        """The first bytes of a shard, from here as far as they are here.
+        """The first bytes of a shard, from this folder as far as it has them.
 
         Args:
-            key: Of the shard's whole content.
-            num_bytes: How many are wanted.
-            fetch: Gets a range from where the shard lives.
+            key: Hash of the shard's whole content.
+            num_bytes: Number of bytes wanted.
+            fetch: Fetches a byte range of the remote shard.
 
         Raises:
-            OSError: As `fetch` does; or if the folder cannot be made or locked.
+            OSError: From `fetch`, or if the folder cannot be created or locked.
         """
         found = self._held(key, num_bytes)
         if found.size == num_bytes:
             return found
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked(f"fetch-{key[:2]}"):
-            found = self._held(key, num_bytes)  # another one may have fetched it meanwhile
+            found = self._held(key, num_bytes)  # another process may have fetched it meanwhile
             if found.size == num_bytes:
                 return found
             missing = fetch(found.size, num_bytes - found.size)
@@ -60,14 +60,14 @@ class PrefixCache:
         return data
 
     def drop(self, key: str) -> None:
-        """Forget a shard, as one whose bytes here turned out to be damaged."""
+        """Forget a shard, for example because its bytes here are damaged."""
         self._file(key).unlink(missing_ok=True)
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}{_SUFFIX}"
 
     def _held(self, key: str, num_bytes: int) -> pa.Buffer:
-        """What is here of the bytes wanted, marked as used."""
+        """The wanted bytes as far as they are here, marked as used."""
         try:
             with self._file(key).open("rb") as file:
                 os.utime(file.fileno())
@@ -79,7 +79,7 @@ class PrefixCache:
         if data.size > self.max_bytes:
             return
         with self._locked("write"):
-            for dead in self.folder.glob(".tmp-*"):  # nobody else writes now
+            for dead in self.folder.glob(".tmp-*"):  # nobody else is writing
                 dead.unlink(missing_ok=True)
             self._make_room(data.size)
             temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
@@ -89,7 +89,7 @@ class PrefixCache:
                 temporary.replace(self._file(key))
             except OSError as error:
                 temporary.unlink(missing_ok=True)
-                # What was fetched is whole in memory; without a place for it, it is fetched again.
+                # The fetched bytes are in memory; if they cannot be kept, they are fetched again.
                 logger.warning("prefix cache %s: %s; not kept", self.folder, error)
 
     def _make_room(self, num_bytes: int) -> None:
@@ -103,7 +103,7 @@ class PrefixCache:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Hold a lock among all processes and threads; it ends with the process that holds it."""
+        """Hold a lock across processes and threads; it ends with its process."""
         with (self.folder / f"{name}.lock").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield

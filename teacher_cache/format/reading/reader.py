@@ -1,6 +1,6 @@
-"""Reading a cache: commit records first, then only the prefix of a shard that is needed.
+"""Reading a cache: commit records first, then only the needed prefix of each shard.
 
-Every block that is read is checked against its crc32, and every value against the format, before
+Every block read is checked against its crc32, and every value against the format, before
 anything is handed out.
 """
 
@@ -50,20 +50,20 @@ logger = logging.getLogger(__name__)
 class Cache:
     """An open cache: an immutable snapshot of its commit records, and access to its shards.
 
-    `len(cache)` counts its traces, `cache["some-id"]` reads one, `for trace in cache` all of them,
-    as far as the cache holds them. `read` takes any first tokens of the traces of one shard.
+    `len(cache)` counts its traces, `cache["some-id"]` reads one, `for trace in cache` reads all,
+    as far as the cache holds them. `read` takes leading tokens of some traces of one shard.
     """
 
     path: str
     manifest: Manifest
     shards: tuple[ShardCommit, ...]  # by name
     traces: tuple[Place, ...]  # (shard, row) of every trace, each counted once
-    fingerprint: str  # of the shards' content
+    fingerprint: str  # identifies the shards' content
     store: Store
     prefix_cache: PrefixCache | None = None
-    bytes_read: int = 0  # from shards, by this object
-    bytes_fetched: int = 0  # of these, not found in the prefix cache
-    _messages: tuple[str, dict[str, Any]] | None = field(default=None, repr=False)  # of one shard
+    bytes_read: int = 0  # read from shards by this object
+    bytes_fetched: int = 0  # of these, those not found in the prefix cache
+    _messages: tuple[str, dict[str, Any]] | None = field(default=None, repr=False)  # one shard's
 
     def __len__(self) -> int:
         return len(self.traces)
@@ -81,20 +81,20 @@ class Cache:
         return self.read_held(self.traces)
 
     def __contains__(self, trace_id: str) -> bool:
-        """Whether there is a trace of this id; nothing is read.
+        """Whether there is a trace with this id, without reading shards.
 
         Raises:
-            TypeError: If `trace_id` is no text.
+            TypeError: If `trace_id` is not a string.
         """
         self._require_text(trace_id)
         return trace_id in self._place_of_id
 
     def __getitem__(self, trace_id: str) -> Trace:
-        """Read one trace; its shard is read anew each time.
+        """Read one trace; each access reads its shard again.
 
         Raises:
-            TypeError: If `trace_id` is no text.
-            TraceNotFoundError: If there is none of this id; a KeyError too.
+            TypeError: If `trace_id` is not a string.
+            TraceNotFoundError: If no trace has this id; also a KeyError.
             CacheFormatError: If its shard is missing or damaged.
         """
         self._require_text(trace_id)
@@ -109,10 +109,10 @@ class Cache:
             )
 
     def place(self, trace_id: str) -> Place:
-        """(shard, row) of a trace, as in `traces`.
+        """Place (shard, row) of a trace, as in `traces`.
 
         Raises:
-            TraceNotFoundError: If there is none of this id.
+            TraceNotFoundError: If no trace has this id.
         """
         if trace_id not in self._place_of_id:
             raise TraceNotFoundError(
@@ -123,7 +123,7 @@ class Cache:
 
     @cached_property
     def infos(self) -> tuple[TraceInfo, ...]:
-        """What is known of every trace without reading shards, in the order of `traces`."""
+        """Facts about every trace that need no shard, in the order of `traces`."""
         return tuple(self.shards[shard].traces[row] for shard, row in self.traces)
 
     @cached_property
@@ -132,7 +132,7 @@ class Cache:
 
     @property
     def header(self) -> CacheHeader:
-        """Provenance and policy."""
+        """Provenance and policy of the cache."""
         return self.manifest.header
 
     @property
@@ -142,24 +142,24 @@ class Cache:
 
     @property
     def snapshot(self) -> ShardList | None:
-        """The shards that this is, where it is not all of a complete capture."""
+        """The shards of this snapshot, if it is not all of a complete capture."""
         if self.manifest.seal is not None and self.manifest.seal.fingerprint == self.fingerprint:
             return None
         return tuple((commit.name, commit.checksum) for commit in self.shards)
 
     def num_held(self, trace: TraceInfo) -> int:
-        """How many of its first tokens can be read: all, unless the cache was truncated."""
+        """Number of leading tokens of a trace that can be read: all, unless truncated."""
         return self.header.num_held(trace.n_total)
 
     def view(self, *, top_k: int | None = None, mass: float | None = None) -> KeepPolicy:
-        """The policy with which `read` gives fewer entries than were captured.
+        """Policy with which `read` gives fewer entries than were captured.
 
         Args:
-            top_k: At most so many entries per token, and the token itself; as captured if None.
-            mass: The fewest entries whose stored probabilities reach it; as captured if None.
+            top_k: Most entries per token, besides the token itself; as captured if None.
+            mass: Probability that the fewest possible entries reach; as captured if None.
 
         Raises:
-            CacheMismatchError: If the capture did not keep so much.
+            CacheMismatchError: If the capture kept less than that.
             ValueError: If `top_k` is below 1 or `mass` not in (0, 1].
         """
         if top_k is not None and top_k < 1:
@@ -173,7 +173,7 @@ class Cache:
                     f"{self.path}: was captured with {name} {held:g} and cannot be read with "
                     f"{asked:g}: ask for at most that, or capture again"
                 )
-        # As captured is all that is stored: the rounded probabilities are not counted again.
+        # "As captured" means all stored entries: rounded probabilities are not summed again.
         if mass is None or mass == self.header.mass:
             mass = 1.0
         return KeepPolicy(top_k or self.header.top_k, mass)
@@ -182,10 +182,10 @@ class Cache:
         """Read traces as far as the cache holds them, each shard once; raises as `read`.
 
         Args:
-            places: (shard, row) of each, such as some of `traces`.
+            places: (shard, row) of each trace, for example some of `traces`.
 
         Yields:
-            The traces of one shard after those of another. Memory: the traces of one shard.
+            Traces, shard by shard. Memory: the traces of one shard.
         """
         for shard, rows in rows_by_shard(places).items():
             infos = self.shards[shard].traces
@@ -200,15 +200,15 @@ class Cache:
 
         Args:
             shard_index: Index into `shards`.
-            keep: Row in the shard -> how many of its tokens, 1 to n_total.
-            view: Fewer entries per token than are stored; from the method of that name.
+            keep: Row in the shard -> number of its tokens, 1 to n_total.
+            view: Policy for fewer entries per token than are stored, from `view()`.
 
         Returns:
             Row -> its trace, cut to the tokens asked for.
 
         Raises:
-            CacheFormatError: If the shard is missing, damaged, or not what its record says.
-            ConnectionError: If it lies elsewhere and cannot be reached.
+            CacheFormatError: If the shard is missing, damaged, or contradicts its record.
+            ConnectionError: If it is remote and cannot be reached.
             OSError: If it cannot be read for another reason.
             CacheMismatchError: If `keep` asks for tokens that a truncated cache does not hold.
             ValueError: If `keep` asks for tokens that a trace does not have.
@@ -228,7 +228,7 @@ class Cache:
                     f"{where}: the cache was truncated to a lead span of "
                     f"{self.header.max_lead_span:g} and holds {held[row]} tokens of trace "
                     f"{commit.traces[row].trace_id!r}, {num_tokens} were asked for. Train on at "
-                    "most this lead span, or on the cache that it was made from."
+                    "most this lead span, or on the cache it was made from."
                 )
         spans = ((held[row], count) for row, count in keep.items())
         num_bands = num_bands_needed(spans, len(commit.blocks))
@@ -240,11 +240,11 @@ class Cache:
         return {row: narrowed(trace, view) for row, trace in traces.items()}
 
     def messages(self, trace_id: str) -> dict[str, Any] | None:
-        """What a trace was asked: `messages`, and `tools` and `chat_template_kwargs` if any.
+        """The prompt of a trace: `messages`, and `tools` and `chat_template_kwargs` if any.
 
         The messages are those before the assistant's turn, reasoning under `reasoning_content`;
-        where that turn calls tools, `response` is its own message. None where the prompt was
-        text, or the cache was captured before messages were kept.
+        if that turn calls tools, `response` is its message. None if the prompt was
+        text, or if the cache was captured before messages were kept.
 
         Raises:
             CacheFormatError: If the file of the messages is missing or damaged.
@@ -276,7 +276,7 @@ class Cache:
                 data = kept.read(commit.sha256, size, fetch)
                 damage = _damage(data, commit, num_bands)
                 if damage is not None:
-                    kept.drop(commit.sha256)  # it came like this, and may be mended there
+                    kept.drop(commit.sha256)  # it arrived damaged; its source may be repaired
         except FileNotFoundError as error:
             raise CacheFormatError(f"{where} is missing; {repair_advice(self.path)}") from error
         self.bytes_read += data.size
@@ -286,7 +286,7 @@ class Cache:
 
 
 def _damage(data: pa.Buffer, commit: ShardCommit, num_bands: int) -> str | None:
-    """What is wrong with the first bands of a shard; None where they are what was committed."""
+    """Damage to the first bands of a shard; None if they match the commit record."""
     size = commit.prefix_bytes(num_bands)
     if data.size != size:
         return f"expected {size} bytes, the file ends at {data.size}"
@@ -309,11 +309,11 @@ def open_cache(
 
     Args:
         path: A folder, or a URI that pyarrow.fs knows (s3://, gs://, hdfs://, file://).
-        allow_unsealed: Take a snapshot of the shards committed so far where the capture is not
+        allow_unsealed: Take a snapshot of the shards committed so far if the capture is not
             complete.
-        snapshot: `Cache.snapshot` of an earlier opening: the same shards again, whatever else has
+        snapshot: `Cache.snapshot` of an earlier opening: opens the same shards, whatever else has
             been committed meanwhile.
-        prefix_cache: Where what is read of its shards is kept on this machine.
+        prefix_cache: Local folder that keeps what is read of its shards.
 
     Raises:
         CacheFormatError: If there is no cache, or a commit record or shard is missing or damaged.
@@ -324,7 +324,7 @@ def open_cache(
     if manifest.seal is None and not allow_unsealed:
         raise CacheMismatchError(
             f"{store.where}: the capture is not complete (no seal). Run cache-teacher again to "
-            "finish it, seal what is there with `cache-teacher seal`, or read what is committed "
+            "finish it, seal it as it is with `cache-teacher seal`, or read what is committed "
             "so far with --allow-unsealed."
         )
     sealed = None if manifest.seal is None else manifest.seal.shards
@@ -336,7 +336,7 @@ def open_cache(
         if expected is not None and commit.checksum != expected[commit.name]:
             raise CacheFormatError(
                 f"{store.where}: the commit record of {commit.name} is not the "
-                f"{'sealed one' if snapshot is None else 'one that was read before'}; "
+                f"{'sealed one' if snapshot is None else 'one read before'}; "
                 f"{repair_advice(store.where)}"
             )
     _check_shard_files(store, commits)
@@ -362,6 +362,6 @@ def _check_shard_files(store: Store, commits: Sequence[ShardCommit]) -> None:
         if size_bytes != commit.size_bytes:
             raise CacheFormatError(
                 f"{store.where}: shard {commit.name}.arrow has {size_bytes} bytes, expected "
-                f"{commit.size_bytes}: it is damaged or not fully copied; "
+                f"{commit.size_bytes}: it is damaged or only partly copied; "
                 f"{repair_advice(store.where)}"
             )

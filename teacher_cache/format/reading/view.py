@@ -1,4 +1,4 @@
-"""A narrower view of a trace: what a capture with fewer kept entries would have stored.
+"""A narrower view of a trace, as a capture with fewer kept entries would have stored it.
 
 Letters: m tokens, E kept entries.
 """
@@ -19,10 +19,10 @@ def narrowed(trace: Trace, policy: KeepPolicy) -> Trace:
     logits were rounded, and so differs from this one's by the rounding of what is dropped here.
 
     Args:
-        trace: As captured, with a policy that keeps at least as much.
+        trace: Trace captured with a policy that keeps at least as much.
         policy: The fewest most probable entries whose mass reaches `mass`, at most `top_k`, and
-            the realised token. The mass is counted in stored probabilities, which are rounded:
-            for fewer entries alone, pass a mass of 1.
+            the target token. The mass is a sum of stored probabilities, which are rounded:
+            to limit only the number of entries, pass a mass of 1.
     """
     probs, token_of_entry = np.exp(trace.top_logprobs), trace.token_of_entry
     starts = trace.entry_offsets[token_of_entry]

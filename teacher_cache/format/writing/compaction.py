@@ -1,4 +1,4 @@
-"""A full journal becomes a published shard; its commit record comes last.
+"""Turns a full journal into a published shard; the commit record comes last.
 
 Memory: the journal's bytes (SHARD_BYTES and one trace), its traces decoded (at most about 2.5 times
 MAX_DECODED_BYTES), and the shard's bytes up to three times while they are built and read back.
@@ -24,10 +24,10 @@ from teacher_cache.format.writing.shard import encode_shard
 
 
 def compact(journals: Journals, name: str, header: CacheHeader) -> None:
-    """Publish what a journal holds, then remove it.
+    """Publish a journal's traces as a shard, then remove the journal.
 
     Raises:
-        CacheFormatError: If the journal is not this capture's.
+        CacheFormatError: If the journal belongs to another capture.
         OSError: If the shard cannot be published; the journal stays.
     """
     finished = list(read_journal(journals.file(name), header.fingerprint))
@@ -37,17 +37,17 @@ def compact(journals: Journals, name: str, header: CacheHeader) -> None:
 
 
 def shard_name(worker: str, generation: int) -> str:
-    """What the shard of a worker's n-th journal is called."""
+    """Name of the shard made from a worker's n-th journal."""
     return f"{worker}-{generation:05d}"
 
 
 def generation_of(name: str) -> int:
-    """The inverse of `shard_name`, whatever the worker."""
+    """Inverse of `shard_name`, for any worker."""
     return int(name.rpartition("-")[2])
 
 
 def _free_name(store: Store, name: str) -> str:
-    """This name, or the next that no committed shard has: another machine may have used it."""
+    """This name, or the next free one: another machine may have committed a shard under it."""
     while store.size(commit_file(name)) is not None:
         name = shard_name(name.rpartition("-")[0], generation_of(name) + 1)
     return name

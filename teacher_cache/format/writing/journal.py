@@ -24,32 +24,32 @@ from teacher_cache.format.trace import Trace
 _READ_BYTES = 1 << 16
 _FRAME_HEADER_BYTES = 18  # at most
 _MAGIC = b"\x28\xb5\x2f\xfd"  # every zstandard frame begins with it
-MAX_FRAME_BYTES = 2 << 30  # of one trace
+MAX_FRAME_BYTES = 2 << 30  # limit for one trace
 _HEAD_LENGTH = struct.Struct("<I")
 
 
 @dataclass(frozen=True)
 class FinishedTrace:
-    """A trace on its way into a shard, with what its commit record will say beside it."""
+    """A trace on its way into a shard, with what its commit record adds."""
 
     trace: Trace
     source_hash: str
     num_clamped_tails: int = 0
     num_clamped_logits: int = 0
-    messages: Mapping[str, Any] | None = None  # what it was asked, where that was messages
+    messages: Mapping[str, Any] | None = None  # its prompt, if that was messages
 
 
 class Journal:
     """An append-only file of finished traces."""
 
     def __init__(self, path: Path, header_fingerprint: str) -> None:
-        """Open a journal for appending; a torn tail is cut off, an absent file is made.
+        """Open a journal for appending; a torn tail is cut off, a missing file is created.
 
         Raises:
             CacheFormatError: If it belongs to another capture.
         """
         self.path = path
-        import zstandard  # here, because reading a cache must not need it
+        import zstandard  # imported here because reading a cache must not need it
 
         self._compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
         self.num_bytes = 0
@@ -65,7 +65,7 @@ class Journal:
             fsync(path.parent)
 
     def append(self, finished: FinishedTrace) -> None:
-        """Write one trace; it survives the process from here on, and the machine after `sync`."""
+        """Write one trace; from then on it survives the process, and after `sync` the machine."""
         self._append(_encode(finished))
 
     def _append(self, payload: bytes) -> None:
@@ -73,26 +73,26 @@ class Journal:
         with naming(self.path):
             try:
                 rest = memoryview(frame)
-                while rest:  # after a short write the next one says why
+                while rest:  # after a short write the next one raises the reason
                     num_written = self._file.write(rest)
                     if not num_written:
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     rest = rest[num_written:]
             except OSError:
-                self._file.truncate(self.num_bytes)  # what was appended before stays readable
+                self._file.truncate(self.num_bytes)  # earlier traces stay readable
                 raise
         self.num_bytes += len(frame)
         self.num_unsynced_bytes += len(frame)
         self.num_decoded_bytes += len(payload)
 
     def sync(self) -> None:
-        """Force everything appended onto the disk."""
+        """Force everything appended to disk."""
         with naming(self.path):
             os.fsync(self._file.fileno())
         self.num_unsynced_bytes = 0
 
     def close(self) -> None:
-        """Sync and close; the file stays."""
+        """Sync and close; the file is kept."""
         try:
             self.sync()
         finally:
@@ -100,10 +100,10 @@ class Journal:
 
 
 def read_journal(path: Path, header_fingerprint: str) -> Iterator[FinishedTrace]:
-    """Every whole trace of a journal, in the order of writing.
+    """Yield every whole trace of a journal, in the order of writing.
 
     Raises:
-        CacheFormatError: If it belongs to another capture, or a whole frame holds nonsense.
+        CacheFormatError: If it belongs to another capture, or a whole frame is not a trace.
     """
     frames = _checked_frames(path, header_fingerprint)
     next(frames, None)
@@ -115,7 +115,7 @@ def read_journal(path: Path, header_fingerprint: str) -> Iterator[FinishedTrace]
 
 
 def journal_damage(path: Path, header_fingerprint: str) -> list[tuple[int, int]]:
-    """(start, end) of every run of bytes that is no whole frame; the last may be a torn tail.
+    """(start, end) of every run of bytes outside whole frames; the last may be a torn tail.
 
     Raises:
         CacheFormatError: If the journal belongs to another capture.
@@ -130,15 +130,15 @@ def journal_damage(path: Path, header_fingerprint: str) -> list[tuple[int, int]]
 
 
 def _checked_frames(path: Path, header_fingerprint: str) -> Iterator[tuple[int, int, bytes]]:
-    """Every whole frame of a journal of this capture."""
+    """Yield every whole frame of this capture's journal."""
     frames = _frames(path)
     first = next(frames, None)
     if first is None:
-        return  # died before the first frame was whole: an empty journal
+        return  # interrupted before the first frame was whole: empty
     start, _, payload = first
     if start > 0:
         raise CacheFormatError(
-            f"{path}: the first {start} bytes are damaged, so whether the traces behind them "
+            f"{path}: the first {start} bytes are damaged, so whether the traces after them "
             "belong to this capture is unknown. Move the file away to capture them again."
         )
     try:
@@ -155,7 +155,7 @@ def _checked_frames(path: Path, header_fingerprint: str) -> Iterator[tuple[int, 
 
 
 def _frames(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """(start, end, content) of every whole frame; what is none is searched for the next one."""
+    """(start, end, content) of every whole frame; damaged bytes are skipped to the next one."""
     data = path.read_bytes() if path.exists() else b""
     position = 0
     while (start := data.find(_MAGIC, position)) >= 0:
@@ -168,13 +168,13 @@ def _frames(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _whole_frame(data: bytes, start: int) -> tuple[int, bytes] | None:
-    """(end, content) of the frame that begins at `start`; None where it is damaged or torn."""
+    """(end, content) of the frame that begins at `start`; None if it is damaged or torn."""
     import zstandard
 
     try:
         declared = zstandard.frame_content_size(data[start : start + _FRAME_HEADER_BYTES])
         if not 0 <= declared <= MAX_FRAME_BYTES:
-            return None  # not written here: what it decompresses to would not be bounded
+            return None  # not ours: its decompressed size is unbounded
         decompressor = zstandard.ZstdDecompressor().decompressobj()
         parts = []
         position = start

@@ -1,11 +1,11 @@
-"""Where the journals of a cache stand: inside it, or on a local disk where it is remote.
+"""Locations of a cache's journals: inside it, or on a local disk if it is remote.
 
 FOLDER/w0.lock              held by the process that writes as worker w0
-FOLDER/w0-00002.journal     its finished traces that are not in a shard yet
-FOLDER/cache.txt            whose journals these are, where the folder is not part of the cache
+FOLDER/w0-00002.journal     its finished traces that are not yet in a shard
+FOLDER/cache.txt            the cache these belong to, if the folder is not part of it
 
-A journal outside the cache is announced in the cache as `journal/w0.open`, so that nobody seals
-without it on another machine.
+A journal outside the cache is announced in the cache as `journal/w0.open`, so that no other
+machine seals without it.
 """
 
 import hashlib
@@ -36,10 +36,10 @@ class Journals:
     inside: bool  # part of the cache itself
 
     def lock(self, worker: str) -> FolderLock:
-        """Become this worker, until the lock is closed.
+        """Act as this worker until the lock is closed.
 
         Raises:
-            CacheMismatchError: If another process is.
+            CacheMismatchError: If another process acts as this worker.
         """
         try:
             return FolderLock(self.folder / f"{worker}.lock", keep=True)  # see `workers`
@@ -50,31 +50,31 @@ class Journals:
             ) from error
 
     def workers(self) -> list[str]:
-        """Everybody who ever wrote here."""
+        """Names of all workers that ever wrote here."""
         return sorted(file.stem for file in self.folder.glob("*.lock"))
 
     def names(self, worker: str) -> list[str]:
-        """This worker's journals, the oldest first."""
+        """This worker's journals, oldest first."""
         return sorted(file.stem for file in self.folder.glob(f"{worker}-*.journal"))
 
     def file(self, name: str) -> Path:
-        """Where a journal stands."""
+        """Path of a journal."""
         return self.folder / f"{name}.journal"
 
     def remove(self, name: str) -> None:
-        """Forget a journal whose traces are in a shard."""
+        """Remove a journal whose traces are in a shard."""
         self.file(name).unlink()
         fsync(self.folder)
 
     def announce(self, worker: str) -> None:
-        """Say in the cache that this worker may have traces here, where others cannot see it."""
+        """Announce in the cache that this worker may have traces here, unseen by other machines."""
         if self.inside:
             return
         here = {"host": socket.gethostname(), "folder": str(self.folder)}
         before = self._announced(worker)
         if before not in (None, here):
             logger.warning(
-                "%s: worker %s wrote before from %s; traces in its journal there are made again",
+                "%s: worker %s wrote from %s before; traces in its journal there are redone",
                 self.store.where, worker, before,
             )  # fmt: skip
         logger.info("%s: finished traces wait in %s (--journal)", self.store.where, self.folder)
@@ -82,21 +82,21 @@ class Journals:
         self.store.publish(_open_name(worker), json.dumps(here).encode())
 
     def withdraw(self, worker: str) -> None:
-        """Say that nothing of this worker is here any more."""
+        """Withdraw the announcement: this worker has nothing left here."""
         if not self.inside:
             self.store.remove(_open_name(worker))
 
     def require_all_finished(self) -> None:
-        """Make sure that no journal elsewhere holds traces of this cache.
+        """Check that no journal elsewhere holds traces of this cache.
 
         Raises:
-            CacheMismatchError: If one may; says whose and where.
+            CacheMismatchError: If one may; says which worker's and where.
         """
         for file in self.store.sizes(JOURNAL_FOLDER):
             if file.endswith(".open"):
                 worker = file.removesuffix(".open")
                 raise CacheMismatchError(
-                    f"{self.store.where}: worker {worker!r} is not finished; its journal is in "
+                    f"{self.store.where}: worker {worker!r} has not finished; its journal is in "
                     f"{self._announced(worker)}. Run its command again there, or seal there with "
                     f"--journal; without its traces: remove {_open_name(worker)} from the cache."
                 )
@@ -109,12 +109,12 @@ class Journals:
 
 
 def open_journals(path: CachePath, store: Store, folder: Path | None) -> Journals:
-    """Find the folder for a cache's journals, and make it where there is none.
+    """Find the folder for a cache's journals, and create it if it is missing.
 
     Args:
         path: The cache as the user named it.
-        store: The same, opened.
-        folder: A local folder for the journals of this cache alone. By default `journal/` of a
+        store: The cache, opened.
+        folder: Local folder for this cache's journals alone. By default `journal/` in a
             local cache, and one under the user's cache directory for a remote one.
 
     Raises:

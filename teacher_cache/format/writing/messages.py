@@ -1,6 +1,6 @@
-"""What traces were asked, as messages: written into a small file beside their shard.
+"""Messages that traces answer, written into a small file beside their shard.
 
-A chat template makes tokens of messages, and tokens do not give them back: with the messages a
+A chat template turns messages into tokens, but not back: with the messages, a
 trace can be rendered again in another template.
 """
 
@@ -14,11 +14,11 @@ from teacher_cache.format.writing.journal import FinishedTrace
 _SCHEMA = pa.schema(
     [pa.field("trace_id", pa.string(), False), pa.field("messages", pa.string(), False)]
 )
-_ZSTD_LEVEL = 3  # of text, a twentieth smaller than 1
+_ZSTD_LEVEL = 3  # for text 5 % smaller than level 1
 
 
 def encode_messages(finished: Sequence[FinishedTrace]) -> bytes:
-    """An Arrow IPC file of trace ids and JSON texts, in one record batch; empty without any."""
+    """An Arrow IPC file of trace ids and JSON texts, in one record batch, or no bytes."""
     asked = [(item.trace.trace_id, item.messages) for item in finished if item.messages is not None]
     if not asked:
         return b""

@@ -1,4 +1,4 @@
-"""Declaring a cache complete."""
+"""Sealing: declaring a cache complete."""
 
 from pathlib import Path
 
@@ -15,14 +15,14 @@ from teacher_cache.format.writing.writer import CacheWriter
 def seal_cache(
     path: CachePath, *, journal: Path | None = None, allow_missing: bool = False
 ) -> Manifest:
-    """Declare a cache complete: compact what journals are left and list its shards.
+    """Declare a cache complete: compact the remaining journals and list its shards.
 
-    No writer may be at work. Sealing a sealed cache changes nothing.
+    No writer may be active. Sealing a sealed cache changes nothing.
 
     Args:
         path: A folder, or a URI that pyarrow.fs knows.
-        journal: The folder of the journals, where it is not the default one.
-        allow_missing: Seal even where workers that share an input have not all finished it.
+        journal: Folder of the journals, if not the default one.
+        allow_missing: Seal even if workers that share an input have not all finished it.
 
     Raises:
         CacheMismatchError: If a worker is still writing, has a journal elsewhere, or has not
@@ -54,6 +54,6 @@ def seal_cache(
 
 
 def compact_journals(path: CachePath, header: CacheHeader, *, journal: Path | None = None) -> None:
-    """Bring what is left in journals into shards; nobody may be writing. Raises as `seal_cache`."""
+    """Compact the remaining journals; nobody may be writing. Raises as `seal_cache`."""
     for worker in open_journals(path, open_store(path), journal).workers():
         CacheWriter(path, header, worker=worker, journal=journal).finish()

@@ -1,4 +1,4 @@
-"""Traces -> the bytes of one shard, band by band.
+"""Encodes traces as the bytes of one shard, band by band.
 
 Letters: E kept entries.
 """
@@ -18,14 +18,14 @@ from teacher_cache.format.ragged import entry_offsets
 from teacher_cache.format.schema import MAX_NARROW_IDS, shard_schema
 from teacher_cache.format.trace import Trace
 
-BYTE_COST_OFFSET = 0.3  # best of 0.3 to 8 on Zipf ids, by little
+BYTE_COST_OFFSET = 0.3  # slightly the best of 0.3 to 8 on Zipf ids
 THIRD_BYTE_COST = 3.0  # bits
 ZSTD_LEVEL = 1  # smaller and faster than 3 and 9 on this data: match finding is noise
 
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """The file and its bands."""
+    """The bytes of a shard's file, and its bands."""
 
     data: memoryview
     blocks: tuple[Block, ...]
@@ -34,11 +34,11 @@ class EncodedShard:
 def encode_shard(traces: Sequence[Trace], header: CacheHeader) -> EncodedShard:
     """Encode traces as one Arrow IPC file whose record batch b is band b of every trace.
 
-    Holds the file (about SHARD_BYTES) and one band's arrays beside the traces.
+    Memory: the traces, the file (about SHARD_BYTES) and one band's arrays.
 
     Args:
-        traces: With all tokens that the cache is to hold of them; at least one.
-        header: Of the cache; goes into the schema's metadata.
+        traces: At least one trace, with all the tokens that the cache is to hold.
+        header: Header of the cache; goes into the schema's metadata.
     """
     ids = _ids_by_falling_frequency(traces)
     wide = len(ids) > MAX_NARROW_IDS
@@ -76,7 +76,7 @@ def encode_shard(traces: Sequence[Trace], header: CacheHeader) -> EncodedShard:
 
 
 def _ids_by_falling_frequency(traces: Sequence[Trace]) -> NDArray[np.int32]:
-    """Distinct kept ids, the most frequent first (then by id): small indices compress best."""
+    """Distinct kept ids, most frequent first (then by id): small indices compress best."""
     counts = np.zeros(1, np.int64)
     for trace in traces:
         of_trace = np.bincount(trace.top_ids)
@@ -88,10 +88,10 @@ def _ids_by_falling_frequency(traces: Sequence[Trace]) -> NDArray[np.int32]:
 
 
 def _places_with_small_bytes(num_ids: int) -> NDArray[np.int64]:
-    """Places in the dictionary, for ids by falling frequency, whose indices compress best.
+    """Dictionary places that compress best, for ids by falling frequency.
 
-    zstd codes all bytes of an index with one table. Counted 0, 1, 2, ... the low byte would take
-    all values and the next one few; with the most frequent ids where both are small, both follow
+    zstd codes all bytes of an index with one table. Numbered 0, 1, 2, ... the low byte would take
+    all values and the next few; with frequent ids at places where both are small, both follow
     one falling distribution. The third byte of wide indices stays small. Other places are unused.
     """
     cost = np.log2(np.arange(256) + BYTE_COST_OFFSET)
@@ -105,7 +105,7 @@ def _places_with_small_bytes(num_ids: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class _Columns:
-    """What the record batches of a shard have in common."""
+    """Values shared by the record batches of a shard."""
 
     schema: pa.Schema
     trace_ids: pa.Array

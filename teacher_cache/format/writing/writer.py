@@ -2,7 +2,7 @@
 
 DIR/cache.json              header; sealed at the end
 DIR/journal/w0-00002.journal    finished traces that do not fill a shard yet
-DIR/shards/w0-00001.arrow   published, and trusted once its commit record is there:
+DIR/shards/w0-00001.arrow   published, and trusted once its commit record exists:
 DIR/shards/w0-00001.json
 """
 
@@ -32,16 +32,16 @@ from teacher_cache.format.writing.journal_places import open_journals
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 32 << 20  # a dictionary of 150,000 ids is then 1.25 % of it, read with any band
-MAX_DECODED_BYTES = 128 << 20  # in a journal, before compression: bounds what compaction holds
+MAX_DECODED_BYTES = 128 << 20  # in a journal, before compression: limits compaction's memory
 _WORKER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*\Z")  # `-` ends it in a shard's name
-# What a dying machine (not process) may cost, at most. A sync took 7 ms after each trace of 16 kB
+# Most that a machine's (not a process's) crash may cost. A sync took 7 ms per trace of 16 kB
 # (seven times the rest of the work), 8 ms after 1 MiB, 27 ms after 4 MiB, on a busy virtual disk.
 SYNC_INTERVAL_S = 2.0
 SYNC_BYTES = 4 << 20
 
 
 class CacheWriter:
-    """One worker's way into a cache; several workers may write into one folder at the same time."""
+    """Writes one worker's traces; several workers may write into one folder at the same time."""
 
     def __init__(
         self,
@@ -53,16 +53,16 @@ class CacheWriter:
         journal: Path | None = None,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        """Open a cache for writing; it is made where there is none, and gone on with where it is.
+        """Open a cache for writing: create it if it is missing, continue it otherwise.
 
         Args:
             path: The cache's folder, or a URI that pyarrow.fs knows.
-            header: What every writer of this cache must agree on.
+            header: Facts that every writer of this cache must agree on.
             config: The capture's resolved configuration, kept in `cache.json` for the reader.
-            worker: Name that no other process uses at the same time: letters, digits and `_`.
-            journal: Local folder for traces that do not fill a shard yet, of this cache alone. By
+            worker: Name that no other process is using: letters, digits and `_`.
+            journal: Local folder, for this cache alone, of traces that do not yet fill a shard. By
                 default inside a local cache, and under the user's cache directory otherwise.
-            shard_bytes: A shard is closed when its journal has about this size.
+            shard_bytes: Size of the journal, about, at which its shard is closed.
 
         Raises:
             CacheMismatchError: If the folder holds another capture's cache, or another process
@@ -71,7 +71,7 @@ class CacheWriter:
             OSError: If it cannot be read or written.
         """
         if not _WORKER_NAME.match(worker):
-            raise ValueError(f"worker: expected letters, digits and _ alone, got {worker!r}")
+            raise ValueError(f"worker: expected only letters, digits and _, got {worker!r}")
         self.header = header
         self._worker = worker
         self._shard_bytes = shard_bytes
@@ -106,10 +106,10 @@ class CacheWriter:
         self.close()
 
     def require_header(self, header: CacheHeader) -> None:
-        """Refuse to write what another capture made.
+        """Refuse to write into another capture's cache.
 
         Raises:
-            CacheMismatchError: Naming every fact in which the headers differ.
+            CacheMismatchError: Names every fact in which the headers differ.
         """
         if header.fingerprint != self.manifest.header.fingerprint:
             differences = "; ".join(header.differences(self.manifest.header))
@@ -126,7 +126,7 @@ class CacheWriter:
         return manifest
 
     def _recover(self, committed: Iterable[str]) -> None:
-        """Take up the journals of this worker where an earlier process left them."""
+        """Resume this worker's journals where an earlier process left them."""
         self._store.remove_unpublished(SHARD_FOLDER, f"{self._worker}-")
         names = self._journals.names(self._worker)
         own = [name for name in committed if name.rpartition("-")[0] == self._worker]
@@ -138,19 +138,19 @@ class CacheWriter:
                 for item in read_journal(self._journals.file(name), self.header.fingerprint)
             }
             if traces.keys() <= self._finished.keys():
-                self._journals.remove(name)  # died between the commit record and this
+                self._journals.remove(name)  # interrupted between the commit record and this
                 continue
             self._finished |= traces
             if name == names[-1]:
                 self._open_journal(name, num_traces=len(traces))
-            else:  # full, but not compacted any more
+            else:  # full, but not yet compacted
                 compact(self._journals, name, self.header)
 
     def _say_damage(self, name: str) -> None:
         file = self._journals.file(name)
         for start, end in journal_damage(file, self.header.fingerprint):
             logger.warning(
-                "%s: bytes %d to %d are torn or damaged; every whole trace is kept, what stood "
+                "%s: bytes %d to %d are torn or damaged; every whole trace is kept, what was "
                 "there counts as missing",
                 file, start, end,
             )  # fmt: skip
@@ -171,19 +171,19 @@ class CacheWriter:
 
     @property
     def sealed(self) -> bool:
-        """Whether the cache is complete; nothing can be added then."""
+        """Whether the cache is complete, so that nothing can be added."""
         return self.manifest.seal is not None
 
     def finished(self) -> Mapping[str, str]:
-        """trace_id -> source_hash of every trace that the cache holds already."""
+        """trace_id -> source_hash of every trace already in the cache."""
         return self._finished
 
     def append(self, finished: FinishedTrace) -> None:
         """Keep one finished trace.
 
         Raises:
-            ValueError: If the trace breaks an invariant or is there already.
-            OSError: If it cannot be written; everything appended before is kept.
+            ValueError: If the trace breaks an invariant or is already in the cache.
+            OSError: If it cannot be written; all earlier traces are kept.
         """
         trace = finished.trace
         trace.validate()
@@ -202,7 +202,7 @@ class CacheWriter:
                 f"vocabulary of {self.header.vocab_size}"
             )
         if trace.trace_id in self._finished:
-            raise ValueError(f"trace {trace.trace_id!r} is in the cache already")
+            raise ValueError(f"trace {trace.trace_id!r} is already in the cache")
         if self.sealed:
             raise ValueError(f"{self.where} is sealed; nothing can be added")
         journal = self._journal or self._next_journal()
@@ -221,7 +221,7 @@ class CacheWriter:
             self._synced_at_s = time.monotonic()
 
     def _roll(self, journal: Journal) -> None:
-        """Hand the full journal to the compacting thread; the next trace begins another."""
+        """Hand the full journal to the compacting thread; the next trace starts another."""
         self._journal = None
         journal.close()
         self._wait_for_compaction()  # at most one journal waits: a slow disk slows the capture
@@ -233,7 +233,7 @@ class CacheWriter:
             compaction.result()  # an error in the thread is an error of the capture
 
     def close(self) -> None:
-        """Stop writing; the journal stays and the next writer of this worker goes on with it."""
+        """Stop writing; the journal is kept for this worker's next writer to continue."""
         try:
             journal, self._journal = self._journal, None
             if journal is not None:
@@ -244,7 +244,7 @@ class CacheWriter:
             self._lock.close()
 
     def finish(self) -> None:
-        """Compact what is in the journal too, so that readers see every trace; then close."""
+        """Compact the rest of the journal, so that readers see every trace; then close."""
         with self:
             if self._journal is not None and self._num_journalled:
                 self._roll(self._journal)
