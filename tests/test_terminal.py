@@ -222,7 +222,7 @@ def test_a_misspelt_folder_is_known_as_one(tmp_path, monkeypatch):
     early_checks.check_model("tools/tiny-teacher", "--model")
     with pytest.raises(ValueError, match=r"--model: .*did you mean tools/tiny-teacher\?"):
         early_checks.check_model("tools/tiny-techer", "--model")
-    with pytest.raises(ValueError, match="no such folder, nor can this be a name on the hub"):
+    with pytest.raises(ValueError, match="no such folder, and not a valid name on the hub"):
         early_checks.check_model("/nowhere", "--model")
     (tmp_path / "hub" / "models--me--teacher").mkdir(parents=True)
     early_checks.check_model("me/teacher", "--model")  # a copy is here

@@ -144,9 +144,7 @@ def test_a_changed_case_that_no_value_shows_is_found(tmp_path, name):
 def test_damage_to_the_name_of_the_checksum_is_found(folder):
     file = folder / "cache.json"
     file.write_text(file.read_text().replace('"checksum"', '"chezksum"'))
-    assert errors(folder) == [
-        "cache.json: expected the key `checksum`, found 'chezksum' instead"
-    ]
+    assert errors(folder) == ["cache.json: expected the key `checksum`, found 'chezksum' instead"]
 
 
 def test_everything_that_is_wrong_is_listed(folder):

@@ -1,4 +1,4 @@
-"""What a teacher is to the rest of the project: requests in, rows of logprobs out.
+"""The interface of a teacher: requests in, rows of logprobs out.
 
 Letters: R rows (tokens with a distribution), K kept candidates per row.
 """
@@ -16,12 +16,12 @@ class EngineError(Exception):
 
 
 class EngineDiedError(EngineError):
-    """The teacher's processes ended; a new one may get on."""
+    """The teacher's processes died; a new teacher may continue."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a teacher draws tokens. Captured logprobs never depend on it: they stay at temperature 1.
+    """Sampling settings. Captured logprobs never depend on them: they stay at temperature 1.
 
     `top_k` here is the sampler's cut-off (0 for none), not the number of kept entries.
 
@@ -30,9 +30,9 @@ class Sampling:
         top_p: Sample from the most probable tokens that reach this probability.
         top_k: Sample from this many most probable tokens; 0 for all.
         min_p: Sample from tokens at least this many times as probable as the most probable one.
-        repetition_penalty: Logits of tokens that were there before are divided by it, or
-            multiplied where they are negative.
-        stop_ids: Tokens that end a trace, beside those of the tokenizer and generation config.
+        repetition_penalty: Divides the logits of earlier tokens, or
+            multiplies them if they are negative.
+        stop_ids: Tokens that end a trace, besides those of the tokenizer and generation config.
     """
 
     temperature: float
@@ -45,7 +45,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TeacherRequest:
-    """One trace to be generated or scored.
+    """One trace to generate or score.
 
     With `max_new_tokens` = 0 `token_ids` is a whole trace and is only scored; otherwise it is the
     prompt, and at most that many tokens are generated after it.
@@ -69,8 +69,8 @@ class TeacherRows:
 
     request_id: str
     token_ids: NDArray[np.int32]  # [n] prompt and generated tokens
-    num_given: int  # how many of them were given in the request
-    first_row: int  # 1 where the given tokens have rows, else num_given
+    num_given: int  # number of them given in the request
+    first_row: int  # 1 if the given tokens have rows, else num_given
     row_ids: NDArray[np.int32]  # [R, 1 + K]
     row_logprobs: NDArray[np.float32]  # [R, 1 + K] nats, temperature 1, over the whole vocabulary
     finish_reason: str  # "stop" or "length" when generated, "scored" otherwise
@@ -78,7 +78,7 @@ class TeacherRows:
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """Where a teacher's numbers come from; written into the header of every cache."""
+    """Origin of a teacher's numbers; written into the header of every cache."""
 
     engine: str  # "vllm" or "transformers"
     engine_version: str
@@ -94,9 +94,9 @@ class Teacher(Protocol):
     """An engine that runs one model.
 
     `run` draws from `requests` only as far as its window of requests in flight allows, and yields
-    traces as they finish, in any order. Where `requests` ends it may have more later: an engine
-    with traces in flight asks it again. `run` raises `EngineError` for a request it cannot run,
-    which gives up the others in flight. One run at a time.
+    traces as they finish, in any order. After `requests` ends it may have more later: an engine
+    with traces in flight asks again. `run` raises `EngineError` for a request it cannot run,
+    which abandons the others in flight. One run at a time.
     """
 
     facts: TeacherFacts

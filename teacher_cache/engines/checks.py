@@ -1,4 +1,4 @@
-"""What every engine refuses, and in which words."""
+"""Checks that every engine shares, and their messages."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from teacher_cache.format import content_hash
 # Steps of bfloat16 logits: 1/8 from 16 on, 1/1024 from 1/8 on. Smaller logits are few.
 _COARSE_STEP = 2.0**-10
 _STEP_TOLERANCE = 1 / 16  # of a step; float32 logprobs below 64 are exact to 1/250
-_ROUNDED_SHARE = 0.9  # by chance 1/8 of them lie so near to a step
+_ROUNDED_SHARE = 0.9  # by chance 1/8 of them lie this close to a step
 _FEWEST_GAPS = 64
 
 
@@ -22,12 +22,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()).split(" [type=")[0]
 
 
-# Of a model's configuration, what changes no number.
+# Keys of a model's configuration that change no number.
 _NO_NUMBERS = {"_name_or_path", "transformers_version", "id2label", "label2id", "problem_type"}
 
 
 def settings_hash(settings: Mapping[str, object]) -> str:
-    """Hash of a configuration, whatever objects its values are."""
+    """Hash of a configuration, whatever the types of its values."""
     kept = {name: value for name, value in settings.items() if name not in _NO_NUMBERS}
     text = json.dumps(kept, sort_keys=True, default=lambda value: type(value).__name__)
     return content_hash(text)
@@ -40,7 +40,7 @@ def looks_rounded(logprobs: NDArray[np.float32]) -> bool:
     of a step far wider than float32's, all of them.
 
     Args:
-        logprobs: [R, K], of one distribution in each row, the most probable first.
+        logprobs: [R, K], one distribution per row, most probable first.
     """
     gaps = (logprobs[:, :1] - logprobs[:, 1:]).astype(np.float64).ravel()
     gaps = gaps[np.isfinite(gaps) & (gaps > _COARSE_STEP)]
@@ -54,8 +54,8 @@ def check_model(model: str, revision: str | None) -> None:
     """Refuse a model that is neither a folder nor on the Hugging Face hub.
 
     Raises:
-        EngineError: There is none, it holds no `config.json`, or the hub cannot be reached and
-            has left no copy here.
+        EngineError: If there is none, it has no `config.json`, or the hub cannot be reached and
+            there is no local copy.
     """
     folder, where = Path(model), f"model {model!r}"
     if folder.is_dir():
@@ -63,14 +63,14 @@ def check_model(model: str, revision: str | None) -> None:
             raise EngineError(f"{where}: the folder holds no config.json")
         return
     if folder.exists() or folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
-        raise EngineError(f"{where}: no such folder, nor can this be a name on the hub")
+        raise EngineError(f"{where}: no such folder, and not a valid name on the hub")
     import huggingface_hub
 
     try:
         huggingface_hub.hf_hub_download(model, "config.json", revision=revision)
     except (OSError, ValueError) as error:
         raise EngineError(
-            f"{where}: no such folder, and the Hugging Face hub does not give it: {one_line(error)}"
+            f"{where}: no such folder, and the Hugging Face hub has none: {one_line(error)}"
         ) from error
 
 
@@ -80,19 +80,19 @@ def check_request(
     """Refuse a request that the engine could not finish, before any work is done for it.
 
     Args:
-        request: What is asked.
+        request: Request to check.
         vocab_size: Width of the teacher's softmax; token ids lie below it.
-        max_model_len: Tokens that fit, given and generated.
-        sampling: The engine's way to draw tokens, None if it can only score.
+        max_model_len: Largest number of tokens, given and generated.
+        sampling: The engine's sampling settings; None if it can only score.
 
     Raises:
-        EngineError: Always names the request.
+        EngineError: If it could not; names the request.
     """
     where, num_given = f"request {request.request_id!r}", len(request.token_ids)
     if num_given == 0:
         raise EngineError(f"{where}: no tokens")
     if min(request.token_ids) < 0 or max(request.token_ids) >= vocab_size:
-        raise EngineError(f"{where}: token ids lie outside the teacher's 0 to {vocab_size - 1}")
+        raise EngineError(f"{where}: token ids are outside the teacher's 0 to {vocab_size - 1}")
     if not 0 <= request.seed < 2**63:  # vLLM takes -1 as "no seed", and 64 signed bits
         raise EngineError(f"{where}: expected a seed from 0 to 2**63 - 1, got {request.seed}")
     if request.max_new_tokens > 0 and sampling is None:
@@ -106,10 +106,10 @@ def check_request(
 
 
 def check_rows(rows: TeacherRows) -> None:
-    """Refuse rows that are not those of their tokens, or that hold NaN.
+    """Refuse rows that do not belong to their tokens, or that contain NaN.
 
     Raises:
-        EngineError: The rows of several requests were mixed up, or the model's numbers overflowed.
+        EngineError: If rows of several requests were mixed up, or the model's numbers overflowed.
     """
     where, tokens = f"request {rows.request_id!r}", rows.token_ids[rows.first_row :]
     if rows.row_ids.shape != rows.row_logprobs.shape or len(rows.row_ids) != len(tokens):

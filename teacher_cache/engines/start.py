@@ -1,4 +1,4 @@
-"""From an engine's name to a running teacher; each engine is imported where it is asked for."""
+"""Starts an engine by name; each engine is imported only when requested."""
 
 from collections.abc import Mapping
 
@@ -20,7 +20,7 @@ def start_teacher(
     engine_args: Mapping[str, object],
     trust_remote_code: bool = False,
 ) -> Teacher:
-    """Start an engine; `engine_args` are vLLM's alone.
+    """Start an engine; `engine_args` are for vLLM only.
 
     Raises:
         EngineError: If it cannot be started.

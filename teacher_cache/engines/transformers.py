@@ -1,6 +1,6 @@
 """The reference teacher: Hugging Face `transformers`, one trace at a time.
 
-Slow and plain on purpose: vLLM's rows are checked against these.
+Deliberately slow and simple: vLLM's rows are checked against these.
 Letters: V vocabulary, K kept candidates, T tokens of one forward pass.
 """
 
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
 class TransformersTeacher:
     """A causal language model of `transformers` as a `Teacher`.
 
-    A trace depends on its request alone, its seed included, never on other requests.
+    A trace depends only on its request, including the seed, never on other requests.
 
     Args:
         model: Folder, or name on the Hugging Face hub.
         revision: Branch, tag or commit on the hub.
         dtype: "auto" (the checkpoint's own on a GPU, float32 on a CPU), "float32", "bfloat16" or
-            "float16". The logits are float32 in any case where the head is a plain linear layer.
+            "float16". The logits are always float32 if the head is a plain linear layer.
         top_k: Candidates per row (K), at most the vocabulary.
-        max_model_len: Tokens in the longest trace, prompt included; the model's own limit where
-            that is lower, or where this is None.
-        sampling: How to draw new tokens; None for an engine that only scores.
-        device: "cpu", "cuda", ...; None for a GPU where there is one.
+        max_model_len: Tokens in the longest trace, prompt included; the model's own limit if
+            that is lower, or if this is None.
+        sampling: Settings for drawing new tokens; None for an engine that only scores.
+        device: "cpu", "cuda", ...; None for a GPU if there is one.
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
-        EngineError: The model cannot be loaded.
+        EngineError: If the model cannot be loaded.
     """
 
     facts: TeacherFacts
-    # Per forward pass of given tokens; may be changed between runs. [T, V] in float64 stays near
+    # Given tokens per forward pass; may change between runs. [T, V] in float64 stays near
     # 300 MB at V = 152k.
     chunk_tokens: int = 256
 
@@ -72,7 +72,7 @@ class TransformersTeacher:
             transformers.utils.logging.disable_progress_bar()
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype == "auto" and self._device.type == "cpu":
-            dtype = "float32"  # vLLM's choice here too: CPUs are slow in half precision
+            dtype = "float32"  # as vLLM does: CPUs are slow in half precision
         try:
             network: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
@@ -176,7 +176,7 @@ class TransformersTeacher:
 
 
 def _candidates(logits_TV: "Tensor", tokens: Sequence[int], top_k: int) -> "tuple[Tensor, Tensor]":
-    """Ids and logprobs [T, 1 + K], on the CPU, of `tokens` and of the most probable ones."""
+    """Ids and logprobs [T, 1 + K] of `tokens` and of the most probable ones, on the CPU."""
     import torch
 
     logprobs_TV = logits_TV.double().log_softmax(dim=-1)
@@ -230,14 +230,14 @@ def _stop_ids(*ends: int | list[int] | None) -> frozenset[int]:
 def _use_float32_head(network: Any) -> object:  # noqa: ANN401 (transformers is untyped here)
     """Let the last layer compute float32 logits; returns the torch dtype it ends up with.
 
-    Half precision logits move the logprobs by up to 0.1 nat. The weights stay what they are, in a
+    Half precision logits move the logprobs by up to 0.1 nat. The weights keep their values, in a
     copy: they may be shared with the input embeddings.
     """
     import torch
 
     head = network.get_output_embeddings()
     if type(head) is not torch.nn.Linear:
-        return network.dtype  # quantised or unusual: as the model has it
+        return network.dtype  # quantised or unusual: left as the model has it
     if head.weight.dtype != torch.float32:
         wide = torch.nn.Linear(head.in_features, head.out_features, head.bias is not None)
         wide.load_state_dict(head.state_dict())
@@ -247,8 +247,8 @@ def _use_float32_head(network: Any) -> object:  # noqa: ANN401 (transformers is 
 
 
 def _context(model: str, text_config: object, wanted: int | None) -> int:
-    """Tokens that a trace may have."""
+    """Largest number of tokens in a trace."""
     limit: int | None = getattr(text_config, "max_position_embeddings", None)
     if limit is None and wanted is None:
-        raise EngineError(f"model {model!r}: states no context length, `max_model_len` is needed")
+        raise EngineError(f"model {model!r}: states no context length; `max_model_len` is needed")
     return min(length for length in (limit, wanted) if length is not None)

@@ -1,4 +1,4 @@
-"""The engine's processes: out of reach of the terminal, heard when they die, gone when we are."""
+"""The engine's processes: shielded from the terminal, watched, and ended with ours."""
 
 import contextlib
 import multiprocessing
@@ -17,15 +17,15 @@ _LOOK_S = 0.1
 
 
 class EngineProcesses:
-    """Processes that an engine starts, from the first to the last.
+    """All processes that an engine starts.
 
-    vLLM 0.32's engine does not notice that who started it was killed: it would keep the GPU's
-    memory for ever, and the next engine would find none. So a shell waits for our end, however it
-    comes, and kills them. A line `off` on its stdin sends it home.
+    vLLM 0.32's engine does not notice when its parent is killed: it would keep the GPU's
+    memory forever and leave the next engine none. So a shell waits for our end, however it
+    comes, and kills them. A line `off` on its stdin dismisses it.
     """
 
     def __init__(self) -> None:
-        # Groups, for processes that the engine's own have started.
+        # Process groups, to reach grandchildren too.
         watch = (
             'ids=; while read -r id; do [ "$id" = off ] && exit; ids="$ids $id"; done; '
             "for id in $ids; do kill -9 -- -$id || kill -9 $id; done 2>/dev/null"
@@ -35,14 +35,14 @@ class EngineProcesses:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for us
+            start_new_session=True,  # Ctrl-C is ours to handle
         )
         self.all: list[BaseProcess] = []
         self._others = multiprocessing.active_children()
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Inside, every process that multiprocessing starts is one of the engine's."""
+        """Count every process that multiprocessing starts inside the block as the engine's."""
         has_started = threading.Event()
         watching = threading.Thread(target=self._watch, args=(has_started,), daemon=True)
         watching.start()
@@ -65,8 +65,8 @@ class EngineProcesses:
     def report_death(self, engine: Any) -> None:  # noqa: ANN401 (vLLM is untyped here)
         """Make `engine.step` raise once one of the processes has ended.
 
-        One that the kernel kills (out of memory) says nothing any more, and vLLM 0.32 then waits
-        for its next message for ever.
+        A process killed by the kernel (out of memory) sends nothing, and vLLM 0.32 then waits
+        for its next message forever.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -74,11 +74,11 @@ class EngineProcesses:
             multiprocessing.connection.wait([process.sentinel for process in processes])
             engine.engine_core.outputs_queue.put(EngineDeadError())
 
-        if self.all:  # none where VLLM_ENABLE_V1_MULTIPROCESSING=0
+        if self.all:  # none if VLLM_ENABLE_V1_MULTIPROCESSING=0
             threading.Thread(target=wait, args=(self.all,), daemon=True, name="vllm-death").start()
 
     def close(self) -> None:
-        """Kill what has not ended by itself, and send the guard home."""
+        """Kill processes that have not ended by themselves, and dismiss the guard."""
         for each in self.all:
             if each.is_alive() and each.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
@@ -89,17 +89,17 @@ class EngineProcesses:
 
     def _tell_guard(self, line: str) -> None:
         if self._guard.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):  # somebody has killed it
+            with contextlib.suppress(BrokenPipeError):  # the guard was killed
                 self._guard.stdin.write(f"{line}\n".encode())
                 self._guard.stdin.flush()
 
 
 @contextmanager
 def _own_sessions() -> Iterator[None]:
-    """Children of multiprocessing are out of reach of the terminal: Ctrl-C is for us.
+    """Shield children of multiprocessing from the terminal: Ctrl-C is ours to handle.
 
-    We pass the signal on, as an order to end. vLLM 0.32's engine ends at a SIGINT too, and who
-    started it then waits for it: for ten minutes, where it had not come up yet.
+    We pass the signal on as an order to end. vLLM 0.32's engine also ends at a SIGINT, and its
+    parent then waits for it: ten minutes, if it had not started yet.
     """
     _Forks.are_apart = True
     spawn = multiprocessing.util.spawnv_passfds
@@ -122,13 +122,13 @@ def _own_sessions() -> Iterator[None]:
 
 
 class _Forks:
-    """Whether children that are forked just now get sessions of their own."""
+    """Whether children forked now get sessions of their own."""
 
     are_apart = False
 
     @classmethod
     def part(cls) -> None:
-        """In a forked child."""
+        """Move a forked child into its own session."""
         if cls.are_apart:
             cls.are_apart = False  # its own children belong to its session
             os.setsid()

@@ -1,8 +1,8 @@
-"""Rows of logprobs as vLLM's front end gets them: numpy arrays, kept as they come.
+"""Rows of logprobs as vLLM's front end receives them: numpy arrays, kept unchanged.
 
 vLLM turns every number of a row into a Python object, 130 of them per token at K = 64. The tap
-takes the place of the two methods that do so, on the requests that are ours; `FlatLogprobs`, the
-public container of these objects, is the way without it. Both give the same rows.
+replaces the two methods that do so, on our requests; `FlatLogprobs`, the
+public container of these objects, is the fallback. Both give the same rows.
 
 Letters: R rows (tokens with a distribution), K candidates per row.
 """
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from teacher_cache.engines import EngineError
 
-_PENDING = 32  # messages copied at a time: one call of numpy costs as much as many rows
+_PENDING = 32  # messages copied at a time: one numpy call costs as much as many rows
 
 
 class ArrayRows:
-    """The rows of one request, [R, 1 + K], copied out of the messages that bring them."""
+    """The rows of one request, [R, 1 + K], copied from vLLM's messages."""
 
     def __init__(self, num_columns: int) -> None:
         """Take the first `num_columns` of every row: a batch is as wide as its widest request."""
@@ -30,10 +30,10 @@ class ArrayRows:
         self._logprobs: list[NDArray[np.float32]] = []
 
     def add(self, shipped: Sequence[Any]) -> None:
-        """Take what one message brings: ids and logprobs [n, 1 + K or more] stand first in it.
+        """Take one message, which starts with ids and logprobs [n, 1 + K or more].
 
         The arrays are views into the message, which also holds the rows of all other requests of
-        its step, and which they keep in memory: until _PENDING messages or rows are there.
+        its step, and which they keep in memory: until _PENDING messages or rows have arrived.
         """
         ids, logprobs = shipped[0], shipped[1]
         if ids.shape[1] > self.num_columns:
@@ -62,10 +62,10 @@ class ArrayRows:
 
 
 def tap(processor: Any, top_k: int) -> None:  # noqa: ANN401 (vLLM is untyped here)
-    """Make the `LogprobsProcessor` of one request keep `ArrayRows`, which then are its result.
+    """Make the `LogprobsProcessor` of one request keep `ArrayRows` as its result.
 
-    Its public attributes pass into `RequestOutput` untouched where only the final output is asked
-    for and nothing is detokenised, as all requests here do.
+    Its public attributes pass into `RequestOutput` untouched if only the final output is requested
+    and nothing is detokenised, as in all requests here.
     """
     if processor.logprobs is not None:
         processor.logprobs = ArrayRows(1 + top_k)
@@ -80,7 +80,7 @@ def to_rows(
     result: Any,  # noqa: ANN401 (vLLM is untyped here)
     top_k: int,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Ids and logprobs [R, 1 + K] of what stands in a `RequestOutput`, tapped or not.
+    """Ids and logprobs [R, 1 + K] from a `RequestOutput`, tapped or not.
 
     `FlatLogprobs` holds 1 + K entries per token, the token itself first, duplicates kept; a
     prompt's first token, over which there is no distribution, holds none and so gets no row.
@@ -102,9 +102,9 @@ def to_rows(
 
 
 def why_untapped() -> str | None:
-    """What keeps the tap from working on the installed vLLM; None where it gives the same rows.
+    """Reason why the tap fails on the installed vLLM; None if it gives the same rows.
 
-    A processor of the installed vLLM and a tapped one get the same made-up messages.
+    A plain and a tapped processor of the installed vLLM get the same made-up messages.
     """
     try:
         stock, tapped = _fed_processor(is_tapped=False), _fed_processor(is_tapped=True)
@@ -115,13 +115,13 @@ def why_untapped() -> str | None:
                 return f"{name} differ"
     except (
         ImportError, AttributeError, TypeError, ValueError, LookupError, AssertionError, EngineError
-    ) as error:  # whatever another version's internals may say  # fmt: skip
+    ) as error:  # whatever another version's internals raise  # fmt: skip
         return repr(error)
     return None
 
 
 def _fed_processor(*, is_tapped: bool) -> Any:  # noqa: ANN401 (vLLM is untyped here)
-    """A processor of vLLM's after a prompt of 3 rows and two tokens; its batch is one wider."""
+    """A vLLM processor fed a prompt of 3 rows and two tokens; its batch is one column wider."""
     import torch
     from vllm.logprobs import create_prompt_logprobs, create_sample_logprobs
     from vllm.v1.engine import EngineCoreOutput

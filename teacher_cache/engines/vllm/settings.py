@@ -1,6 +1,6 @@
-"""What an engine of vLLM reports of everything that changes a teacher's numbers.
+"""Settings that change a teacher's numbers, as a vLLM engine reports them.
 
-What was asked for does not tell: an argument may be ignored, defaulted, or follow from the model's
+The requested arguments do not show them: one may be ignored, defaulted, or set by the model's
 own files. Two captures whose engines report the same may share a cache.
 """
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from teacher_cache.engines.checks import settings_hash
 
-# Of vLLM's cache and model configuration, by the name that a header gives them.
+# Fields of vLLM's cache and model configuration, by their names in a header.
 _OF_CACHE = {
     "kv_cache_dtype": "cache_dtype",
     "kv_cache_dtype_skip_layers": "kv_cache_dtype_skip_layers",
@@ -21,20 +21,20 @@ _OF_MODEL = {
     "quantization": "quantization",
     "without_sliding_window": "disable_sliding_window",
 }
-_ROPE_BY_LENGTH = ("longrope", "su", "dynamic")  # whose factors follow from the context length
+_ROPE_BY_LENGTH = ("longrope", "su", "dynamic")  # factors depend on the context length
 
 
 def reported_settings(vllm_config: Any) -> dict[str, object]:  # noqa: ANN401 (vLLM is untyped here)
-    """Settings that change numbers, beside dtypes of weights and head; unset ones are left out.
+    """Settings that change numbers, besides the dtypes of weights and head; unset ones omitted.
 
     Args:
-        vllm_config: `VllmConfig` of a running engine, or as it would be started.
+        vllm_config: `VllmConfig` of a running engine, or of one to be started.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
     found = {name: getattr(cache, own, None) for name, own in _OF_CACHE.items()}
     found |= {name: getattr(model, own, None) for name, own in _OF_MODEL.items()}
     if str(vllm_config.load_config.load_format) == "dummy":
-        found["weights"] = "dummy"  # random ones, for measuring speed
+        found["weights"] = "dummy"  # random weights, for measuring speed
     quant_config = getattr(vllm_config, "quant_config", None)
     if quant_config is not None:
         found["quantization_hash"] = settings_hash(vars(quant_config))

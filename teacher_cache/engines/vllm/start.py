@@ -1,4 +1,4 @@
-"""How a vLLM engine is started: what is installed, and which settings."""
+"""Starting a vLLM engine: the installed version and the engine's settings."""
 
 import contextlib
 import dataclasses
@@ -12,15 +12,15 @@ from typing import Any
 from teacher_cache.engines import EngineError
 from teacher_cache.engines.checks import one_line
 
-# Below it the engine core reused a message's buffer while it was still being sent, and rows of
-# different requests could be mixed up silently (vLLM PR 50053).
+# Older versions reused a message's buffer while it was still being sent, so rows of
+# different requests could be silently mixed up (vLLM PR 50053).
 _MIN_VERSION = (0, 28)
 
-# Engine arguments that a user may not set, and why.
+# Engine arguments that a user may not set, each with the reason.
 _RESERVED = {
-    "model": "it is given by the model option",
-    "revision": "it is given by the revision option",
-    "dtype": "it is given by the dtype option",
+    "model": "the model option sets it",
+    "revision": "the revision option sets it",
+    "dtype": "the dtype option sets it",
     "logprobs_mode": "a cache holds raw logprobs at temperature 1",
     "max_logprobs": "it follows from the number of kept entries",
     "skip_tokenizer_init": "the end-of-sequence token comes from the tokenizer",
@@ -34,11 +34,11 @@ _RESERVED = {
     "(peft: merge_and_unload) and capture that",
     "model_weights": "the weights are those of the model option",
     "tokenizer": "the tokenizer is the model's own",
-    "tokenizer_revision": "it is given by the revision option",
-    "trust_remote_code": "it is given by the option of that name",
-    "generation_config": "sampling is given by options of its own",
-    "override_generation_config": "sampling is given by options of its own",
-    "logits_processors": "sampling is given by options of its own",
+    "tokenizer_revision": "the revision option sets it",
+    "trust_remote_code": "the option of that name sets it",
+    "generation_config": "sampling has options of its own",
+    "override_generation_config": "sampling has options of its own",
+    "logits_processors": "sampling has options of its own",
 }
 
 
@@ -62,38 +62,38 @@ def installed_version() -> tuple[str, bool]:
 
 
 def set_environment(**defaults: str) -> None:
-    """Set environment variables that are not set yet."""
+    """Set environment variables that are not yet set."""
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
 
 def default_args(on_cpu: bool) -> dict[str, Any]:
-    """Engine arguments that a user may override."""
+    """Default engine arguments, which a user may override."""
     args: dict[str, Any] = {
         "max_num_seqs": 256,
-        # vLLM's memory profile leaves out the logprobs of given tokens: room for them.
+        # Room for the logprobs of given tokens, which vLLM's memory profile omits.
         "gpu_memory_utilization": 0.85,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-    if on_cpu:  # where vLLM's own defaults expect a server to itself
+    if on_cpu:  # vLLM's defaults expect a machine to themselves
         set_environment(VLLM_CPU_OMP_THREADS_BIND="nobind")  # "auto" leaves one core unused
         args |= {
             "enforce_eager": True,  # compiling takes longer than small models run
-            "kv_cache_memory_bytes": 2 << 30,  # VLLM_CPU_KVCACHE_SPACE goes before it
+            "kv_cache_memory_bytes": 2 << 30,  # VLLM_CPU_KVCACHE_SPACE takes precedence
         }
     return args
 
 
 def check_engine_args(known: type, engine_args: Mapping[str, object]) -> None:
-    """Refuse arguments that vLLM does not know or that are not the user's to set.
+    """Refuse arguments that vLLM does not know or that a user may not set.
 
     Args:
         known: `vllm.EngineArgs`.
-        engine_args: By name.
+        engine_args: The user's arguments by name.
 
     Raises:
-        EngineError: Naming the argument, and what it may have been meant for.
+        EngineError: Names the argument, and similar names.
     """
     names = [field.name for field in dataclasses.fields(known)]
     for name in engine_args:
@@ -106,14 +106,14 @@ def check_engine_args(known: type, engine_args: Mapping[str, object]) -> None:
 
 
 def _step_args(context: int, *, on_cpu: bool, seeded: bool) -> dict[str, Any]:
-    """How many tokens one step of the engine takes; a user may override it."""
+    """Number of tokens per engine step; a user may override it."""
     if not on_cpu:
         return {"max_num_batched_tokens": 8192}
     if not seeded:
-        # The CPU build takes the logits of a request's whole piece at once when it scores.
+        # When scoring, the CPU build computes the logits of a request's whole chunk at once.
         return {"max_num_batched_tokens": 1024}
-    # vLLM 0.32 rewinds a request's random generator after each piece of a prompt but the last,
-    # which torch's CPU generator cannot do: prompts are taken whole.
+    # vLLM 0.32 rewinds a request's random generator after each chunk of a prompt but the last,
+    # which torch's CPU generator cannot do: prompts are processed whole.
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(1024, context)}
 
 
@@ -125,16 +125,16 @@ def start_engine(
     on_cpu: bool,
     seeded: bool,
 ) -> Any:  # noqa: ANN401
-    """An `LLMEngine` whose context holds the longest trace and one token, where the model allows.
+    """An `LLMEngine` whose context holds the longest trace and one token, if the model allows.
 
     Raises:
-        EngineError: vLLM cannot run the model as asked.
+        EngineError: If vLLM cannot run the model as requested.
     """
     where = f"model {args['model']!r}"
     try:
         if max_model_len is not None and "max_model_len" not in args:
             for context in (max_model_len + 1, max_model_len):
-                with contextlib.suppress(ValueError):  # more than the model's own limit
+                with contextlib.suppress(ValueError):  # above the model's own limit
                     vllm.EngineArgs(**args, max_model_len=context).create_model_config()
                     args["max_model_len"] = context
                     break

@@ -1,4 +1,4 @@
-"""`VllmTeacher`: a bounded window of requests in flight, and their rows as they finish.
+"""`VllmTeacher`: a bounded window of requests in flight, yielding rows as they finish.
 
 Letters: R rows (tokens with a distribution), K kept candidates per row.
 """
@@ -32,9 +32,9 @@ from teacher_cache.engines.vllm.start import (
 
 logger = logging.getLogger(__name__)
 
-# How long the engine's processes may take to end before they are killed. They need 4 s on a CPU.
+# Time for the engine's processes to end before they are killed. They need 4 s on a CPU.
 _CLOSING_S = 30.0
-_BREAKING_OFF_S = 0.3  # where nobody wants its answers any more
+_BREAKING_OFF_S = 0.3  # when its answers are no longer wanted
 
 
 class VllmTeacher:
@@ -48,19 +48,19 @@ class VllmTeacher:
         model: Folder, or name on the Hugging Face hub.
         revision: Branch, tag or commit on the hub.
         dtype: "auto" (the checkpoint's own on a GPU, float32 on a CPU), "float32", "bfloat16" or
-            "float16". The logits are float32 in any case, unless `hf_overrides` in `engine_args`
-            sets another `head_dtype` (needed where the head itself is quantised).
+            "float16". The logits are always float32, unless `hf_overrides` in `engine_args`
+            sets another `head_dtype` (needed if the head itself is quantised).
         top_k: Candidates per row (K), at most the vocabulary.
-        max_model_len: Tokens in the longest trace, prompt included; the model's own limit where
-            that is lower, or where this is None. vLLM wants room for one token more to score a
+        max_model_len: Tokens in the longest trace, prompt included; the model's own limit if
+            that is lower, or if this is None. vLLM needs room for one more token to score a
             trace, which the model's own limit does not leave.
-        sampling: How to draw new tokens; None for an engine that only scores.
+        sampling: Settings for drawing new tokens; None for an engine that only scores.
         window: Requests in flight; None for 1.5 times vLLM's `max_num_seqs`.
         engine_args: Further arguments of `vllm.EngineArgs`, by name.
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
-        EngineError: vLLM is missing or too old, an engine argument is unknown or reserved, or the
+        EngineError: If vLLM is missing or too old, an engine argument unknown or reserved, or the
             engine does not start.
     """
 
@@ -83,7 +83,7 @@ class VllmTeacher:
         check_model(model, revision)
         set_environment(
             VLLM_LOGGING_STREAM="ext://sys.stderr",  # stdout carries results
-            # The CPU build warns at length about what it does without.
+            # The CPU build warns at length about missing features.
             VLLM_LOGGING_LEVEL="ERROR" if is_cpu_build else "WARNING",
             # One message per step instead of two more frames per request: half the transport cost.
             VLLM_MSGPACK_ZERO_COPY_THRESHOLD=str(1 << 20),
@@ -110,7 +110,7 @@ class VllmTeacher:
             "hf_overrides": {"head_dtype": "float32"} | dict(args.get("hf_overrides") or {}),
         }
         if on_cpu and args["enforce_eager"]:
-            # Eager vLLM still compiles the kernel that ranks tokens: seconds, and a C++ compiler.
+            # Eager vLLM still compiles the token-ranking kernel: seconds, and a C++ compiler.
             set_environment(TORCH_COMPILE_DISABLE="1")
         self._processes = EngineProcesses()
         try:
@@ -143,11 +143,11 @@ class VllmTeacher:
         self._serial = itertools.count()
 
     def run(self, requests: Iterable[TeacherRequest]) -> Iterator[TeacherRows]:
-        """Generate or score every request; traces come as they finish. One run at a time.
+        """Generate or score every request; traces are yielded as they finish. One run at a time.
 
         Raises:
-            EngineError: A request is refused or fails, or the engine dies (EngineDiedError).
-                Requests in flight are given up.
+            EngineError: If a request is refused or fails, or the engine dies (EngineDiedError).
+                Requests in flight are abandoned.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -176,7 +176,7 @@ class VllmTeacher:
         core = self._engine.engine_core
         core.shutdown(timeout=_BREAKING_OFF_S if self._is_at_work else _CLOSING_S)
         self._engine.renderer.shutdown()
-        # vLLM leaves its sockets to the garbage collector; a thread that still reads keeps them.
+        # vLLM leaves its sockets to the garbage collector; a thread still reading keeps them.
         reader, context = (getattr(core, name, None) for name in ("output_queue_thread", "ctx"))
         if reader is not None and context is not None:
             reader.join(_CLOSING_S)
@@ -185,7 +185,7 @@ class VllmTeacher:
         self._processes.close()
 
     def _submit(self, request: TeacherRequest) -> str:
-        """Hand a request to the engine, under a name of our own that cannot occur twice."""
+        """Hand a request to the engine, under a unique name of our own."""
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -194,7 +194,7 @@ class VllmTeacher:
         check_request(
             request,
             vocab_size=self.facts.vocab_size,
-            # A trace is scored as the prompt of one generated token, which is thrown away.
+            # A trace is scored as the prompt of one generated token, which is discarded.
             max_model_len=min(self.facts.max_model_len, self._context - scoring),
             sampling=self._sampling,
         )
