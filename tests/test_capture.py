@@ -253,7 +253,7 @@ def test_only_the_ids_of_a_file_are_captured_and_missing_ones_said(capture_confi
     ids.write_text("p4\nnowhere\n\np1\n")
     report = generate(replace(capture_config, ids_file=ids))
     assert names(asked) == ["p1", "p4"]
-    assert "not there of the ids asked for: 1, nowhere" in caplog.text
+    assert "ids asked for but missing: 1, nowhere" in caplog.text
     assert (report.survey.num_wanted, report.sealed) == (2, True)
 
 

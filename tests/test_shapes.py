@@ -258,7 +258,9 @@ def test_a_response_without_thinking_has_no_chain_of_thought(plain, opening):
     row = {"messages": [*ASKED, says("assistant", ANSWER, reasoning_content="")]}
     trace = render(plain, row)
     assert sections(plain, trace)[1:] == ["", f"{ANSWER}<|end|>"]
-    with pytest.raises(BadRow, match="opens a chain of thought with <think>, the row's is empty"):
+    with pytest.raises(
+        BadRow, match="opens a chain of thought with <think>, but the row's is empty"
+    ):
         render(opening, row)
     row["messages"][-1]["content"] = INLINE
     assert sections(opening, render(opening, row))[1] == f"<think>\n{REASONING}\n</think>"

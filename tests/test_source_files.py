@@ -161,10 +161,10 @@ BROKEN = {
     ),
     "table.gz": (
         lambda p: p.write_bytes(gzip.compress(parquet_bytes(p.parent))),
-        "a compressed table",
+        "compressed tables cannot",
     ),
     "picture.jsonl": (lambda p: p.write_bytes(b"\x89PNG\0\0\0"), "found other binary data"),
-    "utf16.jsonl": (lambda p: p.write_text('{"a": 1}', "utf-16"), "found UTF-16; convert it"),
+    "utf16.jsonl": (lambda p: p.write_text('{"a": 1}', "utf-16"), "found UTF-16; convert"),
     "short.json": (lambda p: damaged(json.dumps(ROWS).encode(), p), "not JSON: "),
     "comma.json": (lambda p: p.write_text('[{"a": 1} {"a": 2}]' + " " * 99), ":1: not JSON: Exp"),
     "broken.json": (lambda p: p.write_text('[{"a": 1}, {"a": x}]' + " " * 99), ":2: not JSON: "),
@@ -200,7 +200,7 @@ def test_files_of_a_folder_that_hold_no_rows_are_named(tmp_path, caplog):
     caplog.set_level("INFO")
     as_folder(tmp_path / "folder")
     assert len(list(Input(tmp_path / "folder"))) == 200
-    assert "README.md: passed over" in caplog.text
+    assert "README.md: skipped" in caplog.text
 
 
 class FakeHub(types.ModuleType):
@@ -248,7 +248,7 @@ def test_ids_are_read_one_a_line(tmp_path):
     file.write_text("a b\r\n\n 7 \n")
     assert read_ids(file) == {"a b", "7"}
     file.write_text("\n")
-    with pytest.raises(SourceError, match="expected one id on each line"):
+    with pytest.raises(SourceError, match="expected one id per line"):
         read_ids(file)
     with pytest.raises(SourceError, match="cannot be read"):
         read_ids(tmp_path / "nowhere")

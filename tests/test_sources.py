@@ -205,10 +205,10 @@ BAD = {
     "unknown-role": ({"messages": [{"from": "cat", "value": "a"}]}, "no role for `from` 'cat'"),
     "prompt-too-long": (
         {"prompt": "a " * 10},
-        "prompt of 10 tokens; 10 of prompt and answer together fit",
+        "prompt of 10 tokens; 10 fit together with the answer",
     ),
-    "duplicate-id": ({"id": "1", "prompt": "b"}, "id '1' stands in "),
-    "not-utf-8": ('{"prompt": "a \\ud83d"}', "no character"),
+    "duplicate-id": ({"id": "1", "prompt": "b"}, "id '1' already occurs in "),
+    "not-utf-8": ('{"prompt": "a \\ud83d"}', "not a character"),
     "bad-id": ({"id": [], "prompt": "b"}, "`id` must be text or an integer"),
 }
 
@@ -259,25 +259,25 @@ def response(text):
 BAD_TRACES = {
     "unknown-columns": ({"prompt": "a", "thoughts": "b"}, "found prompt, thoughts"),
     "no-assistant-turn": ({"messages": [user("a")]}, "must be the assistant's, got role 'user'"),
-    "empty-prompt": ({"messages": [{"role": "assistant", "content": "a"}]}, "no message stands"),
+    "empty-prompt": ({"messages": [{"role": "assistant", "content": "a"}]}, "no message comes"),
     "empty-response": (response(""), "the response is empty"),
     "bad-response": (response(5), "must be text"),
     "empty-chain-of-thought": (
         response("<think> </think> 5"),
-        "nothing stands between the thinking marks",
+        "nothing is between the thinking marks",
     ),
     "unclosed-chain-of-thought": (
         {**response("<think> b c"), "finish_reason": "stop"},
-        "says that the response is whole, but it lacks </think>",
+        "says that the response is complete, but it lacks </think>",
     ),
-    "marks-out-of-order": (response("a </think> b <think> c"), "</think> stands before <think>"),
+    "marks-out-of-order": (response("a </think> b <think> c"), "</think> comes before <think>"),
     "marks-out-of-order ": (
         response("a <|begin_of_thought|> b <|end_of_thought|> c"),
-        "text stands before the opening mark",
+        "text comes before the opening mark",
     ),
     "marks-out-of-order  ": (
         {**response("5"), "reasoning_content": "a </think> b"},
-        "holds thinking marks itself",
+        "itself has thinking marks",
     ),
     "bad-bounds": ({"token_ids": [1]}, "needs `cot_start` and `answer_start`"),
     "bad-bounds ": (

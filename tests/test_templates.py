@@ -235,7 +235,7 @@ def test_a_rows_own_template_arguments_are_honoured(teachers, family):
         trace = render(teacher, row | {"chat_template_kwargs": value})
         assert trace.token_ids == render(off, row).token_ids
         assert "chat_template_kwargs" not in trace.fields
-    with pytest.raises(BadRow, match=r"reads no such name.*did you mean 'enable_thinking'"):
+    with pytest.raises(BadRow, match=r"does not read it.*did you mean 'enable_thinking'"):
         render(teacher, row | {"chat_template_kwargs": {"enable_thinkng": False}})
 
 
@@ -260,7 +260,7 @@ def test_where_nothing_says_the_joint_the_user_is_asked(tmp_path, family):
 
 def test_a_mark_that_the_teacher_does_not_know_is_never_written(teachers):
     teacher = teachers("llama3")
-    with pytest.raises(BadRow, match="nothing says how the teacher marks one"):
+    with pytest.raises(BadRow, match="nothing shows how the teacher marks one"):
         render(teacher, {"messages": [user("2+3?"), answer()]})
     plain = render(teacher, {"messages": [user("2+3?"), {"role": "assistant", "content": ANSWER}]})
     assert plain.bounds == (plain.num_prompt, plain.num_prompt)

@@ -155,7 +155,7 @@ def test_reasoning_that_is_encrypted_is_no_trace(teacher):
 
 
 def test_a_question_without_the_template_is_named(teacher):
-    with pytest.raises(ValueError, match="`question` is taken with --apply-chat-template"):
+    with pytest.raises(ValueError, match="`question` is used with --apply-chat-template"):
         render(teacher, {"question": Q, "attempt": A})
 
 

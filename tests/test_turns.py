@@ -64,6 +64,6 @@ def test_a_template_without_end_marks_ends_a_turn_where_the_next_text_begins(tmp
 def test_a_template_that_moves_messages_is_refused_row_by_row(tmp_path):
     template = "{{ messages | map(attribute='content') | map('length') | join(' ') }}"
     teacher = make_byte_teacher(tmp_path, template)
-    with pytest.raises(BadRow, match="message 2 is not found in what the chat template") as caught:
+    with pytest.raises(BadRow, match="message 2 is not found in the chat template") as caught:
         own_texts(teacher, CONVERSATION)
     assert caught.value.reason == "turns-not-found"

@@ -1,4 +1,4 @@
-"""The user's prompts and traces: files of any kind -> token ids and section bounds."""
+"""The user's prompts and traces: from files of any kind to token ids and section bounds."""
 
 from teacher_cache.sources.columns import (
     ASSISTANT_TURNS,

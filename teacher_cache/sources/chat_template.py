@@ -11,28 +11,28 @@ from teacher_cache.engines.checks import one_line
 
 Message = Mapping[str, Any]
 
-# What every template is given, beside the user's own arguments.
+# Passed to every template, besides the user's arguments.
 _GIVEN_NAMES = {
     "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
     "strftime_now", "raise_exception",
 }  # fmt: skip
-_ASSISTANT_MASK_TAG = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")  # transformers' own
+_ASSISTANT_MASK_TAG = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")  # transformers' own tag
 
 
 class TemplateRefusesError(ValueError):
-    """The chat template does not take these messages; the message says why."""
+    """The chat template rejects these messages; the error says why."""
 
 
 class ChatTemplate:
-    """A tokenizer's chat template with the arguments that the user gives it.
+    """A tokenizer's chat template with the user's arguments.
 
     Args:
-        tokenizer: Of transformers.
-        arguments: Passed to the template (`enable_thinking`, ...). `today` is the day that it
-            gets where it asks for the date.
+        tokenizer: A tokenizer of transformers.
+        arguments: Passed to the template (`enable_thinking`, ...). `today` is the date for
+            templates that ask for one.
 
     Raises:
-        ValueError: If the template reads no argument of such a name, or `today` is no date.
+        ValueError: If the template reads no argument of that name, or `today` is not a date.
     """
 
     def __init__(self, tokenizer: Any, arguments: Mapping[str, object]) -> None:  # noqa: ANN401 (transformers is untyped here)
@@ -43,18 +43,18 @@ class ChatTemplate:
 
     @property
     def text(self) -> str | dict[str, str] | None:
-        """The template; several by name where the tokenizer has several."""
+        """The template, or several by name if the tokenizer has several."""
         text: str | dict[str, str] | None = self._tokenizer.chat_template
         return text
 
     @property
     def source(self) -> str:
-        """All of its text; empty without a template."""
+        """All of the template's text; empty without a template."""
         return "\n".join(self.text.values()) if isinstance(self.text, dict) else self.text or ""
 
     @cached_property
     def names_read(self) -> frozenset[str]:
-        """Arguments that the template looks at, beside those that every template is given."""
+        """Arguments that the template reads, besides those that every template gets."""
         from jinja2 import Environment, TemplateSyntaxError, meta
         from jinja2.defaults import DEFAULT_NAMESPACE
 
@@ -69,14 +69,14 @@ class ChatTemplate:
 
     @cached_property
     def added_tokens(self) -> tuple[str, ...]:
-        """Tokens that the tokenizer knows as a whole, the longest first."""
+        """Tokens that the tokenizer never splits, longest first."""
         return tuple(sorted(self._tokenizer.get_added_vocab(), key=lambda text: (-len(text), text)))
 
     def check_arguments(self, arguments: Mapping[str, object]) -> None:
-        """Refuse arguments that the template does not look at.
+        """Refuse arguments that the template does not read.
 
         Raises:
-            ValueError: Naming the first of them.
+            ValueError: Names the first of them.
         """
         if not self.source:
             return
@@ -85,7 +85,7 @@ class ChatTemplate:
                 close = difflib.get_close_matches(name, self.names_read, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ValueError(
-                    f"template argument {name!r}: the teacher's chat template reads no such name, "
+                    f"template argument {name!r}: the teacher's chat template does not read it, "
                     f"only {', '.join(sorted(self.names_read)) or 'none at all'}{hint}"
                 )
 
@@ -98,14 +98,14 @@ class ChatTemplate:
         is_prompt: bool = True,
         clock: Callable[[str], str] | None = None,
     ) -> str:
-        """The template's text of a conversation.
+        """Render a conversation as text.
 
         Args:
-            messages: With `role` and `content`.
-            tools: What the assistant may call, for templates that describe it.
-            arguments: Instead of the user's own.
-            is_prompt: Whether the assistant's next turn is opened.
-            clock: Instead of the user's own day.
+            messages: Messages with `role` and `content`.
+            tools: Tools that the assistant may call, for templates that describe them.
+            arguments: Replace the user's own.
+            is_prompt: Whether to open the assistant's next turn.
+            clock: Replaces the user's date.
 
         Raises:
             TemplateRefusesError: If there is no template, or it refuses the messages.
@@ -132,12 +132,12 @@ class ChatTemplate:
 
 
 def _clock(today: object) -> Callable[[str], str]:
-    """What a chat template asks for the date: a capture that goes on tomorrow must not differ."""
+    """Clock for a chat template: a capture resumed tomorrow must not differ."""
     if today is None:
 
         def refuse(form: str) -> str:
             raise ValueError(
-                f"it asks for today's date ({form}), with which a capture cannot go on another "
+                f"it asks for today's date ({form}), so a capture cannot be resumed on another "
                 "day; fix one with --template-arg today=YYYY-MM-DD"
             )
 

@@ -1,4 +1,4 @@
-"""The shapes that rows have: what was asked, and what was answered, wherever it stands."""
+"""The shapes of rows: finds the prompt and the response, in whichever columns."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from teacher_cache.sources.rejects import BadRow, Reason
 PROMPT_TURNS = ("all", "assistant")
 ASSISTANT_TURNS = ("last", "all")
 CHAT_COLUMNS = ("messages", "conversations")
-# Of text prompts that are a user's question: only taken where a chat template is applied to them.
+# Columns of a user's question as text: only used if a chat template is applied to them.
 QUESTION_COLUMNS = ("question", "problem", "instruction", "query", "input")
 PROMPT_LIKE_COLUMNS = (*CHAT_COLUMNS, "prompt", *QUESTION_COLUMNS)
 SYSTEM_COLUMNS = ("system", "system_prompt")
@@ -26,16 +26,16 @@ _RESPONSE_COLUMNS = (
     *("response", "completion", "content", "choices", "output", "attempt", "deepseek_attempt"),
     *("deepseek_solution", "generations"),
 )
-# Beside those of a message. Some sets give one trajectory as a list.
+# Besides those of a message. Some data sets give one trajectory as a list.
 _REASONING_COLUMNS = (
     *("thinking_trajectories", "deepseek_thinking_trajectory", "deepseek_reasoning"),
 )
-_SWITCHES = {"on", "off", "true", "false", "yes", "no"}  # a `reasoning` column that is no text
+_SWITCHES = {"on", "off", "true", "false", "yes", "no"}  # of a `reasoning` column that is no text
 
 
 @dataclass(frozen=True)
 class RowColumns:
-    """How the user's rows are laid out; None where the usual names are looked for."""
+    """Layout of the user's rows; None searches the usual names."""
 
     id_field: str = "id"
     prompt_field: str | None = None
@@ -43,35 +43,35 @@ class RowColumns:
     reasoning_field: str | None = None
     drop_system: bool = False
     apply_chat_template: bool = False  # to prompts that are text
-    assistant_turns: str = ASSISTANT_TURNS[0]  # which of a conversation's are traces
-    prompt_turns: str = PROMPT_TURNS[0]  # which of the prompt's turns get distributions
+    assistant_turns: str = ASSISTANT_TURNS[0]  # which turns of a conversation become traces
+    prompt_turns: str = PROMPT_TURNS[0]  # which turns of the prompt get distributions
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A row read: what the teacher was asked, and what was answered."""
+    """A parsed row: the teacher's prompt, and the response."""
 
-    prompt: str | list[Message]  # text as it is, or what the chat template takes
+    prompt: str | list[Message]  # text as it is, or messages for the chat template
     tools: list[Any] | None  # that the chat template may describe
     reasoning: str | None
-    answer: str | None  # None where the prompt is all
-    used: tuple[str, ...]  # columns; the others are the user's own
+    answer: str | None  # None if there is only a prompt
+    used: tuple[str, ...]  # columns read; the others are the user's own
     tool_calls: list[Any] | None = None  # of the answer
     template_args: Mapping[str, object] = field(default_factory=dict)  # the row's own
 
 
 def read_prompt(row: Mapping[str, Any], layout: RowColumns) -> Exchange:
-    """A row's prompt. A last turn of the assistant is left off: the teacher answers anew.
+    """A row's prompt, without a last turn of the assistant: the teacher answers anew.
 
     Raises:
-        BadRow: If there is none.
+        BadRow: If there is no prompt.
     """
     column = _prompt_column(row, layout)
     prompt, used = _asked(row, column, layout)
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         prompt = prompt[:-1]
         if not prompt:
-            raise BadRow(Reason.EMPTY_PROMPT, "no message stands before the assistant's")
+            raise BadRow(Reason.EMPTY_PROMPT, "no message comes before the assistant's")
     return Exchange(
         prompt, _tools(row, prompt), None, None, used, template_args=_template_args(row, prompt)
     )
@@ -81,14 +81,14 @@ def read_trace(row: Mapping[str, Any], layout: RowColumns) -> Exchange:
     """A row's prompt and response.
 
     Raises:
-        BadRow: If one of them is not there.
+        BadRow: If one of them is missing.
     """
     column = _prompt_column(row, layout)
     prompt, used = _asked(row, column, layout)
     response = _response_column(row, layout)
     ends_in_answer = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
     if ends_in_answer and layout.response_field:
-        prompt, ends_in_answer = prompt[:-1], False  # the column that the user names wins
+        prompt, ends_in_answer = prompt[:-1], False  # a column named by the user wins
     is_chat = ends_in_answer or response is None
     if not isinstance(prompt, str) and is_chat:
         last = prompt[-1]
@@ -99,7 +99,7 @@ def read_trace(row: Mapping[str, Any], layout: RowColumns) -> Exchange:
             )
         before, last = with_one_last_turn(prompt)
         if not before:
-            raise BadRow(Reason.EMPTY_PROMPT, "no message stands before the assistant's")
+            raise BadRow(Reason.EMPTY_PROMPT, "no message comes before the assistant's")
         return Exchange(
             before,
             _tools(row, prompt),
@@ -134,11 +134,11 @@ def read_trace(row: Mapping[str, Any], layout: RowColumns) -> Exchange:
 
 
 def responses_of(row: Mapping[str, Any], layout: RowColumns) -> list[dict[str, Any]]:
-    """A row as one row for each of its responses, where it has several.
+    """Split a row into one row per response, if it has several.
 
-    They stand in a list of texts, or are the assistant's turns of a conversation, where all of
-    these are asked for. Other lists of the same length as the texts (verdicts, ends) are taken
-    apart along with them. An id of the row is followed by `#` and the response's number.
+    Responses are a list of texts, or the assistant's turns of a conversation if all of
+    these are wanted. Other lists as long as the texts (verdicts, finish reasons) are split
+    along with them. The row's id gets a suffix: `#` and the response's number.
     """
     if layout.assistant_turns == "all":
         return _turns_of(row, layout)
@@ -163,7 +163,7 @@ def responses_of(row: Mapping[str, Any], layout: RowColumns) -> list[dict[str, A
 
 
 def _turns_of(row: Mapping[str, Any], layout: RowColumns) -> list[dict[str, Any]]:
-    """A row as one row for each turn of the assistant, which ends its conversation there."""
+    """Split a row into one row per assistant turn, each ending its conversation there."""
     names = (layout.prompt_field,) if layout.prompt_field else CHAT_COLUMNS
     column = next((name for name in names if row.get(name) is not None), None)
     if column is None:
@@ -201,13 +201,13 @@ def _holds_answer(row: Mapping[str, Any], layout: RowColumns) -> bool:
 
 
 def _only(value: object) -> object:
-    """The text of a list of one text; other values as they are."""
+    """The text in a list of one text; other values unchanged."""
     is_one = isinstance(value, list) and len(value) == 1 and isinstance(value[0], str)
     return value[0] if is_one and isinstance(value, list) else value
 
 
 def _answer_of_messages(value: object, column: str) -> tuple[str, str | None]:
-    """The text of an answer in a message, or in the choices of a server's response."""
+    """The text of an answer from a message, or from the choices of a server's response."""
     if isinstance(value, Mapping):
         body = value.get("body")
         value = (body if isinstance(body, Mapping) else value).get("choices", [value])
@@ -237,7 +237,7 @@ def _prompt_column(row: Mapping[str, Any], layout: RowColumns) -> str:
     expected = " or ".join(f"`{name}`" for name in names)
     hint = "name yours with --prompt-field"
     if questions and layout.prompt_field is None:
-        hint = f"`{questions[0]}` is taken with --apply-chat-template; or {hint}"
+        hint = f"`{questions[0]}` is used with --apply-chat-template; or {hint}"
     raise BadRow(Reason.UNKNOWN_COLUMNS, f"expected {expected}, found {_found(row)}; {hint}")
 
 
@@ -245,7 +245,7 @@ def _response_column(row: Mapping[str, Any], layout: RowColumns) -> str | None:
     names = (layout.response_field,) if layout.response_field else _RESPONSE_COLUMNS
     found = next((name for name in names if row.get(name) is not None), None)
     if found is None and not layout.response_field and row.get("answer") is not None:
-        # Often the reference; beside a chain of thought it is that one's answer.
+        # Often the reference; beside a chain of thought it is the answer to that.
         return "answer" if _reasoning_column(row, layout) is not None else None
     return found
 
@@ -263,7 +263,7 @@ def _reasoning_column(row: Mapping[str, Any], layout: RowColumns) -> str | None:
 def _asked(
     row: Mapping[str, Any], column: str, layout: RowColumns
 ) -> tuple[str | list[Message], tuple[str, ...]]:
-    """The prompt or the conversation in a column, with its system prompt, and columns used."""
+    """The prompt or conversation in a column, with its system prompt, and the columns used."""
     value = row[column]
     if isinstance(value, str) and column not in CHAT_COLUMNS:
         if not value.strip():
@@ -298,7 +298,7 @@ def _tools(row: Mapping[str, Any], prompt: str | list[Message]) -> list[Any] | N
 
 
 def _template_args(row: Mapping[str, Any], prompt: str | list[Message]) -> Mapping[str, object]:
-    """The row's own arguments of the chat template."""
+    """The row's own arguments for the chat template."""
     given = row.get(TEMPLATE_ARGS_COLUMN)
     if given is None or isinstance(prompt, str):
         return {}
@@ -314,7 +314,7 @@ def _template_args(row: Mapping[str, Any], prompt: str | list[Message]) -> Mappi
             Reason.BAD_TEMPLATE_ARGS,
             f"`{TEMPLATE_ARGS_COLUMN}` must be an object, got {type(given).__name__}",
         )
-    # A table has every key in every row; what is empty says nothing.
+    # A table has every key in every row; empty values mean nothing.
     return {name: value for name, value in given.items() if value not in (None, "", [], {})}
 
 

@@ -1,4 +1,4 @@
-"""Conversations of any make as messages that a chat template takes."""
+"""Converts conversations of any format to messages for a chat template."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from teacher_cache.sources.turn_layout import TurnLayout
 
 Message = dict[str, Any]
 
-# ShareGPT's names. A function call is the assistant's own text there.
+# ShareGPT's names. There, a function call is the assistant's own text.
 _ROLE_OF_SENDER = {
     "system": "system",
     "human": "user",
@@ -34,22 +34,22 @@ REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
 def messages_of(value: object, column: str) -> list[Message]:
     """The messages of a conversation: `role` and `content`, or ShareGPT's `from` and `value`.
 
-    Values that are null are left out, as a table has every key in every row. Content in parts is
-    joined; reasoning, whatever its name, stands in `reasoning_content`.
+    Null values are left out, because a table has every key in every row. Content in parts is
+    joined; reasoning, whatever its name, is moved to `reasoning_content`.
 
     Args:
-        value: What stands in the row: a list, or JSON of one.
-        column: Where, for the error.
+        value: The row's value: a list, or JSON of one.
+        column: Name of the column, for errors.
 
     Raises:
-        BadRow: If it is no conversation.
+        BadRow: If it is not a conversation.
     """
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise BadRow(
-                Reason.BAD_MESSAGES, f"`{column}` is text, but not JSON of a list: {error}"
+                Reason.BAD_MESSAGES, f"`{column}` is text but not JSON of a list: {error}"
             ) from error
     if not isinstance(value, list) or not value:
         raise BadRow(Reason.BAD_MESSAGES, f"`{column}` must be a list of at least one message")
@@ -64,14 +64,14 @@ def _message(item: object) -> Message:
         raise BadRow(Reason.BAD_MESSAGES, "every message must be an object with `role` or `from`")
     message = {str(name): value for name, value in item.items() if value is not None}
     if isinstance(message.get("role"), str):
-        # OpenAI's form has null beside a call, and templates ask for that.
+        # OpenAI's format has null beside a call, and templates check for that.
         content = message.get("content", None if message.get("tool_calls") else "")
     elif isinstance(message.get("from"), str):
         sender = message.pop("from")
         if sender not in _ROLE_OF_SENDER:
             raise BadRow(
                 Reason.UNKNOWN_ROLE,
-                f"no role for `from` {sender!r}; known are {', '.join(_ROLE_OF_SENDER)}",
+                f"no role for `from` {sender!r}; known names are {', '.join(_ROLE_OF_SENDER)}",
             )
         message["role"] = _ROLE_OF_SENDER[sender]
         content = message.pop("value", "")
@@ -85,7 +85,7 @@ def _message(item: object) -> Message:
     if not all(isinstance(text, str) for text in named):
         raise BadRow(Reason.BAD_MESSAGES, "the reasoning of a message must be text")
     message["content"], thought = _joined_parts(content)
-    reasoning = next(filter(None, named), thought)  # several names are one text
+    reasoning = next(filter(None, named), thought)  # several names may hold one text
     if reasoning or named:
         message["reasoning_content"] = reasoning
     if message.get("tool_calls"):
@@ -94,21 +94,21 @@ def _message(item: object) -> Message:
 
 
 def _take_apart(message: Message) -> None:
-    """Bring reasoning that stands elsewhere in a message to where it is looked for."""
+    """Move reasoning found elsewhere in a message to where it is expected."""
     info = message.get("info")
     if isinstance(info, Mapping) and isinstance(info.get("answer_content"), str):
-        # AM-DeepSeek-R1: the content has it once more, between marks of its own.
+        # AM-DeepSeek-R1: the content repeats it between marks of its own.
         message["content"] = info["answer_content"]
         message["reasoning_content"] = info.get("think_content") or ""
     message.pop("info", None)
-    details = message.pop("reasoning_details", None)  # OpenRouter's
+    details = message.pop("reasoning_details", None)  # as OpenRouter writes it
     if isinstance(details, list) and not any(message.get(name) for name in REASONING_NAMES):
         texts = [part.get("text") or part.get("summary") for part in details if _is_object(part)]
         shown = [text for text in texts if isinstance(text, str)]
         if details and not shown:
             raise BadRow(
                 Reason.BAD_MESSAGES,
-                "the message's `reasoning_details` hold no text: its reasoning is encrypted",
+                "the message's `reasoning_details` have no text: its reasoning is encrypted",
             )
         message["reasoning_content"] = "".join(shown)
 
@@ -118,7 +118,7 @@ def _is_object(value: object) -> bool:
 
 
 def _joined_parts(content: object) -> tuple[str | None, str]:
-    """A message's content as text, and the thinking that stands in parts of it."""
+    """A message's content as text, and the thinking in parts of it."""
     if isinstance(content, str | None):
         return content, ""
     if not isinstance(content, list):
@@ -138,10 +138,10 @@ def _joined_parts(content: object) -> tuple[str | None, str]:
 
 
 def with_system(messages: list[Message], system: object, *, drop: bool) -> list[Message]:
-    """The messages after a system prompt that stands in a column of its own, or without any.
+    """Messages with the system prompt of a separate column in front, or without any.
 
     Raises:
-        BadRow: If there are two system prompts that differ.
+        BadRow: If there are two different system prompts.
     """
     own = [message["content"] for message in messages if message["role"] == "system"]
     if drop:
@@ -154,13 +154,13 @@ def with_system(messages: list[Message], system: object, *, drop: bool) -> list[
 
 
 def with_one_last_turn(messages: list[Message]) -> tuple[list[Message], Message]:
-    """The messages before the assistant's last turn, and that turn in one message.
+    """The messages before the assistant's last turn, and that turn as one message.
 
-    Channels come as messages of their own: those before the last that only think are its
+    Channels are separate messages: those before the last that only think are its
     reasoning.
 
     Raises:
-        BadRow: If more than one message of the turn answers.
+        BadRow: If more than one message of the turn contains an answer.
     """
     first = len(messages) - 1
     while first > 0 and messages[first - 1]["role"] == "assistant":
@@ -181,7 +181,7 @@ def with_one_last_turn(messages: list[Message]) -> tuple[list[Message], Message]
 
 
 def _only_thought(message: Message) -> str | None:
-    """The reasoning of a message that does nothing else; None where it does more."""
+    """The reasoning of a message that does nothing else; None if it does more."""
     if message.get("tool_calls"):
         return None
     if message.get("channel") == "analysis":
@@ -191,14 +191,14 @@ def _only_thought(message: Message) -> str | None:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages before the assistant's turn, with all that the chat template is given beside them.
+    """Messages before the assistant's turn, with everything else the chat template gets.
 
     Attributes:
-        template: The teacher's.
-        layout: How it lays out the assistant's turn with these arguments.
-        messages: As `messages_of` gives them.
-        tools: That the template may describe.
-        arguments: The user's own for all rows, and this row's.
+        template: The teacher's chat template.
+        layout: Layout of the assistant's turn with these arguments.
+        messages: Messages from `messages_of`.
+        tools: Tools that the template may describe.
+        arguments: The user's arguments for all rows, and this row's.
     """
 
     template: ChatTemplate
@@ -208,14 +208,14 @@ class Conversation:
     arguments: Mapping[str, object] = field(default_factory=dict)
 
     def prompt(self) -> str:
-        """Its text up to where the assistant begins; raises BadRow where the template refuses."""
+        """The text up to the assistant's turn; raises BadRow if the template refuses."""
         try:
             return self._text(self.messages)
         except TemplateRefusesError as error:
             raise BadRow(Reason.TEMPLATE_REFUSES, str(error)) from error
 
     def header(self, prompt: str) -> str:
-        """What the generation prompt adds: nothing of it is a message's text."""
+        """Text that the generation prompt adds; none of it comes from a message."""
         try:
             plain = self._text(self.messages, is_prompt=False)
         except TemplateRefusesError as error:
@@ -223,7 +223,7 @@ class Conversation:
         return prompt[common_length(plain, prompt, self.template.added_tokens) :]
 
     def answered(self, *turns: Message) -> str | None:
-        """Its text with turns after it, closed; None where the template refuses them."""
+        """The text with further turns, closed; None if the template refuses them."""
         arguments = {**self.arguments, **self.layout.reveal}
         try:
             return self._text([*self.messages, *turns], arguments, is_prompt=False)
@@ -231,7 +231,7 @@ class Conversation:
             return None
 
     def with_messages(self, messages: Sequence[Message]) -> "Conversation":
-        """The same with other messages."""
+        """A copy with other messages."""
         return replace(self, messages=messages)
 
     def _text(
@@ -249,8 +249,8 @@ class Conversation:
 def for_template(message: Message, layout: TurnLayout) -> Message:
     """A message with its reasoning under the name that the template reads.
 
-    Reasoning in a data set's marks counts as reasoning; the teacher's own marks in the content
-    are left for the template to treat. Reasoning that the template reads under no name is left
+    Reasoning between a data set's marks counts as reasoning; the teacher's marks in the content
+    are left to the template. Reasoning that the template reads under no name is left
     out of earlier turns, as a server would.
     """
     turn = {name: value for name, value in message.items() if name != "reasoning_content"}
@@ -266,10 +266,10 @@ def for_template(message: Message, layout: TurnLayout) -> Message:
 
 
 def parsed_calls(calls: object) -> list[Any]:
-    """A turn's tool calls with their arguments as objects, which templates ask for.
+    """A turn's tool calls with their arguments as objects, as templates expect.
 
     Raises:
-        BadRow: If arguments given as text are no JSON object.
+        BadRow: If arguments given as text are not a JSON object.
     """
     if not isinstance(calls, list):
         raise BadRow(
@@ -280,7 +280,7 @@ def parsed_calls(calls: object) -> list[Any]:
 
 def _parsed_call(call: object) -> object:
     if not isinstance(call, Mapping):
-        raise BadRow(Reason.BAD_MESSAGES, "every one of `tool_calls` must be an object")
+        raise BadRow(Reason.BAD_MESSAGES, "each of `tool_calls` must be an object")
     inner = call.get("function")
     if isinstance(inner, Mapping):
         return {**call, "function": _parsed_call(inner)}
@@ -291,7 +291,7 @@ def _parsed_call(call: object) -> object:
         parsed = json.loads(given) if given.strip() else {}
     except (ValueError, RecursionError) as error:
         raise BadRow(
-            Reason.BAD_MESSAGES, f"the arguments of a tool call are text, but not JSON: {error}"
+            Reason.BAD_MESSAGES, f"the arguments of a tool call are text but not JSON: {error}"
         ) from error
     if not isinstance(parsed, dict):
         raise BadRow(

@@ -1,4 +1,4 @@
-"""Where rows come from: a file of any kind, a folder of them, a saved dataset, the hub."""
+"""Sources of rows: a file of any kind, a folder of files, a saved dataset, the hub."""
 
 import logging
 import re
@@ -31,17 +31,17 @@ _HEAD_BYTES = 8
 
 @dataclass(frozen=True)
 class Input:
-    """What `--prompts` and `--traces` name; iterating reads it from the start."""
+    """The input that `--prompts` or `--traces` names; iterating reads it from the start."""
 
     path: Path  # a file, a folder, or a hub id
-    dataset_config: str | None = None  # of a hub id
-    split: str = "train"  # of a hub id or a saved dataset
+    dataset_config: str | None = None  # configuration of a hub dataset
+    split: str = "train"  # split of a hub dataset or a saved one
 
     def __iter__(self) -> Iterator[Row]:
-        """Every row, in the order of files by name and rows in them.
+        """Yield every row, in the order of file names and of rows in a file.
 
         Raises:
-            SourceError: If something cannot be read to its end.
+            SourceError: If part of the input cannot be read to its end.
         """
         try:
             if self.path.is_dir():
@@ -69,22 +69,22 @@ class Input:
                 "saved by `datasets`, found none"
             )
         for file in sorted(set(files) - set(known)):
-            logger.info("%s: passed over, its name is none of a file of rows", file)
+            logger.info("%s: skipped, its name is not that of a file of rows", file)
         return known
 
     @property
     def may_be_hub_id(self) -> bool:
-        """Whether nothing here has this name, and it could be one on the hub."""
+        """Whether nothing local has this name and it could be a name on the hub."""
         return not self.path.exists() and self._may_be_hub_id()
 
     def check_exists(self, hint: str = "") -> None:
-        """Refuse what is not here and cannot be on the hub either.
+        """Refuse a path that is missing and cannot be on the hub either.
 
         Args:
-            hint: Of names that are near.
+            hint: End of the message, with similar names.
 
         Raises:
-            SourceError: If it is so, or the path is a device or a pipe.
+            SourceError: If there is no such input, or the path is a device or a pipe.
         """
         if self.path.exists():
             if not self.path.is_dir():
@@ -115,7 +115,7 @@ class Input:
             )
             for number, row in enumerate(rows, start=1):
                 yield Row(where, number, plain(row))
-        # The library raises errors of many kinds, its own and those of HTTP clients.
+        # The library raises many kinds of errors, its own and those of HTTP clients.
         except Exception as error:
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise SourceError(
@@ -124,13 +124,13 @@ class Input:
 
 
 def _check_is_file(path: Path) -> None:
-    """Refuse what would be waited for without end; a missing file says so itself."""
+    """Refuse inputs that could block forever; a missing file is reported elsewhere."""
     if path.exists() and not path.is_file():
         raise SourceError(f"{path}: expected a file, found a device or a pipe")
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
-    """Rows of one file: its first bytes say what it is, and its name must not say otherwise."""
+    """Rows of one file: its first bytes say what it is, and its name must agree."""
     _check_is_file(path)
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)

@@ -1,4 +1,4 @@
-"""InputTraces: the user's input as traces, each id once, with account of every row left out."""
+"""InputTraces: the user's input as traces, each id once; every row left out is recorded."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -17,15 +17,15 @@ from teacher_cache.sources.trace import Render, SourceTrace
 
 logger = logging.getLogger(__name__)
 
-_NUM_SHOWN = 5  # missing ids
+_NUM_SHOWN = 5  # missing ids named in a message
 
 
 @dataclass(frozen=True)
 class InputTraces:
-    """Prompts or traces, as the teacher will see them.
+    """Prompts or traces as the teacher will see them.
 
     `read` goes over the input from the start, as often as it is called. With `strict` the first
-    row that cannot be used raises SourceError; without, it goes into the list of rejects.
+    unusable row raises SourceError; otherwise it goes into the list of rejects.
     """
 
     input: Input
@@ -33,18 +33,18 @@ class InputTraces:
     id_field: str = "id"
     strict: bool = False
     only_ids: frozenset[str] | None = None  # leave out every other row
-    columns: RowColumns | None = None  # of traces, of which a row may hold several
+    columns: RowColumns | None = None  # layout of traces, of which a row may hold several
 
     @property
     def path(self) -> Path:
-        """What the user named."""
+        """Path of the input, as the user named it."""
         return self.input.path
 
     def read(self, rejects: Rejects) -> Iterator[SourceTrace]:
         """Yield the rendered rows, each id once; memory holds the ids and `rejects`.
 
         Raises:
-            SourceError: If the input cannot be read to its end, or for a bad row where strict.
+            SourceError: If the input cannot be read to its end, or a row is bad under `strict`.
         """
         seen: dict[str, tuple[str, int]] = {}
         for row in self.input:
@@ -70,7 +70,7 @@ class InputTraces:
         seen: Mapping[str, tuple[str, int]],
         rejects: Rejects,
     ) -> SourceTrace | None:
-        """A row's trace; None where it is not asked for, or rejected."""
+        """A row's trace; None if it is not wanted, or rejected."""
         name = None
         try:
             name = given_id(values, self.id_field)
@@ -81,7 +81,7 @@ class InputTraces:
                 file, number = seen[trace.trace_id]
                 raise BadRow(
                     Reason.DUPLICATE_ID,
-                    f"id {trace.trace_id!r} stands in {file}:{number} already",
+                    f"id {trace.trace_id!r} already occurs in {file}:{number}",
                 )
         except BadRow as error:
             self._reject(row, name, error, rejects)
@@ -91,23 +91,21 @@ class InputTraces:
     def _reject(self, row: Row, name: str | None, error: BadRow, rejects: Rejects) -> None:
         if self.strict:
             raise SourceError(
-                f"{row.file}:{row.number}: {error} [{error.reason}]. Mend the row, or "
-                "leave out --strict to go on without such rows."
+                f"{row.file}:{row.number}: {error} [{error.reason}]. Fix the row, or "
+                "leave out --strict to skip such rows."
             ) from error
         rejects.add(row.file, row.number, name, error)
 
     def say_missing_ids(self, found: AbstractSet[str]) -> None:
-        """Say which of the ids that were asked for are not in the input."""
+        """Report which of the requested ids are missing from the input."""
         missing = sorted((self.only_ids or frozenset()) - found)
         if missing:
             shown = ", ".join(missing[:_NUM_SHOWN]) + (", ..." if len(missing) > _NUM_SHOWN else "")
-            logger.warning(
-                "%s: not there of the ids asked for: %d, %s", self.path, len(missing), shown
-            )
+            logger.warning("%s: ids asked for but missing: %d, %s", self.path, len(missing), shown)
 
 
 def row_values(row: Row) -> dict[str, Any]:
-    """What a row holds by column; raises BadRow where it is no object."""
+    """A row's values by column; raises BadRow if it is not an object."""
     content = parse_line(row.content) if isinstance(row.content, bytes) else row.content
     if not isinstance(content, dict):
         raise BadRow(Reason.NOT_AN_OBJECT, f"expected a JSON object, got {type(content).__name__}")
@@ -115,10 +113,10 @@ def row_values(row: Row) -> dict[str, Any]:
 
 
 def read_ids(path: Path) -> frozenset[str]:
-    """The ids of a file with one on each line.
+    """Read the ids of a file, one per line.
 
     Raises:
-        SourceError: If it cannot be read, or holds none.
+        SourceError: If it cannot be read, or has none.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -128,5 +126,5 @@ def read_ids(path: Path) -> frozenset[str]:
         raise SourceError(f"{path}: not UTF-8: {error.reason}") from error
     ids = frozenset(line.strip() for line in lines if line.strip())
     if not ids:
-        raise SourceError(f"{path}: expected one id on each line, found none")
+        raise SourceError(f"{path}: expected one id per line, found none")
     return ids

@@ -1,4 +1,4 @@
-"""Text files as rows: JSON Lines or one JSON array, plain or compressed; never whole in memory."""
+"""Text files as rows: JSON Lines or one JSON array, plain or compressed, read in pieces."""
 
 import codecs
 import json
@@ -12,9 +12,9 @@ from teacher_cache.sources.row import Row
 from teacher_cache.sources.tables import ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC, PARQUET_MAGIC
 
 _CHUNK_BYTES = 1 << 20
-# Of a line or an element: a small compressed file may hold one that fills all memory.
+# Limit for a line or element: a small compressed file may hold one that fills all memory.
 MAX_ROW_BYTES = 64 << 20
-_LITERAL = 16  # characters that a number or an escape at the end of a chunk may lack
+_LITERAL = 16  # characters that a number or escape may lack at the end of a chunk
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by a file's first bytes
 
@@ -50,10 +50,10 @@ def _chunks(path: Path, compression: str | None) -> Iterator[bytes]:
 def _rows(path: Path, chunks: Iterator[bytes]) -> Iterator[Row]:
     first = next(chunks, b"")
     if first.startswith(_UTF16_MARKS):
-        raise SourceError(f"{path}: expected UTF-8 text, found UTF-16; convert it")
+        raise SourceError(f"{path}: expected UTF-8 text, found UTF-16; convert the file")
     first = first.removeprefix(codecs.BOM_UTF8)
     if first.startswith((PARQUET_MAGIC, ARROW_FILE_MAGIC, ARROW_STREAM_MAGIC)):
-        raise SourceError(f"{path}: a compressed table, which cannot be read so; decompress it")
+        raise SourceError(f"{path}: compressed tables cannot be read; decompress it")
     if b"\0" in first[:4096]:
         raise SourceError(
             f"{path}: expected JSON text, Parquet or Arrow, found other binary data "
@@ -69,7 +69,7 @@ def _rows(path: Path, chunks: Iterator[bytes]) -> Iterator[Row]:
 
 
 def _lines(path: Path, first: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    pieces: list[bytes] = []  # of a line that is not whole yet
+    pieces: list[bytes] = []  # of an incomplete line
     number, num_bytes = 1, 0
     chunk = first
     while chunk:
@@ -95,7 +95,7 @@ def _too_long(path: Path, number: int) -> SourceError:
 
 
 def _elements(path: Path, first: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The text of each element of a JSON array."""
+    """Yield the text of each element of a JSON array."""
     decoder = json.JSONDecoder()
     utf8 = codecs.getincrementaldecoder("utf-8")()
     number, at_end = 1, False
@@ -116,9 +116,9 @@ def _elements(path: Path, first: bytes, chunks: Iterator[bytes]) -> Iterator[byt
                 if at_end or not _may_be_cut(error, text):
                     raise SourceError(
                         f"{path}:{number}: not JSON: {error.msg}; an array cannot be read past a "
-                        "broken element, so mend it or write one object per line"
+                        "broken element, so fix it or write one object per line"
                     ) from error
-                # Twice as much each time, so that one long element is not scanned too often.
+                # Doubled each time, so that one long element is not scanned too often.
                 more = [next(chunks, b"") for _ in range(1 + len(text) // _CHUNK_BYTES)]
                 at_end = not more[-1]
                 if len(text) > MAX_ROW_BYTES:
@@ -141,20 +141,20 @@ def _check_nothing_follows(path: Path, text: str, chunks: Iterator[bytes]) -> No
 
 
 def _may_be_cut(error: json.JSONDecodeError, text: str) -> bool:
-    """Whether more text could make it whole."""
+    """Whether more text could complete the JSON."""
     return error.msg.startswith("Unterminated string") or error.pos >= len(text) - _LITERAL
 
 
 def _no_constant(name: str) -> None:
-    """NaN and the infinities, which Python writes and JSON does not know, are null."""
+    """Read NaN and the infinities, which Python writes but JSON lacks, as null."""
     del name
 
 
 def parse_line(line: bytes) -> object:
-    """The value that a line of JSONL holds.
+    """Parse a line of JSONL.
 
     Raises:
-        BadRow: If it holds none.
+        BadRow: If it is not valid JSON.
     """
     try:
         value = json.loads(line.decode(), parse_constant=_no_constant)
@@ -164,6 +164,6 @@ def parse_line(line: bytes) -> object:
     except UnicodeDecodeError as error:
         raise BadRow(Reason.NOT_UTF8, f"not UTF-8: {error.reason}") from error
     except UnicodeEncodeError as error:
-        raise BadRow(Reason.NOT_UTF8, "half a surrogate pair, which is no character") from error
+        raise BadRow(Reason.NOT_UTF8, "half a surrogate pair, which is not a character") from error
     except (ValueError, RecursionError) as error:
         raise BadRow(Reason.NOT_JSON, f"not JSON: {error}; expected one object per line") from error

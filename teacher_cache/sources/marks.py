@@ -1,27 +1,27 @@
-"""Marks around a chain of thought: what they are, and which names belong together."""
+"""Marks around a chain of thought: their texts, and which names belong together."""
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# How the closing one of two marks is called after the opening one.
+# Names of the closing mark of a pair, derived from the opening one's.
 _PAIRED = (
     ("<", "</"), ("[", "[/"), ("◁", "◁/"), ("<|", "<|/"), ("<|", "</|"),
     ("start", "end"), ("START", "END"), ("begin", "end"), ("BEGIN", "END"), ("open", "close"),
 )  # fmt: skip
 _OF_THOUGHT = re.compile(r"think|thought|reason", re.IGNORECASE)
-# Tags as they stand in the text of chat templates.
+# Tags as they appear in the text of chat templates.
 _TAG = re.compile(r"</?[^<>\s'\"{}]{1,40}>|\[/?[^\[\]\s'\"{}]{1,40}\]|◁[^◁▷\s]{1,40}▷")
 
 
 @dataclass(frozen=True)
 class ThinkMarks:
-    """The texts around a chain of thought, without the white space that stands beside them.
+    """The texts around a chain of thought, without the white space next to them.
 
     Attributes:
-        open: Begins it; empty where a chain of thought begins a turn with no mark.
-        close: Ends it.
-        is_channel: Whether a header of the answer follows the closing mark, so that the mark by
+        open: Opening mark; empty if a chain of thought starts a turn without a mark.
+        close: Closing mark.
+        is_channel: Whether the answer's header follows the closing mark, so that the mark by
             itself does not tell a chain of thought from another part of the turn.
     """
 
@@ -31,12 +31,12 @@ class ThinkMarks:
 
 
 def closing_names(opening: str) -> list[str]:
-    """What the mark that closes after `opening` may be called."""
+    """Possible names of the mark that closes after `opening`."""
     return [opening.replace(*pair, 1) for pair in _PAIRED if pair[0] in opening]
 
 
 def pairs_among(names: Iterable[str]) -> list[ThinkMarks]:
-    """Marks of a chain of thought among these names, in their order."""
+    """Marks of a chain of thought among these names, in order."""
     known = list(dict.fromkeys(names))
     return [
         ThinkMarks(name, other)
@@ -48,11 +48,11 @@ def pairs_among(names: Iterable[str]) -> list[ThinkMarks]:
 
 
 def tags_in(source: str) -> list[str]:
-    """Tags that a chat template's text mentions, in their order."""
+    """Tags that a chat template's text mentions, in order."""
     return _TAG.findall(source)
 
 
 def opening_before(lead: str, close: str, known: Iterable[str]) -> int:
-    """Where the partner of a closing mark last stands in `lead`; -1 where it does not."""
+    """Last position in `lead` of a closing mark's partner; -1 if it is missing."""
     partners = {name for name in known if close in closing_names(name)}
     return max((lead.rfind(name) for name in partners), default=-1)

@@ -6,7 +6,7 @@ from teacher_cache.sources.marks import ThinkMarks
 from teacher_cache.sources.rejects import BadRow, Reason
 from teacher_cache.sources.turn_layout import Prompt, TurnLayout
 
-# Marks that data sets carry. OpenThoughts and Sky-T1 put the answer between marks, too.
+# Marks used by data sets. OpenThoughts and Sky-T1 also put the answer between marks.
 DATA_MARKS = (
     ThinkMarks("<think>", "</think>"),
     ThinkMarks("<|begin_of_thought|>", "<|end_of_thought|>"),
@@ -16,14 +16,14 @@ SOLUTION_MARKS = ThinkMarks("<|begin_of_solution|>", "<|end_of_solution|>")
 
 @dataclass(frozen=True)
 class Thought:
-    """A response taken apart.
+    """A response split into its sections.
 
     Attributes:
-        reasoning: Empty where there is none.
-        answer: Empty where the response broke off in its chain of thought.
-        is_cut: Whether it broke off there, or in a data set's solution.
-        is_empty: Whether marks stand around nothing.
-        verbatim: The whole response, where it is the teacher's own text already.
+        reasoning: Chain of thought; empty if there is none.
+        answer: Answer; empty if the response broke off in its chain of thought.
+        is_cut: Whether the response broke off there, or in a data set's solution.
+        is_empty: Whether the marks enclose nothing.
+        verbatim: The whole response, if it is already the teacher's own text.
     """
 
     reasoning: str
@@ -41,35 +41,33 @@ def thought_in(
     is_cut: bool = False,
     calls_tools: bool = False,
 ) -> Thought:
-    """Reasoning and answer of a response whose chain of thought stands apart, inside, or nowhere.
+    """Split a response whose chain of thought is a separate text, inside it, or missing.
 
     Args:
-        reasoning: Given apart; None or blank where it was not.
+        reasoning: Separate chain of thought; None or blank if there is none.
         answer: The answer, or all of the response.
-        layout: Of the teacher's turn after this prompt.
-        is_cut: Whether the row says that it broke off.
-        calls_tools: Whether the turn goes on with calls of tools.
+        layout: Layout of the teacher's turn after this prompt.
+        is_cut: Whether the row says that the response broke off.
+        calls_tools: Whether the turn continues with tool calls.
 
     Raises:
-        BadRow: If the marks are out of order, or the thought is given twice over.
+        BadRow: If the marks are out of order, or the chain of thought is given twice.
     """
     own = layout.marks
     if reasoning is None or not reasoning.strip():
         return _inside(answer, layout, is_cut=is_cut)
     if own is not None and own.close in reasoning:
-        raise BadRow(
-            Reason.MARKS_OUT_OF_ORDER, "the reasoning given apart holds thinking marks itself"
-        )
+        raise BadRow(Reason.MARKS_OUT_OF_ORDER, "the separate reasoning itself has thinking marks")
     if answer.lstrip().startswith(tuple(marks.open for marks in _marks(layout) if marks.open)):
         raise BadRow(
             Reason.MARKS_OUT_OF_ORDER,
-            "a chain of thought is given twice, apart and between marks in the response",
+            "a chain of thought is given twice, separately and between marks in the response",
         )
     return Thought(reasoning.strip("\n"), answer, is_cut=not answer.strip() and not calls_tools)
 
 
 def foreign_thought(text: str, layout: TurnLayout) -> tuple[str, str]:
-    """(reasoning, answer) of an earlier turn that thinks between a data set's marks.
+    """(reasoning, answer) of an earlier turn whose thinking is between a data set's marks.
 
     Raises:
         BadRow: If those marks are out of order.
@@ -86,7 +84,7 @@ def foreign_thought(text: str, layout: TurnLayout) -> tuple[str, str]:
 
 
 def _marks(layout: TurnLayout) -> list[ThinkMarks]:
-    """The teacher's own marks first."""
+    """Marks to look for, the teacher's own first."""
     own = [] if layout.marks is None else [layout.marks]
     known = {(marks.open, marks.close) for marks in own}
     return own + [marks for marks in DATA_MARKS if (marks.open, marks.close) not in known]
@@ -102,11 +100,11 @@ def _inside(text: str, layout: TurnLayout, *, is_cut: bool) -> Thought:
         open_at, close_at = (text.find(mark) if mark else -1 for mark in (marks.open, marks.close))
         if close_at >= 0 and not (0 <= open_at < close_at) and not marks.is_channel:
             if open_at >= 0 and layout.prompt is not Prompt.OPENS:
-                raise BadRow(Reason.MARKS_OUT_OF_ORDER, f"{marks.close} stands before {marks.open}")
+                raise BadRow(Reason.MARKS_OUT_OF_ORDER, f"{marks.close} comes before {marks.open}")
             return _split(text, text, marks, layout, opens=False)
         if open_at >= 0 and marks is not own and marks.open != DATA_MARKS[0].open:
             raise BadRow(
-                Reason.MARKS_OUT_OF_ORDER, f"text stands before the opening mark {marks.open}"
+                Reason.MARKS_OUT_OF_ORDER, f"text comes before the opening mark {marks.open}"
             )
     if is_cut and layout.prompt is Prompt.OPENS:
         return Thought(text, "", is_cut=True)
@@ -114,7 +112,7 @@ def _inside(text: str, layout: TurnLayout, *, is_cut: bool) -> Thought:
 
 
 def _split(whole: str, text: str, marks: ThinkMarks, layout: TurnLayout, *, opens: bool) -> Thought:
-    """A response that begins in its chain of thought; `text` has no opening mark any more."""
+    """Split a response that begins in its chain of thought; `text` lacks the opening mark."""
     if marks == layout.marks:
         verbatim = _own_text(whole, text, layout, opens=opens)
         if verbatim is not None:
@@ -132,13 +130,13 @@ def _split(whole: str, text: str, marks: ThinkMarks, layout: TurnLayout, *, open
 
 
 def _own_text(whole: str, text: str, layout: TurnLayout, *, opens: bool) -> Thought | None:
-    """The response as it is, where it is laid out as the teacher lays it out, or nothing says how.
+    """The response unchanged, if it has the teacher's layout or that layout is unknown.
 
     Args:
-        whole: With its opening mark, where it has one.
-        text: Without.
-        layout: Of the teacher's turn.
-        opens: Whether it has one.
+        whole: Response with its opening mark, if it has one.
+        text: Response without it.
+        layout: Layout of the teacher's turn.
+        opens: Whether the response has an opening mark.
     """
     marks = layout.marks
     if marks is None or layout.prompt is Prompt.CLOSES:
@@ -147,7 +145,7 @@ def _own_text(whole: str, text: str, layout: TurnLayout, *, opens: bool) -> Thou
     if not reasoning.strip() and closed:
         return None
     if layout.prompt is Prompt.OPENS and opens:
-        # The prompt has the mark already, with the white space behind it.
+        # The prompt already has the mark and the white space after it.
         behind = (layout.opener or "").partition(marks.open)[2]
         whole = text.removeprefix(behind)
     begun = "" if layout.prompt is Prompt.OPENS else layout.opener
@@ -156,12 +154,12 @@ def _own_text(whole: str, text: str, layout: TurnLayout, *, opens: bool) -> Thou
         if closed:
             laid_out += layout.joint + answer.lstrip()
         if whole.rstrip() != laid_out.rstrip():
-            return None  # white space of another teacher's
+            return None  # another teacher's white space
     return Thought(reasoning.strip(), answer, is_cut=not closed, verbatim=whole)
 
 
 def _check_empty(answer: str, layout: TurnLayout) -> None:
-    """Refuse a thought after an empty one, which no template writes."""
+    """Refuse a chain of thought after an empty one, which no template writes."""
     if answer.lstrip().startswith(tuple(marks.open for marks in _marks(layout) if marks.open)):
         raise BadRow(
             Reason.MARKS_OUT_OF_ORDER, "a chain of thought follows an empty one in the response"

@@ -1,4 +1,4 @@
-"""Where a trace's sections begin: the thinking marks among the tokens of a response."""
+"""Finds where a trace's sections begin, from the thinking marks among a response's tokens."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from teacher_cache.sources.tokenizer import TeacherTokenizer
 
 
 def find_first(ids: Sequence[int], mark: Sequence[int], start: int = 0) -> int:
-    """Where `mark` first stands in `ids` at or after `start`; -1 where it does not."""
+    """First position of `mark` in `ids` at or after `start`; -1 if missing."""
     while True:
         try:
             position = ids.index(mark[0], start)
@@ -20,7 +20,7 @@ def find_first(ids: Sequence[int], mark: Sequence[int], start: int = 0) -> int:
 
 
 def find_last(ids: Sequence[int], mark: Sequence[int]) -> int:
-    """Where `mark` last stands in `ids`; -1 where it does not."""
+    """Last position of `mark` in `ids`; -1 if missing."""
     position = find_first(ids[::-1], mark[::-1])
     return -1 if position < 0 else len(ids) - position - len(mark)
 
@@ -35,17 +35,17 @@ def find_sections(
     """(cot_start, answer_start) of a trace whose response begins at `num_prompt`.
 
     The chain of thought begins with its opening mark, which the generation prompt may have
-    written, and ends with the first closing mark of the response; without a closing mark it
-    reaches to the end. Marks of the prompt's own text, and those that a response mentions after
-    it has begun otherwise, mean nothing. A response that is closed and was never opened has a
-    chain of thought too, where the closing mark is used for nothing else.
+    written, and ends with the response's first closing mark; without a closing mark it
+    extends to the end. Marks in the prompt's own text, and those that a response mentions after
+    a different start, are ignored. A response with a closing mark but no opening one has a
+    chain of thought too, if the closing mark has no other use.
 
     Args:
-        ids: Of the whole trace.
+        ids: Token ids of the whole trace.
         num_prompt: Tokens of the prompt.
-        opened_at: Where the generation prompt opens a chain of thought; None where it does not.
-        marks: The teacher's; None where it is not known to write a chain of thought.
-        tokenizer: The teacher's.
+        opened_at: Token where the generation prompt opens a chain of thought; None if it does not.
+        marks: The teacher's marks; None if it is not known to write a chain of thought.
+        tokenizer: The teacher's tokenizer.
     """
     response = ids[num_prompt:]
     if marks is None or not response:
@@ -66,7 +66,7 @@ _HEAD_TOKENS = 64  # an opening mark is shorter
 
 
 def opening_token(prompt: Sequence[int], mark: str, tokenizer: TeacherTokenizer) -> int:
-    """Where the last opening mark of a prompt stands that is known to hold one, in tokens.
+    """Token position of the last opening mark in a prompt that is known to have one.
 
     A prompt that opens a chain of thought without a mark does so at its end.
     """
@@ -75,7 +75,7 @@ def opening_token(prompt: Sequence[int], mark: str, tokenizer: TeacherTokenizer)
     mark_ids = tokenizer.encode(mark)
     if len(mark_ids) == 1 and mark_ids[0] in prompt:
         return find_last(prompt, mark_ids)
-    # The last token from which on the mark is still whole.
+    # The last token from which the mark is still complete.
     return bisect_left(
         range(len(prompt)),
         True,
@@ -84,9 +84,9 @@ def opening_token(prompt: Sequence[int], mark: str, tokenizer: TeacherTokenizer)
 
 
 def _end_of_first(ids: Sequence[int], mark: str, tokenizer: TeacherTokenizer) -> int:
-    """The end of the first mark, in tokens; -1 where there is none.
+    """End of the first mark, in tokens; -1 if there is none.
 
-    A mark of several tokens is looked for in the text: its last token may be merged with what
+    A mark of several tokens is searched in the text: its last token may be merged with what
     follows, and then belongs to the mark.
     """
     mark_ids = tokenizer.encode(mark)

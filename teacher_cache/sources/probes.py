@@ -1,4 +1,4 @@
-"""Probe: conversations of sentinels, rendered to see what a chat template makes of them."""
+"""Probe: renders conversations of sentinels to see how a chat template treats them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from teacher_cache.sources.marks import ThinkMarks
 QUESTION = "leadspan0question"
 REASONING = "leadspan0reasoning"
 ANSWER = "leadspan0answer"
-_SOME_DAY = datetime(2000, 1, 1).strftime  # layouts do not depend on it
+_SOME_DAY = datetime(2000, 1, 1).strftime  # layouts do not depend on the date
 
 ASKED: Message = {"role": "user", "content": QUESTION}
 _CALL_NAME = "leadspan0call"
@@ -30,7 +30,7 @@ def _in_parts(reasoning: str, answer: str) -> dict[str, Any]:
     return {"content": [thought, {"type": "text", "text": answer}]}
 
 
-# How a message holds its reasoning, by the name of the way.
+# Ways for a message to hold its reasoning, by name.
 FIELDS: dict[str, Callable[[str, str], dict[str, Any]]] = {
     "reasoning_content": _apart("reasoning_content"),
     "reasoning": _apart("reasoning"),
@@ -42,23 +42,23 @@ IN_CONTENT = "marks in the content"
 
 @dataclass(frozen=True)
 class Shown:
-    """A rendered conversation in which the reasoning of the last turn stands."""
+    """A rendered conversation that shows the reasoning of the last turn."""
 
     way: str
     text: str
-    start: int  # of the reasoning
+    start: int  # position of the reasoning
     joint: str
     arguments: Mapping[str, object]
     reveal: Mapping[str, object] = field(default_factory=dict)
 
 
 class Probe:
-    """A chat template with arguments, asked about sentinels.
+    """A chat template with arguments, tested with sentinels.
 
     Args:
-        template: Whose answers these are.
-        arguments: Of every rendering, beside those of a single one.
-        pairs: Marks that reasoning may stand between in a message's content.
+        template: Chat template to test.
+        arguments: Arguments of every rendering, besides those of a single one.
+        pairs: Marks that may enclose reasoning in a message's content.
 
     Raises:
         TemplateRefusesError: If the template refuses a plain question.
@@ -75,37 +75,37 @@ class Probe:
             self.in_parts = QUESTION in self._render([as_parts(ASKED)], {})
 
     def prompt(self, more: Mapping[str, object]) -> str:
-        """A question with the generation prompt."""
+        """Render a question with the generation prompt."""
         return self._render([self._shaped(ASKED)], more)
 
     def prompt_or_none(self, more: Mapping[str, object]) -> str | None:
-        """The same, None where the template refuses these arguments."""
+        """Like `prompt`, but None if the template refuses these arguments."""
         return self._try([self._shaped(ASKED)], more, is_prompt=True)
 
     def header_of(self, prompt: str, more: Mapping[str, object]) -> str:
-        """What the generation prompt adds to a question."""
+        """Text that the generation prompt adds to a question."""
         plain = self._try([ASKED], more) or ""
         return prompt[self.common(plain, prompt) :]
 
     def common(self, one: str, other: str) -> int:
-        """How many characters two texts begin with alike, no token of the tokenizer torn."""
+        """Length of the common start of two texts that splits no token of the tokenizer."""
         return common_length(one, other, self.template.added_tokens)
 
     @cached_property
     def turn_header(self) -> str:
-        """What the generation prompt adds, with the arguments as they are."""
+        """Text that the generation prompt adds, with the arguments unchanged."""
         return self.header_of(self.prompt({}), {})
 
     @cached_property
     def earlier_header(self) -> str:
-        """What opens an earlier turn of the assistant without reasoning; empty if unknown."""
+        """Text that opens an earlier assistant turn without reasoning; empty if unknown."""
         answered = {"role": "assistant", "content": ANSWER}
         text = self._try([ASKED, answered, ASKED], {}, is_prompt=True) or ""
         before, found, _ = text.partition(ANSWER)
         return before[self.common(self._try([ASKED], {}) or "", before) :] if found else ""
 
     def other_headers(self, lead: str) -> list[str]:
-        """What may open a turn without the mark in `lead`: an earlier turn, other arguments."""
+        """Texts that may open a turn without `lead`'s mark: an earlier turn, other arguments."""
         if self.earlier_header == lead:
             return [lead]
         found = [self.earlier_header]
@@ -116,7 +116,7 @@ class Probe:
         return found
 
     def find_shown(self, reveal: Mapping[str, object]) -> Shown | None:
-        """The first way of giving reasoning that the template shows, if there is one."""
+        """The first way of giving reasoning that the template shows, if any."""
         prompt = self.prompt_or_none(reveal)
         is_neutral = prompt is not None and prompt == self.prompt({})
         for name, make in self._ways():
@@ -126,14 +126,14 @@ class Probe:
                 continue
             joint = text[start + len(REASONING) : end]
             if not joint.strip():
-                continue  # no mark ends it
+                continue  # no closing mark
             if name == IN_CONTENT and not self._is_laid_out(make, joint, reveal):
-                continue  # what is given is repeated: that tells nothing
+                continue  # the input is only repeated, which tells nothing
             return Shown(name, text, start, joint, reveal, reveal if is_neutral else {})
         return None
 
     def find_before_call(self) -> Shown | None:
-        """The same in a turn that calls a tool: some templates show reasoning there alone."""
+        """Like `find`, in a turn that calls a tool: some templates show reasoning only there."""
         call = {"tool_calls": [_CALLED]}
         bare = self._try([ASKED, {"role": "assistant", "content": "", **call}], {})
         for name, make in FIELDS.items():
@@ -155,7 +155,7 @@ class Probe:
         return None
 
     def cuts_at(self, marks: ThinkMarks) -> bool:
-        """Whether the template drops what stands between such marks in a last turn's content."""
+        """Whether the template drops text between such marks in a last turn's content."""
         content = f"{marks.open}{REASONING}{marks.close}{ANSWER}"
         text = self._try([ASKED, {"role": "assistant", "content": content}], {})
         return text is not None and ANSWER in text and REASONING not in text
@@ -163,7 +163,7 @@ class Probe:
     def after_answer(
         self, way: str | None, reveal: Mapping[str, object], *, goes_on: bool = False
     ) -> str:
-        """What the template writes after an answer, at the end or up to the next question."""
+        """Text that the template writes after an answer, at the end or up to the next question."""
         make = FIELDS.get(way or "")
         turn: dict[str, Any] = {"content": ANSWER} if make is None else make(REASONING, ANSWER)
         messages = [ASKED, {"role": "assistant", **turn}, *([ASKED] if goes_on else [])]
@@ -213,7 +213,7 @@ class Probe:
 
 
 def as_parts(message: Message) -> dict[str, Any]:
-    """A message whose content is in parts, as templates of models that see pictures read it."""
+    """A message whose content is in parts, as templates of vision models read it."""
     content = message.get("content")
     if not isinstance(content, str):
         return dict(message)
@@ -221,7 +221,7 @@ def as_parts(message: Message) -> dict[str, Any]:
 
 
 def _span(text: str | None) -> tuple[int, int]:
-    """Where the reasoning begins, and the answer after it; (-1, -1) if not both in this order."""
+    """Positions of the reasoning and of the answer after it; (-1, -1) if not both in this order."""
     if text is None:
         return -1, -1
     start = text.find(REASONING)
@@ -230,13 +230,13 @@ def _span(text: str | None) -> tuple[int, int]:
 
 
 def _is_printed_as_data(text: str, start: int, end: int) -> bool:
-    """Whether a template that knows no parts has printed a list of them."""
+    """Whether a template that does not support parts has printed a list of them."""
     around = text[max(0, start - 40) : max(start, end)]
     return any(quoted in around for quoted in ("'type':", '"type":', "'thinking':", '"thinking":'))
 
 
 def common_length(one: str, other: str, tokens: Sequence[str]) -> int:
-    """How many characters two texts begin with alike, none of `tokens` torn in either."""
+    """Length of the common start of two texts that splits none of `tokens` in either."""
     pairs = zip(one, other, strict=False)
     same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
     for text in (one, other):

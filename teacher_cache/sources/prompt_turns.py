@@ -1,4 +1,4 @@
-"""Which tokens of a prompt the assistant wrote, whatever the chat template."""
+"""Finds the tokens of a prompt that the assistant wrote, for any chat template."""
 
 from collections.abc import Sequence
 
@@ -7,21 +7,21 @@ from teacher_cache.sources.rejects import BadRow, Reason
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 from teacher_cache.sources.trace import TokenRanges
 
-_STAND_IN = "leadspan0stand0in"  # takes the place of a message, to see where it is rendered
+_STAND_IN = "leadspan0stand0in"  # replaces a message, to see where it is rendered
 
 
 def tokens_of_others(
     conversation: Conversation, ids: Sequence[int], tokenizer: TeacherTokenizer
 ) -> TokenRanges:
-    """Ranges of a rendered conversation that are not the assistant's, template included.
+    """Token ranges of a rendered conversation that are not the assistant's, template included.
 
-    An assistant's turn reaches from the end of the template's own opening to its end-of-turn
-    token; without such a token to the next message's text.
+    An assistant's turn extends from the end of the template's own opening to its end-of-turn
+    token; without such a token, to the next message's text.
 
     Args:
-        conversation: As it was rendered.
-        ids: Of its text.
-        tokenizer: The teacher's.
+        conversation: The conversation as rendered.
+        ids: Token ids of its text.
+        tokenizer: The teacher's tokenizer.
 
     Raises:
         BadRow: If the template moves or changes the messages around an assistant's turn.
@@ -49,7 +49,7 @@ def tokens_of_others(
 
 
 def _assistant_runs(messages: Sequence[Message]) -> list[tuple[int, int]]:
-    """(first, one after the last) of each run of assistant messages between two others."""
+    """(first, end) of each run of assistant messages between two others."""
     runs, first = [], None
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -62,7 +62,7 @@ def _assistant_runs(messages: Sequence[Message]) -> list[tuple[int, int]]:
 
 
 def _place_of(number: int, conversation: Conversation, text: str) -> tuple[int, int]:
-    """Where the content of a message stands in the rendered text, in characters."""
+    """Character range of a message's content in the rendered text."""
     other = _replaced(conversation, number).prompt()
     start = other.find(_STAND_IN)
     after = other[start + len(_STAND_IN) :]
@@ -70,14 +70,14 @@ def _place_of(number: int, conversation: Conversation, text: str) -> tuple[int, 
     if start < 0 or end < start or text[:start] != other[:start] or text[end:] != after:
         raise BadRow(
             Reason.TURNS_NOT_FOUND,
-            f"message {number + 1} is not found in what the chat template makes of it; "
+            f"message {number + 1} is not found in the chat template's rendering; "
             "--prompt-turns all needs no places of messages",
         )
     return start, end
 
 
 def _opening_length(before: Conversation, text: str) -> int:
-    """Characters at the start of `text` with which the template opens the assistant's turn."""
+    """Number of characters of `text` with which the template opens the assistant's turn."""
     opening = _replaced(before, len(before.messages) - 1).prompt().partition(_STAND_IN)[2]
     pairs = zip(opening, text, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(opening), len(text)))

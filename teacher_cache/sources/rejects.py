@@ -1,4 +1,4 @@
-"""Rows that cannot be used: why, how many, and the list of them beside the cache."""
+"""Rows that cannot be used: reasons, counts, and the list kept beside the cache."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ class SourceError(ValueError):
 
 
 class Reason(StrEnum):
-    """Why a row was left out; these names stand in `rejects.jsonl` and do not change."""
+    """Why a row was left out; these names appear in `rejects.jsonl` and do not change."""
 
     NOT_JSON = "not-json"
     NOT_UTF8 = "not-utf-8"
@@ -48,7 +48,7 @@ class Reason(StrEnum):
     PROMPT_TOO_LONG = "prompt-too-long"
     TRACE_TOO_SHORT = "trace-too-short"
     TRACE_TOO_LONG = "trace-too-long"
-    # Of `retokenize`.
+    # Reasons of `retokenize`.
     NO_ROW = "no-row"
     NOTHING_HELD = "nothing-held"
     TOKEN_WITHOUT_COUNTERPART = "token-without-counterpart"
@@ -59,22 +59,22 @@ class BadRow(ValueError):
     """A row that cannot be used."""
 
     def __init__(self, reason: Reason, message: str) -> None:
-        """The message says what was expected and what was found, not where."""
+        """Make the error; the message says what was expected and found, not where."""
         super().__init__(message)
         self.reason = reason
 
 
 @dataclass
 class Rejects:
-    """The rows left out of one reading of the input."""
+    """The rows left out in one pass over the input."""
 
     counts: Counter[Reason] = field(default_factory=Counter)
     examples: dict[Reason, str] = field(default_factory=dict)  # the first of each reason
-    ids: set[str] = field(default_factory=set)  # of those that have one
+    ids: set[str] = field(default_factory=set)  # of the rows that have one
     _lines: bytearray = field(default_factory=bytearray)  # kept encoded: there may be many
 
     def add(self, file: str, number: int, trace_id: str | None, error: BadRow) -> None:
-        """Note one row; `trace_id` is None where it is not known."""
+        """Record one row; `trace_id` is None if it is unknown."""
         self.counts[error.reason] += 1
         self.examples.setdefault(error.reason, f"{file}:{number}: {error}")
         if trace_id is not None:
@@ -90,18 +90,18 @@ class Rejects:
 
     @property
     def total(self) -> int:
-        """How many rows were left out."""
+        """Number of rows left out."""
         return self.counts.total()
 
     def most_frequent(self) -> str:
-        """The most frequent reason, with its number and an example; there must be one."""
+        """The most frequent reason, with its count and an example; requires at least one reject."""
         ((reason, count),) = self.counts.most_common(1)
         return f"{count:,} of {self.total:,} rows: {reason}, e.g. {self.examples[reason]}"
 
     def publish(self, store: Store, name: str) -> None:
-        """Write the list (JSONL: file, row, id, reason, message), and say what is in it.
+        """Write the list (JSONL: file, row, id, reason, message), and log a summary.
 
-        The file is whole or absent; one of an earlier reading goes where nothing is left out now.
+        The file is complete or absent; an earlier one is removed if nothing is left out now.
         """
         if not self.total:
             store.remove(name)

@@ -1,4 +1,4 @@
-"""Rows -> token ids and section bounds, exactly as the teacher would have produced them."""
+"""Renders rows as token ids and section bounds, exactly as the teacher would produce them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from teacher_cache.sources.turn_layout import Prompt, TurnLayout, prompt_state
 
 @dataclass(frozen=True)
 class PromptRenderer:
-    """Rows with a prompt: text, taken as it is, or messages, given to the chat template."""
+    """Rows with a prompt: text, used as it is, or messages for the chat template."""
 
     tokenizer: TeacherTokenizer
     max_tokens: int  # a prompt must leave room for one token
@@ -35,7 +35,7 @@ class PromptRenderer:
         if len(ids) >= self.max_tokens:
             raise BadRow(
                 Reason.PROMPT_TOO_LONG,
-                f"prompt of {len(ids)} tokens; {self.max_tokens} of prompt and answer together fit "
+                f"prompt of {len(ids)} tokens; {self.max_tokens} fit together with the answer "
                 "(the teacher's context, or --stop-at-tokens)",
             )
         _check_vocabulary(ids, self.vocab_size)
@@ -54,22 +54,22 @@ class PromptRenderer:
 
 @dataclass(frozen=True)
 class TraceRenderer:
-    """Rows that hold a whole trace, in one of these shapes.
+    """Rows with a whole trace, in one of these shapes.
 
-    - `token_ids` with `cot_start` and `answer_start`: taken as they are.
-    - `messages` or `conversations`, the last one from the assistant, its chain of thought apart
+    - `token_ids` with `cot_start` and `answer_start`: used as they are.
+    - `messages` or `conversations`, the last message the assistant's, its chain of thought separate
       (`reasoning_content`, `reasoning`, `thinking`) or between thinking marks in the content.
-    - A prompt and a response, the chain of thought likewise.
+    - A prompt and a response, with the chain of thought likewise.
 
     The prompt is rendered as for generating, and the assistant's turn follows as the teacher
-    writes it (see `turn_layout`): a trace holds every token of it, also where a template drops
+    writes it (see `turn_layout`): a trace has every token of it, even if a template drops
     the reasoning. A response that broke off (no closing mark, or a column `finish_reason` that
     says `length`) has no end-of-turn token.
     """
 
     tokenizer: TeacherTokenizer
     max_tokens: int
-    vocab_size: int  # of the teacher's softmax: padded ids are sampled now and then
+    vocab_size: int  # of the teacher's softmax: padded ids are occasionally sampled
     columns: RowColumns
     slice: TraceSlice | None = None
 
@@ -120,9 +120,9 @@ class TraceRenderer:
         )
 
     def template_rendering(self, row: dict[str, Any]) -> str | None:
-        """What the chat template itself makes of a row's whole conversation.
+        """Render a row's whole conversation with the chat template itself.
 
-        None where the row is no conversation, or the template refuses it; raises BadRow.
+        None if the row is not a conversation, or the template refuses it; raises BadRow.
         """
         exchange = read_trace(row, self.columns)
         prompt = _rendered_prompt(exchange, self.tokenizer, self.columns)
@@ -131,7 +131,7 @@ class TraceRenderer:
         return own_rendering(exchange, prompt.conversation, prompt.layout)
 
     def _is_open(self, ids: Sequence[int], bounds: tuple[int, int]) -> bool:
-        """Whether a ready trace ends inside its chain of thought."""
+        """Whether a finished trace ends inside its chain of thought."""
         marks = self.tokenizer.layout().marks
         if marks is None or not bounds[0] < bounds[1] == len(ids):
             return False
@@ -152,7 +152,7 @@ class TraceRenderer:
         if response.is_cut and row.get("finish_reason") == "stop" and marks is not None:
             raise BadRow(
                 Reason.UNCLOSED_CHAIN_OF_THOUGHT,
-                f"`finish_reason` says that the response is whole, but it lacks {marks.close}",
+                f"`finish_reason` says that the response is complete, but it lacks {marks.close}",
             )
         num_prompt = len(prompt.token_ids)
         ids = prompt.token_ids + self.tokenizer.encode(response.text)
@@ -173,14 +173,14 @@ class TraceRenderer:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A rendered prompt, and how the assistant's turn goes on after it."""
+    """A rendered prompt, and the layout of the assistant's turn after it."""
 
     text: str
     token_ids: list[int]
-    without_rows: TokenRanges  # tokens of it that get no distributions
-    layout: TurnLayout  # its `prompt` is this very prompt's
+    without_rows: TokenRanges  # its tokens that get no distributions
+    layout: TurnLayout  # its `prompt` describes this very prompt
     opened_at: int | None  # token at which it opens a chain of thought
-    conversation: Conversation | None  # None where the row's text is the prompt
+    conversation: Conversation | None  # None if the row's text is the prompt
 
 
 def _finish_reason(row: Mapping[str, Any], *, is_cut: bool) -> str | None:
@@ -195,7 +195,7 @@ def _rendered_prompt(
         text = exchange.prompt
         layout = tokenizer.layout()
         ids = tokenizer.encode_document(text)
-        # Nothing says where the last turn of a text begins: only its very end can open a thought.
+        # A text does not show where its last turn begins: only its very end can open a thought.
         mark = layout.marks.open if layout.marks is not None else ""
         state = Prompt.OPENS if mark and text.rstrip().endswith(mark) else Prompt.LEAVES
         others: TokenRanges = ((0, len(ids)),)
@@ -223,7 +223,7 @@ def _rendered_prompt(
 
 
 def _asked(exchange: Exchange) -> dict[str, Any] | None:
-    """What a cache keeps of a prompt: a template makes tokens of it that do not give it back."""
+    """Messages of a prompt, for the cache: they cannot be recovered from the rendered tokens."""
     if isinstance(exchange.prompt, str):
         return None
     asked: dict[str, Any] = {"messages": exchange.prompt}
@@ -270,10 +270,10 @@ def _check_vocabulary(ids: Sequence[int], vocab_size: int) -> None:
 
 
 def given_id(row: Mapping[str, Any], id_field: str) -> str | None:
-    """The user's own name of a row; None where there is none.
+    """The user's id of a row; None if there is none.
 
     Raises:
-        BadRow: If it is none.
+        BadRow: If it is not a valid id.
     """
     given = row.get(id_field)
     if given is None:

@@ -1,4 +1,4 @@
-"""A row's response as the teacher itself would have written it after the prompt."""
+"""Writes a row's response as the teacher itself would have written it after the prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from teacher_cache.sources.rejects import BadRow, Reason
 from teacher_cache.sources.turn_layout import Prompt, TurnLayout
 
 _HOW_TO_SAY = (
-    "say with --think-open and --think-close what the teacher writes there, white space included "
-    '(a configuration file holds line breaks: think-close = "\\n</think>\\n\\n")'
+    "give what the teacher writes there with --think-open and --think-close, white space included "
+    '(a configuration file can hold line breaks: think-close = "\\n</think>\\n\\n")'
 )
 
 
 @dataclass(frozen=True)
 class Response:
-    """What stands after the prompt."""
+    """Text after the prompt."""
 
     text: str
-    is_cut: bool  # it broke off, and has no end token
+    is_cut: bool  # whether it broke off, without an end token
     has_thought: bool
 
 
@@ -34,22 +34,22 @@ def response_of(
     *,
     is_cut: bool,
 ) -> Response:
-    """The response of a row, in the teacher's own marks and with the end of its turn.
+    """The response of a row, with the teacher's own marks and end of turn.
 
-    The template's own rendering of the turn is taken where it continues the prompt and holds what
-    the row holds. Elsewhere the layout's pieces are put together: the prompt is what the teacher
+    The template's own rendering of the turn is used if it continues the prompt and contains what
+    the row has. Otherwise the layout's pieces are joined: the prompt is what the teacher
     sees, whatever its template makes of a finished turn.
 
     Args:
-        exchange: The row as it was read.
-        conversation: What the prompt was rendered from; None where it is the row's own text.
-        prompt: That text.
-        layout: Of the teacher's turn, `layout.prompt` being this very prompt's.
-        end_tokens: Any of them may end the turn.
+        exchange: The parsed row.
+        conversation: Source of the rendered prompt; None if it is the row's own text.
+        prompt: Text of the prompt.
+        layout: Layout of the teacher's turn; `layout.prompt` describes this very prompt.
+        end_tokens: Tokens that may end the turn.
         is_cut: Whether the row says that the response broke off.
 
     Raises:
-        BadRow: If the row's thought cannot be written as the teacher would.
+        BadRow: If the row's chain of thought cannot be written as the teacher would.
     """
     answer = exchange.answer or ""
     for end in end_tokens:
@@ -84,14 +84,14 @@ def response_of(
     if thought.is_empty and not has_thought and layout.prompt is not Prompt.CLOSES:
         raise BadRow(
             Reason.EMPTY_CHAIN_OF_THOUGHT,
-            "nothing stands between the thinking marks, and the chat template writes none there",
+            "nothing is between the thinking marks, and the chat template writes none there",
         )
     return Response(text, is_cut=False, has_thought=has_thought)
 
 
 def own_rendering(exchange: Exchange, conversation: Conversation, layout: TurnLayout) -> str | None:
-    """The template's own text of a row's whole conversation; None where it refuses it."""
-    if layout.reads is None:  # what stands in the content is left there
+    """The template's own text of a row's whole conversation; None if it refuses."""
+    if layout.reads is None:  # the content is left as it is
         message: Message = {"role": "assistant", "content": exchange.answer}
         calls = {"tool_calls": exchange.tool_calls} if exchange.tool_calls else {}
         return conversation.answered({**message, **calls})
@@ -105,7 +105,7 @@ def own_rendering(exchange: Exchange, conversation: Conversation, layout: TurnLa
 
 
 def _check_prompt(thought: Thought, layout: TurnLayout) -> None:
-    """Refuse a thought that the generation prompt has no place for, or one that it lacks."""
+    """Refuse a chain of thought that the generation prompt excludes, or a missing one."""
     if not thought.reasoning:
         return
     if layout.prompt is Prompt.CLOSES:
@@ -119,7 +119,7 @@ def _check_prompt(thought: Thought, layout: TurnLayout) -> None:
     if layout.marks is None:
         raise BadRow(
             Reason.MARKS_UNKNOWN,
-            "the row has a chain of thought, and nothing says how the teacher marks one: its chat "
+            "the row has a chain of thought, and nothing shows how the teacher marks one: its chat "
             f"template shows none, its tokenizer has no such tokens; {_HOW_TO_SAY}",
         )
     needs_joint = not thought.is_cut and thought.answer.strip()
@@ -127,7 +127,7 @@ def _check_prompt(thought: Thought, layout: TurnLayout) -> None:
     if lacks or (needs_joint and layout.joint is None):
         raise BadRow(
             Reason.MARKS_UNKNOWN,
-            f"the chat template drops the reasoning of a turn, so that nothing says what stands "
+            f"the chat template drops the reasoning of a turn, so that nothing shows what is "
             f"around {layout.marks.open} and {layout.marks.close}; {_HOW_TO_SAY}",
         )
 
@@ -149,9 +149,9 @@ def _rendered(
     layout: TurnLayout,
     end_tokens: Sequence[str],
 ) -> str | None:
-    """What the template's own text of a finished turn adds to the prompt; None where it does not.
+    """Text that the template's rendering of a finished turn adds to the prompt; None if it cannot.
 
-    It must begin with the prompt, and hold the reasoning and then the answer.
+    It must begin with the prompt, and contain the reasoning and then the answer.
     """
     whole = conversation.answered(turn)
     if whole is None or not whole.startswith(prompt):
@@ -205,7 +205,7 @@ def _put_together(thought: Thought, layout: TurnLayout) -> str:
             Reason.EMPTY_CHAIN_OF_THOUGHT,
             "the generation prompt opens a chain of thought"
             + (f" with {layout.marks.open}" if layout.marks.open else "")
-            + f", the row's is empty{hint}",
+            + f", but the row's is empty{hint}",
         )
     return thought.answer + layout.end
 
@@ -215,7 +215,7 @@ def _opened(layout: TurnLayout) -> str:
 
 
 def _writes_thought(text: str, layout: TurnLayout) -> bool:
-    """Whether a turn without reasoning has the template's own empty chain of thought."""
+    """Whether a turn without reasoning gets the template's empty chain of thought."""
     if layout.marks is None:
         return False
     begin = text.lstrip()

@@ -1,4 +1,4 @@
-"""A cut-out slice of a trace as a sequence of its own (arXiv 2512.21002, the ablation of parts)."""
+"""A slice of a trace as a sequence of its own (arXiv 2512.21002, the ablation of parts)."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -8,7 +8,7 @@ from teacher_cache.sources.rejects import BadRow, Reason
 from teacher_cache.sources.trace import SourceTrace
 
 PARTS = ("lead", "middle", "last")
-FIELD = "slice"  # among a trace's own fields: which tokens of which whole it is
+FIELD = "slice"  # among a trace's own fields: the slice's token range in its trace
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class TraceSlice:
         """Read `middle:0.5`.
 
         Raises:
-            ValueError: If it is none.
+            ValueError: If the text is not a slice.
         """
         part, colon, number = text.partition(":")
         try:
@@ -38,13 +38,13 @@ class TraceSlice:
         return cls(part, proportion)
 
     def cut(self, trace: SourceTrace) -> SourceTrace:
-        """The slice of a trace, its bounds moved along; the id stays.
+        """The slice of a trace, with its bounds shifted and the id unchanged.
 
         keep = max(1, floor(n * proportion)) tokens, as a lead span has; a middle slice begins at
-        floor((n - keep) / 2). The field `slice` says which tokens of how many these are.
+        floor((n - keep) / 2). The field `slice` says which tokens of how many it holds.
 
         Raises:
-            BadRow: If the trace has a field of that name already.
+            BadRow: If the trace already has a field of that name.
         """
         n_whole = len(trace.token_ids)
         keep = lead_span_length(n_whole, self.proportion)

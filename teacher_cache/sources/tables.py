@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from teacher_cache.sources.rejects import SourceError
 from teacher_cache.sources.row import Row
 
-_ROWS_PER_BATCH = 64  # a trace may have megabytes
+_ROWS_PER_BATCH = 64  # a trace may take megabytes
 ARROW_STREAM_MAGIC = b"\xff\xff\xff\xff"
 ARROW_FILE_MAGIC = b"ARROW1"
 PARQUET_MAGIC = b"PAR1"
@@ -42,7 +42,7 @@ def table_rows(path: Path, head: bytes) -> Iterator[Row]:
 def _batches(path: Path, head: bytes) -> Iterator[pa.RecordBatch]:
     if head.startswith(PARQUET_MAGIC):
         with pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):  # all at once it reads far ahead
+            for group in range(file.num_row_groups):  # all at once would read far ahead
                 yield from file.iter_batches(_ROWS_PER_BATCH, row_groups=[group])
         return
     with pa.OSFile(str(path)) as source:
@@ -59,7 +59,7 @@ def _batches(path: Path, head: bytes) -> Iterator[pa.RecordBatch]:
 
 
 def _is_json(kind: pa.DataType) -> bool:
-    """Whether values of a column are JSON values as they are."""
+    """Whether a column's values are already JSON values."""
     if pa.types.is_nested(kind):
         return not pa.types.is_map(kind) and all(
             _is_json(kind.field(i).type) for i in range(kind.num_fields)
@@ -69,9 +69,9 @@ def _is_json(kind: pa.DataType) -> bool:
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401 (what a column may hold)
-    """A value as JSON has it: times as ISO 8601 text, decimals as text, NaN as null.
+    """A value as JSON represents it: times as ISO 8601 text, decimals as text, NaN as null.
 
-    What has no such form (bytes, images) is left as it is, and refused where it is needed.
+    Values without such a form (bytes, images) are unchanged, and refused where needed.
     """
     match value:
         case dict():
@@ -89,10 +89,10 @@ def plain(value: Any) -> Any:  # noqa: ANN401 (what a column may hold)
 
 
 def saved_dataset_files(folder: Path, split: str) -> list[Path] | None:
-    """The Arrow files of a folder that `datasets` saved; None where it is no such folder.
+    """The Arrow files of a folder saved by `datasets`; None for any other folder.
 
     Raises:
-        SourceError: If it holds several splits and not this one, or its own files are damaged.
+        SourceError: If it has several splits but not this one, or its own files are damaged.
     """
     splits_file = folder / "dataset_dict.json"
     if splits_file.exists():

@@ -1,6 +1,6 @@
-"""What the teacher's folder says: tokenizer, chat template, generation config, fingerprints.
+"""The teacher's files: tokenizer, chat template, generation config, fingerprints.
 
-transformers is imported when something is loaded, not before.
+transformers is imported only when something is loaded.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from teacher_cache.format import (
 from teacher_cache.sources.chat_template import ChatTemplate, TemplateRefusesError
 from teacher_cache.sources.turn_layout import GivenMarks, TurnLayout, read_layout
 
-_SAMPLE_BYTES = 1 << 20  # of each end of a weight file: enough to tell two trainings apart
-# Settings of a generation config that neither engine's sampler is given here.
+_SAMPLE_BYTES = 1 << 20  # of each end of a weight file: enough to tell two training runs apart
+# Settings of a generation config that neither engine's sampler gets here.
 _LEFT_OUT = {
     "bad_words_ids", "diversity_penalty", "encoder_no_repeat_ngram_size",
     "encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff",
@@ -46,12 +46,12 @@ class OwnGenerationConfig:
     repetition_penalty: float = 1.0
     max_new_tokens: int | None = None
     end_ids: tuple[int, ...] = ()
-    left_out: tuple[str, ...] = ()  # what it sets beside these and would change a sample
+    left_out: tuple[str, ...] = ()  # further settings in it that would change a sample
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model folder or hub id, without its weights in memory."""
+    """A model folder or hub id, without loading its weights."""
 
     model: str
     revision: str | None
@@ -59,7 +59,7 @@ class ModelFiles:
 
     @property
     def name(self) -> str:
-        """The folder, however it was spelt, or the hub id."""
+        """The folder's normalised path, or the hub id."""
         return str(Path(self.model)) if Path(self.model).is_dir() else self.model
 
     def config(self) -> Any:  # noqa: ANN401 (transformers is untyped here)
@@ -68,7 +68,7 @@ class ModelFiles:
         from transformers import AutoConfig
 
         try:
-            # False, not unset: else transformers would ask at the terminal.
+            # False, not unset: otherwise transformers would ask at the terminal.
             config = AutoConfig.from_pretrained(
                 self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
@@ -81,14 +81,14 @@ class ModelFiles:
         return int(self.config().vocab_size)
 
     def context_length(self, wanted: int | None, *, num_reserved: int = 0) -> int:
-        """Tokens that a trace may have.
+        """Largest number of tokens in a trace.
 
         Args:
-            wanted: At most so many.
-            num_reserved: Tokens of the model's own limit that a trace must leave free.
+            wanted: Upper limit set by the user.
+            num_reserved: Tokens of the model's limit that a trace must leave free.
 
         Raises:
-            EngineError: If nothing is wanted and the model states no limit.
+            EngineError: If no limit is set and the model states none.
         """
         limit = getattr(self.config(), "max_position_embeddings", None)
         if limit is None and wanted is None:
@@ -97,7 +97,7 @@ class ModelFiles:
         return min(length for length in lengths if length is not None)
 
     def generation_config(self) -> OwnGenerationConfig:
-        """The model's defaults for generating; temperature 1 and no cut-off where it names none."""
+        """The model's defaults for generating; temperature 1 and no cut-off if it names none."""
         from transformers import GenerationConfig
 
         try:
@@ -106,7 +106,7 @@ class ModelFiles:
             )
         except OSError:  # a model need not have one
             return OwnGenerationConfig()
-        named = own.to_diff_dict()  # what the file says, not the library's own defaults
+        named = own.to_diff_dict()  # values from the file, not the library's defaults
         ends = named.get("eos_token_id") or ()
         return OwnGenerationConfig(
             temperature=float(named.get("temperature", 1.0)),
@@ -134,8 +134,8 @@ class ModelFiles:
     def weights_fingerprint(self) -> str:
         """Identity of the weights.
 
-        For a folder: a hash of its config and of the name, size and both ends of every weight
-        file (reading all of a large model would take minutes). For a hub id: the commit that it
+        For a folder, a hash of its config and of the name, size and both ends of every weight
+        file (reading all of a large model would take minutes). For a hub id, the commit that it
         resolves to.
         """
         folder = Path(self.model)
@@ -154,7 +154,7 @@ class ModelFiles:
 
 
 class TeacherTokenizer:
-    """The teacher's tokenizer with its chat template, and what that template says of a turn."""
+    """The teacher's tokenizer with its chat template, and what that template shows of a turn."""
 
     def __init__(
         self,
@@ -165,13 +165,13 @@ class TeacherTokenizer:
         """Load it.
 
         Args:
-            files: Of the teacher.
+            files: Files of the teacher.
             template_args: Passed to the chat template (`enable_thinking`, ...). `today` is the
-                day that it gets where it asks for the date.
-            marks: What the user says of them, which goes before what the template says.
+                date for templates that ask for one.
+            marks: Marks named by the user, which override those of the template.
 
         Raises:
-            EngineError: If it cannot be loaded, or its chat template reads no argument of such a
+            EngineError: If it cannot be loaded, or its chat template reads no argument of that
                 name.
         """
         self._tokenizer = files.tokenizer()
@@ -185,7 +185,7 @@ class TeacherTokenizer:
 
     @property
     def size(self) -> int:
-        """Ids that mean something; the teacher's softmax may be wider."""
+        """Number of ids with a meaning; the teacher's softmax may be wider."""
         return len(self._tokenizer)
 
     @property
@@ -196,18 +196,18 @@ class TeacherTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for tokenizers whose ids mean the same."""
+        """Fingerprint, equal for tokenizers whose ids mean the same."""
         return tokenizer_fingerprint(self._tokenizer.get_vocab())
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """The tokenizer's own tokens by their part: `eos_token`, `pad_token`, ..."""
+        """The tokenizer's special tokens by role: `eos_token`, `pad_token`, ..."""
         named = self._tokenizer.special_tokens_map.items()
         return {name: str(token) for name, token in named if isinstance(token, str)}
 
     @property
     def added_tokens(self) -> dict[str, dict[str, object]]:
-        """Tokens beside the trained vocabulary, with their ids, as a student may lack them."""
+        """Tokens outside the trained vocabulary, with their ids; a student may lack them."""
         decoder = self._tokenizer.added_tokens_decoder.items()
         return {
             str(token): {"id": int(number), "special": bool(token.special)}
@@ -216,12 +216,12 @@ class TeacherTokenizer:
 
     @property
     def template_hash(self) -> str:
-        """Of the chat template and its arguments."""
+        """Fingerprint of the chat template and its arguments."""
         return content_hash([self.template.text, self.template.arguments])
 
     @cached_property
     def end_tokens(self) -> tuple[str, ...]:
-        """Tokens at which the teacher stops, as its generation config and tokenizer say."""
+        """Tokens at which the teacher stops, from its generation config and tokenizer."""
         own = () if self.end_id is None else (self.end_id,)
         return tuple(dict.fromkeys(self.decode([token]) for token in (*own, *self._own_ends)))
 
@@ -229,7 +229,7 @@ class TeacherTokenizer:
     def terminal_ids(self) -> tuple[int, ...]:
         """Every token that ends a trace: the teacher's, and the one that closes a turn.
 
-        A token that also stands between reasoning and answer ends no turn by itself.
+        A token that also occurs between reasoning and answer ends no turn by itself.
         """
         own = () if self.end_id is None else (self.end_id,)
         layout = self.layout()
@@ -240,7 +240,7 @@ class TeacherTokenizer:
         return tuple(sorted({*self._own_ends, *own, *last}))
 
     def layout(self, arguments: Mapping[str, object] | None = None) -> TurnLayout:
-        """How the template lays out the assistant's turn, with the user's or a row's arguments."""
+        """Layout of the assistant's turn, with the user's or a row's arguments."""
         given = self.template.arguments if arguments is None else arguments
         key = content_hash(dict(given))
         if key not in self._layouts:
@@ -249,7 +249,7 @@ class TeacherTokenizer:
 
     @property
     def definition(self) -> str:
-        """The content of its `tokenizer.json`.
+        """Content of the tokenizer's `tokenizer.json`.
 
         Raises:
             EngineError: If it is not a fast tokenizer.
@@ -264,18 +264,18 @@ class TeacherTokenizer:
         return text
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a piece of text, nothing added."""
+        """Ids of a piece of text, with nothing added."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return ids
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
-        """The characters that each id of `encode` stands for: first, and one after the last."""
+        """Character range (first, end) of each id from `encode`."""
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         offsets: list[tuple[int, int]] = encoded["offset_mapping"]
         return offsets
 
     def encode_document(self, text: str) -> list[int]:
-        """Ids of a text that begins a sequence, with what the tokenizer puts before one.
+        """Ids of a text that begins a sequence, with the tokens that the tokenizer puts first.
 
         A text that begins with the beginning-of-sequence token gets no second one.
         """
@@ -284,7 +284,7 @@ class TeacherTokenizer:
             return self.encode(text)
         ids: list[int] = self._tokenizer.encode(text, verbose=False)
         if ids and ids[-1] == self.end_id:
-            ids.pop()  # some tokenizers close what is only a beginning
+            ids.pop()  # some tokenizers also add an end token
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -309,14 +309,14 @@ class TeacherTokenizer:
 
 
 def load_tokenizer(header: CacheHeader, model: str | None) -> TeacherTokenizer:
-    """The tokenizer of a cache's teacher, or of the student that it was retokenised for.
+    """The tokenizer of a cache's teacher, or of the student it was retokenised for.
 
     Args:
-        header: Of the cache.
-        model: Where the teacher is now, if not where it was at capture.
+        header: Header of the cache.
+        model: The teacher's current location, if not the one at capture.
 
     Raises:
-        EngineError: If it is not there.
+        EngineError: If it is missing.
         CacheMismatchError: If `model` has another tokenizer.
     """
     known, revision = header.teacher, header.teacher_revision

@@ -7,7 +7,7 @@ from typing import Any
 from teacher_cache.format import content_hash
 from teacher_cache.sources.marks import ThinkMarks
 
-TokenRanges = tuple[tuple[int, int], ...]  # of tokens: first, and one after the last
+TokenRanges = tuple[tuple[int, int], ...]  # of tokens: (first, end)
 
 
 @dataclass(frozen=True)
@@ -16,18 +16,18 @@ class SourceTrace:
 
     trace_id: str
     token_ids: tuple[int, ...]
-    num_prompt: int  # tokens of the prompt; all of them where traces are generated
-    bounds: tuple[int, int] | None  # (cot_start, answer_start) of a trace that is given
+    num_prompt: int  # tokens of the prompt; all tokens if traces are generated
+    bounds: tuple[int, int] | None  # (cot_start, answer_start) of a given trace
     fields: Mapping[str, Any]  # the user's own, which travel with the trace
-    finish_reason: str | None = None  # "length" for a given trace that was cut
+    finish_reason: str | None = None  # "length" for a given trace that was cut off
     without_rows: TokenRanges = ()  # tokens of the prompt that get no distributions
     opened_at: int | None = None  # token at which a prompt opens a chain of thought
-    messages: Mapping[str, Any] | None = None  # what was asked; None where that was text
-    marks: ThinkMarks | None = None  # the teacher's, for a trace that is generated
+    messages: Mapping[str, Any] | None = None  # the prompt's messages; None if it was text
+    marks: ThinkMarks | None = None  # the teacher's, for a generated trace
 
     @property
     def source_hash(self) -> str:
-        """Of what the trace is made from: an input that changed under the same id is noticed."""
+        """Hash of the trace's input, which reveals a changed input under the same id."""
         parts: list[object] = [self.token_ids, self.bounds]
         return content_hash([*parts, self.without_rows] if self.without_rows else parts)
 

@@ -1,9 +1,9 @@
-"""TurnLayout: what a teacher writes around its chain of thought, read off its chat template.
+"""TurnLayout: what a teacher writes around its chain of thought, derived from its chat template.
 
-No list of families: conversations whose reasoning and answer are sentinels are rendered with every
-name that templates read reasoning under, and what stands before, between and behind the sentinels
-is the layout. Where a template drops the reasoning, its generation prompt, the marks at which it
-cuts, and the tokenizer's own tokens decide; where nothing says, there are no marks.
+There is no list of model families: conversations of sentinels are rendered with every
+name that templates read reasoning under, and the text before, between and after the sentinels
+is the layout. If a template drops the reasoning, its generation prompt, the marks at which it
+cuts, and the tokenizer's own tokens decide; if nothing does, there are no marks.
 """
 
 import re
@@ -20,7 +20,7 @@ _OF_THINKING = re.compile("think|reason|effort", re.IGNORECASE)
 
 
 class Prompt(StrEnum):
-    """What the generation prompt does about a chain of thought."""
+    """Effect of the generation prompt on a chain of thought."""
 
     LEAVES = "leaves it to the model"
     OPENS = "opens it"
@@ -32,19 +32,19 @@ class TurnLayout:
     """The assistant's turn as the teacher writes it: opener, reasoning, joint, answer, end.
 
     Attributes:
-        source: Where this is known from.
-        reads: The name under which the template reads reasoning, a key of `Probe.FIELDS`; None
-            where it reads none.
-        marks: Around a chain of thought; None where the teacher is not known to write one.
-        opener: All that stands between the turn's header and the reasoning, white space included;
-            None where nothing says.
-        joint: The same between reasoning and answer.
-        end: What closes the turn, up to its end token; empty where it has none.
-        prompt: What the generation prompt does.
-        in_parts: Whether the template reads content in parts only, as of pictures and text.
+        source: Origin of this layout, in words.
+        reads: Name under which the template reads reasoning, a key of `Probe.FIELDS`; None
+            if it reads none.
+        marks: Marks around a chain of thought; None if the teacher is not known to write one.
+        opener: All text between the turn's header and the reasoning, white space included;
+            None if unknown.
+        joint: Likewise between reasoning and answer.
+        end: Text that closes the turn, up to its end token; empty if it has none.
+        prompt: Effect of the generation prompt.
+        in_parts: Whether the template reads content only in parts, such as images and text.
         reveal: Arguments with which the template shows the reasoning of a last turn, and which
-            leave the generation prompt as it is.
-        switches: Arguments that change what the generation prompt does, as `name=value: ...`.
+            leave the generation prompt unchanged.
+        switches: Arguments that change the generation prompt, as `name=value: ...`.
     """
 
     source: str
@@ -59,7 +59,7 @@ class TurnLayout:
     switches: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """What a cache's header keeps of it."""
+        """The layout as a cache's header stores it."""
         return {
             "source": self.source,
             "reads": self.reads,
@@ -76,12 +76,12 @@ class TurnLayout:
 def read_layout(
     template: ChatTemplate, arguments: Mapping[str, object], end_tokens: Sequence[str]
 ) -> TurnLayout:
-    """Ask a chat template how it lays out the assistant's turn.
+    """Derive the layout of the assistant's turn from a chat template.
 
     Args:
-        template: Of the teacher.
-        arguments: That it gets.
-        end_tokens: Tokens at which the teacher stops, as its generation config and tokenizer say.
+        template: Chat template of the teacher.
+        arguments: Arguments of the template.
+        end_tokens: Tokens at which the teacher stops, from its generation config and tokenizer.
 
     Raises:
         TemplateRefusesError: If the template refuses a plain question.
@@ -112,11 +112,11 @@ def read_layout(
 
 
 def prompt_state(header: str, marks: ThinkMarks | None) -> Prompt:
-    """What a generation prompt does about a chain of thought.
+    """Effect of a generation prompt on a chain of thought.
 
     Args:
-        header: What it adds to the conversation; nothing of the conversation itself.
-        marks: The teacher's.
+        header: Text that it adds to the conversation.
+        marks: The teacher's marks.
     """
     if marks is None:
         return Prompt.LEAVES
@@ -129,7 +129,7 @@ def prompt_state(header: str, marks: ThinkMarks | None) -> Prompt:
 
 
 def _ask(probe: Probe) -> tuple[Shown | None, str]:
-    """Where the template shows the reasoning of a last turn, and how it was brought to."""
+    """A rendering that shows the reasoning of a last turn, and how it was obtained."""
     shown = probe.find_shown({})
     if shown is not None:
         return shown, "the template"
@@ -142,7 +142,7 @@ def _ask(probe: Probe) -> tuple[Shown | None, str]:
 
 
 def _opener(probe: Probe, shown: Shown, known: Sequence[str]) -> str:
-    """All between the turn's header and the reasoning, wherever the generation prompt ends."""
+    """All text between the turn's header and the reasoning, wherever the generation prompt ends."""
     prompt = probe.prompt(shown.arguments)
     common = probe.common(shown.text, prompt)
     before = shown.text[common : shown.start]
@@ -155,15 +155,15 @@ def _opener(probe: Probe, shown: Shown, known: Sequence[str]) -> str:
         return lead[partner:]
     left = prompt[common:]
     if left.strip() and shown.joint.strip() not in left:
-        return left  # words of the generation prompt begin the thought
+        return left  # the generation prompt's words begin the thought
     shared = [probe.common(lead, header) for header in probe.other_headers(lead)]
     return lead[max((n for n in shared if n < len(lead.rstrip())), default=len(lead)) :]
 
 
 def _closing_mark(opener: str, joint: str, added_tokens: Sequence[str]) -> str:
-    """What of a joint ends the chain of thought: its first token that is known as a whole.
+    """The part of a joint that ends the chain of thought: its first unsplittable token.
 
-    A mark may be made like `<|close|>think<|sep|>`: then what names it stands in the opener too.
+    A mark may look like `<|close|>think<|sep|>`: then its name occurs in the opener too.
     """
     first = _first_token(joint, added_tokens)
     if first is None:
@@ -183,7 +183,7 @@ def _first_token(text: str, added_tokens: Sequence[str]) -> str | None:
 
 
 def _end(probe: Probe, found: TurnLayout, end_tokens: Sequence[str]) -> str:
-    """What follows an answer up to the token that ends the turn."""
+    """Text after an answer, up to the token that ends the turn."""
     after = probe.after_answer(found.reads, found.reveal)
     known = [after.find(token) + len(token) for token in end_tokens if token and token in after]
     if known:
@@ -197,7 +197,7 @@ def _end(probe: Probe, found: TurnLayout, end_tokens: Sequence[str]) -> str:
 
 
 def _switches(probe: Probe, marks: ThinkMarks | None) -> tuple[str, ...]:
-    """Arguments that change the generation prompt where they are true or false."""
+    """Arguments that change the generation prompt when true or false."""
     found = []
     default = probe.prompt({})
     for name in sorted(probe.template.names_read):
@@ -216,11 +216,11 @@ def _switches(probe: Probe, marks: ThinkMarks | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class GivenMarks:
-    """What the user says stands around a chain of thought, white space included.
+    """Texts around a chain of thought given by the user, white space included.
 
     Attributes:
-        opener: All that stands between the turn's header and the reasoning.
-        joint: All that stands between reasoning and answer.
+        opener: All text between the turn's header and the reasoning.
+        joint: All text between reasoning and answer.
     """
 
     opener: str
@@ -236,7 +236,7 @@ class GivenMarks:
     def instead_of(
         self, found: TurnLayout, template: ChatTemplate, arguments: Mapping[str, object]
     ) -> TurnLayout:
-        """A layout with these marks in the place of what the template says."""
+        """A layout with these marks instead of the template's."""
         close = _closing_mark(self.opener, self.joint, template.added_tokens)
         marks = ThinkMarks(self.opener.strip(), close, bool(self.joint.partition(close)[2].strip()))
         prompt = found.prompt
@@ -254,7 +254,7 @@ class GivenMarks:
 
 
 def layout_lines(layout: TurnLayout) -> list[str]:
-    """What was found, for people: a line or two."""
+    """Readable summary of the layout, a line or two."""
     if layout.marks is None:
         return [f"chain of thought: no marks known ({layout.source}); end of turn {layout.end!r}"]
     unknown = "not known"
