@@ -82,7 +82,7 @@ def test_options_of_every_run_reach_its_configuration(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lead-span = 0.5\n", "run.toml: lead-span: expected no such option here"),
+        ("lead-span = 0.5\n", "run.toml: lead-span: not allowed here"),
         ("learning-rate = 1\n", "run.toml: no option 'learning-rate'"),
         ("lr = \n", "run.toml: expected a TOML file"),
     ],

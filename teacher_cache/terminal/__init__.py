@@ -1,1 +1,1 @@
-"""What both programs share of the terminal: options, config files, progress, stop signals."""
+"""Terminal code shared by both programs: options, config files, progress, stop signals."""

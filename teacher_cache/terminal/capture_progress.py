@@ -1,4 +1,4 @@
-"""Progress of a capture: finished traces, their tokens, and how fast they come."""
+"""Progress of a capture: finished traces, their tokens, and the rate."""
 
 from types import TracebackType
 from typing import Self
@@ -10,11 +10,11 @@ class CaptureProgress:
     """Counts finished traces and tokens, and shows them; a `with` block."""
 
     def __init__(self, num_traces: int, *, doing: str = "captured") -> None:
-        """Begin to count towards `num_traces`; `doing` is said of each."""
+        """Begin to count towards `num_traces`; `doing` is the verb shown."""
         self._shown = Progress(doing, num_traces, "traces")
         self.num_traces = 0
         self.num_tokens = 0
-        self.num_unfinished = 0  # traces cut by length
+        self.num_unfinished = 0  # traces cut off by length
 
     def __enter__(self) -> Self:
         self._shown.__enter__()
@@ -30,7 +30,7 @@ class CaptureProgress:
 
     @property
     def seconds(self) -> float:
-        """Since the beginning."""
+        """Seconds since the beginning."""
         return self._shown.seconds
 
     def add(self, num_tokens: int, *, cut_by_length: bool = False) -> None:

@@ -25,20 +25,20 @@ from teacher_cache.terminal.option import (
 )
 
 BASIC_GROUP = "Basic options"
-LAST_GROUP = "Options"  # of options without a group, and of --config, --json and --help
+LAST_GROUP = "Options"  # for options without a group, and for --config, --json and --help
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 class NamedValue(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
-    """`name=value`, the value JSON where it reads as such and text otherwise."""
+    """`name=value`, the value parsed as JSON if possible, else text."""
 
     name = "name=value"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, object]:
-        """Split at the first equals sign; a pair from a file comes as it is."""
+        """Split at the first equals sign; a pair from a file is unchanged."""
         if isinstance(value, tuple):
             return value
         name, equals, text = str(value).partition("=")
@@ -51,7 +51,7 @@ class NamedValue(click.ParamType):  # type: ignore[type-arg]  # generic in newer
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
-    """Text that a function reads, which raises ValueError; values from a file come as they are."""
+    """Text parsed by a function that may raise ValueError; values from a file are unchanged."""
 
     def __init__(self, name: str, parse: Callable[[str], object]) -> None:
         self.name = name
@@ -60,7 +60,7 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic in newer cli
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> object:
-        """Read the text."""
+        """Parse the text."""
         if not isinstance(value, str):
             return value
         try:
@@ -77,12 +77,12 @@ class ConfigCommand(click.Command):
         self.config = config
 
     def group_of(self, param: click.Parameter) -> str:
-        """Heading under which the configuration puts an option."""
+        """Heading under which an option is listed."""
         item = options_of(self.config).get(param.name or "")
         return LAST_GROUP if item is None else option_of(item).group
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write a list of options under each heading; what must be given comes first."""
+        """Write a list of options under each heading; required ones come first."""
         fields = options_of(self.config)
         own_groups = (option_of(item).group for item in fields.values())
         headings = dict.fromkeys(["Arguments", BASIC_GROUP, *own_groups])
@@ -107,10 +107,10 @@ def config_command(
     config: type,
     **context: Any,  # noqa: ANN401  # click's own
 ) -> Callable[[Callable[..., None]], ConfigCommand]:
-    """Make a command of a function that takes a configuration.
+    """Make a command from a function that takes a configuration.
 
-    The function may have further click options of its own (`json_option`), which reach it by name
-    behind the configuration.
+    The function may have further click options of its own (`json_option`), passed by name
+    after the configuration.
     """
 
     def decorate(function: Callable[..., None]) -> ConfigCommand:
@@ -139,7 +139,7 @@ def config_command(
 
 
 def _as_field(kind: object, value: Any) -> Any:  # noqa: ANN401  # click's value, the field's
-    """What click gives for repeated options, as the field takes it."""
+    """Convert click's value of a repeated option to the field's type."""
     return dict(value) if is_mapping(kind) else value
 
 
@@ -187,7 +187,7 @@ def _click_type(known: Option, kind: Any) -> click.ParamType:  # type: ignore[ty
 
 
 def notes_of(item: "Field[Any]", kind: object) -> list[str]:
-    """The choices of a list and the bounds of a number, in words."""
+    """The choices or bounds of an option, in words."""
     known = option_of(item)
     notes = []
     if item_kind(kind) is not None and known.choices:
@@ -198,7 +198,7 @@ def notes_of(item: "Field[Any]", kind: object) -> list[str]:
 
 
 def default_text(item: "Field[Any]") -> str:
-    """What holds where an option is not given; empty where that is nothing."""
+    """Default of an option, in words; empty if there is none."""
     default, unset = item.default, option_of(item).unset
     if unset is not None:
         return unset
@@ -229,7 +229,7 @@ def _config_option(config: type) -> click.Option:
         kinds = kinds_of(config)
         for name, value in values.items():
             if is_mapping(kinds[name]):
-                values[name] = list(value.items())  # as click has repeated options
+                values[name] = list(value.items())  # as click represents repeated options
         ctx.default_map = {**(ctx.default_map or {}), **values}
 
     return click.Option(

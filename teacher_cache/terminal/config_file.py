@@ -1,4 +1,4 @@
-"""Values of options as text: TOML files of them, and words of a command line. No click here."""
+"""Values of options as text: TOML files, and words of a command line. No click here."""
 
 import json
 import tomllib
@@ -29,14 +29,14 @@ def read_config_file(path: Path, config: type, *, reserved: Collection[str] = ()
     Args:
         path: The file; its names may have dashes or underscores.
         config: Configuration whose options these are.
-        reserved: Options that the file must not set, because the caller does.
+        reserved: Options that the file must not set because the caller does.
 
     Returns:
-        The values by field name, of the fields' types.
+        Values by field name, converted to the fields' types.
 
     Raises:
-        ValueError: If it cannot be read, is not TOML, or has an option that is unknown, reserved,
-            set twice or of a wrong value. Names the file and the option.
+        ValueError: If it cannot be read, is not TOML, or an option is unknown, reserved,
+            set twice or invalid. Names the file and the option.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -47,12 +47,12 @@ def read_config_file(path: Path, config: type, *, reserved: Collection[str] = ()
     for key, value in content.items():
         name = key.replace("-", "_")
         if name in reserved:
-            raise ValueError(f"{path}: {key}: expected no such option here, it is set elsewhere")
+            raise ValueError(f"{path}: {key}: not allowed here, it is set elsewhere")
         if name not in fields:
             listed = ", ".join(sorted(set(fields) - set(reserved)))
             raise ValueError(f"{path}: no option {key!r}{near(name, fields)}; there are {listed}")
         if name in values:
-            raise ValueError(f"{path}: {key}: set twice, once with dashes and once without")
+            raise ValueError(f"{path}: {key}: set twice, with dashes and with underscores")
         try:
             values[name] = _of_toml(option_of(fields[name]), kinds_of(config)[name], value)
             check_value(config, fields[name], values[name])
@@ -63,7 +63,7 @@ def read_config_file(path: Path, config: type, *, reserved: Collection[str] = ()
 
 
 def fields_of_json(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a configuration's options as its fields' types, from JSON or TOML values.
+    """Convert JSON or TOML values of a configuration's options to its fields' types.
 
     Raises:
         ValueError: If a value is not of its field's type.
@@ -103,10 +103,10 @@ def _of_toml(known: Option, kind: Any, value: Any) -> Any:  # noqa: ANN401  # TO
 
 
 def parse_count(text: str) -> float:
-    """Read a large number: 32e9, 32B, 600M, 100k.
+    """Parse a large number: 32e9, 32B, 600M, 100k.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not a number.
     """
     factor = _UNIT_LETTERS.get(text[-1:], 1.0)
     try:
@@ -116,10 +116,10 @@ def parse_count(text: str) -> float:
 
 
 def split_list(text: str, item: Any) -> tuple[Any, ...]:  # noqa: ANN401  # type of the items
-    """Split text at its commas; sets of names (`prompt+cot,cot`) have plus signs inside.
+    """Split text at its commas; names in a set are joined by plus signs (`prompt+cot,cot`).
 
     Raises:
-        ValueError: If an item is not of its type.
+        ValueError: If an item has the wrong type.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if item is str:
@@ -134,11 +134,11 @@ def split_list(text: str, item: Any) -> tuple[Any, ...]:  # noqa: ANN401  # type
 
 
 def as_words(config: type, values: Mapping[str, Any]) -> list[str]:
-    """Write values of options as words of the command line, which it reads as the same values.
+    """Write option values as command-line words that parse to the same values.
 
     Args:
         config: Configuration whose options these are.
-        values: By field name. None is left out: it is no value.
+        values: Values by field name; None is left out.
     """
     words: list[str] = []
     for name, value in values.items():
@@ -166,5 +166,5 @@ def _words(item: "Field[Any]", kind: object, value: Any) -> list[str]:  # noqa: 
 
 
 def list_text(values: tuple[Any, ...]) -> str:
-    """A tuple as the command line takes it: commas, and plus signs inside sets of names."""
+    """A tuple as the command line expects it: commas, and plus signs inside sets of names."""
     return ",".join("+".join(v) if isinstance(v, tuple) else f"{v}" for v in values)

@@ -1,6 +1,6 @@
-"""What can be known of a command's files and addresses before anything heavy is imported.
+"""Checks of a command's files and addresses before anything heavy is imported.
 
-Every function raises ValueError, saying what was expected, what was found, and what is near it.
+Every function raises ValueError that says what was expected, found, and similar.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from teacher_cache.format.reachable import check_reachable
 from teacher_cache.format.shares import PARTS_FOLDER
 from teacher_cache.terminal.escape import printable
 
-_ANSWER_S = 5.0  # how long an address may take to answer
+_ANSWER_S = 5.0  # time for an address to answer
 _LEAST_FREE_BYTES = 8 << 20
 _OF_CACHE = {MANIFEST_NAME, SHARD_FOLDER, JOURNAL_FOLDER, PARTS_FOLDER, "removed"}
 
@@ -32,14 +32,14 @@ def check_file(path: Path, flag: str) -> None:
     if path.is_dir():
         raise ValueError(f"{flag}: expected a file, found a folder: {printable(path)}")
     if path.is_file():
-        raise ValueError(f"{flag}: {printable(path)} may not be read")
+        raise ValueError(f"{flag}: {printable(path)} cannot be read (permission)")
     if path.exists():
-        raise ValueError(f"{flag}: {printable(path)} is no file but a device or a pipe")
+        raise ValueError(f"{flag}: {printable(path)} is a device or a pipe, not a file")
     raise ValueError(f"{flag}: no such file: {printable(path)}{near_path(path)}")
 
 
 def check_cache(path: CachePath, flag: str = "cache") -> None:
-    """Refuse a local folder that is no cache, or a URI that nobody answers at."""
+    """Refuse a local folder that is not a cache, or a URI that does not answer."""
     text = os.fspath(path)
     if "://" in text:
         check_reachable(text, shown(text))
@@ -56,7 +56,7 @@ def check_cache(path: CachePath, flag: str = "cache") -> None:
 
 
 def check_out_folder(path: CachePath, flag: str = "--out") -> None:
-    """Refuse a folder to write to that cannot be one, may not be written, or has no room."""
+    """Refuse an output folder that cannot be created, is not writable, or has no room."""
     if "://" in os.fspath(path):
         return
     folder = Path(path)
@@ -75,7 +75,7 @@ def check_out_folder(path: CachePath, flag: str = "--out") -> None:
 
 
 def check_out_cache(path: CachePath, flag: str = "--out") -> None:
-    """Refuse a folder for a cache that cannot be one, or that holds somebody else's files."""
+    """Refuse a cache folder that cannot be created, or that holds unrelated files."""
     check_out_folder(path, flag)
     if "://" in os.fspath(path) or not Path(path).is_dir():
         return
@@ -89,17 +89,17 @@ def check_out_cache(path: CachePath, flag: str = "--out") -> None:
 
 
 def _is_of_cache(name: str) -> bool:
-    """Whether a capture that has just begun may have left it."""
+    """Whether a capture that has just begun may have left this file."""
     return name in _OF_CACHE or name.startswith((".tmp-", "rejects"))
 
 
 def check_out_file(path: Path, flag: str, *, force: bool) -> None:
-    """Refuse a file to write that exists or has no folder."""
+    """Refuse an output file that exists or whose folder is missing."""
     if path.is_dir():
         raise ValueError(f"{flag}: expected a file to write, found a folder: {printable(path)}")
     if path.exists() and not force:
         raise ValueError(
-            f"{flag}: {printable(path)} exists already; name another, or overwrite it with --force"
+            f"{flag}: {printable(path)} already exists; name another, or overwrite it with --force"
         )
     if not path.parent.is_dir():
         where = f"{printable(path.parent)}{near_path(path.parent)}"
@@ -107,7 +107,7 @@ def check_out_file(path: Path, flag: str, *, force: bool) -> None:
 
 
 def check_model(name: str, flag: str) -> None:
-    """Refuse what is neither a model's folder nor on the hub; a misspelt folder is known as one."""
+    """Refuse a name that is neither a model folder nor on the hub; recognises misspelt folders."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
@@ -118,19 +118,19 @@ def check_model(name: str, flag: str) -> None:
     is_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if is_path or folder.exists():
         raise ValueError(
-            f"{flag}: {printable(name)}: no such folder, nor can this be a name on the hub"
+            f"{flag}: {printable(name)}: no such folder, and not a valid name on the hub"
             f"{near_path(folder)}"
         )
     check_hub_name(name, flag, "models")
 
 
 def check_hub_name(name: str, flag: str, kind: str) -> None:
-    """Refuse a name that is on no hub that answers, where it is none of a folder either.
+    """Refuse a name that is not a folder and not found on the hub.
 
     Args:
         name: As the user wrote it.
-        flag: Of the option.
-        kind: models or datasets.
+        flag: Name of the option.
+        kind: `models` or `datasets`.
     """
     if _hub_copy(name, kind).is_dir():
         return
@@ -145,7 +145,7 @@ def check_hub_name(name: str, flag: str, kind: str) -> None:
 
 
 def near_path(path: Path) -> str:
-    """`; did you mean ...?` where a neighbour has a similar name, else nothing."""
+    """` (did you mean ...?)` if a neighbour has a similar name, else nothing."""
     with contextlib.suppress(OSError):
         return _near(path.name, path.parent)
     return ""
@@ -158,14 +158,14 @@ def _near(name: str, folder: Path) -> str:
 
 
 def _hub_copy(name: str, kind: str) -> Path:
-    """Where the hub's client keeps what it has loaded of a repository."""
+    """Folder where the hub's client caches a repository."""
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     return cache / f"{kind}--{name.replace('/', '--')}"
 
 
 def _is_on_hub(name: str, kind: str) -> bool | None:
-    """Whether the hub knows a name; None where it does not answer."""
+    """Whether the hub knows a name; None if it does not answer."""
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
         return None
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
@@ -173,14 +173,14 @@ def _is_on_hub(name: str, kind: str) -> bool | None:
     try:
         with urllib.request.urlopen(request, timeout=_ANSWER_S):
             return True
-    except urllib.error.HTTPError:  # unknown, or known to some users only
+    except urllib.error.HTTPError:  # unknown, or visible to some users only
         return False
     except (OSError, ValueError):
         return None
 
 
 def check_ray_address(address: str | None) -> None:
-    """Refuse a Ray cluster whose address nobody answers at."""
+    """Refuse a Ray cluster whose address does not answer."""
     if address is None or address in ("auto", "local"):
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -195,7 +195,7 @@ def check_ray_address(address: str | None) -> None:
 
 
 def check_wandb_login() -> None:
-    """Refuse to train for Weights & Biases without a key: it would be missed after the imports."""
+    """Refuse Weights & Biases without an API key before the slow imports."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return
     base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")

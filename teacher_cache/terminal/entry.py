@@ -1,9 +1,9 @@
-"""What both installed commands run: signals, messages, and how everything that goes wrong is said.
+"""Entry point of both commands: signals, messages, and error reporting.
 
-Nothing heavy is imported here: from the first line on, Ctrl-C is one line and exit code 130.
+Nothing heavy is imported here: from the first line on, Ctrl-C gives one line and exit code 130.
 
-Exit codes: 0; 1 where it did not work, said in one line; 2 for wrong usage; 130 and 143 after
-SIGINT and SIGTERM. An exception of ours may say another one in an attribute `exit_code`.
+Exit codes: 0; 1 after a failure, told in one line; 2 for wrong usage; 130 and 143 after
+SIGINT and SIGTERM. Our exceptions may set another one in an attribute `exit_code`.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ _MEND_AND_REPEAT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EM
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A program: its name, its click group as `package.module:attribute`, and what it needs.
+    """A program: its name, its click group as `package.module:attribute`, and the extras it needs.
 
     Attributes:
-        extras: Extras of the package that hold what its commands import.
+        extras: Extras of the package that install what its commands import.
     """
 
     name: str
@@ -49,9 +49,9 @@ class CommandLine:
 
 
 def run_program(line: CommandLine) -> NoReturn:
-    """Run the command that the command line asks for, and end the process."""
+    """Run the command line's command, and end the process."""
     messages = configure(line.name)
-    faulthandler.enable(messages.stream)  # descriptor 2 may lead into the log when it comes
+    faulthandler.enable(messages.stream)  # descriptor 2 may point to the log by then
     switch = stop_signals.install(lambda signum: _leave(messages, signum))
     code = 1
     try:
@@ -64,24 +64,24 @@ def run_program(line: CommandLine) -> NoReturn:
             code = run_command(line)
     except stop_signals.Stopped as stopped:
         _leave(messages, stopped.signum)
-    except KeyboardInterrupt:  # of a library that has put its own handler in place of ours
+    except KeyboardInterrupt:  # from a library that has replaced our handler
         _leave(messages, signal.SIGINT)
     _flush()
     if code == 0:
         messages.drop_log()
-    # Threads that vLLM leaves behind now and then abort the interpreter while it is torn down
-    # ("terminate called without an active exception"), after all is written and said. And who
-    # presses Ctrl-C does not wait for seconds until torch is torn down.
+    # Threads that vLLM leaves behind sometimes abort the interpreter during its shutdown
+    # ("terminate called without an active exception"), after everything is written. And a user who
+    # presses Ctrl-C should not wait seconds for torch to shut down.
     if "vllm" in sys.modules or switch.signum is not None:
         os._exit(code)
     sys.exit(code)
 
 
 def run_command(line: CommandLine) -> int:
-    """Run the command that the command line asks for.
+    """Run the command line's command.
 
     Returns:
-        The exit code; whatever went wrong has been said in one line.
+        The exit code; any error has been reported in one line.
 
     Raises:
         Stopped: After a signal.
@@ -109,24 +109,24 @@ def _load(line: CommandLine) -> tuple[Callable[[Any], int], Any]:
 
 
 def _line(messages: Messages | None, error: BaseException, extras: tuple[str, ...]) -> str:
-    """What is said of an error, and where to read more."""
+    """Message for an error, and where to read more."""
     if isinstance(error, ModuleNotFoundError) and not is_ours(error.name or ""):
         return f"{error.name} is not installed; {_advice(error.name or '', extras)}"
     if isinstance(error, MemoryError):
         return f"out of memory: {' '.join(str(error).split()) or 'this machine has no more'}"
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in _MEND_AND_REPEAT:
-        text = f"{text}; what was finished before is kept, mend this and run the same command again"
+        text = f"{text}; what was finished before is kept; fix this and run the same command again"
     elif not _is_meant_for_people(error):
         written = _write_traceback(messages, error)
         where = f"; the traceback is in {written}" if written else "; --debug shows a traceback"
         return f"{type(error).__name__}: {text or 'no message'}{where}"
     log = None if messages is None else messages.log_to_name()
-    return text if log is None else f"{text} (what was said meanwhile is in {log})"
+    return text if log is None else f"{text} (other output is in {log})"
 
 
 def _advice(module: str, extras: tuple[str, ...]) -> str:
-    # The name on the package index is not ours: from a checkout alone.
+    # The name on the package index is not ours: install from a checkout only.
     found = _EXTRAS.get(module.partition(".")[0], extras)
     if found == ("teacher", "cpu"):
         return (
@@ -141,7 +141,7 @@ def is_ours(module: str) -> bool:
 
 
 def _is_meant_for_people(error: BaseException) -> bool:
-    """Whether we have worded it, or the system has: its class or who raised it is ours."""
+    """Whether the message is ours or the system's: its class or its raiser is ours."""
     if is_ours(type(error).__module__):
         return True
     if isinstance(error, OSError) and type(error).__module__ == "builtins":
@@ -168,7 +168,7 @@ def _write_traceback(messages: Messages | None, error: BaseException) -> str | N
 
 
 def _say(name: str, line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone hears nothing
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
         say(f"{name}: {printable_lines(line)}")
 
 
@@ -179,7 +179,7 @@ def _flush() -> None:
 
 
 def _leave(messages: Messages, signum: int) -> NoReturn:
-    """End the process at once after a signal: nothing that was finished needs more time."""
+    """End the process at once after a signal: finished work is already safe."""
     try:
         for child in multiprocessing.active_children():
             _kill(child.pid)
@@ -192,7 +192,7 @@ def _leave(messages: Messages, signum: int) -> NoReturn:
 
 
 def _kill(pid: int | None) -> None:
-    """End a child, and its own children where it has a session of its own."""
+    """End a child, and its own children if it has a session of its own."""
     if pid is None:
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -1,4 +1,4 @@
-"""Strangers' text, made safe to print.
+"""Makes untrusted text safe to print.
 
 Ids, fields, tokens and file names come from outside: they may hold terminal escape sequences, marks
 that turn the direction of writing, line breaks, or ten thousand characters.
@@ -8,11 +8,11 @@ _SHOWN_CHARACTERS = 200
 
 
 def printable(text: object, limit: int = _SHOWN_CHARACTERS) -> str:
-    """A text on one line without anything that a terminal would act on.
+    """One line of text without anything that a terminal would act on.
 
     Args:
-        text: Anything; its `str`.
-        limit: A longer one loses its middle, and its length is said.
+        text: Any object; its `str` is used.
+        limit: Longer texts lose their middle, and their length is shown.
     """
     whole = str(text)
     if len(whole) > limit:
@@ -23,11 +23,11 @@ def printable(text: object, limit: int = _SHOWN_CHARACTERS) -> str:
 
 
 def printable_lines(text: str, limit: int = 8000) -> str:
-    """A text of ours that may quote strangers: its own line breaks and tabs stay.
+    """Our own text that may quote untrusted text: line breaks and tabs are kept.
 
     Args:
-        text: Of one message.
-        limit: A longer one loses its middle.
+        text: Text of one message.
+        limit: Longer texts lose their middle.
     """
     if len(text) > limit:
         text = f"{text[: limit // 2]}...{text[-(limit // 2) :]} ({len(text):,} characters)"
@@ -42,6 +42,6 @@ def _escape(character: str) -> str:
     if character.isprintable():
         return character
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not UTF-8
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not valid UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")

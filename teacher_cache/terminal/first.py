@@ -1,6 +1,6 @@
-"""Ctrl-C before anything is imported that could take it in good order.
+"""Handles Ctrl-C before the proper signal handling is imported.
 
-Imports next to nothing: what comes before it is Python's own start.
+Imports almost nothing: only Python's own start precedes it.
 """
 
 import os

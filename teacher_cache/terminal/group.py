@@ -1,6 +1,6 @@
-"""The group of a program's commands: what every command takes, and the exit code of one.
+"""The group of a program's commands: their common options, and their exit codes.
 
-Beside `commands`, the only module outside the cli folders that imports click.
+Besides `commands`, the only module outside the cli folders that imports click.
 """
 
 import signal
@@ -14,7 +14,7 @@ from teacher_cache.terminal.stop_signals import Stopped
 
 
 class Program(click.Group):
-    """A group whose commands all have the options that say how much is said, and where."""
+    """A group whose commands all have the options for verbosity and logging."""
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         """Add a command."""
@@ -23,10 +23,10 @@ class Program(click.Group):
 
 
 def run_group(group: click.Group) -> int:
-    """Run the command that the command line asks for.
+    """Run the command line's command.
 
     Returns:
-        Its exit code; click's own errors have been said.
+        The exit code; click's own errors have been reported.
 
     Raises:
         Stopped: If a prompt was answered with Ctrl-C.
@@ -46,15 +46,15 @@ def _message_options() -> list[click.Parameter]:
     return [
         click.Option(
             ["-v", "--verbose"], is_flag=True, callback=_set_verbosity,
-            help="Show what vLLM, torch and others say too, with time stamps.", **shared,
+            help="Also show messages of vLLM, torch and others, with time stamps.", **shared,
         ),
         click.Option(
             ["-q", "--quiet"], is_flag=True, callback=_set_verbosity,
-            help="Say nothing but warnings and errors.", **shared,
+            help="Show only warnings and errors.", **shared,
         ),
         click.Option(
             ["--log-file"], type=click.Path(path_type=Path, dir_okay=False), callback=_set_log_file,
-            help="Append everything that is said, by vLLM and others too, with time stamps.",
+            help="Append all messages, those of vLLM and others too, with time stamps.",
             **shared,
         ),
         click.Option(

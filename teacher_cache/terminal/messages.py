@@ -1,8 +1,8 @@
-"""What a program says on stderr, and where everything that others say goes.
+"""A program's messages on stderr, and the log that takes other libraries' output.
 
-Ours is said at INFO, others' from WARNING on. What vLLM, Triton, torch and clients of the network
-write while they start goes into a log file, which a failure names. Only a program arranges this,
-through `configure`; a script that imports us keeps its own logging and its own streams.
+Our messages appear from INFO, others' from WARNING. Output that vLLM, Triton, torch and network
+clients write at their start goes to a log file, which a failure names. Only a program sets this up,
+through `configure`; a script that imports us keeps its own logging and streams.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ class Messages:
     """A program's stderr and its log.
 
     Attributes:
-        stream: Where our lines go, wherever descriptor 2 leads meanwhile.
-        log_file: What others said; None before any of it was diverted.
-        diverted_to: The open log, while others' words go there.
-        is_quiet: Whether only warnings are said, and no progress.
-        is_verbose: Whether others are heard too.
-        is_debugging: Whether tracebacks are shown.
+        stream: Stream for our lines, wherever descriptor 2 currently points.
+        log_file: Log of others' output; None before any was diverted.
+        diverted_to: The open log, while others' output goes there.
+        is_quiet: Whether to show only warnings, and no progress.
+        is_verbose: Whether to show others' messages too.
+        is_debugging: Whether to show tracebacks.
     """
 
     def __init__(self, name: str) -> None:
@@ -50,12 +50,12 @@ class Messages:
         self._set_levels()
 
     def set_verbosity(self, *, quiet: bool, verbose: bool) -> None:
-        """Take -q and -v."""
+        """Apply -q and -v."""
         self.is_quiet, self.is_verbose = quiet, verbose
         self._set_levels()
 
     def set_log_file(self, path: Path) -> None:
-        """Keep everything in a file, with time stamps.
+        """Log everything to a file, with time stamps.
 
         Raises:
             OSError: If it cannot be written.
@@ -66,9 +66,9 @@ class Messages:
         self.log_file, self.keeps_log = path, True
 
     def open_log(self) -> Path | None:
-        """The log file, made where there is none yet; None where it cannot be made."""
+        """The log file, created if missing; None if it cannot be created."""
         if self.log_file is None:
-            with contextlib.suppress(OSError):  # no room for a log is no reason to stop
+            with contextlib.suppress(OSError):  # a missing log is no reason to stop
                 handle, name = tempfile.mkstemp(prefix=f"{self.name}-", suffix=".log")
                 os.close(handle)
                 self.log_file = Path(name)
@@ -80,7 +80,7 @@ class Messages:
         return log if log is not None and log.exists() and log.stat().st_size else None
 
     def drop_log(self) -> None:
-        """Take away a log that nobody asked for, after a success."""
+        """Remove an unrequested log after a success."""
         if self.log_file is not None and not self.keeps_log:
             self.log_file.unlink(missing_ok=True)
 
@@ -93,7 +93,7 @@ class Messages:
 
 
 class _Handler(logging.Handler):
-    """Writes to the program's stderr, above a progress bar where there is one."""
+    """Writes to the program's stderr, above a progress bar if there is one."""
 
     def __init__(self, messages: Messages) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class _Handler(logging.Handler):
                 say(line)
             else:
                 log.write(f"{line}\n")
-        except Exception:  # what logging does with an error of its own
+        except Exception:  # as logging treats its own errors
             self.handleError(record)
 
 
@@ -118,29 +118,29 @@ _said_s = time.monotonic()
 
 
 def configure(name: str) -> Messages:
-    """Arrange a program's messages; once, at its start."""
+    """Set up a program's messages; once, at its start."""
     global _messages
     _messages = Messages(name)
     return _messages
 
 
 def program_messages() -> Messages | None:
-    """The program's; None where none has been arranged."""
+    """The program's messages; None if not set up."""
     return _messages
 
 
 def is_quiet() -> bool:
-    """Whether progress is unwanted."""
+    """Whether to hide progress."""
     return _messages is not None and _messages.is_quiet
 
 
 def is_terminal() -> bool:
-    """Whether somebody looks at our lines as they come."""
+    """Whether our lines appear on a terminal."""
     return _stream().isatty()
 
 
 def console() -> "Console":
-    """Where bars are drawn: the terminal behind stderr."""
+    """Console for progress bars: the terminal behind stderr."""
     global _console
     from rich.console import Console
 
@@ -150,15 +150,15 @@ def console() -> "Console":
 
 
 def silence_s() -> float:
-    """Seconds since something was said."""
+    """Seconds since the last message."""
     return time.monotonic() - _said_s
 
 
 def say(line: str) -> None:
-    """Write a line on stderr that is no result."""
+    """Write a line on stderr that is not a result."""
     global _said_s
     _said_s = time.monotonic()
-    if _console is not None and is_terminal():  # a bar may stand there
+    if _console is not None and is_terminal():  # a bar may be shown there
         console().print(line, markup=False, highlight=False, soft_wrap=True)
     else:
         print(line, file=_stream(), flush=True)
@@ -170,9 +170,9 @@ def _stream() -> TextIO:
 
 @contextmanager
 def others_into_log() -> Iterator[None]:
-    """Divert what libraries and their processes write into the log file.
+    """Divert the output of libraries and their processes into the log file.
 
-    Processes started inside keep writing there. Nothing is diverted where no program has arranged
+    Processes started inside keep writing there. Nothing is diverted if no program has set up
     its messages, nor with -v.
     """
     program = _messages
@@ -184,7 +184,7 @@ def others_into_log() -> Iterator[None]:
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     before = sys.stdout, sys.stderr
-    # Not closed at the end: loggers of libraries that were loaded inside go on writing to it.
+    # Not closed at the end: loggers of libraries loaded inside keep writing to it.
     file = log.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
     try:
         os.dup2(file.fileno(), 1)

@@ -1,4 +1,4 @@
-"""One truth for an option: what a configuration's field says about itself.
+"""Options: the single definition of each, as metadata of a configuration's field.
 
     @dataclass(frozen=True, kw_only=True)
     class TrainConfig:
@@ -30,25 +30,25 @@ _KEY = "option"
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What is known of an option besides its field's name, type and default.
+    """Facts about an option besides its field's name, type and default.
 
     Attributes:
         help: Sentence that says what it sets, and when to touch it.
         group: Heading under which --help shows it.
-        basic: Whether it stands among the first options of --help.
-        choices: Values that it takes; any where none are listed. For a tuple, those of its items.
+        basic: Whether it is among the first options of --help.
+        choices: Allowed values; empty allows any. For a tuple, those of its items.
         at_least: Smallest number; bounds of a tuple are those of its items.
         above: Number that it must exceed.
         at_most: Largest number.
         below: Number that it must stay below.
-        unset: What --help says in place of the default, such as what None does.
+        unset: Text in --help instead of the default, for example the effect of None.
         metavar: Name of its value in --help.
         changeable: Whether a run may be resumed with another value.
-        is_argument: Whether it stands without a name on the command line.
-        is_repeatable: Whether a tuple is given by repeating the option, not with commas.
+        is_argument: Whether it is positional on the command line.
+        is_repeatable: Whether a tuple is given by repeating the option, without commas.
         can_be_empty: Whether a tuple without items, or an empty text, is a value.
         has_unit_letters: Whether a number may be written 32B, 600M, 100k.
-        parse: Reads its text, or that of one item of a repeatable tuple, where its type is none of
+        parse: Parses its text, or one item of a repeatable tuple, if its type is not one of
             the usual ones; raises ValueError.
     """
 
@@ -71,7 +71,7 @@ class Option:
 
     @property
     def range_text(self) -> str:
-        """Its bounds in words; empty without any."""
+        """The bounds in words; empty without any."""
         if self.at_least is not None and self.at_most is not None:
             return f"from {self.at_least:g} to {self.at_most:g}"
         low = f"at least {self.at_least:g}" if self.at_least is not None else ""
@@ -111,7 +111,7 @@ def same_option(
     default: Any = MISSING,  # noqa: ANN401  # of the field's type
     **changed: Any,  # noqa: ANN401  # attributes of Option
 ) -> Any:  # noqa: ANN401  # stands where a value of the field's type is expected
-    """Make a field that is another configuration's option `name`, with attributes `changed`."""
+    """Make a field from another configuration's option `name`, with attributes `changed`."""
     item = options_of(config)[name]
     metadata = {_KEY: dataclasses.replace(option_of(item), **changed)}
     if item.default_factory is not MISSING and default is MISSING:
@@ -120,7 +120,7 @@ def same_option(
 
 
 def option_of(item: "dataclasses.Field[Any]") -> Option:
-    """The option that a field is.
+    """The option of a field.
 
     Raises:
         TypeError: If the field was made without `option`.
@@ -132,7 +132,7 @@ def option_of(item: "dataclasses.Field[Any]") -> Option:
 
 
 def options_of(config: type) -> "dict[str, dataclasses.Field[Any]]":
-    """The fields of a configuration by name, in their order."""
+    """The fields of a configuration by name, in order."""
     return {item.name: item for item in dataclasses.fields(config)}
 
 
@@ -155,12 +155,12 @@ def is_mapping(kind: object) -> bool:
 
 
 def item_kind(kind: object) -> Any:  # noqa: ANN401  # a type, of any kind
-    """Type of the items where `kind` is a tuple's, else None; a path or URI counts as text."""
+    """Type of a tuple's items, or None for other types; a path or URI counts as text."""
     return _without_none(typing.get_args(kind)[0]) if typing.get_origin(kind) is tuple else None
 
 
 def changeable_names(config: type) -> frozenset[str]:
-    """Fields that may have another value when a run is resumed."""
+    """Fields whose values may change when a run is resumed."""
     fields = options_of(config)
     return frozenset(name for name, item in fields.items() if option_of(item).changeable)
 
@@ -176,7 +176,7 @@ def check_options(config: object) -> None:
     """Check every field's value against its own choices and bounds.
 
     Raises:
-        ValueError: Naming the option, what was expected and what was found.
+        ValueError: Names the option, what was expected and what was found.
     """
     for item in options_of(type(config)).values():
         check_value(type(config), item, getattr(config, item.name))
@@ -186,7 +186,7 @@ def check_value(config: type, item: "dataclasses.Field[Any]", value: object) -> 
     """Check one field's value; None always passes.
 
     Raises:
-        ValueError: Naming the option, what was expected and what was found.
+        ValueError: Names the option, what was expected and what was found.
     """
     known, flag = option_of(item), flag_of(item)
     if value is None:
@@ -218,6 +218,6 @@ def _check_one(flag: str, known: Option, value: object) -> None:
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """`; did you mean ...?` where one of the names is close to a misspelt one, else nothing."""
+    """`; did you mean ...?` if one of the names is close to a misspelt one, else nothing."""
     found = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {found[0]!r}?" if found else ""

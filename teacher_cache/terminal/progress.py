@@ -1,4 +1,4 @@
-"""What is being done and how far it is: a bar on a terminal, a line every 10 s elsewhere."""
+"""Progress of a task: a bar on a terminal, a line every 10 s elsewhere."""
 
 import logging
 import threading
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LINE_INTERVAL_S = 10.0
-_FIRST_S = 0.8  # what takes less is not worth a word
+_FIRST_S = 0.8  # shorter tasks are not shown
 
 
 def duration(seconds: float) -> str:
-    """A duration for people: 0.4 s, 42 s, 9 min 17 s, 5 h 3 min, 2 d 4 h."""
+    """A readable duration: 0.4 s, 42 s, 9 min 17 s, 5 h 3 min, 2 d 4 h."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     total_s = round(seconds)
@@ -36,15 +36,15 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Says what is being done, how far it is, and when it will be finished; a `with` block.
+    """Shows what is being done, how far it is, and the time left; a `with` block.
 
     Args:
-        doing: In the way of "captured" or "starting vLLM".
-        total: Units of the whole; None where nobody knows.
-        unit: What is counted, in the way of "traces".
-        first: Units done before.
-        hint: How long it usually takes, where there is no total.
-        enabled: Whether anything is shown; of several processes, one shows.
+        doing: Words such as "captured" or "starting vLLM".
+        total: Number of units in all; None if unknown.
+        unit: Name of the units, such as "traces".
+        first: Number of units done before.
+        hint: Usual duration, if there is no total.
+        enabled: Whether to show anything; among several processes, one does.
     """
 
     def __init__(
@@ -95,24 +95,24 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the block began."""
+        """Seconds since the block began."""
         return time.monotonic() - self._started_s
 
     @property
     def line(self) -> str:
-        """How far it is, on one line."""
+        """The progress on one line."""
         parts = (f"{self._doing} {self.counted}".rstrip(), self._figures, self._time())
         return " | ".join(text for text in parts if text)
 
     @property
     def counted(self) -> str:
-        """Units done, of how many; empty where none are counted."""
+        """Units done, and the total; empty if none are counted."""
         if self._total is None:
             return f"{self._done:,} {self._unit}" if self._done else ""
         return f"{self._done:,}/{self._total:,} {self._unit}".rstrip()
 
     def set(self, done: int, figures: str = "", *, total: int | None = None) -> None:
-        """Say how many units are done."""
+        """Set the number of units done."""
         self._done, self._figures = done, figures
         if total is not None:
             self._total = total
@@ -120,7 +120,7 @@ class Progress:
             self._bar.update(self._bar.task_ids[0], completed=done, total=self._total)
 
     def add(self, num_units: int = 1, figures: str = "") -> None:
-        """Count more units."""
+        """Add finished units."""
         self.set(self._done + num_units, figures)
 
     @property
@@ -158,7 +158,7 @@ class Progress:
 
 @contextmanager
 def at_work(name: str) -> Iterator[None]:
-    """Inside, nothing is silent for long: where nobody has said anything, this does."""
+    """Report regularly inside the block if no other message appears."""
     has_ended = threading.Event()
     started_s = time.monotonic()
 
@@ -179,7 +179,7 @@ _shown: list[Progress] = []  # from the outermost to the innermost
 
 
 def _bar(progress: Progress) -> "RichProgress":
-    """The bar in a row and the figures in another: beside it they would leave it no room."""
+    """The bar in one row and the figures in the next: side by side, the bar would have no room."""
     from collections.abc import Iterable
 
     from rich.console import RenderableType

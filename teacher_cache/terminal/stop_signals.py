@@ -1,15 +1,15 @@
 """Ctrl-C and SIGTERM: as an exception, held back while something is written, or only noted.
 
-A program installs one switch for as long as it runs. What a signal does then depends on the block
-that it meets:
+A program installs one switch for as long as it runs. A signal's effect depends on the block
+in which it arrives:
 
     plain code          raises `Stopped` in the main thread, at once
-    switch.held()       raises it at the end of the block: for a write that must not be broken off
-    switch.noted()      only sets `switch.signum`: for work that ends in good order by itself;
+    switch.held()       raises it at the end of the block: for a write that must not be interrupted
+    switch.noted()      only sets `switch.signum`: for work that ends cleanly by itself;
                         a second signal raises
 
 A library may swallow the exception, or the main thread may sit in C code and never raise it. So a
-thread watches, and ends the process when it has not ended by itself within GRACE_S.
+thread watches, and ends the process if it has not ended by itself within GRACE_S.
 """
 
 import logging
@@ -26,8 +26,8 @@ from typing import NoReturn, Protocol
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GRACE_S = 2.0  # from a signal to the end of the process, where nothing holds it back
-# A second signal sooner than this is the first one again: a terminal sends it to every process of
+GRACE_S = 2.0  # from a signal to the end of the process, if nothing delays it
+# A second signal within this time is the first one again: a terminal sends it to every process of
 # a group, and a launcher passes it on once more.
 _ECHO_S = 1.0
 _INSISTING_S = 0.5  # from a second signal to the end
@@ -43,10 +43,10 @@ class Stopped(BaseException):
 
 
 class OnStop(Protocol):
-    """What is called when a signal has come."""
+    """Callback for a signal."""
 
     def __call__(self, signum: int, *, insists: bool) -> None:
-        """Hear of it; the second one insists."""
+        """Handle a signal; `insists` marks a second one."""
         ...
 
 
@@ -54,7 +54,7 @@ class StopSwitch:
     """Remembers the first stop signal, and raises it where the work allows.
 
     Attributes:
-        signum: The signal that came; None before.
+        signum: Signal received; None before.
     """
 
     def __init__(self) -> None:
@@ -63,24 +63,24 @@ class StopSwitch:
         self._num_holds = 0
         self._num_notes = 0
         self._on_stop: OnStop | None = None
-        self._insists = False  # a second signal came
+        self._insists = False  # whether a second signal came
 
     @property
     def is_patient(self) -> bool:
-        """Whether the process may take its time to end."""
+        """Whether the process may take longer to end."""
         return not self._insists and (self._num_holds > 0 or self._num_notes > 0)
 
     @property
     def is_held(self) -> bool:
-        """Whether a write is at work."""
+        """Whether a write is in progress."""
         return self._num_holds > 0
 
     def insist(self) -> None:
-        """A second signal came: nothing holds the end back any more."""
+        """Note a second signal: nothing delays the end any longer."""
         self._insists = True
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+        """Handle a signal."""
         del frame
         now_s = time.monotonic()
         if self.signum is None:
@@ -102,7 +102,7 @@ class StopSwitch:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """A signal that comes inside is raised at the end of the block."""
+        """Raise a signal received inside at the end of the block."""
         self._num_holds += 1
         try:
             yield
@@ -113,7 +113,7 @@ class StopSwitch:
 
     @contextmanager
     def noted(self, on_stop: OnStop | None = None) -> Iterator[None]:
-        """The first signal that comes inside sets `signum` and raises nothing.
+        """Let the first signal received inside set `signum` without raising.
 
         Args:
             on_stop: Called in the handler, with the signal's number and whether it is the second.
@@ -132,9 +132,9 @@ _installed: StopSwitch | None = None
 
 @contextmanager
 def stop_signals() -> Iterator[StopSwitch]:
-    """The program's switch; one for the duration of the block where no program has one.
+    """The program's switch, or a temporary one for the block if no program has one.
 
-    Outside the main thread signals are handled by whoever runs us: the switch never hears of one.
+    Outside the main thread, the host handles signals: the switch never receives one.
     """
     if _installed is not None:
         yield _installed
@@ -152,10 +152,10 @@ def stop_signals() -> Iterator[StopSwitch]:
 
 
 def install(leave: Callable[[int], NoReturn]) -> StopSwitch:
-    """Make a switch the program's, until it ends.
+    """Install a switch for the whole program.
 
     Args:
-        leave: Ends the process, given the signal; called by the watching thread if need be.
+        leave: Ends the process, given the signal; called by the watching thread if needed.
     """
     global _installed
     switch = _installed = StopSwitch()
@@ -163,8 +163,8 @@ def install(leave: Callable[[int], NoReturn]) -> StopSwitch:
         signal.signal(number, switch.handle)
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    # Written to by the C handler: also where no bytecode runs, and where somebody else's handler
-    # has taken the place of ours.
+    # Written to by the C handler, even while no bytecode runs, or when another library's handler
+    # has replaced ours.
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_forget)
     threading.Thread(
@@ -174,7 +174,7 @@ def install(leave: Callable[[int], NoReturn]) -> StopSwitch:
 
 
 def _forget() -> None:
-    """A forked child shares the pipe: its signals are not ours."""
+    """Detach a forked child, which shares the pipe: its signals are not ours."""
     global _installed
     _installed = None
     signal.set_wakeup_fd(-1)
@@ -194,12 +194,12 @@ def _watch(switch: StopSwitch, read_end: int, leave: Callable[[int], NoReturn]) 
             deadline_s = now_s + GRACE_S
             if switch.is_held and not has_said and now_s - came_s > _ECHO_S:
                 has_said = True
-                logger.info("stopping after the write at work (once more to stop at once)")
+                logger.info("stopping after the current write (signal again to stop at once)")
     leave(signum or signal.SIGTERM)
 
 
 def _next_signal(read_end: int, timeout_s: float | None) -> int | None:
-    """The next stop signal from the pipe; None where none comes in time."""
+    """The next stop signal from the pipe; None if none comes in time."""
     while select.select([read_end], [], [], timeout_s)[0]:
         number = os.read(read_end, 1)[0]
         if number in STOP_SIGNALS:
