@@ -229,7 +229,7 @@ def test_a_stopped_capture_goes_on_and_ends_like_one_that_was_not(model, whole, 
         assert process.returncode == -signal.SIGKILL
     else:
         assert process.returncode == 128 + signum
-        assert "run the same command again to go on" in said
+        assert "run the same command again to resume" in said
     done = run(*call)
     assert " 0 were there" not in done.stdout
     stopped = read_all(open_cache(str(tmp_path / "cache")))

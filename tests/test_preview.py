@@ -72,5 +72,5 @@ def test_without_rows_the_layout_is_shown(tmp_path):
 def test_a_difference_names_its_place():
     assert difference("abc", "abc") == "the same"
     assert difference("abc", "abc\n") == r"the same, and then '\n'"
-    assert difference("abcd", "abc") == "the same up to its end; ours goes on with 'd'"
+    assert difference("abcd", "abc") == "the same up to its end; ours continues with 'd'"
     assert difference("abXd", "abcd").startswith("differs at character 2: ours 'abXd'")

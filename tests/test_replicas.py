@@ -139,7 +139,7 @@ def test_a_request_that_kills_its_replica_every_time_ends_the_capture(threads, a
     asked.teacher = lambda _: FailingTeacher(asked, "p40", ActorDied("gone"))
     with pytest.raises(
         EngineError,
-        match=r"died 4 times without getting on.*unfinished each time: \d+ traces \(p40, ",
+        match=r"died 4 times without progress.*unfinished each time: \d+ traces \(p40, ",
     ):
         generate(config)
     asked.teacher = TableTeacher

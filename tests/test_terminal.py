@@ -151,7 +151,7 @@ entry.run_program(entry.CommandLine("cache-teacher", "", ("teacher", "cpu")))
         ),
         ("KeyError('x')", r"cache-teacher: KeyError: 'x'; the traceback is in \S+\.log"),
         ("RecursionError", "cache-teacher: RecursionError: no message; the traceback is in"),
-        ("OSError(28, 'No space left', 'f')", "mend this and run the same command again"),
+        ("OSError(28, 'No space left', 'f')", "fix this and run the same command again"),
         ("OSError(17, 'File exists', 'f')", r"cache-teacher: \[Errno 17\] File exists: 'f'$"),
         (
             "ModuleNotFoundError(name='vllm')",

@@ -248,7 +248,7 @@ class Series:
             said = self._said(worker)
             text = said.read_text() if said.exists() else ""
             if code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
-                self.outcome.stops += "run the same command again to go on" in text
+                self.outcome.stops += "run the same command again to resume" in text
             elif code not in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
                 self.outcome.findings.append(f"{worker} ended with {code}: {text[-2000:]}")
                 return

@@ -1,1 +1,1 @@
-"""The capture job: configurations, the survey of the input, the worker loop, Ray."""
+"""Captures: configurations, the survey of the input, the worker loop, Ray."""

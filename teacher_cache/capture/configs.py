@@ -1,4 +1,4 @@
-"""What can be set for a capture, checked before anything heavy is imported."""
+"""Settings of a capture, checked before anything heavy is imported."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ _scale_out = partial(option, group="Scale-out")
 
 @dataclass(frozen=True, kw_only=True)
 class RowsConfig:
-    """How rows are read and rendered; what captures and `preview` have in common."""
+    """Settings for reading and rendering rows, shared by captures and `preview`."""
 
-    id_field: str = _input("Column of the trace's id.", default=RowColumns.id_field)
+    id_field: str = _input("Column with the trace's id.", default=RowColumns.id_field)
     prompt_field: str | None = _input(
-        "Column of the prompt, text or messages.", default=None, unset="the usual names"
+        "Column with the prompt, text or messages.", default=None, unset="the usual names"
     )
     apply_chat_template: bool = _input(
-        "Make prompts that are text the user's turn of a chat; for chat models.", default=False
+        "Use text prompts as the user's turn of a chat; for chat models.", default=False
     )
     drop_system: bool = _input("Leave out the rows' system prompts.", default=False)
     dataset_config: str | None = _input("Configuration of a hub dataset.", default=None)
@@ -63,7 +63,7 @@ class RowsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureConfig(RowsConfig):
-    """What both ways of capturing need to know."""
+    """Settings of both ways of capturing."""
 
     limit: int | None = _input(
         "Capture only this many traces, and estimate time and disk for all of them.",
@@ -73,10 +73,10 @@ class CaptureConfig(RowsConfig):
         unset="all",
     )
     ids_file: Path | None = _input(
-        "File of ids, one per line: take only rows that have one of them.", default=None
+        "File of ids, one per line: use only rows that have one of them.", default=None
     )
     strict: bool = _input(
-        "Stop at the first row that cannot be used; otherwise it goes into rejects.jsonl.",
+        "Stop at the first unusable row; otherwise such rows go into rejects.jsonl.",
         default=False,
     )
     engine: str = _teacher(
@@ -87,13 +87,13 @@ class CaptureConfig(RowsConfig):
         choices=ENGINES,
     )
     dtype: str = _teacher(
-        "Precision of the teacher's weights; auto takes the checkpoint's on a GPU and float32 on "
+        "Precision of the teacher's weights; auto uses the checkpoint's on a GPU and float32 on "
         "a CPU.",
         default="auto",
         choices=DTYPES,
     )
     max_model_len: int | None = _teacher(
-        "Context length of the engine, in tokens; lower it when memory for it runs out.",
+        "Context length of the engine, in tokens; lower it if memory runs out.",
         default=None,
         at_least=2,
         unset="the model's own",
@@ -112,26 +112,26 @@ class CaptureConfig(RowsConfig):
         at_most=MAX_K,
     )
     mass: float = _kept(
-        "Probability that the kept entries reach with as few of them as possible.",
+        "Probability that the kept entries must reach; the fewest that do are kept.",
         default=0.999,
         basic=True,
         above=0,
         at_most=1,
     )
     num_bands: int = _kept(
-        "Bands per trace: a lead span is read in steps of 1/N.",
+        "Bands per trace, N: a lead span is read in steps of 1/N.",
         default=20,
         at_least=1,
         at_most=255,
     )
     journal: Path | None = _kept(
-        "Local folder for traces that do not fill a shard yet, used by this cache alone.",
+        "Local folder for traces that do not yet fill a shard; for this cache only.",
         default=None,
         unset="in the cache's folder",
     )
     worker: str = _scale_out(
         "Share of the input, as i/n with i from 0: one of n such commands, for example "
-        "$SLURM_ARRAY_TASK_ID/8. Or a name, for a process with an input of its own.",
+        "$SLURM_ARRAY_TASK_ID/8. Or a name, for a process with its own input.",
         default=ONLY_WORKER,
         unset="all of the input",
     )
@@ -144,7 +144,7 @@ class CaptureConfig(RowsConfig):
         "Running Ray cluster: auto, HOST:PORT or ray://HOST:PORT.", default=None
     )
     tensor_parallel_size: int = _scale_out(
-        "GPUs per replica; raise it where the teacher does not fit on one.", default=1, at_least=1
+        "GPUs per replica; raise it if the teacher does not fit on one.", default=1, at_least=1
     )
 
     def __post_init__(self) -> None:
@@ -171,10 +171,10 @@ def check_engine_args(engine: str, engine_args: Mapping[str, object]) -> None:
     """Refuse arguments of vLLM for another engine.
 
     Raises:
-        ValueError: If there are any.
+        ValueError: If there are any such arguments.
     """
     if engine_args and engine != "vllm":
-        raise ValueError("--engine-arg: its arguments are vLLM's; the transformers engine has none")
+        raise ValueError("--engine-arg: only vLLM takes these; the transformers engine has none")
 
 
 _PROMPT_TURNS_HELP = "Turns of the prompt whose tokens get distributions, with --capture-prompt."
@@ -185,8 +185,8 @@ class GenerateConfig(CaptureConfig):
     """`cache-teacher generate`. None stands for the model's own default."""
 
     prompts: Path = _input(
-        "File, folder or hub id of rows with messages, conversations or prompt. A last turn of "
-        "the assistant is answered anew.",
+        "File, folder or hub id of rows with messages, conversations or prompt. A final assistant "
+        "turn is answered again.",
         basic=True,
     )
     capture_prompt: bool = _kept(
@@ -198,7 +198,7 @@ class GenerateConfig(CaptureConfig):
         _PROMPT_TURNS_HELP, default=RowColumns.prompt_turns, choices=PROMPT_TURNS
     )
     temperature: float | None = _sampling(
-        "Sampling temperature; 0 takes the most probable token.",
+        "Sampling temperature; 0 always picks the most probable token.",
         default=None,
         basic=True,
         at_least=0,
@@ -225,13 +225,13 @@ class GenerateConfig(CaptureConfig):
         unset="the model's own",
     )
     repetition_penalty: float | None = _sampling(
-        "Divide the logits of tokens that were there before by this; 1 for none.",
+        "Divide the logits of earlier tokens by this; 1 for no penalty.",
         default=None,
         above=0,
         unset="the model's own",
     )
     max_new_tokens: int | None = _sampling(
-        "Largest number of new tokens per trace; a longer answer is cut and counts as unfinished.",
+        "Largest number of new tokens per trace; longer answers are cut and count as unfinished.",
         default=None,
         basic=True,
         at_least=1,
@@ -247,7 +247,7 @@ class GenerateConfig(CaptureConfig):
     samples_per_prompt: int = _sampling(
         "Traces per prompt; they need a temperature above 0.", default=1, basic=True, at_least=1
     )
-    seed: int = _sampling("Seed for sampling; another one gives other traces.", default=0)
+    seed: int = _sampling("Seed for sampling; a different one gives different traces.", default=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -264,10 +264,10 @@ class ScoreConfig(CaptureConfig):
         basic=True,
     )
     response_field: str | None = _input(
-        "Column of the response.", default=None, unset="the usual names"
+        "Column with the response.", default=None, unset="the usual names"
     )
     reasoning_field: str | None = _input(
-        "Column of the chain of thought, where it is apart from the response.",
+        "Column with the chain of thought, if separate from the response.",
         default=None,
         unset="the usual names",
     )
@@ -312,14 +312,14 @@ class PreviewConfig(RowsConfig):
         "Rows as `generate` takes them; show their prompts.", default=None, basic=True
     )
     traces: Path | None = _input(
-        "Rows as `score` takes them; show the traces that they become.", default=None, basic=True
+        "Rows as `score` takes them; show the resulting traces.", default=None, basic=True
     )
     limit: int = _input("Number of rows to show.", default=3, basic=True, at_least=1)
     response_field: str | None = _input(
-        "Column of the response.", default=None, unset="the usual names"
+        "Column with the response.", default=None, unset="the usual names"
     )
     reasoning_field: str | None = _input(
-        "Column of the chain of thought, where it is apart from the response.",
+        "Column with the chain of thought, if separate from the response.",
         default=None,
         unset="the usual names",
     )
@@ -327,4 +327,4 @@ class PreviewConfig(RowsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prompts is not None and self.traces is not None:
-            raise ValueError("--prompts and --traces: expected one of them, or neither")
+            raise ValueError("--prompts and --traces: expected at most one of them")

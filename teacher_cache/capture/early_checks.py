@@ -1,4 +1,4 @@
-"""What a capture refuses before a tokenizer is loaded: it costs a second instead of a minute."""
+"""Checks of a capture before a tokenizer is loaded: failing takes a second, not a minute."""
 
 from teacher_cache.capture.configs import CaptureConfig
 from teacher_cache.format import open_store
@@ -15,16 +15,16 @@ from teacher_cache.terminal.early_checks import (
 
 
 def check_early(config: CaptureConfig, rows: Input) -> None:
-    """Look at paths, names and addresses.
+    """Check paths, names and addresses.
 
     Args:
-        config: Of the capture.
+        config: Configuration of the capture.
         rows: Its prompts or traces.
 
     Raises:
-        ValueError: Naming the option, what was expected and what was found.
-        SourceError: If the input is no file of rows.
-        CacheError: If nobody answers where the cache should be.
+        ValueError: Names the option, what was expected and what was found.
+        SourceError: If the input is not a file of rows.
+        CacheError: If the cache's server does not answer.
         OSError: If the disk is full.
     """
     check_out_cache(config.out)
@@ -36,5 +36,5 @@ def check_early(config: CaptureConfig, rows: Input) -> None:
     if rows.may_be_hub_id:
         check_hub_name(str(rows.path), "prompts or traces", "datasets")
     check_model(config.model, "--model")
-    open_store(config.out)  # asks who answers there
+    open_store(config.out)  # checks that the server answers
     check_ray_address(config.ray_address)

@@ -40,7 +40,7 @@ def generate(config: GenerateConfig) -> CaptureReport:
     max_new_tokens = config.max_new_tokens or own.max_new_tokens
     if own.left_out:
         logger.warning(
-            "the model's generation config also sets %s, which a capture does not use",
+            "ignoring %s, which the model's generation config also sets",
             ", ".join(own.left_out),
         )
     context = files.context_length(config.max_model_len)
@@ -62,7 +62,7 @@ def generate(config: GenerateConfig) -> CaptureReport:
             for name in names
         ]
 
-    # Tokens that end a trace stand in the header by themselves.
+    # Tokens that end a trace have their own field in the header.
     recorded = {name: v for name, v in asdict(sampling).items() if name != "stop_ids"}
     recorded |= {"max_tokens": max_new_tokens, "seed": config.seed}
     if config.stop_at_tokens is not None:
@@ -75,6 +75,6 @@ def generate(config: GenerateConfig) -> CaptureReport:
 
 
 def _seed(seed: int, trace_id: str) -> int:
-    """A sample's own seed: independent of the order in which samples are drawn."""
+    """Seed of one sample, independent of the order in which samples are drawn."""
     digest = hashlib.sha256(f"{seed}:{trace_id}".encode()).digest()
     return int.from_bytes(digest[:4], "little")

@@ -1,4 +1,4 @@
-"""What a capture has to do: the job as the user asked for it, and what its input holds."""
+"""The job of a capture as the user requested it, and a survey of its input."""
 
 import hashlib
 import logging
@@ -23,44 +23,44 @@ from teacher_cache.sources.tokenizer import TeacherTokenizer
 
 logger = logging.getLogger(__name__)
 
-_SAY_EVERY_S = 10.0  # while the input is read
-ONLY_WORKER = "w0"  # its name where there is one; others leave sealing to `cache-teacher seal`
+_SAY_EVERY_S = 10.0  # interval of messages while the input is read
+ONLY_WORKER = "w0"  # name of a sole worker; others leave sealing to `cache-teacher seal`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A capture, whichever way its traces come."""
+    """A capture, whether it generates or scores traces."""
 
     out: CachePath
-    journal: Path | None  # where the cache's own folder, or the default for a URI, will not do
+    journal: Path | None  # None for the cache's own folder, or the default for a URI
     worker: str
-    part: InputShare | None = None  # of the input, where several workers share it
-    on_cluster: bool = False  # its workers are several, and nobody else's
-    limit: int | None  # traces of the whole input; the rest of it is only counted
+    part: InputShare | None = None  # of the input, if several workers share it
+    on_cluster: bool = False  # whether it has several workers, all its own
+    limit: int | None  # traces of the whole input; the rest is only counted
     config: Mapping[str, Any]  # resolved, JSON; kept in the cache for the reader
     source: InputTraces
     tokenizer: TeacherTokenizer
     requests: Callable[[SourceTrace], list[TeacherRequest]]
     header: Callable[[TeacherFacts], CacheHeader]
-    start_teacher: Callable[[int], Teacher]  # given the longest trace, in tokens
+    start_teacher: Callable[[int], Teacher]  # takes the length of the longest trace, in tokens
 
     @property
     def is_whole(self) -> bool:
-        """Whether the cache is complete when this job is: nobody else is known to write to it."""
+        """Whether the cache is complete when this job is: no other writer is known."""
         return self.on_cluster or self.worker == ONLY_WORKER
 
     def is_ours(self, source: SourceTrace) -> bool:
-        """Whether a row is this worker's; all the samples of a prompt are the same worker's."""
+        """Whether a row is this worker's; all samples of a prompt go to the same worker."""
         return self.part is None or self.part.holds(source.trace_id)
 
     def wanted(self, rejects: Rejects) -> Iterator[Work]:
-        """Every request of the input, in its order; rows that have none go to `rejects`."""
+        """Yield every request of the input in order; rows without one go to `rejects`."""
         for source in self.source.read(rejects):
             for request in self.requests(source):
                 yield source, request
 
     def work(self) -> Iterator[Work]:
-        """This worker's requests."""
+        """Yield this worker's requests."""
         for source, request in islice(self.wanted(Rejects()), self.limit):
             if self.is_ours(source):
                 yield source, request
@@ -68,14 +68,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Survey:
-    """What the input holds for this worker, and what is left to do of it."""
+    """The input's work for this worker, and how much of it is left."""
 
-    num_wanted: int  # traces, whatever the limit
+    num_wanted: int  # traces, ignoring the limit
     num_taken: int  # under the limit
-    num_missing: int  # of these, not in the cache yet
+    num_missing: int  # of these, not yet in the cache
     longest: int  # tokens that the engine must have room for
     num_rejected: int  # rows of the input that cannot be used
-    num_input: int  # traces under the limit, all workers' together
+    num_input: int  # traces under the limit, of all workers together
     input_hash: str  # of these
 
 
@@ -83,11 +83,11 @@ def take_survey(job: Job, finished: Mapping[str, str]) -> Survey:
     """Render every row once: a bad row found after two days of capture is found too late.
 
     Args:
-        job: Names input and cache.
-        finished: trace_id -> source_hash of what the cache holds.
+        job: Job with the input and the cache.
+        finished: trace_id -> source_hash of traces in the cache.
 
     Raises:
-        SourceError: If the input holds nothing that can be used, a bad row where strict, or a
+        SourceError: If the input has nothing usable, a bad row under `strict`, or a
             finished trace whose row has changed since.
     """
     num_wanted = num_taken = num_missing = num_input = longest = 0
@@ -107,7 +107,7 @@ def take_survey(job: Job, finished: Mapping[str, str]) -> Survey:
         known = finished.get(request.request_id)
         if known is not None and known != source.source_hash:
             raise SourceError(
-                f"{job.source.path}: trace {request.request_id!r} is in {shown(job.out)} already, "
+                f"{job.source.path}: trace {request.request_id!r} is already in {shown(job.out)}, "
                 "made from other content. Give the changed row a new id, or write to another "
                 "folder."
             )
@@ -127,8 +127,8 @@ def take_survey(job: Job, finished: Mapping[str, str]) -> Survey:
         )
     if not has_thought:
         logger.warning(
-            "%s: none of its %d traces has a chain of thought; if they should, see what "
-            "cache-teacher preview makes of them",
+            "%s: none of its %d traces has a chain of thought; if they should, run "
+            "cache-teacher preview on them",
             job.source.path, len(found),
         )  # fmt: skip
     job.source.say_missing_ids(found | rejects.ids)
@@ -145,7 +145,7 @@ def take_survey(job: Job, finished: Mapping[str, str]) -> Survey:
 
 
 def _say_passed_over(job: Job, source: SourceTrace) -> None:
-    """Name columns that look like prompts and were left as the user's own."""
+    """Report columns that look like prompts but were left as the user's own fields."""
     over = [name for name in PROMPT_LIKE_COLUMNS if name in source.fields]
     if over:
         logger.info(
@@ -155,6 +155,6 @@ def _say_passed_over(job: Job, source: SourceTrace) -> None:
 
 
 def _rejects_name(job: Job) -> str:
-    """Workers with names of their own may have inputs of their own."""
+    """File name for the rejects: workers with plain names may have their own inputs."""
     shared = job.is_whole or job.part is not None
     return "rejects.jsonl" if shared else f"rejects-{job.worker}.jsonl"

@@ -1,4 +1,4 @@
-"""What both captures share: from a configuration to a job, and the job on one engine or on Ray."""
+"""Code shared by both captures: from configuration to job, run on one engine or on Ray."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -35,18 +35,18 @@ def input_rows(config: CaptureConfig, path: Path) -> Input:
 
 
 def row_columns(config: RowsConfig) -> RowColumns:
-    """Which columns of a row hold what: the options of that name, as far as a command has them."""
+    """Meaning of a row's columns: the options of these names that the command has."""
     names = (item.name for item in fields(RowColumns))
     return RowColumns(**{name: getattr(config, name) for name in names if hasattr(config, name)})
 
 
 def model_files(config: RowsConfig) -> ModelFiles:
-    """The teacher's files as the user named them."""
+    """The teacher's files named by the user."""
     return ModelFiles(config.model, config.revision, config.trust_remote_code)
 
 
 def teacher_tokenizer(config: RowsConfig, files: ModelFiles) -> TeacherTokenizer:
-    """The teacher's tokenizer with the marks and template arguments that the user named."""
+    """The teacher's tokenizer, with the user's marks and template arguments."""
     return TeacherTokenizer(files, config.template_arg, _given_marks(config))
 
 
@@ -67,10 +67,10 @@ def prepare_job(
     sampling: Sampling | None,
     recorded: Mapping[str, float | int | None] | None,
 ) -> Job:
-    """Everything that a capture needs, whichever way its traces come."""
+    """Everything that a capture needs, whether it generates or scores."""
     worker, part = parse_worker(config.worker)
     if config.on_cluster:
-        worker = "ray"  # the driver's; the actors have names of their own
+        worker = "ray"  # the driver's name; the actors have their own
     layout = tokenizer.layout()
     for line in layout_lines(layout):
         logger.info("%s", line)
@@ -130,7 +130,7 @@ def prepare_job(
 
 
 def _resolved(config: CaptureConfig) -> dict[str, object]:
-    """The configuration as JSON, without the credentials that a URI may hold."""
+    """The configuration as JSON, without the credentials that a URI may contain."""
     values = {**asdict(config), "out": shown(config.out)}
     return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
@@ -152,7 +152,7 @@ def _start(
 
 
 def _parallel_args(num_gpus: int) -> dict[str, object]:
-    # On a cluster vLLM would use Ray for its own processes too, which the replica's GPUs need not.
+    # On a cluster vLLM would use Ray for its own processes too, which one replica does not need.
     return (
         {"tensor_parallel_size": num_gpus, "distributed_executor_backend": "mp"}
         if num_gpus > 1

@@ -1,4 +1,4 @@
-"""`cache-teacher preview`: what a capture would make of rows, before any GPU hour."""
+"""`cache-teacher preview`: rows as a capture would see them, before any GPU is used."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,31 +19,31 @@ from teacher_cache.sources import (
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 from teacher_cache.sources.turn_layout import layout_lines
 
-_ANY_LENGTH = 1 << 40  # a preview shows rows that are too long, too
+_ANY_LENGTH = 1 << 40  # a preview also shows rows that are too long
 _CONTEXT_CHARS = 40  # around a difference
 
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A row as it would be captured, or the reason why it would not."""
+    """A row as it would be captured, or the reason why it would be left out."""
 
     where: str  # file and number
     trace_id: str = ""
     num_tokens: int = 0
     sections: tuple[tuple[str, str], ...] = ()  # name and text, end tokens between ⟦ and ⟧
     rejected: str | None = None
-    beside: str | None = None  # how the template's own rendering compares
+    beside: str | None = None  # comparison with the template's own rendering
 
 
 def preview_lines(config: PreviewConfig) -> list[str]:
-    """What is known of the teacher's turn: marks, joints, end, end tokens.
+    """Facts about the teacher's turn: marks, joints, end, end tokens.
 
     Raises:
         EngineError: If the model's files cannot be loaded.
     """
     tokenizer = teacher_tokenizer(config, model_files(config))
     ends = ", ".join(repr(tokenizer.decode([token])) for token in tokenizer.terminal_ids)
-    reads = tokenizer.layout().reads or "no name that we know"
+    reads = tokenizer.layout().reads or "no known name"
     return [
         *layout_lines(tokenizer.layout()),
         f"the template reads reasoning under {reads}; end tokens {ends or 'none'}",
@@ -109,7 +109,7 @@ def _marked(ids: tuple[int, ...], tokenizer: TeacherTokenizer) -> str:
 
 
 def difference(ours: str, own: str) -> str:
-    """How a trace's text compares with the template's own rendering of the conversation."""
+    """Compare a trace's text with the template's own rendering of the conversation."""
     if own.startswith(ours):
         rest = own[len(ours) :]
         return "the same" + (f", and then {rest!r}" if rest else "")
@@ -118,6 +118,6 @@ def difference(ours: str, own: str) -> str:
         min(len(ours), len(own)),
     )
     if same == len(own):
-        return f"the same up to its end; ours goes on with {ours[same:]!r}"
+        return f"the same up to its end; ours continues with {ours[same:]!r}"
     around = slice(max(0, same - _CONTEXT_CHARS), same + _CONTEXT_CHARS)
     return f"differs at character {same}: ours {ours[around]!r}, its own {own[around]!r}"

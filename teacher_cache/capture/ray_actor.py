@@ -1,6 +1,6 @@
 """One engine replica as an actor: it claims requests, keeps its traces, and reports their ids.
 
-Nothing here knows of Ray; `cluster.py` runs it in a process of its own, with threads: `work` in
+Nothing here depends on Ray; `ray_driver.py` runs it in its own process, with threads: `work` in
 one, `exchange` and `stop` in others.
 """
 
@@ -20,13 +20,13 @@ from teacher_cache.format import CacheHeader, CachePath, CacheWriter
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 from teacher_cache.terminal.stop_signals import Stopped
 
-UNIT_TRACES = 32  # claimed at a time; fewer waiting ask for more
-_LONGEST_WAIT_S = 1.0  # for something to report
+UNIT_TRACES = 32  # claimed at a time; more are claimed when fewer wait
+_LONGEST_WAIT_S = 1.0  # wait for something to report
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a replica keeps its traces, and under which worker's name."""
+    """Where a replica stores its traces, and under which worker's name."""
 
     out: CachePath
     journal: Path | None
@@ -37,10 +37,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Report:
-    """What happened since the last one."""
+    """Events since the last report."""
 
     done: tuple[Done, ...]
-    num_waiting: int  # claimed, and not with the teacher yet
+    num_waiting: int  # claimed, but not yet with the teacher
 
 
 class Replica:
@@ -59,13 +59,13 @@ class Replica:
         self._is_stopped = False
 
     def start(self, longest: int) -> TeacherFacts:
-        """Start the engine; takes minutes where the model is large."""
-        os.dup2(2, 1)  # the driver's stdout carries results
+        """Start the engine; takes minutes for a large model."""
+        os.dup2(2, 1)  # the driver's stdout is for results
         self._teacher = self._start_teacher(longest)
         return self._teacher.facts
 
     def open(self, place: Place, request_ids: Sequence[str]) -> list[str]:
-        """Open the cache; says which of these an earlier process of this worker has kept."""
+        """Open the cache; return which of these an earlier process of this worker has kept."""
         self._writer = CacheWriter(
             place.out,
             place.header,
@@ -76,9 +76,9 @@ class Replica:
         return [each for each in request_ids if each in self._writer.finished()]
 
     def work(self) -> None:
-        """Run what is claimed until the last of it is in a shard; raises as `run_requests`."""
+        """Run claimed requests until the last is in a shard; raises as `run_requests`."""
         if self._writer is None:
-            raise RuntimeError("`work` comes after `open`")
+            raise RuntimeError("call `open` before `work`")
         with closing(self._teacher), self._writer as writer:
             try:
                 while self._wait_for_claims():
@@ -96,7 +96,7 @@ class Replica:
                 return
 
     def exchange(self, unit: Sequence[Work], is_last: bool) -> Report:
-        """Claim more, and say what was finished; waits a moment where there is nothing to say."""
+        """Claim more and report finished traces; waits briefly if there is nothing to report."""
         with self._changed:
             self._claimed.queue.extend(unit)
             self._is_last = is_last
@@ -106,7 +106,7 @@ class Replica:
             return Report(tuple(done), len(self._claimed.queue))
 
     def stop(self) -> None:
-        """Finish the write that is at work and begin no other."""
+        """Finish the current write and start no other."""
         with self._changed:
             self._is_stopped = True
             self._changed.notify_all()
@@ -135,7 +135,7 @@ class Replica:
 
 
 class _Claimed:
-    """An iterator that ends when nothing waits, and goes on when something does again."""
+    """An iterator that ends when nothing waits, and resumes when something does."""
 
     def __init__(self, lock: threading.Condition) -> None:
         self.queue: deque[Work] = deque()

@@ -23,29 +23,29 @@ from teacher_cache.format import CacheMismatchError, CacheWriter, open_cache
 
 logger = logging.getLogger(__name__)
 
-MAX_REPLACEMENTS = 3  # of a worker that does not get on with what its predecessor left
+MAX_REPLACEMENTS = 3  # of a worker that makes no progress on its predecessor's traces
 _POLL_S = 0.2
-_STOPPING_S = 30.0  # for writes that are at work
+_STOPPING_S = 30.0  # for writes in progress
 _LOCAL_STORE_BYTES = 128 << 20  # of shared memory: units are small
 _NUM_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class ReplicaPlan:
-    """How many replicas, and where."""
+    """Number and location of the replicas."""
 
     num_workers: int
-    address: str | None  # of a cluster that runs; None to start one on this machine
-    gpus_per_worker: int  # ignored where the cluster has no GPU
+    address: str | None  # of a running cluster; None to start one on this machine
+    gpus_per_worker: int  # ignored if the cluster has no GPU
 
 
 class _DeathError(Exception):
-    """A worker's process ended."""
+    """A worker's process died."""
 
 
 @dataclass
 class _Worker:
-    """What the driver knows of a worker: its actor, and what is claimed but not finished."""
+    """The driver's view of a worker: its actor, and its unfinished claims."""
 
     name: str
     actor: Any
@@ -54,16 +54,16 @@ class _Worker:
     working: Any = None
     exchanging: Any = None
     claimed: dict[str, Work] = field(default_factory=dict)
-    has_all: bool = False  # nothing more will be given
+    has_all: bool = False  # nothing more will be handed out
     num_deaths: int = 0
     left: set[str] = field(default_factory=set)  # unfinished at every death so far
 
 
 class Cluster:
-    """The crew of a capture: actors with one engine each, replaced where they die.
+    """The crew of a capture: actors with one engine each, replaced when they die.
 
     Raises:
-        EngineError: Ray or a teacher cannot be started.
+        EngineError: If Ray or a teacher cannot be started.
     """
 
     facts: TeacherFacts
@@ -73,7 +73,7 @@ class Cluster:
         self._longest = longest
         self._workers: list[_Worker] = []
         self._open = ExitStack()
-        # Ray prints its actors' words from a thread; stdout carries results.
+        # Ray prints its actors' output from a thread; stdout is for results.
         self._open.enter_context(redirect_stdout(sys.stderr))
         try:
             self._ray = _connected(placement.address)
@@ -94,11 +94,11 @@ class Cluster:
         note: Callable[[Done], None],
         hold: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        """Have every request run that the cache does not hold; returns when all are in shards.
+        """Run every request missing from the cache; returns when all are in shards.
 
         Raises:
-            EngineError: A teacher fails, or a worker dies again and again.
-            CacheError, OSError: A worker cannot write; what was finished before is kept.
+            EngineError: If a teacher fails, or a worker dies repeatedly.
+            CacheError, OSError: If a worker cannot write; finished traces are kept.
         """
         finished = writer.finished()
         self._work = (item for item in self._job.work() if item[1].request_id not in finished)
@@ -121,7 +121,7 @@ class Cluster:
         self._require_all_kept()
 
     def close(self) -> None:
-        """End the actors; the cluster too where it was started for them."""
+        """End the actors, and the cluster if it was started for them."""
         with self._open:
             for worker in self._workers:
                 self._ray.kill(worker.actor)
@@ -159,7 +159,7 @@ class Cluster:
                 return facts
 
     def _pending(self) -> dict[Any, tuple[_Worker, Callable[[_Worker], None]]]:
-        """Every call that has not been answered, and what to do with its answer."""
+        """Every pending call, and the handler for its answer."""
         pending: dict[Any, tuple[_Worker, Callable[[_Worker], None]]] = {}
         for worker in self._workers:
             for ref, handle in (
@@ -175,16 +175,18 @@ class Cluster:
     def _started(self, worker: _Worker) -> None:
         facts = self._get(worker.starting)
         if facts != self.facts:
-            raise EngineError(f"worker {worker.name} runs another teacher: {facts}, {self.facts}")
+            raise EngineError(
+                f"worker {worker.name} runs another teacher: {facts}, not {self.facts}"
+            )
         worker.starting = None
         worker.opening = worker.actor.open.remote(self._place(worker), list(worker.claimed))
 
     def _opened(self, worker: _Worker) -> None:
-        for request_id in self._get(worker.opening):  # kept, and not reported before the death
+        for request_id in self._get(worker.opening):  # kept, but not reported before the death
             self._finished(worker, Done(request_id, 0, False))  # its length is in the journal
         worker.opening = None
         worker.working = worker.actor.work.remote()
-        # What a predecessor left comes first.
+        # Requests that a predecessor left come first.
         unit = list(worker.claimed.values()) or self._claim(worker)
         worker.exchanging = worker.actor.exchange.remote(unit, worker.has_all)
 
@@ -227,7 +229,7 @@ class Cluster:
         return unit
 
     def _get(self, ref: Any) -> Any:  # noqa: ANN401 (Ray is untyped here)
-        """An actor's answer; its error as if it had been raised here."""
+        """An actor's answer; its error is raised as if from here."""
         errors = self._ray.exceptions
         try:
             return self._ray.get(ref)
@@ -246,7 +248,7 @@ class Cluster:
             raise EngineError(f"Ray: {one_line(error)}") from error
 
     def _replace(self, worker: _Worker, death: str) -> None:
-        """Start another actor as this worker; it finds its predecessor's journal."""
+        """Start another actor for this worker; it finds its predecessor's journal."""
         self._ray.kill(worker.actor)
         worker.starting = worker.opening = worker.working = worker.exchanging = None
         now = set(worker.claimed)
@@ -256,9 +258,9 @@ class Cluster:
             shown = ", ".join(sorted(worker.left)[:_NUM_SHOWN])
             suspects = f"; unfinished each time: {len(worker.left)} traces ({shown})"
             raise EngineError(
-                f"worker {worker.name} died {worker.num_deaths} times without getting on, the last "
-                f"time: {death}{suspects if worker.left else ''}. What is finished is kept; run "
-                "the same command again to go on"
+                f"worker {worker.name} died {worker.num_deaths} times without progress, the last "
+                f"time: {death}{suspects if worker.left else ''}. Finished traces are kept; run "
+                "the same command again to resume"
             )
         logger.warning(
             "worker %s died (%s); another takes its place and its %d unfinished traces",
@@ -267,22 +269,22 @@ class Cluster:
         self._begin(worker)
 
     def _stop(self) -> None:
-        """Let every actor finish the write that is at work."""
+        """Let every actor finish its current write."""
         calls = [worker.actor.stop.remote() for worker in self._workers if worker.working]
         if calls:
             self._ray.wait(calls, num_returns=len(calls), timeout=_STOPPING_S)
 
     def _require_all_kept(self) -> None:
-        """A journal that was lost with its machine must not be lost in silence."""
+        """Raise an error if a journal was lost with its machine."""
         cache = open_cache(self._job.out, allow_unsealed=True)
         held = (trace.trace_id for commit in cache.shards for trace in commit.traces)
         lost = self._reported.difference(held)
         if lost:
             raise CacheMismatchError(
-                f"{cache.path}: {len(lost)} traces were finished and are not here, e.g. "
-                f"{min(lost)!r}: the journal of a worker that died was not found by the next "
+                f"{cache.path}: {len(lost)} traces were finished but are missing, e.g. "
+                f"{min(lost)!r}: the journal of a worker that died was not found by its successor "
                 "(--journal names a folder that all machines share). Run the same command again "
-                "to have them made once more."
+                "to capture them again."
             )
 
 
@@ -290,7 +292,7 @@ def _connected(address: str | None) -> Any:  # noqa: ANN401 (Ray is untyped here
     """The `ray` module, connected to a cluster."""
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences its warning
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning
     try:
         import ray
         import ray.exceptions
@@ -307,5 +309,5 @@ def _connected(address: str | None) -> Any:  # noqa: ANN401 (Ray is untyped here
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EngineError(f"Ray cluster {address or 'here'}: {one_line(error)}") from error
     finally:
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the job with code 15
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler would end the job with code 15
     return ray

@@ -1,4 +1,4 @@
-"""A capture from the first look at its folder to the seal, whatever the engine or the mode."""
+"""A capture from the first check of its folder to the seal, for any engine and mode."""
 
 import logging
 import time
@@ -36,22 +36,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CaptureReport:
-    """What a capture did."""
+    """Report of a capture."""
 
     survey: Survey
-    num_traces: int = 0  # captured now
+    num_traces: int = 0  # captured by this run
     num_tokens: int = 0  # of these
-    num_unfinished: int = 0  # of these, cut by length
-    start_s: float = 0.0  # until the teacher could answer
-    seconds: float = 0.0  # without the start of the teacher
+    num_unfinished: int = 0  # of these, cut off by length
+    start_s: float = 0.0  # until the teacher was ready
+    seconds: float = 0.0  # without the teacher's start
     sealed: bool = False
     stopped_by: int | None = None  # a signal's number
-    part: InputShare | None = None  # of the input, where several workers share it
-    shares_to_come: tuple[InputShare, ...] = ()  # that have not finished this input
+    part: InputShare | None = None  # of the input, if several workers share it
+    shares_to_come: tuple[InputShare, ...] = ()  # those that have not finished this input
 
 
 class Crew(Protocol):
-    """Whoever runs a job's requests and keeps their traces."""
+    """Interface for whatever runs a job's requests and keeps their traces."""
 
     facts: TeacherFacts
 
@@ -61,7 +61,7 @@ class Crew(Protocol):
         note: Callable[[Done], None],
         hold: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        """Run every request that the cache does not hold; as `run_requests`."""
+        """Run every request missing from the cache, as `run_requests`."""
         ...
 
     def close(self) -> None:
@@ -96,16 +96,16 @@ class Alone:
 
 
 def capture(job: Job, start_crew: Callable[[Job, int], Crew] = Alone) -> CaptureReport:
-    """Bring every trace of the input into the cache that is not there yet, and seal it.
+    """Capture every trace of the input that is missing from the cache, and seal it.
 
-    With a limit below the input the cache stays unsealed, to be gone on with; so it does where
+    With a limit below the input the cache stays unsealed, to be continued later, and so it does if
     the job is one of several workers.
 
     Raises:
-        EngineError: If the teacher cannot be run.
-        SourceError: If the input holds nothing that can be used, or a bad row where strict.
-        CacheError: If the folder holds something else.
-        OSError: If the cache cannot be written; what was finished before is kept.
+        EngineError: If the teacher cannot run.
+        SourceError: If the input has nothing usable, or a bad row under `strict`.
+        CacheError: If the folder holds a different capture.
+        OSError: If the cache cannot be written; finished traces are kept.
     """
     manifest = read_manifest(job.out)
     if manifest is None:
@@ -118,7 +118,7 @@ def capture(job: Job, start_crew: Callable[[Job, int], Crew] = Alone) -> Capture
             header = job.header(crew.facts)
             with _writer(job, header) as writer:
                 return replace(_run(job, survey, crew, writer), start_s=start_s)
-    # Refuse another capture's folder before the engine starts, and do without it where possible.
+    # Refuse another capture's folder before the engine starts, and avoid starting it if possible.
     header = job.header(_facts_of(manifest.header))
     if job.on_cluster and manifest.seal is None:
         compact_journals(job.out, manifest.header, journal=job.journal)
@@ -144,7 +144,7 @@ def _writer(job: Job, header: CacheHeader) -> CacheWriter:
 
 
 def _require_same_parts(job: Job, manifest: Manifest) -> None:
-    """Refuse to mix captures that keep other parts of their traces; no header says which."""
+    """Refuse to mix captures that keep different parts of traces, which no header records."""
     for name, default in (("slice", None), ("prompt_turns", "all"), ("assistant_turns", "last")):
         before, now = (config.get(name, default) for config in (manifest.config, job.config))
         if before != now:
@@ -177,11 +177,11 @@ def _run(job: Job, survey: Survey, crew: Crew, writer: CacheWriter) -> CaptureRe
         try:
             crew.run(writer, note, switch.held)
         except Stopped as stopped:
-            logger.info("%s: stopping; what is finished is kept", stopped)
+            logger.info("%s: stopping; finished traces are kept", stopped)
         except EngineError:
             if switch.signum is None:
                 raise
-            # Ctrl-C reaches the engine's own process too, and may end it before us.
+            # Ctrl-C also reaches the engine's own process, and may end it before us.
     report = CaptureReport(
         survey,
         num_traces=progress.num_traces,
@@ -194,19 +194,19 @@ def _run(job: Job, survey: Survey, crew: Crew, writer: CacheWriter) -> CaptureRe
 
 
 def _finish(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureReport:
-    """Compact and seal; either can be broken off like by a kill, and the next run does it."""
+    """Compact and seal; if either is interrupted, the next run does it."""
     with stop_signals() as switch, Progress("writing the last shard"):
         try:
             return _sealed(job, writer, report)
         except Stopped as stopped:
-            logger.info("%s: stopping; every trace is kept, the cache is not sealed yet", stopped)
+            logger.info("%s: stopping; every trace is kept, but the cache is not sealed", stopped)
             return replace(report, stopped_by=switch.signum)
 
 
 def _sealed(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureReport:
     survey = report.survey
     writer.finish()
-    # With other workers beside it, no worker can know that the cache is complete.
+    # Beside other workers, no worker can know that the cache is complete.
     complete = survey.num_taken == survey.num_wanted and job.is_whole
     if complete:
         seal_cache(job.out, journal=job.journal, allow_missing=True)
@@ -214,7 +214,7 @@ def _sealed(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureRepo
 
 
 def _with_parts(job: Job, report: CaptureReport) -> CaptureReport:
-    """Say that this worker's part is done, and see whose is not."""
+    """Record that this worker's part is done, and return which are not."""
     if job.part is None:
         return report
     store, record = open_store(job.out), _record(report.survey, finished=True)

@@ -1,4 +1,4 @@
-"""`cache-teacher score`: traces that exist already, and the teacher's distributions over them."""
+"""`cache-teacher score`: the teacher's distributions over existing traces."""
 
 from teacher_cache.capture.configs import ScoreConfig
 from teacher_cache.capture.early_checks import check_early

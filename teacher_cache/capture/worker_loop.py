@@ -1,4 +1,4 @@
-"""One worker's loop: requests -> teacher -> journal, whoever hands out the requests."""
+"""One worker's loop: requests -> teacher -> journal, whatever the source of requests."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -20,12 +20,12 @@ from teacher_cache.sources import SourceTrace, find_sections
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 
 Work = tuple[SourceTrace, TeacherRequest]
-_NUM_LOOKED_AT = 8  # first traces of every run, whose logits are looked at
+_NUM_LOOKED_AT = 8  # first traces of every run, whose logits are checked
 
 
 @dataclass(frozen=True)
 class Done:
-    """A trace that is in the journal."""
+    """A trace stored in the journal."""
 
     request_id: str
     num_tokens: int
@@ -40,19 +40,19 @@ def run_requests(
     note: Callable[[Done], None],
     hold: Callable[[], AbstractContextManager[object]],
 ) -> None:
-    """Run every request that the cache does not hold yet.
+    """Run every request that is missing from the cache.
 
     Args:
-        work: May end and have more later: it is asked again as long as traces are in flight.
-        teacher: Runs them.
+        work: Requests; after its end it is asked again as long as traces are in flight.
+        teacher: Runs the requests.
         writer: Keeps each trace as it finishes.
-        tokenizer: The teacher's.
+        tokenizer: The teacher's tokenizer.
         note: Called for every trace, once it is kept.
-        hold: Around keeping and noting a trace, which nothing should interrupt.
+        hold: Protects keeping and noting a trace from interruption.
 
     Raises:
-        EngineError: From the teacher; what is finished is kept.
-        OSError: If a trace cannot be written; what was finished before is kept.
+        EngineError: From the teacher; finished traces are kept.
+        OSError: If a trace cannot be written; finished traces are kept.
     """
     in_flight: dict[str, SourceTrace] = {}
 
@@ -61,7 +61,7 @@ def run_requests(
         in_flight[request.request_id] = source
         return request
 
-    # Not a generator, which could not go on once it has ended.
+    # Not a generator, which cannot resume after its end.
     missing = filter(lambda item: item[1].request_id not in writer.finished(), work)
     for number, rows in enumerate(teacher.run(map(begin, missing))):
         if number < _NUM_LOOKED_AT:
@@ -88,12 +88,12 @@ def _check_head(rows: TeacherRows, header: CacheHeader) -> None:
 def finished_trace(
     rows: TeacherRows, source: SourceTrace, header: CacheHeader, tokenizer: TeacherTokenizer
 ) -> FinishedTrace:
-    """A teacher's rows as a trace: sections found, entries chosen, both counted."""
+    """Turn a teacher's rows into a trace: find sections, choose entries, count both."""
     ids = rows.token_ids
     bounds = source.bounds or find_sections(
         ids.tolist(), source.num_prompt, source.opened_at, source.marks, tokenizer
     )
-    # Rows of prompt tokens that were not asked for may come all the same when scoring.
+    # When scoring, rows of prompt tokens may arrive even if they were not requested.
     first = rows.first_row if header.capture_prompt else max(rows.first_row, source.num_prompt)
     policy = KeepPolicy(header.top_k, header.mass)
     has_row = np.ones(len(ids), bool)
@@ -101,7 +101,7 @@ def finished_trace(
     for start, end in source.without_rows:
         has_row[start:end] = False
     given = has_row[rows.first_row :]
-    which = slice(None) if given.all() else given  # a mask would copy all of them
+    which = slice(None) if given.all() else given  # a mask would copy all rows
     kept = keep_entries(rows.row_ids[which], rows.row_logprobs[which], policy)
     k, tail_logit = np.zeros(len(ids), np.uint8), np.zeros(len(ids), np.float32)
     k[has_row], tail_logit[has_row] = kept.k, kept.tail_logit

@@ -70,7 +70,7 @@ def stopped_line(report: CaptureReport, out: str) -> str:
     done = survey.num_taken - survey.num_missing + report.num_traces
     return (
         f"stopped: {done:,} of {survey.num_taken:,} traces are kept in {out}; "
-        "run the same command again to go on"
+        "run the same command again to resume"
     )
 
 
@@ -133,7 +133,7 @@ def retokenized_lines(report: "RetokenizeReport", out: str) -> Iterator[str]:
     if report.stopped_by is not None:
         yield (
             f"stopped: {report.num_present + report.num_traces:,} traces are kept in {out}; run "
-            "the same command again to go on"
+            "the same command again to resume"
         )
         return
     yield (
