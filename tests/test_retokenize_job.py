@@ -342,12 +342,12 @@ def test_marks_that_cannot_be_exchanged_leave_thoughts_out_and_say_why(
 
 
 def test_a_folder_of_another_teacher_is_refused(source, student, rows, tmp_path):
-    with pytest.raises(CacheMismatchError, match="another tokenizer than the cache was captured"):
+    with pytest.raises(CacheMismatchError, match="its tokenizer is not the one of the capture"):
         retokenize(configured(source, tmp_path / "out", student, rows, teacher=student))
     with pytest.raises(EngineError, match="no such folder"):
         retokenize(configured(source, tmp_path / "out", str(tmp_path / "none"), rows))
 
 
 def test_a_derived_cache_is_not_derived_again(made, teacher, rows, tmp_path):
-    with pytest.raises(CacheMismatchError, match="carried over from another tokenizer itself"):
+    with pytest.raises(CacheMismatchError, match="itself carried over from another tokenizer"):
         retokenize(configured(made[1], tmp_path / "out", teacher, rows))

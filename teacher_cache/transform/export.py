@@ -1,4 +1,4 @@
-"""`cache-teacher export`: a cache or a part of it as JSONL, which `score` reads, or as Parquet."""
+"""`cache-teacher export`: a cache or part of it as JSONL, which `score` reads, or as Parquet."""
 
 import json
 from collections.abc import Iterator
@@ -30,10 +30,10 @@ class ExportConfig:
 
     cache: CachePath = option("Folder or URI of the cache.", is_argument=True)
     out: Path = option(
-        "File to write: Parquet where its name ends in .parquet, else JSONL.", is_argument=True
+        "File to write: Parquet if its name ends in .parquet, else JSONL.", is_argument=True
     )
     limit: int | None = option(
-        "Export this many traces, the first ones.", default=None, at_least=1, unset="all"
+        "Export only this many traces, from the first.", default=None, at_least=1, unset="all"
     )
     trace: tuple[str, ...] = option(
         "Id of a trace to export; repeatable.",
@@ -60,9 +60,9 @@ class ExportConfig:
         "Write Parquet, one row per token with its logprobs, whatever the file is called.",
         default=False,
     )
-    force: bool = option("Overwrite the file where it exists.", default=False)
+    force: bool = option("Overwrite the file if it exists.", default=False)
     allow_unsealed: bool = option(
-        "Export what is committed so far of a cache that is not complete.", default=False
+        "Export the committed part of an incomplete cache.", default=False
     )
 
     def __post_init__(self) -> None:
@@ -77,17 +77,17 @@ class ExportConfig:
 
     @property
     def is_parquet(self) -> bool:
-        """Whether the file is Parquet: its name decides, where no option says so."""
+        """Whether the file is Parquet: its name decides, unless an option does."""
         return self.parquet or self.out.suffix in (".parquet", ".pq")
 
 
 def export(config: ExportConfig) -> int:
     """Write every trace once; returns how many.
 
-    The file is written beside its name and renamed, so that it is whole or absent.
+    The file is written under a temporary name and renamed, so that it is complete or absent.
 
     Raises:
-        CacheError: If the cache cannot be read, or holds no trace of a name or less than the lead
+        CacheError: If the cache cannot be read, or lacks a named trace or part of the lead
             span.
         EngineError: If the teacher's tokenizer is needed and cannot be loaded.
     """
@@ -99,7 +99,7 @@ def export(config: ExportConfig) -> int:
 
 
 def _export_jsonl(cache: Cache, tokenizer: TeacherTokenizer | None, config: ExportConfig) -> int:
-    """With logprobs `top_ids`, `top_logprobs` and `tail_mass`, lists with a place per token."""
+    """With logprobs: `top_ids`, `top_logprobs` and `tail_mass`, lists with one item per token."""
     num_traces = 0
     with publish_file(config.out) as temporary, temporary.open("w") as file:
         for trace in _traces(cache, config):
@@ -124,10 +124,10 @@ def _export_parquet(cache: Cache, config: ExportConfig) -> int:
     """Write one plain row per token, distributions included.
 
     Columns: `trace_id`, `position`, `section` (prompt, cot, answer), `token_id`, `top_ids` and
-    `top_logprobs` (nats, most probable first; null where the token has no distribution) and
-    `tail_mass` (the probability outside them; null there too). Each trace is a row group.
+    `top_logprobs` (nats, most probable first; null if the token has no distribution) and
+    `tail_mass` (the probability outside them; null likewise). Each trace is a row group.
     """
-    import pyarrow.parquet as pq  # 30 ms that no other command needs
+    import pyarrow.parquet as pq  # 30 ms that other commands should not pay
 
     num_traces = 0
     with (

@@ -1,6 +1,6 @@
 """`cache-teacher truncate`: a smaller cache with the first part of every trace of another.
 
-Nothing is chosen again: tokens and entries are those of the full cache, cut into new bands. Logits
+Tokens and entries are those of the full cache, split into new bands without a new choice. Logits
 of a cache with another grid are rounded to this version's.
 """
 
@@ -45,16 +45,16 @@ def truncate_cache(
 ) -> Manifest:
     """Write the first `lead_span` of every trace as a cache of its own, and seal it.
 
-    Running it again after it was stopped goes on where it stood. Memory: one shard's traces.
+    A run that was stopped can be resumed. Memory: one shard's traces.
 
     Args:
-        cache: What is made smaller; each trace that counts is taken once.
+        cache: Cache to make smaller; each trace that counts is used once.
         out: The new cache's folder or URI.
-        lead_span: The largest proportion of a trace that the new cache can be read to.
-        top_k: Keep at most so many entries per token (and the token itself).
+        lead_span: Proportion of every trace that the new cache keeps.
+        top_k: Largest number of entries to keep per token, besides the token itself.
 
     Raises:
-        CacheMismatchError: If the cache does not hold so much, or `out` holds something else.
+        CacheMismatchError: If the cache holds less than that, or `out` holds something else.
     """
     held = cache.header.max_lead_span
     if not 0 < lead_span <= held:
@@ -81,7 +81,7 @@ def _copy_shard(cache: Cache, shard: int, rows: list[int], writer: CacheWriter) 
     infos = cache.shards[shard].traces
     missing = [row for row in rows if infos[row].trace_id not in writer.finished()]
     keep = {row: writer.header.num_held(infos[row].n_total) for row in missing}
-    policy = KeepPolicy(writer.header.top_k, 1.0)  # no mass: what the cache kept stays
+    policy = KeepPolicy(writer.header.top_k, 1.0)  # no mass cut: all kept entries stay
     for row, trace in cache.read(shard, keep).items():
         cut = narrowed(trace, policy) if policy.top_k < cache.header.top_k else trace
         writer.append(

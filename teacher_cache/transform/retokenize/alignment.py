@@ -1,4 +1,4 @@
-"""Where the tokens of teacher and student stand in the text that both write.
+"""Positions of the teacher's and the student's tokens in the text that both write.
 
 Letters: N tokens of the teacher, M of the student, E kept entries, in all responses of a batch.
 """
@@ -14,9 +14,9 @@ from teacher_cache.format import Trace, stored_logprobs
 
 @dataclass(frozen=True)
 class Response:
-    """What the assistant wrote, in the tokens of both; their bytes are the same.
+    """The assistant's text in the tokens of both; their bytes are the same.
 
-    The student's may begin later (a mark that its template writes) and end earlier (a text that
+    The student's may begin later (after a mark of its template) and end earlier (a text that
     was cut).
     """
 
@@ -25,20 +25,20 @@ class Response:
     num_teacher: int  # tokens from there on
     student_ids: NDArray[np.int32]
     student_lengths: NDArray[np.int64]  # bytes of each
-    skipped_bytes: int  # of the response, before the student's first token
+    skipped_bytes: int  # bytes of the response before the student's first token
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some responses one behind the other, with the teacher's distributions in probabilities."""
+    """Concatenated responses, with the teacher's distributions as probabilities."""
 
     teacher_ids: NDArray[np.int64]  # [N]
     teacher_starts: NDArray[np.int64]  # [N] first byte of each
-    teacher_response: NDArray[np.int64]  # [N] which response it is of
+    teacher_response: NDArray[np.int64]  # [N] index of its response
     k: NDArray[np.int64]  # [N]
     first_entry: NDArray[np.int64]  # [N]
-    tail: NDArray[np.float64]  # [N] mass outside the kept entries; 0 where there are none
-    realised: NDArray[np.float64]  # [N] probability of the token itself; 1 where it has none
+    tail: NDArray[np.float64]  # [N] mass outside the kept entries; 0 if there are none
+    realised: NDArray[np.float64]  # [N] probability of the target token; 1 if it has none
     entry_ids: NDArray[np.int64]  # [E]
     entry_probs: NDArray[np.float64]  # [E]
     student_ids: NDArray[np.int64]  # [M]
@@ -46,17 +46,17 @@ class Batch:
     student_lengths: NDArray[np.int64]  # [M]
     student_response: NDArray[np.int64]  # [M]
     level: NDArray[np.int64]  # [M] the teacher's token in which each begins
-    depth: NDArray[np.int64]  # [M] bytes of that token that stand before it
-    last: NDArray[np.int64]  # [M] the teacher's token in which its last byte stands
-    ends_on: NDArray[np.bool_]  # [M] whether it ends where that token does
+    depth: NDArray[np.int64]  # [M] bytes of that token before it
+    last: NDArray[np.int64]  # [M] the teacher's token that contains its last byte
+    ends_on: NDArray[np.bool_]  # [M] whether it ends together with that token
 
 
 def align(responses: Sequence[Response], lengths: NDArray[np.int64]) -> Batch:
-    """Lay responses one behind the other.
+    """Concatenate responses.
 
     Args:
-        responses: At least one.
-        lengths: Bytes of each of the teacher's ids; those of the responses have at least one.
+        responses: One or more responses.
+        lengths: Bytes of each of the teacher's ids, at least one for ids in the responses.
     """
     parts = [_teacher_part(response) for response in responses]
     teacher_ids, k, tail, entry_ids, entry_probs = (
@@ -123,7 +123,7 @@ def _teacher_part(response: Response) -> tuple[NDArray[np.generic], ...]:
 
 
 def expand(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each of R rows with some items: [sum] the row of every item, [sum] its place there."""
+    """For R rows with some items each: [sum] the row of every item, [sum] its index in the row."""
     rows = np.repeat(np.arange(len(counts)), counts)
     ends = np.cumsum(counts)
     return rows, np.arange(len(rows)) - (ends - counts)[rows]
@@ -132,6 +132,6 @@ def expand(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int
 def summed(
     rows: NDArray[np.int64], values: NDArray[np.float64], num_rows: int
 ) -> NDArray[np.float64]:
-    """[num_rows] the sum of the values of each row; all of them may be none."""
+    """[num_rows] the sum of each row's values; rows may be empty."""
     sums: NDArray[np.float64] = np.bincount(rows, values, num_rows).astype(np.float64, copy=False)
     return sums

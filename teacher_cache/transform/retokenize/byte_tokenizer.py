@@ -1,4 +1,4 @@
-"""ByteTokenizer: what a tokenizer makes of bytes, also where they end inside a character."""
+"""ByteTokenizer: tokenizes bytes, even those that end inside a character."""
 
 import re
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _CONTINUATION = range(0x80, 0xC0)  # bytes of UTF-8 that begin no character
-_STRAY_BYTE = re.compile("[\udc80-\udcff]")  # one that is of no character, decoded
+_STRAY_BYTE = re.compile("[\udc80-\udcff]")  # a decoded byte that belongs to no character
 _RUNS = re.compile("[\udc80-\udcff]+|[^\udc80-\udcff]+")
-_FILLERS = (0xA0, 0x80, 0x90)  # one of them continues any character that was begun
+_FILLERS = (0xA0, 0x80, 0x90)  # one of these continues any started character
 
 
 class ByteTokenizer:
-    """A tokenizer of a text that goes on behind a prompt, asked in bytes.
+    """A tokenizer for text that continues a prompt, with bytes as input.
 
-    Special tokens in a text are text here, as an assistant may write about them.
+    Special tokens in a text are plain text here, as an assistant may write about them.
     """
 
     def __init__(self, definition: str, where: str) -> None:
@@ -38,7 +38,7 @@ class ByteTokenizer:
 
     @cached_property
     def _backend(self) -> "Tokenizer":
-        from tokenizers import Tokenizer  # comes with transformers, which reading needs not
+        from tokenizers import Tokenizer  # comes with transformers, which reading does not need
 
         backend = Tokenizer.from_str(for_continuation(self._definition))
         backend.no_padding()
@@ -48,23 +48,23 @@ class ByteTokenizer:
 
     @cached_property
     def _byte_ids(self) -> list[int]:
-        """SentencePiece's ids of single bytes; there are all of them, which was checked."""
+        """SentencePiece's ids of single bytes; all of them exist, which was checked."""
         ids = {name: number for number, name in enumerate(self.tokens.names)}
         return [ids[f"<0x{byte:02X}>"] for byte in range(256)]
 
     @property
     def vocab_size(self) -> int:
-        """Ids, those that are no text included."""
+        """Number of ids, including those that are not text."""
         return len(self.tokens.of_id)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
+        """Token ids of a text."""
         (found,) = self._backend.encode_batch_fast([text], add_special_tokens=False)  # no offsets
         ids: list[int] = found.ids
         return ids
 
     def encode_all(self, pieces: Sequence[bytes]) -> list[list[int]]:
-        """Ids of each of many short pieces, which need not be whole characters."""
+        """Token ids of each of many short pieces, which need not be whole characters."""
         texts: list[str] = []
         partial: list[int] = []
         for number, piece in enumerate(pieces):
@@ -80,10 +80,10 @@ class ByteTokenizer:
         return ids
 
     def _encode_partial(self, piece: bytes) -> list[int]:
-        """Ids of bytes that begin or end inside a character.
+        """Token ids of bytes that begin or end inside a character.
 
-        Byte-level: the text is completed so that it can be split into words, and what was added
-        is taken away again. SentencePiece: a character that is not whole is written in bytes.
+        Byte-level: the text is completed so that it can be split into words, and the addition
+        is removed again. SentencePiece: an incomplete character is written in bytes.
         """
         if not self.tokens.is_byte_level:
             return self._encode_runs(piece)
@@ -91,7 +91,7 @@ class ByteTokenizer:
         before, after = _completing(piece[:begin], piece[end:])
         try:
             text = (before + piece + after).decode()
-        except UnicodeDecodeError:  # broken in the middle, which no text is
+        except UnicodeDecodeError:  # invalid in the middle, unlike any text
             return self._encode_runs(piece)
         words = [word for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(text)]
         words[0] = words[0][len(before) :]
@@ -116,7 +116,7 @@ class ByteTokenizer:
 
 
 def _whole_characters(piece: bytes) -> tuple[int, int]:
-    """Where the first character of some bytes begins, and the last whole one ends."""
+    """Start of the first character in some bytes, and end of the last whole one."""
     begin = 0
     while begin < min(3, len(piece)) and piece[begin] in _CONTINUATION:
         begin += 1
@@ -129,12 +129,12 @@ def _whole_characters(piece: bytes) -> tuple[int, int]:
 
 
 def whole_length(text: bytes) -> int:
-    """Bytes of a text up to the end of its last whole character."""
+    """Number of bytes up to the end of a text's last whole character."""
     return _whole_characters(text)[1]
 
 
 def _completing(head: bytes, rest: bytes) -> tuple[bytes, bytes]:
-    """Bytes that make whole characters of the ends of others."""
+    """Bytes that complete partial characters at the ends of others."""
     before = b""
     if head:
         three = b"\xf0" if head[0] >= 0x90 else b"\xf1"

@@ -1,4 +1,4 @@
-"""How good each derived trace is: figures that travel with it and can be asked for by `--where`."""
+"""Quality of each derived trace: figures that travel with it, for use in `--where`."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,24 +11,24 @@ from teacher_cache.format import TraceInfo
 from teacher_cache.transform.retokenize.alignment import Batch, summed
 from teacher_cache.transform.retokenize.distribution import Contributions
 
-FIELD = "retokenized"  # of a trace's own fields
+FIELD = "retokenized"  # among a trace's own fields
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is known of one derived trace.
+    """Quality figures of one derived trace.
 
     Attributes:
-        num_tokens: Of the student, in the response.
-        coverage: Share of them that have a distribution; the hard label alone teaches the others.
-        teacher_nats: Negative log-likelihood of the text by the teacher's own probabilities,
-            where all tokens have distributions.
-        student_nats: The same by the derived ones. It is lower by `shared_nats`.
-        shared_nats: What other tokens of the teacher add that begin with the student's token: the
-            student does not tell them apart until later.
-        chain_rule_error: What is left of the difference, nats per token of the student; unknown
+        num_tokens: Student tokens in the response.
+        coverage: Share of them with a distribution; the others have only the hard label.
+        teacher_nats: Negative log-likelihood of the text under the teacher's own probabilities,
+            over stretches where all tokens have distributions.
+        student_nats: Likewise under the derived ones. It is lower by `shared_nats`.
+        shared_nats: Contribution of other teacher tokens that begin with the student's token: the
+            student distinguishes them only later.
+        chain_rule_error: Rest of the difference, nats per student token: unknown
             mass inside the teacher's tokens.
-        tail_mass: Mean mass without a token.
+        tail_mass: Mean mass that is assigned to no token.
     """
 
     num_tokens: int
@@ -40,7 +40,7 @@ class Certificate:
     tail_mass: float
 
     def to_json(self) -> dict[str, Any]:
-        """Rounded, as a trace's field."""
+        """Rounded figures, as a trace's field."""
         return {
             name: value if isinstance(value, int) else float(f"{value:.6g}")
             for name, value in asdict(self).items()
@@ -52,14 +52,14 @@ def certify(
 ) -> list[Certificate]:
     """A certificate for each response of a batch.
 
-    Stretches between joints of both tokenizers are compared whole; one with a token that has no
-    distribution is left out.
+    Stretches between joints of both tokenizers are compared whole; those with a token without a
+    distribution are left out.
 
     Args:
         batch: Aligned responses.
-        found: Their distributions.
-        own_mass: [M] of each token itself.
-        num_responses: How many there are.
+        found: Distributions of the responses.
+        own_mass: [M] mass of each token itself.
+        num_responses: Number of responses.
     """
     of = batch.student_response
     is_start = np.ones(len(of), bool)
@@ -68,7 +68,7 @@ def certify(
     is_whole = np.bincount(stretch, ~found.has_row) == 0
     first = batch.level[is_start]
     last = np.concatenate([batch.last[np.flatnonzero(is_start)[1:] - 1], batch.last[-1:]])
-    # A stretch that begins or ends inside a token of the teacher is no stretch of its tokens.
+    # A stretch that begins or ends inside a teacher token is no stretch of teacher tokens.
     is_whole &= batch.depth[is_start] == 0
     is_whole &= np.concatenate(
         [batch.ends_on[np.flatnonzero(is_start)[1:] - 1], batch.ends_on[-1:]]
@@ -104,7 +104,7 @@ def certify(
 
 
 def overall(infos: Iterable[TraceInfo]) -> dict[str, float] | None:
-    """The certificates of a cache's traces in one; None where none has any."""
+    """Combine the certificates of a cache's traces; None if there are none."""
     found = [info.fields[FIELD] for info in infos if isinstance(info.fields.get(FIELD), Mapping)]
     if not found:
         return None

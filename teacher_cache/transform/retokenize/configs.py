@@ -1,4 +1,4 @@
-"""What can be set for `cache-teacher retokenize`, checked before anything heavy is imported."""
+"""Settings of `cache-teacher retokenize`, checked before anything heavy is imported."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class RetokenizeConfig:
 
     cache: CachePath = option("Folder or URI of the cache.", is_argument=True)
     out: CachePath = option("Folder or URI of the student's cache.", is_argument=True)
-    student: str = _student("Model folder or hub id whose tokenizer to write in.", basic=True)
+    student: str = _student("Model folder or hub id with the tokenizer to write in.", basic=True)
     student_revision: str | None = _student("Branch, tag or commit of a hub id.", default=None)
     template_arg: Mapping[str, object] = same_option(CaptureConfig, "template_arg", group="Student")
     think_open: str | None = same_option(
@@ -26,7 +26,7 @@ class RetokenizeConfig:
         "think_open",
         group="Student",
         help="Text that the student writes before its chain of thought, white space included (\\n "
-        "is a line break); where its chat template does not show it.",
+        "is a line break); if its chat template does not show it.",
     )
     think_close: str | None = same_option(
         CaptureConfig,
@@ -35,12 +35,12 @@ class RetokenizeConfig:
         help="Text that the student writes between chain of thought and answer, likewise.",
     )
     rows: Path | None = option(
-        "File, folder or hub id of the rows that were captured, for caches that do not hold what "
-        "was asked.",
+        "File, folder or hub id of the captured rows, for caches that do not hold the "
+        "prompts' messages.",
         default=None,
         group="Input",
         basic=True,
-        unset="what the cache holds of it",
+        unset="the messages in the cache",
     )
     id_field: str = same_option(CaptureConfig, "id_field")
     prompt_field: str | None = same_option(CaptureConfig, "prompt_field")
@@ -49,18 +49,18 @@ class RetokenizeConfig:
     dataset_config: str | None = same_option(CaptureConfig, "dataset_config")
     split: str = same_option(CaptureConfig, "split")
     teacher: str | None = option(
-        "Where the teacher's tokenizer is now.",
+        "Current location of the teacher's tokenizer.",
         default=None,
         group="Input",
         unset="where it was at capture",
     )
     allow_unsealed: bool = option(
-        "Take what is committed so far of a capture that is not complete.",
+        "Use the committed part of an incomplete capture.",
         default=False,
         group="Input",
     )
     processes: int | None = option(
-        "Processes that work at the same time.",
+        "Number of processes that work in parallel.",
         default=None,
         at_least=1,
         unset="one per core",

@@ -1,4 +1,4 @@
-"""Converter: traces of one cache -> traces of a student, some at a time. One per process."""
+"""Converter: turns a cache's traces into a student's, in batches. One per process."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from teacher_cache.transform.retokenize.vocabularies import Vocabularies
 
 @dataclass(frozen=True)
 class Task:
-    """A trace of the teacher and the row that it was made from; None where that is not known."""
+    """A teacher's trace and the row it was made from; None if that is unknown."""
 
     trace: Trace
     source_hash: str
@@ -44,7 +44,7 @@ class Rejected:
 
 
 class Converter:
-    """Everything about one teacher and one student."""
+    """Converts traces of one teacher for one student."""
 
     def __init__(
         self,
@@ -55,15 +55,15 @@ class Converter:
         chat: TeacherTokenizer,
         render: PromptRenderer,
     ) -> None:
-        """Read both vocabularies; some seconds.
+        """Read both vocabularies, which takes some seconds.
 
         Args:
             source: Header of the teacher's cache.
-            teacher: Its tokenizer.
-            student: The student's.
-            words: Both in one language.
+            teacher: The teacher's tokenizer.
+            student: The student's tokenizer.
+            words: Both vocabularies in one language.
             chat: The student's tokenizer with its chat template.
-            render: Rows -> the student's prompts.
+            render: Renders rows as the student's prompts.
         """
         joints = Joints(student, teacher, words.texts)
         self._derive = Derivation(joints, words.texts, words.student)
@@ -72,7 +72,7 @@ class Converter:
         self._words, self._chat, self._render = words, chat, render
 
     def __call__(self, tasks: Sequence[Task]) -> list[FinishedTrace | Rejected]:
-        """Convert some traces; each becomes one of the student, or is rejected with the reason."""
+        """Convert some traces; each becomes a student's trace, or is rejected with a reason."""
         results: list[FinishedTrace | Rejected] = []
         usable: list[tuple[Task, SourceTrace, Response]] = []
         for task in tasks:
@@ -97,11 +97,11 @@ class Converter:
         trace = task.trace
         if task.row is None:
             raise BadRow(
-                Reason.NO_ROW, "what it was asked is not known; give the rows with --rows, by id"
+                Reason.NO_ROW, "its prompt's messages are unknown; give the rows with --rows, by id"
             )
         if FIELD in trace.fields:
             raise BadRow(
-                Reason.FIELD_RESERVED, f"it has a field {FIELD!r} already: it is derived itself"
+                Reason.FIELD_RESERVED, f"it already has a field {FIELD!r}: it is itself derived"
             )
         if 2 * trace.num_entries > MAX_CONTRIBUTIONS or trace.n_total * 4 > MAX_ROWS:
             raise BadRow(Reason.TRACE_TOO_LONG, f"{trace.num_entries} entries in one trace")
@@ -141,7 +141,7 @@ class Converter:
         )
 
     def _whole_length(self, source: Trace, num_tokens: int) -> int:
-        """Tokens of the whole trace; of a truncated one, as many as the same proportion makes."""
+        """Number of tokens of the whole trace; for a truncated one, scaled in proportion."""
         if len(source.token_ids) == source.n_total:
             return num_tokens
         header = self._write.header

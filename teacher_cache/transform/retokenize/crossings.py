@@ -1,8 +1,8 @@
-"""Where a tokenizer can join two texts: a test without the tokenizer, in numpy.
+"""Where a tokenizer can merge across two texts: a numpy test without the tokenizer.
 
-A token reaches across the joint of `x` and `y` only if it begins with an end of `x` and goes on
+A token reaches across the joint of `x` and `y` only if it begins with an end of `x` and continues
 with the first byte of `y`. For most pairs the vocabulary has no such token (a word and a space),
-and then each side is cut as if the other were not there.
+and then each side is split as if the other were absent.
 
 Letters: X left strings, L bytes of all of them.
 """
@@ -12,19 +12,19 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse
+_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, and so invertible
 
 
 class Crossings:
-    """Which bytes could go on behind each end of a text within one token."""
+    """The bytes that could follow each end of a text within one token."""
 
     def __init__(self, vocabulary: Sequence[bytes | None]) -> None:
-        """Note every beginning of every token, and the bytes that follow it there."""
+        """Record every prefix of every token, and the bytes that follow it."""
         tokens = [token for token in vocabulary if token]
         flat, starts, lengths = _flat(tokens)
         hashes = _prefix_hashes(flat, starts, lengths)
-        # What stands at a byte is the hash of all before it in its token: a beginning, which is
-        # empty at the first byte and says nothing there.
+        # The value at a byte is the hash of all bytes before it in its token: a prefix, which is
+        # empty at the first byte and carries no information there.
         is_inner = np.ones(len(flat), bool)
         is_inner[starts] = False
         order = np.argsort(hashes[is_inner], kind="stable")
@@ -35,7 +35,7 @@ class Crossings:
         self._bits = np.bitwise_or.reduceat(bits, first) if len(keys) else bits
 
     def masks(self, left: Sequence[bytes]) -> NDArray[np.uint64]:
-        """[X, 4] for each left string a set of 256 bytes: with these, a token may reach across."""
+        """[X, 4] set of 256 bytes for each left string: before these, a token may reach across."""
         masks = np.zeros((len(left), 4), np.uint64)
         flat, starts, lengths = _flat(left)
         if not len(flat) or not len(self._hashes):
@@ -56,7 +56,7 @@ class Crossings:
 def _flat(
     strings: Sequence[bytes],
 ) -> tuple[NDArray[np.uint64], NDArray[np.intp], NDArray[np.intp]]:
-    """[L] bytes of all strings, [X] where each begins, [X] their lengths."""
+    """[L] bytes of all strings, [X] start of each, [X] their lengths."""
     lengths = np.array([len(string) for string in strings], np.intp)
     flat = np.frombuffer(b"".join(strings), np.uint8).astype(np.uint64)
     return flat, np.cumsum(lengths) - lengths, lengths
@@ -65,7 +65,7 @@ def _flat(
 def _prefix_hashes(
     flat: NDArray[np.uint64], starts: NDArray[np.intp], lengths: NDArray[np.intp]
 ) -> NDArray[np.uint64]:
-    """[L] polynomial hash, modulo 2^64, of what stands before each byte in its string."""
+    """[L] polynomial hash, modulo 2^64, of the bytes before each byte in its string."""
     hashes = np.zeros(len(flat), np.uint64)
     active = np.flatnonzero(lengths > 1)
     position = 0

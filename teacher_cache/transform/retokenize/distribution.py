@@ -1,22 +1,22 @@
 """The teacher's distribution over the student's next token.
 
 A token of the student begins at byte a of the text, inside the teacher's token i ("level" i) or at
-its start. What the teacher could say there is in the cache, and along the text that was really
-written so are the next levels. Every way the text could go on gives its mass to one token:
+its start. The cache holds what the teacher could say there, and along the text actually
+written, at the next levels. Every way the text could continue gives its mass to one token:
 
-1. An entry of level i that is not the realised one: to the student's next token if the text went
-   on with the entry's bytes. Entries with which the student's last token would have become another
-   one are impossible now, since that token stands: they are left out and the rest is renormalised.
-   Inside a token, so are entries that do not begin with the bytes which are there already.
-2. The realised entry's mass goes on to level i + 1, and so on to the level that ends the student's
+1. An entry of level i that is not the target: to the student's next token if the text continued
+   with the entry's bytes. Entries with which the student's last token would have become another
+   are impossible now, since that token is fixed: they are left out and the rest is renormalised.
+   Inside a token, so are entries that do not begin with the bytes already written.
+2. The target's mass passes to level i + 1, and so on to the level that ends the student's
    token: an entry there gives its share to the first token of the bytes so far and its own.
-3. Behind the token's end, where a level begins there: entries with which the token would merge
-   into another one take their share of its mass with them (what 1 leaves out for the next token).
+3. After the token's end, if a level begins there: entries with which the token would merge
+   into another one take their share of its mass (what 1 leaves out for the next token).
 4. Mass outside the kept entries, and that of entries that end inside the student's token or that
    the student cannot write, is the tail.
 
 The masses of 3 and 1 are the same entries, so the chain rule holds: the product over the tokens
-of the mass that went along the realised text is the product of the teacher's own probabilities.
+of the mass along the actual text is the product of the teacher's own probabilities.
 
 Letters: M tokens of the student, C contributions.
 """
@@ -30,7 +30,7 @@ from teacher_cache.transform.retokenize.alignment import Batch, expand, summed
 from teacher_cache.transform.retokenize.joints import NONE, Joints
 from teacher_cache.transform.retokenize.token_bytes import special_of
 
-# Inside a teacher's token, the largest share of the mass that may be unaccounted for.
+# Largest share of the mass inside a teacher's token that may be unaccounted for.
 MAX_UNKNOWN = 0.05
 
 
@@ -38,37 +38,37 @@ MAX_UNKNOWN = 0.05
 class Contributions:
     """Masses of the student's tokens, not summed yet: C of them, in no order."""
 
-    row: NDArray[np.int64]  # [C] which of the M tokens the distribution is of
+    row: NDArray[np.int64]  # [C] which of the M tokens the distribution belongs to
     token: NDArray[np.int64]  # [C]
     mass: NDArray[np.float64]  # [C]
-    tail: NDArray[np.float64]  # [M] what no token is known for; with the masses it sums to 1
+    tail: NDArray[np.float64]  # [M] mass of no known token; with the masses it sums to 1
     has_row: NDArray[np.bool_]  # [M] whether there is a distribution
-    is_plain: NDArray[np.bool_]  # [M] whether it is one distribution of the teacher, nothing added
-    path: NDArray[np.float64]  # [M] the realised token's mass along the realised text
+    is_plain: NDArray[np.bool_]  # [M] whether it is a single distribution of the teacher
+    path: NDArray[np.float64]  # [M] the target token's mass along the actual text
 
 
 @dataclass(frozen=True)
 class _Level:
-    """The entries of the level at which each token begins, and what they make of the joint."""
+    """The entries of the level at which each token begins, and their effect on the joint."""
 
     row: NDArray[np.int64]
     entry: NDArray[np.int64]
     is_realised: NDArray[np.bool_]
-    merged: NDArray[np.int32]  # with which token the last one would have been another
+    merged: NDArray[np.int32]  # the token that would replace the last one
     token: NDArray[np.int32]
-    is_open: NDArray[np.bool_]  # ends at or before the joint, and goes on nobody knows how
-    is_out: NDArray[np.bool_]  # does not begin with what is there already
+    is_open: NDArray[np.bool_]  # ends at or before the joint, with unknown continuation
+    is_out: NDArray[np.bool_]  # does not begin with the bytes already written
 
 
 class Derivation:
-    """Distributions of batches, with one pair of tokenizers."""
+    """Computes distributions of batches for one pair of tokenizers."""
 
     def __init__(self, joints: Joints, texts: list[bytes | None], student: list[bytes]) -> None:
-        """Keep what every batch needs.
+        """Prepare what every batch needs.
 
         Args:
-            joints: Of the two tokenizers.
-            texts: What each of the teacher's ids stands for; None where the student cannot say it.
+            joints: Joints of the two tokenizers.
+            texts: Text of each of the teacher's ids; None if the student cannot write it.
             student: Bytes of each of the student's ids, stand-ins for special ones.
         """
         self._joints = joints
@@ -84,7 +84,7 @@ class Derivation:
         self._left[: len(student)][is_special] = joints.nothing
 
     def __call__(self, batch: Batch) -> Contributions:
-        """Where all mass goes."""
+        """Distribute all mass over the student's tokens."""
         level = self._first_level(batch)
         num_rows = len(batch.student_ids)
         probs = batch.entry_probs[level.entry]
@@ -101,7 +101,7 @@ class Derivation:
             has_row &= (batch.depth == 0) | (unknown <= MAX_UNKNOWN * left)
         has_row &= left > 0
 
-        # The part of a token's mass that the next token leaves out for it.
+        # Part of a token's mass, which the next token leaves out.
         moves = self._moves_from_next(batch)
         stays = np.ones(num_rows)
         stays[moves] = 1.0 - excluded[moves + 1]
@@ -152,7 +152,7 @@ class Derivation:
         return has_all
 
     def _moves_from_next(self, batch: Batch) -> NDArray[np.int64]:
-        """Rows whose token could still have merged with what the teacher says next."""
+        """Rows whose token could still merge with what the teacher says next."""
         next_row = np.arange(1, len(batch.student_ids))
         same = batch.student_response[next_row] == batch.student_response[next_row - 1]
         has_level = batch.k[batch.level[next_row]] > 0
@@ -200,13 +200,13 @@ class Derivation:
     def _begins_alike(
         self, tokens: NDArray[np.int64], like: NDArray[np.int64], depth: NDArray[np.int64]
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Whether tokens share the first `depth` bytes with others, as far as they go; if longer.
+        """Whether tokens agree with the others' first `depth` bytes, and whether they are longer.
 
         `depth` is less than the others' lengths.
         """
         lengths = self.teacher_lengths[tokens]
         common = np.minimum(lengths, depth)
-        alike = lengths > 0  # one that the student cannot write goes on nobody knows how
+        alike = lengths > 0  # a token the student cannot write has an unknown continuation
         alike_rows = np.flatnonzero(alike)
         position = 0
         while len(alike_rows):
@@ -221,7 +221,7 @@ class Derivation:
     def _inner_levels(
         self, batch: Batch, has_row: NDArray[np.bool_], log_realised: NDArray[np.float64]
     ) -> "_Inner | None":
-        """Levels behind the first that a token lies in."""
+        """Levels after the first that a token lies in."""
         rows = np.flatnonzero(has_row & (batch.last > batch.level))
         if not len(rows):
             return None
@@ -240,7 +240,7 @@ class Derivation:
         of_level, entry = of_level[other], entry[other]
         right = batch.entry_ids[entry]
         token = self._joints.first(left[of_level], right)
-        # Bytes of what the student cannot write are unknown, and whether they merge.
+        # For text the student cannot write, the bytes and any merges are unknown.
         token[self.teacher_lengths[right] == 0] = NONE
         mass = reach[of_level] * batch.entry_probs[entry]
         return _Inner(row[of_level], token, mass, tail)

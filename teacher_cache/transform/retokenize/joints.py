@@ -1,10 +1,10 @@
-"""What the student's tokenizer makes of a text at the joint with what the teacher could say next.
+"""Tokenization by the student at the joint of a text and the teacher's possible next tokens.
 
 Left strings are ids: the student's tokens, then NOTHING (a joint where nothing can reach across:
-the start of the response, a special token), then beginnings of tokens that are added on demand.
+the start of the response, a special token), then beginnings of tokens, added on demand.
 Right strings are ids too: the teacher's tokens, then their ends, added on demand.
 
-Letters: N questions asked at once.
+Letters: N queries in one call.
 """
 
 from collections.abc import Sequence
@@ -21,17 +21,17 @@ NONE = -1  # no token
 
 
 class Joints:
-    """Answers about pairs of strings, remembered; most need no tokenizer at all."""
+    """Cached answers about pairs of strings; most need no tokenizer at all."""
 
     def __init__(
         self, student: ByteTokenizer, teacher: ByteTokenizer, texts: Sequence[bytes | None]
     ) -> None:
-        """Read both vocabularies; a second or two for 150,000 ids.
+        """Read both vocabularies; takes a second or two for 150,000 ids.
 
         Args:
-            student: Its tokenizer.
-            teacher: Likewise.
-            texts: What each of the teacher's tokens stands for in the shared text; None for those
+            student: The student's tokenizer.
+            teacher: The teacher's tokenizer.
+            texts: Text of each of the teacher's tokens in the shared text; None for those
                 that the student cannot write.
         """
         self._student, self._teacher = student, teacher
@@ -43,11 +43,11 @@ class Joints:
         self._right = _Right(student, teacher, texts)
 
     def left_of(self, beginnings: Sequence[bytes]) -> NDArray[np.int64]:
-        """[N] ids of beginnings of the student's tokens as left strings."""
+        """[N] left-string ids of beginnings of the student's tokens."""
         return self._left.ids_of(beginnings)
 
     def right_of(self, ends: Sequence[bytes]) -> NDArray[np.int64]:
-        """[N] ids of ends of the teacher's tokens as right strings."""
+        """[N] right-string ids of ends of the teacher's tokens."""
         return self._right.ids_of(ends)
 
     def after(
@@ -57,21 +57,21 @@ class Joints:
         teacher_left: NDArray[np.int64],
         teacher_right: NDArray[np.int64],
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """What stands behind a token of the student, if the text goes on in this way.
+        """Find what follows a student's token if the text continues in this way.
 
-        A pair that the teacher's own tokenizer would have written in another way is left as the
-        teacher has it: it decided for a boundary here.
+        A pair that the teacher's own tokenizer would have written differently is left as the
+        teacher wrote it: the teacher chose a boundary here.
 
         Args:
             left: [N] the student's token before the joint, or `nothing`.
-            right: [N] what the teacher could say.
-            teacher_left: [N] the teacher's token before the joint; NONE where there is none, or
+            right: [N] the teacher's possible continuation.
+            teacher_left: [N] the teacher's token before the joint; NONE if there is none, or
                 the joint is inside one of its tokens.
-            teacher_right: [N] the teacher's token on the right; read where teacher_left is.
+            teacher_right: [N] the teacher's token on the right; used where teacher_left is.
 
         Returns:
-            [N] the token that would stand in place of `left`, where the joint would not be one
-            (NONE where it is), and [N] the first token on the right (NONE: it cannot be told).
+            [N] the token that would replace `left` if the joint were not one
+            (NONE if it is), and [N] the first token on the right (NONE: unknown).
         """
         merged = np.full(len(left), NONE, np.int32)
         following = self._right.first[right]
@@ -104,7 +104,7 @@ class Joints:
         return may
 
     def _tokens(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int32]:
-        """[N, 2] the first two tokens of the two strings together; NONE where there is none."""
+        """[N, 2] the first two tokens of the joined strings; NONE if missing."""
         keys = (left << 32) | right
         tokens, known = self._memo.find(keys)
         if known.all():
@@ -142,7 +142,7 @@ class Joints:
 
 
 class _Left:
-    """Left strings: [X, 4] masks, [X] whether each is one token for itself, [X] its first token."""
+    """Left strings: [X, 4] masks, [X] whether each is a single token, [X] its first token."""
 
     def __init__(self, student: ByteTokenizer, crossings: Crossings) -> None:
         self._student, self._crossings = student, crossings
@@ -180,17 +180,17 @@ class _Left:
 
 
 def _words_depend() -> NDArray[np.uint64]:
-    """[256, 4] for each last byte the first bytes of a text whose words may depend on it.
+    """[256, 4] for each last byte, the first bytes of a text whose word splits may depend on it.
 
-    Splitting into words looks across a joint: a space before a letter leaves its run, a sign joins
-    the signs after it, an apostrophe what stands before it. Behind a letter or a digit of ASCII
-    nothing but apostrophes and line breaks is looked at (in the expressions of GPT-2 and all that
-    came from them); behind a character beyond ASCII, signs as well.
+    Word splitting looks across a joint: a space before a letter leaves its run, a symbol joins
+    the symbols after it, an apostrophe the text before it. After a letter or digit of ASCII
+    only apostrophes and line breaks matter (in the expressions of GPT-2 and all that
+    derive from them); after a character beyond ASCII, symbols do too.
     """
     signs = [byte for byte in range(128) if not chr(byte).isalnum() and byte != 0x20]
     depend = np.zeros((256, 256), bool)
     depend[:, list(b"\r\n'")] = True
-    depend[:, 0x80:0xC0] = True  # goes on inside a character
+    depend[:, 0x80:0xC0] = True  # continues inside a character
     depend[128:, signs] = True
     depend[[*signs, 0x20], :NOT_TEXT] = True
     return _as_bits(depend)
@@ -229,7 +229,7 @@ class _Right:
         self._keep_own(student, teacher)
 
     def _keep_own(self, student: ByteTokenizer, teacher: ByteTokenizer) -> None:
-        """A token that the teacher's own tokenizer never writes is the student's of that name."""
+        """Map a token that the teacher's tokenizer never writes to the student's of that name."""
         id_of = {name: number for number, name in enumerate(student.tokens.names) if name}
         same = {}  # the teacher's id -> the student's, where their names and bytes agree
         for number, name in enumerate(teacher.tokens.names):

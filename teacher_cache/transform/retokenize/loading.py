@@ -1,4 +1,4 @@
-"""Both tokenizers, and what a cache in the student's tokens says of itself."""
+"""Loads both tokenizers, and makes the header of a cache in the student's tokens."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from teacher_cache.transform.retokenize.convert import Converter
 from teacher_cache.transform.retokenize.rows import MAX_VOCABULARY
 from teacher_cache.transform.retokenize.vocabularies import share_vocabularies
 
-_NO_LIMIT = 1 << 31  # of a prompt: the response is given, whatever the student's context
+_NO_LIMIT = 1 << 31  # on a prompt: the response exists, whatever the student's context
 
 
 def _student_files(config: RetokenizeConfig) -> ModelFiles:
@@ -28,13 +28,13 @@ def _student_chat(config: RetokenizeConfig) -> TeacherTokenizer:
 
 
 def student_header(config: RetokenizeConfig, source: Cache) -> CacheHeader:
-    """The source's header, with all that is said of tokens the student's."""
+    """The source's header, with all facts about tokens replaced by the student's."""
     files, chat = _student_files(config), _student_chat(config)
     before = source.header
     if before.derived is not None:
         raise CacheMismatchError(
-            f"{source.path}: was carried over from another tokenizer itself; start from the cache "
-            f"that it was made from ({before.derived.get('fingerprint')})"
+            f"{source.path}: was itself carried over from another tokenizer; start from the cache "
+            f"it was made from ({before.derived.get('fingerprint')})"
         )
     layout = chat.layout()
     mark_ids = (
@@ -70,11 +70,11 @@ def make_converter(config: RetokenizeConfig, source: CacheHeader) -> Converter:
     """Load both tokenizers.
 
     Args:
-        config: Names them.
+        config: Configuration that names them.
         source: Header of the teacher's cache.
 
     Raises:
-        CacheMismatchError: If the teacher's tokenizer is not the cache's.
+        CacheMismatchError: If the teacher's tokenizer differs from the cache's.
         UnsupportedTokenizerError: If one of them cannot be carried over.
     """
     where = config.teacher or source.teacher
@@ -82,7 +82,7 @@ def make_converter(config: RetokenizeConfig, source: CacheHeader) -> Converter:
     own = TeacherTokenizer(files, {})
     if own.fingerprint != source.tokenizer_fingerprint:
         raise CacheMismatchError(
-            f"teacher {where!r}: has another tokenizer than the cache was captured with; name the "
+            f"teacher {where!r}: its tokenizer is not the one of the capture; name the "
             "folder of the right one with --teacher"
         )
     teacher = ByteTokenizer(own.definition, f"teacher {where!r}")

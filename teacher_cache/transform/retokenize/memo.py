@@ -1,4 +1,4 @@
-"""Memo: a hash table of whole numbers in numpy, asked for many keys at once, of fixed size."""
+"""Memo: a numpy hash table of integers, of fixed size, for many keys at once."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,10 +8,10 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Memo:
-    """Keys (at least 0) -> some int32 values each. What does not fit any more is forgotten."""
+    """Maps keys (at least 0) to some int32 values each. Entries that do not fit are dropped."""
 
     def __init__(self, num_values: int, *, log2_slots: int = 21) -> None:
-        """Make an empty one; it takes 8 + 4 * num_values bytes per slot, half of them in use."""
+        """Make an empty table; it takes 8 + 4 * num_values bytes per slot, half of them in use."""
         self._shift = np.uint64(64 - log2_slots)
         self._wrap = (1 << log2_slots) - 1
         self._keys = np.full(1 << log2_slots, _EMPTY)
@@ -33,7 +33,7 @@ class Memo:
         return self._values[slots], known
 
     def insert(self, keys: NDArray[np.int64], values: NDArray[np.int32]) -> None:
-        """Add keys that are not there, each once. [N], and [N, num_values]."""
+        """Add missing keys [N], each once, with values [N, num_values]."""
         if self.num_keys + len(keys) > len(self._keys) // 2:
             self._keys.fill(_EMPTY)
             self.num_keys = 0
@@ -44,7 +44,7 @@ class Memo:
         while len(pending):
             here = slots[pending]
             is_free = self._keys[here] == _EMPTY
-            self._keys[here[is_free]] = keys[pending[is_free]]  # of two for one slot, one stays
+            self._keys[here[is_free]] = keys[pending[is_free]]  # of two for one slot, one is kept
             placed = self._keys[here] == keys[pending]
             self._values[here[placed]] = values[pending[placed]]
             pending = pending[~placed]

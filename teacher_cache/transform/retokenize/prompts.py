@@ -1,4 +1,4 @@
-"""Where the prompts of a cache's traces come from: the cache itself, or the user's rows by id."""
+"""Sources of the prompts of a cache's traces: the cache itself, or the user's rows by id."""
 
 import json
 import re
@@ -14,14 +14,14 @@ from teacher_cache.sources.input_traces import row_values
 from teacher_cache.sources.rejects import BadRow, Reason, Rejects
 from teacher_cache.sources.render import given_id
 
-_SAMPLE = re.compile(r"#\d+\Z")  # of several answers to one prompt
+_SAMPLE = re.compile(r"#\d+\Z")  # suffix of one of several answers to a prompt
 
 
 class Prompts(Protocol):
-    """Rows by the ids of traces."""
+    """Looks up rows by trace id."""
 
     def row_of(self, trace_id: str) -> dict[str, Any] | None:
-        """The row that a trace was made from; None where it is not known."""
+        """The row that a trace was made from; None if it is unknown."""
         ...
 
 
@@ -32,13 +32,13 @@ class CachedPrompts:
     cache: Cache
 
     def row_of(self, trace_id: str) -> dict[str, Any] | None:
-        """What a trace was asked; None of caches of before, and of prompts that were text."""
+        """The messages of a trace's prompt; None for older caches and for text prompts."""
         asked = self.cache.messages(trace_id)
         return None if asked is None else dict(asked)
 
 
 class PromptRows:
-    """Rows of a file, kept in a database that goes to the disk where it grows large."""
+    """Rows of a file, kept in a database that moves to disk when it grows large."""
 
     def __init__(
         self, source: Input, id_field: str, wanted: AbstractSet[str], rejects: Rejects
@@ -46,12 +46,12 @@ class PromptRows:
         """Read all rows once.
 
         Args:
-            source: The file, folder or hub id.
-            id_field: The column of the id.
-            wanted: Ids of the traces; other rows are passed over.
-            rejects: Takes rows that cannot be read.
+            source: File, folder or hub id of the rows.
+            id_field: Column with the id.
+            wanted: Ids of the traces; other rows are skipped.
+            rejects: Collects rows that cannot be read.
         """
-        self._database = sqlite3.connect("")  # without a name: private, and gone at the end
+        self._database = sqlite3.connect("")  # without a name: private and temporary
         self._database.execute("CREATE TABLE rows (id TEXT PRIMARY KEY, content TEXT)")
         known = {*wanted, *(_SAMPLE.sub("", name) for name in wanted)}
         for row in source:
@@ -68,7 +68,7 @@ class PromptRows:
             self._database.execute("INSERT INTO rows VALUES (?, ?)", (name, content))
         except sqlite3.IntegrityError as error:
             raise BadRow(
-                Reason.DUPLICATE_ID, f"id {name!r} stands in an earlier row already"
+                Reason.DUPLICATE_ID, f"id {name!r} already occurs in an earlier row"
             ) from error
 
     def __enter__(self) -> Self:
@@ -78,7 +78,7 @@ class PromptRows:
         self._database.close()
 
     def row_of(self, trace_id: str) -> dict[str, Any] | None:
-        """The row of a trace, or of the prompt that it is one of several answers to."""
+        """The row of a trace, or of the prompt if the trace is one of several answers to it."""
         for name in (trace_id, _SAMPLE.sub("", trace_id)):
             with closing(
                 self._database.execute("SELECT content FROM rows WHERE id = ?", (name,))

@@ -1,4 +1,4 @@
-"""A trace's response in the student's tokens: the same bytes, cut anew."""
+"""A trace's response in the student's tokens: the same bytes, split anew."""
 
 import re
 from dataclasses import dataclass
@@ -14,26 +14,26 @@ from teacher_cache.transform.retokenize.token_bytes import special_of
 from teacher_cache.transform.retokenize.vocabularies import Vocabularies
 
 _STAND_IN = re.compile(rb"(\xff.{4})", re.DOTALL)
-_SHOWN = 40  # bytes of an example
+_SHOWN = 40  # bytes shown of an example
 
 
 @dataclass(frozen=True)
 class ResponseWriter:
-    """Writes responses of one teacher in the tokens of one student."""
+    """Writes one teacher's responses in the tokens of one student."""
 
     header: CacheHeader  # of the teacher's cache
     student: ByteTokenizer
     words: Vocabularies
 
     def __call__(self, trace: Trace, prompt: SourceTrace) -> Response:
-        """Cut a response into the student's tokens.
+        """Split a response into the student's tokens.
 
         Args:
-            trace: The teacher's, or as much of it as its cache holds.
-            prompt: The student's.
+            trace: The teacher's trace, or as much of it as its cache holds.
+            prompt: The student's prompt.
 
         Raises:
-            BadRow: If it cannot be done without changing the text.
+            BadRow: If that is impossible without changing the text.
         """
         num_held = len(trace.token_ids)
         if trace.cot_start >= num_held:
@@ -52,7 +52,7 @@ class ResponseWriter:
             text = text[: whole_length(text)]
         ids = self._encoded(text)
         if is_cut and len(ids) > 1:
-            ids.pop()  # what follows may have been part of it
+            ids.pop()  # the following text may belong to it
         if not ids:
             raise BadRow(Reason.NOTHING_HELD, "no whole character of the response is held")
         lengths = np.array([len(self.words.student[token]) for token in ids], np.int64)
@@ -65,12 +65,12 @@ class ResponseWriter:
         if not text:
             raise BadRow(
                 Reason.TOKEN_WITHOUT_COUNTERPART,
-                f"the student has nothing for the teacher's token {token}",
+                f"the student has no equivalent of the teacher's token {token}",
             )
         return text
 
     def _opened_in_prompt(self, text: bytes, prompt: SourceTrace) -> int:
-        """Bytes of the response that the student's prompt has written already."""
+        """Bytes of the response that the student's prompt already contains."""
         if prompt.opened_at is None:
             return 0
         opener = b"".join(self.words.student[i] for i in prompt.token_ids[prompt.opened_at :])
@@ -79,7 +79,7 @@ class ResponseWriter:
                 return len(written)
         raise BadRow(
             Reason.EMPTY_CHAIN_OF_THOUGHT,
-            "the student's template opens a chain of thought, and the response has none",
+            "the student's template opens a chain of thought, but the response has none",
         )
 
     def _encoded(self, text: bytes) -> list[int]:
@@ -102,7 +102,7 @@ class ResponseWriter:
             around = slice(max(0, place - _SHOWN // 2), place + _SHOWN // 2)
             raise BadRow(
                 Reason.TEXT_CHANGES,
-                f"the student's tokenizer makes {written[around]!r} of {text[around]!r}",
+                f"the student's tokenizer turns {text[around]!r} into {written[around]!r}",
             )
         return ids
 

@@ -1,4 +1,4 @@
-"""From masses of tokens to the entries that a cache keeps.
+"""Turns masses of tokens into the entries that a cache keeps.
 
 Letters: M tokens of the student, C contributions, U distinct tokens of all rows, E kept entries.
 """
@@ -21,7 +21,7 @@ MAX_CONTRIBUTIONS = 1 << _PLACE_BITS
 
 @dataclass(frozen=True)
 class Rows:
-    """Kept entries of M tokens as `Trace` has them, and what they say of the token itself."""
+    """Kept entries of M tokens, as in `Trace`, and the probability of each token itself."""
 
     k: NDArray[np.uint8]  # [M]
     top_ids: NDArray[np.int32]  # [E]
@@ -35,12 +35,12 @@ class Rows:
 def keep(found: Contributions, realised: NDArray[np.int64], policy: KeepPolicy) -> Rows:
     """Sum, sort, cut and encode the masses of every row.
 
-    What the teacher's own policy left of one distribution is not cut again by mass, as its
-    rounded probabilities say nothing new; what was put together is.
+    A distribution already cut by the teacher's policy is not cut again by mass, as its
+    rounded probabilities add nothing; a combined distribution is.
 
     Args:
-        found: Masses and tails.
-        realised: [M] the token of each row itself, which is always kept.
+        found: Masses and tails of the tokens.
+        realised: [M] the target token of each row, which is always kept.
         policy: The adaptive rule.
     """
     num_rows = len(found.tail)
@@ -55,7 +55,7 @@ def keep(found: Contributions, realised: NDArray[np.int64], policy: KeepPolicy) 
     else:
         gaps = np.zeros(0)
     codes = logit_codes(np.minimum(gaps, 0.0).astype(np.float32))
-    # Most probable first; equals in the order in which the teacher had them.
+    # Most probable first; ties in the teacher's order.
     keys = (group << (8 + _PLACE_BITS)) | (codes.astype(np.int64) << _PLACE_BITS) | place
     order = np.argsort(keys)
     token, mass, codes, gaps = token[order], mass[order], codes[order], gaps[order]
@@ -88,12 +88,12 @@ def keep(found: Contributions, realised: NDArray[np.int64], policy: KeepPolicy) 
 def _summed(
     found: Contributions,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    """[U] row, token, mass and first place of every token that has mass, by row and token."""
+    """[U] row, token, mass and first position of every token with mass, sorted by row and token."""
     is_some = np.flatnonzero(found.mass > 0)
     if len(is_some) > MAX_CONTRIBUTIONS or len(found.tail) > MAX_ROWS:
         raise ValueError(f"{len(is_some)} masses of {len(found.tail)} tokens in one batch")
     keys = (found.row[is_some] << _TOKEN_BITS) | found.token[is_some]
-    # Whole numbers are sorted several times faster than their order is found.
+    # Sorting integers is several times faster than argsort.
     packed = np.sort((keys << _PLACE_BITS) | np.arange(len(keys)))
     places = packed & (MAX_CONTRIBUTIONS - 1)
     packed >>= _PLACE_BITS

@@ -33,21 +33,21 @@ from teacher_cache.transform.retokenize.workers import Workers
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_ENTRIES = 400_000  # converted at once: 100 MB at work, and arrays that a cache still holds
+_CHUNK_ENTRIES = 400_000  # converted at once: 100 MB of memory, and arrays that fit a CPU cache
 
 
 @dataclass(frozen=True)
 class RetokenizeReport:
-    """What was done.
+    """Report of a run.
 
     Attributes:
-        num_traces: Written now.
-        num_tokens: Of these.
-        num_present: That were there already.
-        rejects: Traces and rows that were left out.
-        figures: The certificates of all traces in one; see `certificate.overall`.
-        seconds: Of work, without the start.
-        stopped_by: A signal's number.
+        num_traces: Traces written by this run.
+        num_tokens: Tokens of these traces.
+        num_present: Traces that were already there.
+        rejects: Traces and rows left out.
+        figures: Combined certificates of all traces; see `certificate.overall`.
+        seconds: Duration of the work, without the start.
+        stopped_by: Number of the signal that stopped the run.
     """
 
     num_traces: int
@@ -63,11 +63,11 @@ def retokenize(config: RetokenizeConfig) -> RetokenizeReport:
     """Write a cache in the student's tokens, and seal it; run again to resume.
 
     Raises:
-        CacheError: If the source is not what it says, or `out` holds something else.
-        UnsupportedTokenizerError: If one of the tokenizers is of a kind that cannot be carried
-            over.
+        CacheError: If the source is damaged or mismatched, or `out` holds something else.
+        UnsupportedTokenizerError: If one of the tokenizers is of a kind that cannot be converted
+            to or from.
         SourceError: If no trace can be carried over.
-        OSError: If the cache cannot be written; what was finished before is kept.
+        OSError: If the cache cannot be written; finished traces are kept.
     """
     source = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
     header = student_header(config, source)
@@ -130,7 +130,7 @@ def _run(config: RetokenizeConfig, source: Cache, writer: CacheWriter) -> Retoke
                     progress.add(trace.n_total, cut_by_length=trace.finish_reason == "length")
         except Stopped as stopped:
             stopped_by = stopped.signum
-            logger.info("%s: stopping; what is finished is kept", stopped)
+            logger.info("%s: stopping; finished traces are kept", stopped)
     return RetokenizeReport(
         progress.num_traces,
         progress.num_tokens,
@@ -143,7 +143,7 @@ def _run(config: RetokenizeConfig, source: Cache, writer: CacheWriter) -> Retoke
 
 
 def _chunks(source: Cache, missing: set[str], prompts: Prompts) -> Iterator[list[Task]]:
-    """Traces to convert together, shard by shard."""
+    """Yield traces to convert together, shard by shard."""
     rows_of: dict[int, list[int]] = {}
     for shard, row in source.traces:
         if source.shards[shard].traces[row].trace_id in missing:

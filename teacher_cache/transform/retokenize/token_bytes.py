@@ -1,6 +1,6 @@
 """The bytes that every id of a tokenizer stands for.
 
-Two families are understood: byte-level BPE, whose vocabulary is written in an alphabet of 256
+Two families are supported: byte-level BPE, whose vocabulary is written in an alphabet of 256
 printable characters, and SentencePiece's, which writes a space as U+2581 and bytes as <0x0A>.
 """
 
@@ -23,13 +23,13 @@ class UnsupportedTokenizerError(ValueError):
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """What the ids of a tokenizer stand for.
+    """The bytes of a tokenizer's ids.
 
     Attributes:
-        of_id: Bytes of each id; None where it is no text (special tokens) or there is none.
-        names: Of each id, as the vocabulary writes it; empty where there is none.
+        of_id: Bytes of each id; None if it is not text (special tokens) or does not exist.
+        names: Name of each id in the vocabulary; empty if there is none.
         special_ids: Content of every special token -> its id.
-        is_byte_level: Byte-level BPE; SentencePiece otherwise.
+        is_byte_level: Whether it is byte-level BPE; SentencePiece otherwise.
         is_composing: Whether it writes a letter and its accent as one character (NFC).
     """
 
@@ -41,12 +41,12 @@ class TokenBytes:
 
 
 def stand_in(special_id: int) -> bytes:
-    """Bytes that stand for a special token of the student in a text that both tokenizers share."""
+    """Bytes that represent a special token of the student in a text shared by both tokenizers."""
     return bytes([NOT_TEXT]) + special_id.to_bytes(4, "big")
 
 
 def special_of(text: bytes) -> int | None:
-    """The special token whose stand-in some bytes begin with; None where they begin with text."""
+    """The special token whose stand-in some bytes begin with; None if they begin with text."""
     if len(text) >= STAND_IN_BYTES and text[0] == NOT_TEXT:
         return int.from_bytes(text[1:STAND_IN_BYTES], "big")
     return None
@@ -57,7 +57,7 @@ def token_bytes(definition: str, where: str) -> TokenBytes:
 
     Args:
         definition: The content of its `tokenizer.json`.
-        where: Names it in errors.
+        where: Name of the tokenizer, for errors.
 
     Raises:
         UnsupportedTokenizerError: If its tokens are not bytes of the text: WordPiece, a lossy
@@ -104,18 +104,18 @@ def token_bytes(definition: str, where: str) -> TokenBytes:
 
 
 def check_normalizer(normalizer: dict[str, Any] | None, where: str) -> None:
-    """Refuse a normaliser after which the text's bytes cannot be found again."""
+    """Refuse a normaliser that does not preserve the text's bytes."""
     if normalizer is None:
         return
     kind = normalizer["type"]
     if kind == "Sequence":
         for part in normalizer["normalizers"]:
             check_normalizer(part, where)
-    # NFC leaves nearly all text alone; where it does not, the text does not survive the round
-    # trip and its trace is left out. What is put before a text is not put before a response.
+    # NFC leaves nearly all text unchanged; where it does not, the text fails the round
+    # trip and its trace is left out. A prefix added to a text is not added to a response.
     elif kind not in ("NFC", "Prepend") and not _writes_spaces(normalizer):
         raise UnsupportedTokenizerError(
-            f"{where}: its normaliser {kind} changes texts before they are cut into tokens. "
+            f"{where}: its normaliser {kind} changes texts before they are split into tokens. "
             "Expected none, NFC, or SentencePiece's sign for a space"
         )
 
@@ -126,7 +126,7 @@ def _writes_spaces(normalizer: dict[str, Any]) -> bool:
 
 
 def for_continuation(definition: str) -> str:
-    """A `tokenizer.json` that puts nothing before a text: for one that goes on behind another."""
+    """A `tokenizer.json` that adds nothing before a text, for text that continues another."""
     parts: dict[str, Any] = json.loads(definition)
     normalizer = parts.get("normalizer")
     if normalizer is not None:
@@ -146,7 +146,7 @@ def _byte_level(token: str) -> bytes | None:
     alphabet = byte_of_character()
     try:
         return bytes(alphabet[character] for character in token)
-    except KeyError:  # an id that no text becomes
+    except KeyError:  # an id that no text produces
         return None
 
 

@@ -1,4 +1,4 @@
-"""What each of the teacher's tokens stands for in a text that the student writes."""
+"""The text of each of the teacher's tokens in a text that the student writes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ def share_vocabularies(
 
 
 def _own_marks(teacher: ByteTokenizer, header: CacheHeader) -> ThinkMarks | None:
-    """The teacher's marks, for a student that is not known to have any: they are text to it."""
+    """The teacher's marks, for a student without known marks: they are text to it."""
     ids = (header.think_open_ids, header.think_close_ids)
     opened, closed = (b"".join(_name(teacher, i) for i in mark).decode() for mark in ids)
     return ThinkMarks(opened, closed) if closed else None

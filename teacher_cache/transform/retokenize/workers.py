@@ -1,4 +1,4 @@
-"""Workers: chunks of traces converted by all cores, handed back in their order."""
+"""Workers: chunks of traces converted on all cores and returned in order."""
 
 import itertools
 import os
@@ -16,10 +16,10 @@ from teacher_cache.transform.retokenize.loading import make_converter
 
 
 class Workers:
-    """Converts chunks in other processes, or in this one where there is one core."""
+    """Converts chunks in other processes, or in this one on a single core."""
 
     def __init__(self, config: RetokenizeConfig, source: CacheHeader) -> None:
-        """Start them; this process reads the tokenizers too, so that errors are said plainly."""
+        """Start them; this process reads the tokenizers too, so that errors appear directly."""
         self._num = config.processes or len(os.sched_getaffinity(0))
         self._convert = make_converter(config, source)
         self._pool: ProcessPoolExecutor | None = None
@@ -53,8 +53,8 @@ class Workers:
                     yield from waiting.popleft().result()
         except BrokenProcessPool as error:
             raise CacheError(
-                "a process that was converting traces has died, probably for lack of memory; what "
-                "is finished is kept. Run again with fewer --processes"
+                "a process that was converting traces has died, probably for lack of memory; "
+                "finished traces are kept. Run again with fewer --processes"
             ) from error
 
 
@@ -62,10 +62,10 @@ _converter: Converter | None = None  # of this process
 
 
 def _start_worker(config: RetokenizeConfig, source: CacheHeader) -> None:
-    global _converter  # an initializer has no other way to leave something behind
+    global _converter  # an initializer has no other way to pass something on
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have their own processes
     _converter = make_converter(config, source)
 
 
