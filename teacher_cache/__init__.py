@@ -1,4 +1,4 @@
-"""leadspan, stage one: capture a reasoning model's top-k logits, and read what was captured.
+"""leadspan, stage one: capture a reasoning model's top-k logits, and read them back.
 
     from teacher_cache import open_cache
 

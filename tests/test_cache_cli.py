@@ -49,7 +49,7 @@ def test_generate_inspect_export_and_score_agree(model, prompts, tmp_path):
     said = invoke(*arguments(model, prompts, tmp_path / "cache", "--capture-prompt"))
     assert "8 traces captured now" in said
     assert "complete and sealed" in said
-    assert "all as it should be" in invoke("verify", tmp_path / "cache")
+    assert "no errors" in invoke("verify", tmp_path / "cache")
     assert "passed: mean KL" in invoke("audit", tmp_path / "cache", "--model", model)
     figures = json.loads(invoke("inspect", tmp_path / "cache", "--json"))
     assert (figures["num_traces"], figures["header"]["top_k"], figures["sealed"]) == (8, 6, True)
@@ -231,7 +231,7 @@ def test_a_stopped_capture_goes_on_and_ends_like_one_that_was_not(model, whole, 
         assert process.returncode == 128 + signum
         assert "run the same command again to resume" in said
     done = run(*call)
-    assert " 0 were there" not in done.stdout
+    assert " 0 were already there" not in done.stdout
     stopped = read_all(open_cache(str(tmp_path / "cache")))
     assert sorted(stopped) == sorted(expected)
     for name, trace in expected.items():

@@ -104,7 +104,7 @@ def test_a_stopped_cluster_keeps_what_it_has_and_goes_on(capture_of, tmp_path):
     assert process.returncode == 128 + signal.SIGTERM
     assert "run the same command again to resume" in said
     done = run(*args)
-    assert " 0 were there" not in done.stdout
+    assert " 0 were already there" not in done.stdout
     assert_equal(read_all(open_cache(str(tmp_path / "cache"))), expected)
 
 

@@ -243,7 +243,7 @@ def test_folders_and_files_to_write_are_looked_at_first(tmp_path):
     early_checks.check_out_folder(tmp_path / "new" / "below")
     with pytest.raises(ValueError, match=r"found other files \(file\)"):
         early_checks.check_out_cache(tmp_path)
-    with pytest.raises(ValueError, match=r"exists already.*--force"):
+    with pytest.raises(ValueError, match=r"already exists.*--force"):
         early_checks.check_out_file(file, "OUT", force=False)
     early_checks.check_out_file(file, "OUT", force=True)
     os.mkfifo(tmp_path / "fifo")

@@ -1,4 +1,4 @@
-"""generate, score, seal: a capture, and what is said of it."""
+"""generate, score, seal: captures and their reports."""
 
 import sys
 from dataclasses import dataclass
@@ -44,12 +44,12 @@ class SealConfig:
 
     cache: CachePath = option("Folder or URI of the cache.", is_argument=True)
     journal: Path | None = option(
-        "Folder of its journals, if the capture was given one.",
+        "Folder of its journals, if the capture used one.",
         default=None,
         unset="in the cache's folder",
     )
     allow_missing: bool = option(
-        "Seal even though workers have not finished their share of the input.", default=False
+        "Seal even if workers have not finished their share of the input.", default=False
     )
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class SealConfig:
 def seal_command(config: SealConfig) -> None:
     """Declare a cache complete as it is.
 
-    It is for trial runs (--limit), and for workers that ran apart and have all finished.
+    For trial runs (--limit), and for separate workers that have all finished.
 
     \b
     cache-teacher seal cache

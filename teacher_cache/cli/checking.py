@@ -1,4 +1,4 @@
-"""verify, audit: whether a cache is what was written, and what its teacher says."""
+"""verify, audit: checks that a cache is intact and agrees with its teacher."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ class VerifyConfig:
 
     cache: CachePath = option("Folder or URI of the cache, sealed or not.", is_argument=True)
     repair: bool = option(
-        "Move damaged shards to CACHE/removed and take the seal off, to capture them again.",
+        "Move damaged shards to CACHE/removed and remove the seal, to capture them again.",
         default=False,
     )
 
@@ -38,8 +38,8 @@ class VerifyConfig:
 def verify_command(config: VerifyConfig, as_json: bool) -> None:
     """Check every checksum, count and value of a cache.
 
-    It lists all that is wrong, and exits with 1 where something is.
-    With --repair it exits with 0 when what was wrong has been taken out.
+    Lists everything that is wrong, and exits with 1 if anything is.
+    With --repair, exits with 0 if everything wrong has been moved away.
 
     \b
     cache-teacher verify cache
@@ -80,7 +80,7 @@ def _verified(cache: CachePath) -> Verification:
 def audit_command(config: AuditConfig, as_json: bool) -> None:
     """Score a sample again with another engine and compare.
 
-    It exits with 1 where the distributions differ too much.
+    Exits with 1 if the distributions differ too much.
 
     \b
     cache-teacher audit cache --model Qwen/Qwen3-32B --num-traces 32

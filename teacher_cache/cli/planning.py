@@ -1,4 +1,4 @@
-"""plan: what a capture will cost, from a sample or from given figures."""
+"""plan: the cost of a capture, from a sample or from given figures."""
 
 import json
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from teacher_cache.terminal.commands import config_command, json_option
 @config_command("plan", PlanConfig)
 @json_option
 def plan_command(config: PlanConfig, as_json: bool) -> None:
-    """Predict disk, GPU hours, and when a capture has paid.
+    """Predict disk, GPU hours, and when a capture pays off.
 
     \b
     cache-teacher generate --model M --prompts p.jsonl --out trial --limit 200

@@ -1,4 +1,4 @@
-"""preview: what a capture would make of rows."""
+"""preview: rows as a capture would see them."""
 
 import json
 from dataclasses import asdict
@@ -14,7 +14,7 @@ from teacher_cache.terminal.escape import printable, printable_lines
 @config_command("preview", PreviewConfig)
 @json_option
 def preview_command(config: PreviewConfig, as_json: bool) -> None:
-    """Show what a capture would make of rows, without the teacher's weights.
+    """Show rows as a capture would see them, without the weights.
 
     \b
     cache-teacher preview --model Qwen/Qwen3-32B --traces traces.jsonl --limit 3

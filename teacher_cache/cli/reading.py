@@ -1,4 +1,4 @@
-"""inspect, export, truncate, retokenize: what can be done with a cache that exists."""
+"""inspect, export, truncate, retokenize: commands for an existing cache."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ def inspect_command(config: InspectConfig, as_json: bool) -> None:
         click.echo(json.dumps(inspection.to_json(figures, opened.header)))
         return
     trace = traces.get(0)
-    if config.trace is not None:  # before anything is shown: it may be a slip
+    if config.trace is not None:  # before anything is shown: it may be misspelt
         trace = opened[config.trace]
     for line in report_text.figures_lines(figures, opened.header.to_json(), opened.path):
         click.echo(line)
@@ -114,5 +114,5 @@ def _tokenizer_to_show(header: CacheHeader, model: str | None) -> "TeacherTokeni
     except (EngineError, CacheError, ModuleNotFoundError) as error:
         if model is not None:
             raise
-        click.echo(f"token ids instead of text ({error}); --model says where the teacher is")
+        click.echo(f"token ids instead of text ({error}); name the teacher's folder with --model")
         return None

@@ -1,4 +1,4 @@
-"""What cache-teacher tells people: figures, traces and reports as lines of text."""
+"""Output of cache-teacher: figures, traces and reports as lines of text."""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +18,12 @@ from teacher_cache.terminal.progress import duration
 if TYPE_CHECKING:
     from teacher_cache.transform.retokenize.run import RetokenizeReport
 
-# Facts of a header too long to print, and what they are counted in.
+# Facts of a header too long to print, and their units.
 _LONG = {"chat_template": "characters or templates", "added_tokens": "tokens"}
 
 
 def figures_lines(figures: Inspection, header: Mapping[str, Any], path: str) -> Iterator[str]:
-    """Everything that `inspect` says of a cache as a whole."""
+    """Lines of `inspect` about a cache as a whole."""
     state = "sealed" if figures.sealed else "not complete"
     yield f"{path}: {state}, fingerprint {figures.fingerprint}"
     for name, value in header.items():
@@ -56,7 +56,7 @@ def figures_lines(figures: Inspection, header: Mapping[str, Any], path: str) -> 
 
 
 def token_line(token: ShownToken) -> str:
-    """A token, its section and probability, and what else the teacher thought likely."""
+    """A token, its section and probability, and the teacher's other likely tokens."""
     line = f"{token.position:>5} {token.section:6} {printable(repr(token.text)):16}"
     if token.probability is None:
         return line
@@ -65,7 +65,7 @@ def token_line(token: ShownToken) -> str:
 
 
 def stopped_line(report: CaptureReport, out: str) -> str:
-    """What a stop signal left behind."""
+    """Summary after a stop signal."""
     survey = report.survey
     done = survey.num_taken - survey.num_missing + report.num_traces
     return (
@@ -75,7 +75,7 @@ def stopped_line(report: CaptureReport, out: str) -> str:
 
 
 def report_line(report: CaptureReport, out: str) -> str:
-    """What a capture did."""
+    """Summary of a capture."""
     survey = report.survey
     if report.sealed:
         state = "complete and sealed"
@@ -88,7 +88,7 @@ def report_line(report: CaptureReport, out: str) -> str:
     return (
         f"{out}: {report.num_traces:,} traces captured now ({report.num_tokens:,} tokens, "
         f"{report.num_unfinished:,} cut by length), "
-        f"{survey.num_taken - survey.num_missing:,} were there, "
+        f"{survey.num_taken - survey.num_missing:,} were already there, "
         f"{survey.num_rejected:,} rows left out; {state}"
     )
 
@@ -104,17 +104,17 @@ def _part_state(part: InputShare, to_come: Sequence[InputShare], out: str) -> st
 
 
 def estimate_line(report: CaptureReport, cache: Cache) -> str:
-    """Time and disk of the whole input, from the traces of a trial run."""
+    """Time and disk for the whole input, estimated from the traces of a trial run."""
     num_wanted, num_traces = report.survey.num_wanted, len(cache)
     rest = "Run again without --limit for the rest."
     disk = estimate_disk(cache)
     if disk is None:
         return (
-            f"{num_traces:,} traces are too few to estimate all {num_wanted:,} from: take a limit "
+            f"{num_traces:,} traces are too few to estimate all {num_wanted:,}: use a limit "
             f"of at least {MIN_TRACES}. {rest}"
         )
     lengths = [info.n_total for info in cache.infos]
-    # 95 %, of the traces' lengths: time and disk go with them.
+    # 95 % interval of the traces' lengths: time and disk scale with them.
     error = 1.96 * statistics.stdev(lengths) / len(lengths) ** 0.5 / statistics.mean(lengths)
     whole_s = report.seconds / report.num_traces * num_wanted
     num_tokens = statistics.mean(lengths) * num_wanted
@@ -129,7 +129,7 @@ def estimate_line(report: CaptureReport, cache: Cache) -> str:
 
 
 def retokenized_lines(report: "RetokenizeReport", out: str) -> Iterator[str]:
-    """What `retokenize` did, and how good it is."""
+    """Summary of `retokenize`, with quality figures."""
     if report.stopped_by is not None:
         yield (
             f"stopped: {report.num_present + report.num_traces:,} traces are kept in {out}; run "
@@ -138,14 +138,14 @@ def retokenized_lines(report: "RetokenizeReport", out: str) -> Iterator[str]:
         return
     yield (
         f"{out}: {report.num_traces:,} traces carried over now ({report.num_tokens:,} tokens), "
-        f"{report.num_present:,} were there, {report.rejects.total:,} left out; sealed"
+        f"{report.num_present:,} were already there, {report.rejects.total:,} left out; sealed"
     )
     if report.figures is not None:
         yield derived_line(report.figures)
 
 
 def derived_line(figures: Mapping[str, float]) -> str:
-    """How good the distributions of a derived cache are."""
+    """Quality of a derived cache's distributions."""
     return (
         f"{figures['coverage']:.2%} of the responses' tokens have a distribution; chain-rule error "
         f"{figures['chain_rule_error']:.2g} nats/token (largest of a trace "
@@ -155,17 +155,17 @@ def derived_line(figures: Mapping[str, float]) -> str:
 
 
 def finding_line(finding: Finding) -> str:
-    """One thing that is wrong with a cache, and where."""
+    """One finding about a cache, with its file."""
     return f"{printable(finding.file)}: {printable(finding.text, 1000)}"
 
 
 def verified_line(found: Verification) -> str:
-    """What was checked, and whether it is as it should be."""
+    """Summary of a check and its verdict."""
     state = "sealed" if found.sealed else "not sealed"
     copies = f" (and {found.num_duplicates:,} copies)" if found.num_duplicates else ""
     waiting = f", {found.num_journalled:,} traces in journals" if found.num_journalled else ""
     num_errors = len(found.errors)
-    verdict = f"{num_errors:,} errors" if num_errors else "all as it should be"
+    verdict = f"{num_errors:,} errors" if num_errors else "no errors"
     return (
         f"{found.path}: {state}, {found.num_shards:,} shards, {found.num_traces:,} traces{copies}, "
         f"{found.num_tokens:,} tokens, {found.num_entries:,} entries, {found.num_bytes:,} bytes "
@@ -174,22 +174,22 @@ def verified_line(found: Verification) -> str:
 
 
 def repair_lines(repair: Repair, path: str) -> Iterator[str]:
-    """What a repair did, and what to do now."""
+    """Summary of a repair, and what to do next."""
     for file, target in repair.removed.items():
         yield f"{printable(file)}: {'kept as' if file == 'cache.json' else 'moved to'} {target}"
     if repair.has_manifest:
-        yield f"{path}: not sealed any more"
+        yield f"{path}: no longer sealed"
     else:
-        yield f"{path}: has no cache.json now: it was damaged, and no shard tells what it said"
+        yield f"{path}: has no cache.json now: it was damaged, and no shard has its contents"
     yield (
-        "now run the command again that made this cache (of every worker, where several shared the "
-        "input): it captures what is missing and seals the cache. Where that is not possible, "
+        "now run the command that made this cache again (of every worker, if several shared the "
+        "input): it captures what is missing and seals the cache. If that is impossible, "
         "`cache-teacher seal` declares it complete without these traces"
     )
 
 
 def audit_lines(found: Audit) -> Iterator[str]:
-    """What an audit measured, and its verdict."""
+    """Figures of an audit, and its verdict."""
     yield (
         f"{found.cache}: {found.num_tokens:,} tokens of {found.num_traces:,} traces scored again "
         f"by {found.engine} {found.engine_version} ({found.dtype}); nats per token"
@@ -205,7 +205,7 @@ def audit_lines(found: Audit) -> Iterator[str]:
     yield (
         f"lost by keeping top-k: {least}{found.cut_by_top_k:.2e}, by the mass cut: "
         f"{found.cut_by_mass:.2e} (dropped ids sharing the tail evenly; {found.live_width:,} of "
-        f"{found.vocab_size:,} ids per token looked at)"
+        f"{found.vocab_size:,} ids per token compared)"
     )
     yield (
         f"same most probable token: {found.top1_agreement:.2%} | teacher's NLL of these traces: "
@@ -227,7 +227,7 @@ def step_line(step: Step) -> str:
 
 
 def _amount(value: float, unit: str) -> str:
-    """A number with its unit, as people say it: 12.3 GB, 4,200, 0.82."""
+    """A readable number with its unit: 12.3 GB, 4,200, 0.82."""
     if unit in ("bytes", "FLOPs"):
         for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
             if value >= 10**power:

@@ -1,7 +1,7 @@
 """`cache-teacher audit`: are a cache's distributions those of its teacher?
 
-A random sample of traces is scored again by an engine that had no part in the capture. The same
-traces are scored twice, in two ways that ask the same: what differs between these is the engine's
+A random sample of traces is scored again by an engine that was not used in the capture. The same
+traces are scored twice, in two equivalent ways: any difference between these is the engine's
 own noise.
 """
 
@@ -32,8 +32,8 @@ from teacher_cache.terminal.option import check_options, option, same_option
 from teacher_cache.terminal.progress import Progress
 
 LIVE_WIDTH = 4096  # candidates per row of the engine, at most: 32 kB per token
-# Of the second pass of the transformers engine. Chunks of 2^n tokens gave the same bits on a CPU;
-# an odd number makes its kernels add in another order.
+# Chunk size of the second pass of transformers. Chunks of 2^n tokens gave equal bits on a CPU;
+# an odd size makes its kernels add in another order.
 OTHER_CHUNK_TOKENS = 33
 
 
@@ -54,12 +54,12 @@ class AuditConfig:
     dtype: str = same_option(CaptureConfig, "dtype")
     engine_arg: Mapping[str, object] = same_option(CaptureConfig, "engine_arg")
     any_model: bool = option(
-        "Accept other weights than the capture's; the tokenizer must still be the same.",
+        "Accept weights other than the capture's; the tokenizer must still match.",
         default=False,
         group="Teacher",
     )
     num_traces: int = option(
-        "Traces to score again; more of them give a surer verdict.",
+        "Number of traces to score again; more give a more certain verdict.",
         default=32,
         group="Sample",
         at_least=1,
@@ -74,7 +74,7 @@ class AuditConfig:
         at_least=0,
     )
     allow_unsealed: bool = option(
-        "Audit what is committed so far of a cache that is not complete.",
+        "Audit the committed part of an incomplete cache.",
         default=False,
         group="Sample",
     )
@@ -86,7 +86,7 @@ class AuditConfig:
 
 @dataclass(frozen=True)
 class Spread:
-    """Nats per token over the tokens compared."""
+    """Distribution of nats per token over the tokens compared."""
 
     mean: float
     p99: float
@@ -95,7 +95,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit measured. KL is over the kept entries and one bucket for the tail."""
+    """Result of an audit. KL is over the kept entries and one bucket for the tail."""
 
     cache: str
     engine: str
@@ -104,43 +104,43 @@ class Audit:
     num_traces: int
     num_tokens: int  # with a stored distribution
     kl: Spread  # stored || live
-    noise: Spread  # live || live, scored in another way
-    noise_from: str  # what that way was
+    noise: Spread  # live || live, scored in a second way
+    noise_from: str  # description of that way
     kl_if_moved: Mapping[int, float]  # mean KL to the row before (-1) and after (1)
     worst_trace: str
     worst_token: int
     top1_agreement: float
-    nll_stored: float  # of the traces' own tokens, nats per token
+    nll_stored: float  # of the traces' tokens, nats per token
     nll_live: float
-    cut_by_top_k: float  # KL lost where dropped ids share their mass evenly
-    cut_by_mass: float  # lost beyond that
-    live_width: int  # entries per row of the engine; below the vocabulary cuts are lower bounds
+    cut_by_top_k: float  # KL lost if dropped ids share their mass evenly
+    cut_by_mass: float  # further loss
+    live_width: int  # entries per row of the engine; below the vocabulary, losses are lower bounds
     vocab_size: int
-    num_outside: int  # stored entries that are none of the engine's; judged by its least one
+    num_outside: int  # stored entries outside the engine's; compared with its least one
     max_kl: float
 
     @property
     def passed(self) -> bool:
-        """Whether the mean KL is within what was allowed."""
+        """Whether the mean KL is within the limit."""
         return self.kl.mean <= self.max_kl
 
 
 def audit(config: AuditConfig) -> Audit:
     """Score a sample of a cache's traces again and compare.
 
-    Memory: the rows of one trace, and every sampled trace as it is stored.
+    Memory: the rows of one trace, and every sampled trace as stored.
 
     Raises:
         CacheMismatchError: If the model is not the cache's teacher, or the stored distributions
-            are those of the neighbouring tokens.
+            belong to neighbouring tokens.
         CacheError: If the cache cannot be read or holds nothing to compare.
         EngineError: If the model cannot be run.
     """
     cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
     if cache.header.derived is not None:
         raise CacheMismatchError(
-            f"{cache.path}: its distributions are carried over from another tokenizer, no teacher "
-            "gives them. Audit the cache that it was made from (fingerprint "
+            f"{cache.path}: its distributions are carried over from another tokenizer; no teacher "
+            "produces them. Audit the cache that it was made from (fingerprint "
             f"{cache.header.derived.get('fingerprint')}), and see `cache-teacher inspect` for what "
             "was lost on the way"
         )
@@ -148,7 +148,7 @@ def audit(config: AuditConfig) -> Audit:
     traces = sample_traces(cache, config.num_traces, config.seed)
     width = min(cache.header.vocab_size, LIVE_WIDTH)
     longest = max(len(trace.token_ids) for trace in traces)
-    num_reserved = int(config.engine == "vllm")  # it scores a trace as the prompt of one token more
+    num_reserved = int(config.engine == "vllm")  # which scores a trace as a prompt plus a token
     files = ModelFiles(config.model, config.revision)
     limit = files.context_length(longest, num_reserved=num_reserved)
     with Progress(f"starting {config.engine} for {config.model}"), others_into_log():
@@ -173,10 +173,10 @@ def audit(config: AuditConfig) -> Audit:
 
 
 def sample_traces(cache: Cache, num_samples: int, seed: int) -> list[Trace]:
-    """Some traces of a cache, as far as it holds them, drawn without regard to their shards.
+    """Draw a sample of a cache's traces, as far as held, independent of their shards.
 
     Raises:
-        CacheError: If no trace that was drawn has distributions.
+        CacheError: If no drawn trace has distributions.
     """
     rng = np.random.default_rng(seed)
     drawn = rng.permutation(len(cache.traces))[:num_samples]
@@ -194,7 +194,7 @@ def _require_teacher(header: CacheHeader, config: AuditConfig) -> None:
         raise CacheMismatchError(
             f"model {config.model!r} has other weights ({found}) than the cache's teacher had "
             f"({header.teacher!r}, {header.teacher_fingerprint}). Another copy of the same "
-            "weights, say a folder instead of a hub id, is let through by --any-model"
+            "weights, say a folder instead of a hub id, is accepted with --any-model"
         )
 
 
@@ -271,7 +271,7 @@ def _summary(
     step = min(moved, key=lambda step: moved[step])
     if not found.passed and moved[step] < found.kl.mean / 2:
         raise CacheMismatchError(
-            f"{cache.path}: the stored distributions are those of the token "
+            f"{cache.path}: the stored distributions belong to the token "
             f"{'before' if step < 0 else 'after'} each: mean KL {found.kl.mean:.3g} to their own "
             f"token's, {moved[step]:.3g} to that one's. The capture was off by one; capture again"
         )

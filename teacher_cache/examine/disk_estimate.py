@@ -1,4 +1,4 @@
-"""How much disk a whole capture needs, from the traces of a trial."""
+"""Disk that a whole capture needs, estimated from the traces of a trial."""
 
 import math
 from collections.abc import Sequence
@@ -8,21 +8,21 @@ from teacher_cache.format import Cache, CacheHeader, Trace
 from teacher_cache.format.writing.shard import encode_shard
 from teacher_cache.format.writing.writer import SHARD_BYTES
 
-MIN_TRACES = 30  # ten traces said 43.8 bytes per token where 14.2 was true
-_MOST_TRACES = 400  # that are written again
+MIN_TRACES = 30  # ten traces gave 43.8 bytes per token, the truth was 14.2
+_MOST_TRACES = 400  # traces written again
 
 
 @dataclass(frozen=True)
 class DiskEstimate:
-    """What every shard costs, and what every token does.
+    """Bytes per shard and per token.
 
-    A shard has dictionaries, a schema and bands with headers of their own: most of a small trial,
-    and nothing in a full shard. So bytes are a line over tokens, not a ratio.
+    A shard has its own dictionaries, schema and band headers: most of a small trial,
+    but negligible in a full shard. So bytes are linear in tokens with an offset, not a ratio.
 
     Attributes:
-        shard_bytes: Of a shard, whatever it holds.
-        token_bytes: Of every token beyond them.
-        token_error_bytes: How far apart the two halves of the trial are, from their mean.
+        shard_bytes: Bytes of every shard, whatever it holds.
+        token_bytes: Further bytes of every token.
+        token_error_bytes: Deviation of the trial's two halves from their mean.
     """
 
     shard_bytes: float
@@ -30,16 +30,16 @@ class DiskEstimate:
     token_error_bytes: float
 
     def of(self, num_tokens: float) -> float:
-        """Bytes of so many tokens in full shards."""
+        """Bytes of this many tokens in full shards."""
         growing_bytes = self.token_bytes * num_tokens
         return growing_bytes + math.ceil(growing_bytes / SHARD_BYTES) * self.shard_bytes
 
 
 def estimate_disk(cache: Cache) -> DiskEstimate | None:
-    """Write the trial's traces again, all and each half of them: the difference is what grows.
+    """Measure by writing the trial's traces again: all of them, and each half.
 
     Returns:
-        None where there are fewer than MIN_TRACES.
+        The estimate; None for fewer than MIN_TRACES.
 
     Raises:
         CacheError: If they cannot be read.
@@ -66,6 +66,6 @@ def estimate_disk(cache: Cache) -> DiskEstimate | None:
 
 
 def _size(traces: Sequence[Trace], header: CacheHeader) -> tuple[int, int]:
-    """Tokens of some traces, and the bytes of a shard of them."""
+    """Number of tokens in some traces, and the bytes of a shard of them."""
     num_tokens = sum(len(trace.token_ids) for trace in traces)
     return num_tokens, len(encode_shard(traces, header).data)

@@ -1,4 +1,4 @@
-"""How far stored distributions are from an engine's rows: the arithmetic of an audit.
+"""Distances of stored distributions from an engine's rows: the arithmetic of an audit.
 
 Letters: R rows (tokens with a distribution), K candidates per row, E kept entries of all rows,
 V vocabulary.
@@ -25,23 +25,23 @@ class LiveRows:
     logprobs: NDArray[np.float32]  # [R, 1 + K]
 
     def part(self, rows: slice | NDArray[np.int64]) -> "LiveRows":
-        """Some of the rows."""
+        """Select some of the rows."""
         return LiveRows(self.ids[rows], self.logprobs[rows])
 
 
 def logprobs_at(
     live: LiveRows, k: NDArray[np.uint8], ids: NDArray[np.int32]
 ) -> tuple[_Floats, NDArray[np.bool_]]:
-    """What rows say of given ids.
+    """Look up given ids in rows.
 
     Args:
-        live: R rows.
-        k: [R] ids asked of each row.
+        live: R rows of an engine.
+        k: [R] number of ids looked up in each row.
         ids: [E] flat.
 
     Returns:
-        [E] logprobs in nats, and [E] whether an id is among its row's candidates; where it is not,
-        its logprob is at most the least candidate's, and that one is given.
+        [E] logprobs in nats, and [E] whether an id is among its row's candidates; if it is not,
+        its logprob is at most the least candidate's, which is returned.
     """
     found = np.empty(len(ids))
     num_ids = 1 + int(max(live.ids.max(initial=0), ids.max(initial=0)))
@@ -60,7 +60,7 @@ def logprobs_at(
 
 
 def tails(k: NDArray[np.uint8], logprobs: _Floats) -> _Floats:
-    """[R] mass outside some entries, at least what a cache can tell from none."""
+    """[R] mass outside some entries, at least the smallest that a cache can represent."""
     inside = np.bincount(row_of_entry(k), weights=np.exp(logprobs), minlength=len(k))
     return np.clip(1 - inside, TAIL_FLOOR, None)
 
@@ -76,16 +76,16 @@ def divergence(
 
 
 def cut_loss(live: LiveRows, top_k: int, mass: float, vocab_size: int) -> _Floats:
-    """[R] KL in nats from whole rows to what is left of them: kept entries and an even tail.
+    """[R] KL in nats from whole rows to their stored form: kept entries and an even tail.
 
-    It is the most that a student can miss by the cut: the dropped ids share their mass evenly.
-    Where rows are narrower than the vocabulary, the part beyond them counts as even, so that the
+    This is the most that a student can lose by the cut, as dropped ids share mass evenly.
+    If rows are narrower than the vocabulary, the part beyond them counts as even, so that the
     result is a lower bound.
 
     Args:
-        live: R rows.
-        top_k: Entries kept, at most; the token itself comes on top.
-        mass: The fewest entries are kept that reach it.
+        live: R rows of an engine.
+        top_k: Largest number of entries kept, besides the token itself.
+        mass: Probability that the kept entries must reach, with as few as possible.
         vocab_size: V.
     """
     pieces = [
@@ -103,8 +103,8 @@ def _cut_loss(live: LiveRows, top_k: int, mass: float, vocab_size: int) -> _Floa
     is_top = np.arange(logprobs.shape[1]) < num_kept[:, None]
     is_own = live.ids[:, 1:] == live.ids[:, :1]
     is_dropped = ~is_top & ~is_own
-    comes_on_top = ~(is_own & is_top).any(axis=1)  # the token itself, where it is not in the top
-    is_beyond = ~is_own.any(axis=1)  # it is none of the candidates either
+    comes_on_top = ~(is_own & is_top).any(axis=1)  # the token itself, if it is not in the top-k
+    is_beyond = ~is_own.any(axis=1)  # it is not among the candidates either
     num_unknown = vocab_size - logprobs.shape[1] - is_beyond
     unknown = np.where(num_unknown > 0, 1 - probs.sum(axis=1) - own * is_beyond, 0.0).clip(0)
     num_dropped = vocab_size - num_kept - comes_on_top
@@ -123,7 +123,7 @@ def _x_log(x: _Floats, y: _Floats) -> _Floats:
 
 @dataclass
 class Compared:
-    """One trace beside the rows of an engine; its R rows are the tokens with a distribution."""
+    """One trace with an engine's rows for it; its R rows are the tokens with a distribution."""
 
     trace_id: str
     tokens: NDArray[np.int64]  # [R] their places in the trace
@@ -143,13 +143,13 @@ class Compared:
 def _stored(
     trace: Trace, num_tokens: int
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.bool_]]:
-    """Tokens with a distribution among the first ones, their k, and which entries are theirs."""
+    """Tokens with a distribution among the first ones, their k, and their entries."""
     tokens = np.flatnonzero(trace.k[:num_tokens] > 0)
     return tokens, trace.k[tokens], trace.token_of_entry < num_tokens
 
 
 def compare_trace(trace: Trace, rows: TeacherRows, header: CacheHeader) -> Compared:
-    """Hold the stored distributions of a trace against an engine's rows of it."""
+    """Compare the stored distributions of a trace with an engine's rows for it."""
     tokens, k, is_used = _stored(trace, len(rows.token_ids))
     ids = trace.top_ids[is_used]
     stored, tail = trace.top_logprobs[is_used], trace.tail[tokens]
@@ -186,7 +186,7 @@ def compare_trace(trace: Trace, rows: TeacherRows, header: CacheHeader) -> Compa
 
 
 def add_noise(compared: Compared, trace: Trace, rows: TeacherRows) -> None:
-    """Hold an engine's rows against those it gave when it was asked before."""
+    """Compare an engine's rows with those of its first pass."""
     k, ids = compared.k, trace.top_ids[_stored(trace, len(rows.token_ids))[2]]
     again, _ = logprobs_at(
         LiveRows(rows.row_ids, rows.row_logprobs).part(compared.tokens - rows.first_row), k, ids

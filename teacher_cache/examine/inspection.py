@@ -1,4 +1,4 @@
-"""`cache-teacher inspect`: what is inside a cache, in numbers and as text."""
+"""`cache-teacher inspect`: the contents of a cache, in numbers and as text."""
 
 import itertools
 from collections.abc import Mapping
@@ -45,21 +45,21 @@ class Inspection:
     num_tokens_of: Mapping[str, int]  # section -> tokens
     shard_bytes: int
     bytes_per_token: float
-    mean_k: float  # over tokens with a distribution, in the shard looked into
+    mean_k: float  # over tokens with a distribution, in the shard examined
     k_histogram: Mapping[str, int]  # "5-8" -> tokens
     tail_mass_mean: float
     tail_mass_p99: float
     num_clamped_tails: int
     num_clamped_logits: int
-    retokenized: Mapping[str, float] | None = None  # certificates, where it is derived
+    retokenized: Mapping[str, float] | None = None  # certificates, if the cache is derived
 
 
 def inspect_cache(cache: Cache, traces: Mapping[int, Trace]) -> Inspection:
-    """Count what the commit records say, and measure entries on some traces that were read.
+    """Count from the commit records, and measure entries on some traces.
 
     Args:
         cache: An open cache.
-        traces: Any of its traces, whole; `read_first_shard` gives those of one shard.
+        traces: Whole traces of the cache; `read_first_shard` gives those of one shard.
     """
     infos = cache.infos
     held = [cache.num_held(info) for info in infos]
@@ -93,7 +93,7 @@ def inspect_cache(cache: Cache, traces: Mapping[int, Trace]) -> Inspection:
 
 
 def read_first_shard(cache: Cache) -> dict[int, Trace]:
-    """Every trace of the first shard, as far as it is held; none where the cache is empty."""
+    """Every trace of the first shard, as far as held; none if the cache is empty."""
     if not cache.shards:
         return {}
     infos = cache.shards[0].traces
@@ -102,12 +102,12 @@ def read_first_shard(cache: Cache) -> dict[int, Trace]:
 
 @dataclass(frozen=True)
 class ShownToken:
-    """One token of a trace and what the teacher thought of it."""
+    """One token of a trace and the teacher's view of it."""
 
     position: int
     section: str
     text: str
-    probability: float | None  # None where there is no distribution
+    probability: float | None  # None if there is no distribution
     alternatives: tuple[tuple[str, float], ...]  # the most probable other tokens
     tail: float | None
 

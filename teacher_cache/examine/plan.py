@@ -1,6 +1,6 @@
-"""`cache-teacher plan`: what a capture will cost, and after how many student runs it has paid.
+"""`cache-teacher plan`: the cost of a capture, and the number of student runs that repay it.
 
-Every figure is a step that says where it comes from: given, measured on a sample, or computed from
+Every figure is a step that states its origin: given, measured on a sample, or computed from
 the steps before it.
 """
 
@@ -22,7 +22,7 @@ from teacher_cache.format import (
 from teacher_cache.format.writing.writer import SHARD_BYTES
 from teacher_cache.terminal.option import check_options, option
 
-LEAD_SPANS = (0.5, 0.25)  # whose bytes are told beside those of the whole
+LEAD_SPANS = (0.5, 0.25)  # whose bytes are reported besides the whole
 _HOUR_S = 3600
 
 
@@ -33,9 +33,9 @@ _live = partial(option, group="Live teacher to compare with", default=None)
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """`cache-teacher plan`; what is None is measured on the sample, or left out of the plan."""
+    """`cache-teacher plan`; values of None are measured on the sample or left out."""
 
-    num_prompts: int = _capture("Prompts of the whole capture.", default=MISSING, at_least=1)
+    num_prompts: int = _capture("Number of prompts in the capture.", default=MISSING, at_least=1)
     sample: CachePath | None = _capture(
         "Cache of some of the prompts, made with --limit, to measure lengths and bytes on."
     )
@@ -47,20 +47,20 @@ class PlanConfig:
         "Bytes of the cache per token.", above=0, unset="the sample's"
     )
     tokens_per_s: float | None = _capture(
-        "Tokens per second of the capture on all its GPUs, prompts included, as a trial run says.",
+        "Tokens per second of the capture on all its GPUs, prompts included, as a trial run shows.",
         above=0,
     )
-    num_gpus: int = _capture("GPUs that the rates are measured on.", default=1, at_least=1)
-    runs: int = _runs("Student runs on this cache.", default=1, at_least=1)
+    num_gpus: int = _capture("Number of GPUs behind the rates.", default=1, at_least=1)
+    runs: int = _runs("Number of student runs on this cache.", default=1, at_least=1)
     epochs: float = _runs("Epochs of every run.", default=1.0, above=0)
     lead_span: float = _runs(
         "Proportion of every trace that a run trains on.", default=1.0, above=0, at_most=1
     )
     live_tokens_per_s: float | None = _live(
-        "Tokens per second of a teacher beside a student, on all its GPUs.", above=0
+        "Tokens per second of a live teacher beside a student, on all its GPUs.", above=0
     )
     gpu_tflops: float | None = _live(
-        "TFLOP/s that a GPU really reaches; stands in for a measured rate.", above=0
+        "TFLOP/s that a GPU actually reaches; replaces a measured rate.", above=0
     )
     teacher_params: float | None = _live(
         "Active parameters of the teacher, such as 32B.", above=0, has_unit_letters=True
@@ -76,7 +76,7 @@ class PlanConfig:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"expected a sample (--sample) or {flag}, got neither")
         if self.gpu_tflops is not None and self.teacher_params is None:
-            raise ValueError("--gpu-tflops: needs --teacher-params, the work that it is used for")
+            raise ValueError("--gpu-tflops: needs --teacher-params to compute the work")
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class Step:
     name: str
     value: float
     unit: str
-    how: str  # its arithmetic, or where it comes from
+    how: str  # its arithmetic or origin
 
 
 def plan(config: PlanConfig) -> list[Step]:
-    """The steps of the arithmetic, in order.
+    """Yield the steps of the arithmetic, in order.
 
     Raises:
         CacheError: If the sample cannot be read, is empty or was truncated.
@@ -103,23 +103,23 @@ def plan(config: PlanConfig) -> list[Step]:
 
 @dataclass(frozen=True)
 class _Sample:
-    """What a captured sample says of the whole."""
+    """Facts about the whole from a captured sample."""
 
     measured: Mapping[str, Step]  # by name
-    read_shares: Mapping[float, float]  # lead span -> part of the bytes that it reads
+    read_shares: Mapping[float, float]  # lead span -> share of the bytes that it reads
 
     @classmethod
     def of(cls, path: CachePath) -> "_Sample":
         cache = open_cache(path, allow_unsealed=True)
         if cache.header.max_lead_span < 1:
             raise CacheMismatchError(
-                f"{cache.path}: a sample must hold whole traces; plan from the cache that it was "
+                f"{cache.path}: a sample must hold whole traces; plan from the cache it was "
                 "made from"
             )
         lengths = [info.n_total for info in cache.infos]
         if len(lengths) < 2:
             raise CacheError(
-                f"{cache.path}: {len(lengths)} traces are no sample; capture some (--limit)"
+                f"{cache.path}: {len(lengths)} traces are no sample; capture more (--limit)"
             )
         error = 1.96 * float(np.std(lengths, ddof=1)) / len(lengths) ** 0.5
         num_bytes = sum(shard.size_bytes for shard in cache.shards)
@@ -147,7 +147,7 @@ class _Sample:
 
 
 def _bytes_read(cache: Cache, lead_span: float) -> int:
-    """What a reader of all traces takes from the shards: whole bands."""
+    """Bytes that a reader of all traces reads from the shards: whole bands."""
     total = 0
     for shard in cache.shards:
         spans = ((t.n_total, lead_span_length(t.n_total, lead_span)) for t in shard.traces)
@@ -156,7 +156,7 @@ def _bytes_read(cache: Cache, lead_span: float) -> int:
 
 
 def _size(config: PlanConfig, sample: _Sample | None) -> Iterator[Step]:
-    """How much there is to capture and to keep."""
+    """Steps for the amount to capture and to store."""
     traces = config.num_prompts * config.samples_per_prompt
     yield Step(
         "traces",
@@ -175,7 +175,7 @@ def _size(config: PlanConfig, sample: _Sample | None) -> Iterator[Step]:
     yield Step("disk", disk, "bytes", f"{tokens:,.0f} tokens x {width.value:.2f} bytes")
     for span in LEAD_SPANS:
         if sample is None:
-            share, how = span, "where entries are alike along a trace"
+            share, how = span, "if entries are alike along a trace"
         else:
             share, how = sample.read_shares[span], "measured on the sample's bands"
         yield Step(
@@ -188,7 +188,7 @@ def _given_or_measured(name: str, given: float | None, measured: Mapping[str, St
 
 
 def _cost(config: PlanConfig, tokens: float) -> Iterator[Step]:
-    """GPU hours of the capture and of a teacher that stays beside every student."""
+    """Steps for the GPU hours of the capture and of a live teacher beside every student."""
     capture_h = None
     if config.tokens_per_s is not None:
         capture_h = tokens / config.tokens_per_s * config.num_gpus / _HOUR_S
@@ -226,7 +226,7 @@ def _billions(params: float) -> str:
 
 
 def _teacher_steps(config: PlanConfig, seen: float) -> Iterator[Step]:
-    """What a live teacher computes and holds."""
+    """Steps for a live teacher's compute and memory."""
     params = config.teacher_params
     if params is None:
         return
@@ -256,7 +256,7 @@ def _teacher_steps(config: PlanConfig, seen: float) -> Iterator[Step]:
 def _break_even(
     config: PlanConfig, capture_h: float | None, live_h: float | None
 ) -> Iterator[Step]:
-    """After how many student runs the capture has cost less than the live teacher."""
+    """Steps for the number of runs after which the capture costs less than a live teacher."""
     if capture_h is not None and live_h is not None:
         yield Step(
             "break-even",
@@ -269,5 +269,5 @@ def _break_even(
             f"saved in {config.runs:,} runs",
             config.runs * live_h - capture_h,
             "GPU hours",
-            f"{config.runs:,} x {live_h:,.3g} - {capture_h:,.3g} (negative: not paid yet)",
+            f"{config.runs:,} x {live_h:,.3g} - {capture_h:,.3g} (negative: not paid off yet)",
         )
