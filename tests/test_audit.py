@@ -96,7 +96,7 @@ def teacher_with(asked, **attributes):
 @pytest.mark.parametrize(("moved_by", "said"), [(1, "before"), (-1, "after")])
 def test_rows_that_are_off_by_one_are_called_so(captured, live, moved_by, said):
     live.teacher = lambda asked: teacher_with(asked, moved_by=moved_by)
-    with pytest.raises(CacheMismatchError, match=f"those of the token {said} each.*off by one"):
+    with pytest.raises(CacheMismatchError, match=f"belong to the token {said} each.*off by one"):
         audit(captured)
 
 

@@ -148,7 +148,7 @@ def test_another_captures_folder_is_refused_before_the_teacher_starts(
 def test_a_changed_prompt_under_an_old_id_is_refused(capture_config, asked):
     generate(replace(capture_config, limit=3))
     capture_config.prompts.write_text('{"id": "p0", "prompt": "b b b"}\n')
-    with pytest.raises(SourceError, match=r"'p0' is in .* already, made from other content"):
+    with pytest.raises(SourceError, match=r"'p0' is already in .*, made from other content"):
         generate(capture_config)
 
 

@@ -372,7 +372,7 @@ def test_what_was_repaired_is_captured_again_with_the_same_values(capture_config
     assert run("verify", capture_config.out).exit_code == 1
     result = run("verify", capture_config.out, "--repair")
     assert result.exit_code == 0
-    assert "run the command again" in result.stdout
+    assert "run the command that made this cache again" in result.stdout
     assert generate(capture_config).sealed
     assert errors(capture_config.out) == []
     found = read_all(open_cache(str(capture_config.out)))

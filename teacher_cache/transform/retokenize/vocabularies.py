@@ -15,12 +15,12 @@ class Vocabularies:
     """Both vocabularies in one language: bytes, and stand-ins for the student's special tokens.
 
     Attributes:
-        texts: Of each of the teacher's ids; None where the student has nothing like it.
-        student: Of each of the student's ids; empty where an id means nothing.
-        marks: Around a chain of thought, as the student writes them; None where neither has any.
-        open_text: The opening mark in these bytes.
-        end_text: What ends the student's turn, likewise.
-        mark_problem: Why a chain of thought cannot be carried over; None where it can.
+        texts: Text of each of the teacher's ids; None if the student has no equivalent.
+        student: Text of each of the student's ids; empty if an id has no meaning.
+        marks: Marks around a chain of thought in the student's form; None if neither has any.
+        open_text: Opening mark in these bytes.
+        end_text: End of the student's turn, likewise.
+        mark_problem: Reason why a chain of thought cannot be carried over; None if it can.
     """
 
     texts: list[bytes | None]
@@ -41,9 +41,9 @@ def share_vocabularies(
 
     Args:
         teacher: The tokenizer of the cache's teacher.
-        header: Of the cache.
-        student: The student's.
-        chat: The student's too, with its chat template.
+        header: Header of the cache.
+        student: The student's tokenizer.
+        chat: The student's tokenizer with its chat template.
     """
     student_bytes = [text or b"" for text in student.tokens.of_id]
     for token in student.tokens.special_ids.values():
@@ -83,7 +83,7 @@ def _name(teacher: ByteTokenizer, token: int) -> bytes:
 
 
 def _translate_mark(texts: list[bytes | None], ids: Sequence[int], mark: bytes) -> str | None:
-    """Let the teacher's mark stand for the student's; says why where that cannot be done."""
+    """Map the teacher's mark to the student's; return the reason if that is impossible."""
     if len(ids) == 1:
         texts[ids[0]] = mark
         return None
@@ -91,7 +91,7 @@ def _translate_mark(texts: list[bytes | None], ids: Sequence[int], mark: bytes) 
     if written == mark:
         return None
     return (
-        f"the teacher writes a thinking mark in {len(ids)} tokens, {written!r}, and the student's "
+        f"the teacher writes a thinking mark in {len(ids)} tokens, {written!r}, but the student's "
         f"is {mark!r}: only a mark of one token can be exchanged. Give the student the same one "
         "with --think-open and --think-close"
     )
