@@ -1,4 +1,4 @@
-"""What a run minimises per token: the choices, and which of them cannot be. No torch here."""
+"""Objective that a run minimises per token, with its impossible combinations. No torch here."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ TAILS = ("bucket", "renormalise", "zero")
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised per token: (1 - ce_weight) T^2 D(p, q) + ce_weight CE.
+    """Objective per token: (1 - ce_weight) T^2 D(p, q) + ce_weight CE.
 
     p is the teacher, q the student, T the temperature, and D one of:
 
@@ -36,7 +36,7 @@ class Objective:
     jsd is that of Agarwal et al. (arXiv 2306.13649), the skew divergences those of Ko et al.
     (arXiv 2402.03898).
 
-    What lies outside the kept entries is, by `tail`:
+    Whatever lies outside the kept entries is, by `tail`:
 
     - bucket: one more outcome of both, with the stored mass and the student's mass there. A lower
       bound of the divergence over the whole vocabulary (data-processing inequality).

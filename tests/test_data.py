@@ -165,12 +165,12 @@ def test_where_chooses_traces_by_their_fields(judged, where, expected):
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ('verdct == "correct"', r"no trace has a field 'verdct'; there are trace_id, .*, verdict"),
+        ('verdct == "correct"', r"has a field 'verdct'; known fields: trace_id, .*, verdict"),
         ('fields["verdct"] == 1', "no trace has a field 'verdct'"),
         ("score > 100", "holds for none of 30 traces"),
         ("verdict < 3", "cannot be decided for trace 't0'"),
         ("score ==", "is not an expression"),
-        ("score + 1 > 2", r"'score \+ 1' in .* is not understood"),
+        ("score + 1 > 2", r"'score \+ 1' in .* is not allowed"),
         ("__import__('os').system('true')", "not understood"),
         ("verdict.upper() == 'CORRECT'", "not understood"),
         ("(lambda: 1)()", "not understood"),

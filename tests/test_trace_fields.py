@@ -62,7 +62,7 @@ def test_a_trace_without_a_line_has_no_such_field(cache, tmp_path):
         ('{"trace_id": "t1"}\nno\n', "line 2: expected a JSON object"),
         ('{"id": "t1"}\n', "line 1: expected an object with a trace_id"),
         ("[1]\n", "line 1: expected an object"),
-        ('{"trace_id": "t1"}\n{"trace_id": "t1"}\n', "line 2: trace 't1' stands in an earlier"),
+        ('{"trace_id": "t1"}\n{"trace_id": "t1"}\n', "line 2: trace 't1' is already on an earlier"),
     ],
 )
 def test_lines_that_cannot_be_are_named(cache, tmp_path, text, expected):

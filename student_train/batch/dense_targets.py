@@ -1,6 +1,6 @@
-"""What the teacher said of some tokens: ragged in a trace, a rectangle for the loss.
+"""The teacher's distributions of some tokens: ragged in a trace, a rectangle for the loss.
 
-Letters: N tokens, E kept entries of all of them, K of the widest.
+Letters: N tokens, E kept entries of all of them, K kept entries of the widest.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ _Value = TypeVar("_Value", bound=np.generic)
 
 def targets_of(tokens: Sequence[tuple[Trace, NDArray[np.int64]]]) -> TeacherTargets:
     """Targets of these tokens of these traces, at least one token in all; each has entries."""
-    k, tails, realised, ids, logits = [], [], [], [], []
+    k, tails, target_ids, ids, logits = [], [], [], [], []
     for trace, valid in tokens:
         k.append(trace.k[valid])
         tails.append(trace.tail_logit[valid])
-        realised.append(trace.token_ids[valid])
+        target_ids.append(trace.token_ids[valid])
         entries = _entries_of(trace, valid)
         ids.append(trace.top_ids[entries])
         logits.append(trace.top_logits[entries])
@@ -33,12 +33,12 @@ def targets_of(tokens: Sequence[tuple[Trace, NDArray[np.int64]]]) -> TeacherTarg
         top_logits=torch.from_numpy(_padded(np.concatenate(logits), places, shape)),
         k=torch.from_numpy(k_N),
         tail_logit=torch.from_numpy(np.concatenate(tails)),
-        target_ids=torch.from_numpy(np.concatenate(realised).astype(np.int64)),
+        target_ids=torch.from_numpy(np.concatenate(target_ids).astype(np.int64)),
     )
 
 
 def _entries_of(trace: Trace, valid: NDArray[np.int64]) -> slice | NDArray[np.bool_]:
-    """Where the entries of these tokens stand: a slice, unless others lie between them."""
+    """Index of the entries of these tokens: a slice, unless others lie between them."""
     first, last = valid[0], valid[-1]
     offsets = trace.entry_offsets
     between = slice(int(offsets[first]), int(offsets[last + 1]))
@@ -50,7 +50,7 @@ def _entries_of(trace: Trace, valid: NDArray[np.int64]) -> slice | NDArray[np.bo
 
 
 def _places(k_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[E] where each entry of ragged rows stands in the flat [N, K] that holds them."""
+    """[E] index of each entry of ragged rows in the flat [N, K] that holds them."""
     row_starts = np.arange(len(k_N)) * k_N.max()
     places = np.repeat(row_starts - entry_offsets(k_N)[:-1], k_N)
     places += np.arange(len(places))

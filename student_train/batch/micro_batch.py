@@ -1,6 +1,6 @@
 """Traces -> micro-batches with the teacher's targets: where numpy becomes torch.
 
-Letters: B rows, T positions, N valid tokens of a micro-batch, K kept entries of the widest,
+Letters: B rows, T positions, N loss tokens of a micro-batch, K kept entries of the widest,
 S traces.
 """
 
@@ -22,34 +22,34 @@ from teacher_cache.format import Trace
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes."""
+    """Input of one forward pass."""
 
     input_ids: Tensor  # [B, T] int64, padded on the right with 0
-    # [B, T] int64, from 0 in every trace; None where each row is one trace. Padding goes on with
+    # [B, T] int64, from 0 in every trace; None where each row is one trace. Padding continues
     # the row's last trace: no token looks ahead, so no mask is needed for it.
     position_ids: Tensor | None
-    # [S + 1] int32, where each trace begins and the last ends; in the layout "flat" only.
+    # [S + 1] int32, start of each trace and end of the last; only in the layout "flat".
     trace_ends: Tensor | None
     longest: int  # tokens of the longest trace
     hidden_index: Tensor  # [N] int64, flat index into B x T of the position that predicts a token
     targets: TeacherTargets  # N rows
     token_weight: Tensor  # [N] float32, not yet divided by the step's normaliser
-    source: Tensor  # [N] int64, the cache that a token is of, where a run has several
-    num_positions: tuple[int, ...]  # of each trace that has a valid token
+    source: Tensor  # [N] int64, the token's cache, where a run has several
+    num_positions: tuple[int, ...]  # of each trace that has a loss token
     num_absent: int  # kept entries whose id the student lacks; they are in the tail
 
     @property
     def num_traces(self) -> int:
-        """With a valid token."""
+        """Number of traces with a loss token."""
         return len(self.num_positions)
 
     @property
     def num_valid(self) -> int:
-        """N."""
+        """Number of loss tokens N."""
         return len(self.hidden_index)
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on another device."""
+        """Copy of the micro-batch on another device."""
         targets = {
             item.name: getattr(self.targets, item.name).to(device)
             for item in fields(TeacherTargets)
@@ -68,7 +68,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class _BatchItem:
-    """A trace and what of it enters the loss."""
+    """A trace and its tokens that enter the loss."""
 
     trace: Trace
     source: int
@@ -77,7 +77,7 @@ class _BatchItem:
 
     @property
     def length(self) -> int:
-        """Positions needed: up to the one that predicts the last valid token."""
+        """Positions needed: up to the one that predicts the last loss token."""
         return int(self.valid[-1])
 
 
@@ -103,15 +103,15 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """Cut a rank's part of a global batch into micro-batches, the longest traces first.
 
-    Traces without a valid token are left out: they have nothing to learn from.
+    Traces without a loss token are left out: they have nothing to learn from.
 
     Args:
-        traces: And which of their tokens enter the loss.
+        traces: Traces, and which of their tokens enter the loss.
         batch_tokens: Cap of B x T; a trace longer than that is alone in its micro-batch.
         loss_reduction: "token" (all tokens weigh the same) or "sequence" (all traces do).
-        mask: Leaves some of the selected tokens out of the loss.
+        mask: Dropout that leaves some of the selected tokens out of the loss.
         layout: How traces share rows; see `packing.LAYOUTS`.
-        num_ids: Of the student, if it may have fewer than the teacher.
+        num_ids: Number of the student's ids, if it may have fewer than the teacher.
 
     Returns:
         Micro-batches whose loss, summed and divided by `normaliser`, is the batch's loss.
@@ -133,9 +133,9 @@ def micro_batches(
 
 
 def one_micro_batch(traces: Sequence[SelectedTrace], *, num_ids: int | None = None) -> MicroBatch:
-    """All traces in one micro-batch, a row each however unlike they are; every token weighs 1.
+    """Put all traces in one micro-batch, one per row whatever their length; every token weighs 1.
 
-    `num_ids` is that of `micro_batches`.
+    `num_ids` is as in `micro_batches`.
     """
     parts = [_part(trace, None, num_ids) for trace in traces]
     rows = [[part] for part in parts if len(part.valid)]
@@ -154,12 +154,12 @@ def _part(selected: SelectedTrace, mask: LossDropout | None, num_ids: int | None
 
 
 def normaliser(num_valid: int, num_traces: int, loss_reduction: str) -> int:
-    """What a step's summed loss is divided by: its valid tokens, or its traces that have any."""
+    """Divisor of a step's summed loss: its loss tokens, or its traces that have any."""
     return num_traces if loss_reduction == "sequence" else num_valid
 
 
 def empty_micro_batch() -> MicroBatch:
-    """One position and no valid token: keeps a rank without traces in step with the others."""
+    """One position and no loss token: keeps a rank without traces in step with the others."""
     nothing = torch.zeros(0, dtype=torch.int64)
     targets = TeacherTargets(
         top_ids=nothing[:, None].expand(0, 1),

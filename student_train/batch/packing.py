@@ -1,6 +1,6 @@
-"""Which traces of a step share a forward pass, and how they lie in it. Numbers only.
+"""Plan of which traces of a step share a forward pass, and in what layout. Numbers only.
 
-A micro-batch is a list of rows, a row a list of traces that stand one behind the other.
+A micro-batch is a list of rows, a row a list of traces, one after the other.
 """
 
 import heapq
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 # alone:  every row is one trace, padded at its end. For models that would mix traces of a row.
 # packed: short traces share rows. For attention that masks: its cost grows with the row squared.
-# flat:   all traces stand in one row. For attention that takes the lengths (FlashAttention).
+# flat:   all traces are in one row. For attention that takes the lengths (FlashAttention).
 LAYOUTS = ("alone", "packed", "flat")
 
 MAX_PADDING = 0.05  # share of a micro-batch's positions
@@ -21,11 +21,11 @@ Rows = list[list[int]]
 def plan_micro_batches(lengths: Sequence[int], batch_tokens: int, layout: str) -> list[Rows]:
     """Cut traces into micro-batches, the longest first.
 
-    Where traces of one step are too unlike to share a rectangle, they go into more and smaller
-    micro-batches: padding is at most `MAX_PADDING` of each.
+    Where lengths within a step differ too much to share a rectangle, traces go into more and
+    smaller micro-batches: padding is at most `MAX_PADDING` of each.
 
     Args:
-        lengths: Of the traces, at least 1 each.
+        lengths: Length of each trace, at least 1.
         batch_tokens: Cap of rows times their width; a longer trace is a micro-batch by itself.
         layout: One of `LAYOUTS`.
 
@@ -60,7 +60,7 @@ def _groups(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> 
 
 
 def _even_groups(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> Rows:
-    """Consecutive traces, the longest first, so alike that one per row needs little padding."""
+    """Consecutive traces, the longest first, of lengths so alike that rows need little padding."""
     groups: Rows = []
     total = 0
     for index in order:
@@ -75,7 +75,7 @@ def _even_groups(order: Sequence[int], lengths: Sequence[int], batch_tokens: int
 
 
 def _rows(group: Sequence[int], lengths: Sequence[int]) -> Rows:
-    """As many rows of about the same length as little padding allows; one row has none."""
+    """Rows of about equal length, as many as little padding allows; one row has no padding."""
     most_positions = sum(lengths[index] for index in group) / (1 - MAX_PADDING)
     # The narrowest rows are as long as the longest trace, and the cost of attention falls with
     # their width.
@@ -87,7 +87,7 @@ def _rows(group: Sequence[int], lengths: Sequence[int]) -> Rows:
 
 
 def _balanced(group: Sequence[int], lengths: Sequence[int], num_rows: int) -> tuple[Rows, int]:
-    """Every trace, the longest first, to the row that is shortest so far; rows and their width."""
+    """Add every trace, longest first, to the row shortest so far; return rows and their width."""
     rows: Rows = [[] for _ in range(num_rows)]
     filled = [(0, row) for row in range(num_rows)]
     width = 0

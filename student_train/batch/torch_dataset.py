@@ -1,4 +1,4 @@
-"""The stream for those who keep their own training loop: a dataset of torch's."""
+"""The stream as a torch dataset, for users with a training loop of their own."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,13 +14,13 @@ from student_train.data.traces import TrainingData
 
 
 class DistillationDataset(IterableDataset[dict[str, Any]]):
-    """Every item is this process's part of one global batch, from the cursor to the last epoch.
+    """This process's part of every global batch, from the cursor to the last epoch.
 
     Give it to `DataLoader(dataset, batch_size=None)`, and let nothing else divide it among
     processes: each reads its own part. Items are dictionaries of
 
-    - `batch`: a `MicroBatch`, one trace per row; where a process has none, one without valid tokens
-    - `labels`: [1 + N] int64, the N tokens that enter the loss behind one -100, as a causal model's
+    - `batch`: a `MicroBatch`, one trace per row; where a process has none, one without loss tokens
+    - `labels`: [1 + N] int64, the N tokens that enter the loss after one -100, as a causal model's
       labels begin: transformers' Trainer counts them over processes and accumulated batches, and
       gives what the summed loss is to be divided by
     """
@@ -37,7 +37,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         cursor: Cursor | None = None,
         num_ids: int | None = None,
     ) -> None:
-        """Arguments are those of `TraceStream`; ranks are torch.distributed's where it runs.
+        """Take the arguments of `TraceStream`; ranks are torch.distributed's where it runs.
 
         A student that may have fewer ids than the teacher needs `num_ids`: see `micro_batches`.
         """
@@ -52,12 +52,12 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         self._num_ids = num_ids
 
     def __len__(self) -> int:
-        """Global batches from the cursor to the end."""
+        """Number of global batches from the cursor to the end."""
         stream, cursor = self._stream(rank=0, num_ranks=1), self._cursor
         return max(0, (self._num_epochs - cursor.epoch) * stream.steps_per_epoch - cursor.step)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Read it once more from the cursor.
+        """Read the stream anew from the cursor.
 
         Raises:
             CacheFormatError: If a shard is missing or damaged.

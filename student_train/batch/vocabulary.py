@@ -1,4 +1,4 @@
-"""A trace as a student with fewer ids than its teacher sees it.
+"""View of a trace for a student with fewer ids than its teacher.
 
 Models pad their vocabularies to different widths, above the tokens that they share.
 """
@@ -11,15 +11,15 @@ from teacher_cache.format import CacheMismatchError, Trace
 
 
 def within_vocabulary(trace: Trace, num_ids: int) -> Trace:
-    """Leave the kept ids from `num_ids` on out; the teacher's mass there joins the tail.
+    """Drop the kept ids from `num_ids` on; the teacher's mass there joins the tail.
 
-    The bucket that holds everything else is exact for that: the student's mass there is 0. The
-    other way round nothing is to be done: ids that only the student has belong to its own tail,
+    The tail's bucket stays exact: the student's mass on the dropped ids is 0. The other way
+    round needs nothing: ids that only the student has belong to its own tail,
     and the teacher's tail has no mass for them.
 
     Args:
-        trace: As cached.
-        num_ids: Of the student.
+        trace: Trace as cached.
+        num_ids: Number of the student's ids.
 
     Raises:
         CacheMismatchError: If a token of the trace itself is among them.

@@ -1,1 +1,1 @@
-"""Which traces and which of their tokens are trained on, and in what order. No torch here."""
+"""The choice of traces and tokens to train on, and their order. No torch here."""

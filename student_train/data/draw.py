@@ -1,14 +1,14 @@
-"""Which traces of a cache get which lead span of a mixture, drawn once from the run's seed.
+"""Draw of a lead span for every trace of a cache from a mixture, once, from the run's seed.
 
-The draw is balanced: the traces are put into an order by hashes, and the mixture's shares are laid
-over their tokens in that order. A trace has the same span in every epoch, whatever the number of
-processes, the size of a batch, and the step at which a run is continued.
+The draw is balanced: the traces are ordered by hash, and the mixture's shares are laid over their
+tokens in that order. A trace has the same span in every epoch, whatever the number of processes,
+the size of a batch, and the step at which a run is resumed.
 
-Where a cache has shards enough, the shards are dealt instead, so that each is read whole or to one
-shorter prefix: a trace that is needed whole costs the whole shard that it stands in. Neighbours in
-a shard then have the same span: shuffle prompts that are sorted by topic before they are captured.
+Where a cache has enough shards, the shards are dealt instead, so that each is read whole or to one
+shorter prefix: a trace that is needed whole costs the whole shard that holds it. Neighbours in
+a shard then have the same span: shuffle prompts that are sorted by topic before capturing them.
 
-How far the mean span of 0.375:4,1:1 is from 0.5, at most in 200 seeds, where shards have between
+Largest distance of the mean span of 0.375:4,1:1 from 0.5 in 200 seeds, where shards have between
 half and one and a half times their mean size: 0.022 with 20 shards, 0.009 with 50, 0.004 with 100.
 Drawn by trace, with lengths as uneven as those of reasoning traces: 0.003 with 1,000 traces. Bytes
 follow as they do for one length, to the band (with 20 bands 0.375 reads 0.4 of a shard): on 100
@@ -31,7 +31,7 @@ from student_train.data.tokens import TokenSelection
 from student_train.data.traces import CacheTraces
 from teacher_cache.format import CacheMismatchError, TraceInfo, num_bands_needed
 
-# So many shards for the rarest span: fewer would teach a length on too narrow a part of the data.
+# Shards for the rarest span: fewer would teach a length on too narrow a part of the data.
 MIN_SHARDS_PER_SPAN = 4
 
 
@@ -45,11 +45,11 @@ class DrawnSpans:
     is_by_shard: bool
 
     def of(self, shard: int, row: int) -> TokenSelection:
-        """What is trained on of the trace there; of one length."""
+        """The selection of one length for the trace there."""
         return self.selection.choices[int(self.choice[shard][row])]
 
     def __iter__(self) -> Iterator[tuple[TraceInfo, TokenSelection]]:
-        """Every trace that is trained on, and what of it."""
+        """Every trace that is trained on, and its selection."""
         for shard, row in self.source.train:
             yield self.source.cache.shards[shard].traces[row], self.of(shard, row)
 
@@ -60,7 +60,7 @@ class DrawnSpans:
 
     @property
     def bytes_read(self) -> int:
-        """Of an epoch: leading bands of the shards, as far as a trace of each needs them."""
+        """Bytes read in an epoch: each shard's leading bands, as far as one of its traces needs."""
         keep: dict[int, list[tuple[int, int]]] = {}
         for (shard, _), (info, selection) in zip(self.source.train, self, strict=True):
             pair = self.source.cache.num_held(info), selection.num_read(info)
@@ -73,7 +73,7 @@ class DrawnSpans:
 
     @property
     def bytes_whole(self) -> int:
-        """Of all bands of the same shards."""
+        """Bytes of all bands of the same shards."""
         shards = self.source.cache.shards
         used = {shard for shard, _ in self.source.train}
         return sum(shards[shard].prefix_bytes(len(shards[shard].blocks)) for shard in used)
@@ -87,14 +87,14 @@ def draw_spans(source: CacheTraces, selection: TokenSelection, seed: int) -> Dra
 
     Args:
         source: The cache's traces.
-        selection: What may be trained on of each.
-        seed: Of the run.
+        selection: Tokens of each that may be trained on.
+        seed: Seed of the run.
 
     Raises:
         CacheMismatchError: If more is selected than a truncated cache holds.
     """
     shards, infos, lengths = source.cache.shards, source.train_infos(), selection.lengths
-    num_tokens: dict[int, int] = {}  # of each shard that is trained on
+    num_tokens: dict[int, int] = {}  # by shard that is trained on
     for (shard, _), info in zip(source.train, infos, strict=True):
         num_tokens[shard] = num_tokens.get(shard, 0) + info.n_total
     is_by_shard = len(num_tokens) * min(lengths.shares) >= MIN_SHARDS_PER_SPAN
@@ -124,15 +124,15 @@ def _check_held(drawn: DrawnSpans) -> None:
             raise CacheMismatchError(
                 f"{cache.path}: the cache was truncated to a lead span of "
                 f"{cache.header.max_lead_span:g} and holds {held:,} tokens of trace "
-                f"{info.trace_id!r}, {needed:,} are selected ({drawn.selection}). Train on at most "
-                "this lead span, or on the cache that it was made from."
+                f"{info.trace_id!r}, but {needed:,} are selected ({drawn.selection}). Train on at "
+                "most this lead span, or on the cache that it was made from."
             )
 
 
 def _dealt(
     names: Sequence[str], num_tokens: Sequence[int], lengths: LeadSpans, seed: int
 ) -> list[int]:
-    """Index of each one's length: where its middle lies among all tokens, in the hashes' order."""
+    """Index of each one's length: where its middle lies among all tokens, in hash order."""
     keys = [hashlib.sha256(f"lead-span/{seed}/{name}".encode()).digest() for name in names]
     order = sorted(range(len(names)), key=keys.__getitem__)
     total, before = sum(num_tokens), 0
@@ -145,7 +145,7 @@ def _dealt(
 
 @dataclass(frozen=True)
 class SpanFigures:
-    """What a run's draw comes to, over all of its caches; an epoch's traces, each once."""
+    """Figures of a run's draw over all of its caches; an epoch's traces, each once."""
 
     num_traces: int
     num_whole_traces: int
@@ -183,7 +183,7 @@ class SpanFigures:
 
 
 def described(drawn: Sequence[DrawnSpans], figures: SpanFigures) -> str:
-    """What is trained on and, of a mixture, what its draw came to, in one line."""
+    """One line on the selection and, for a mixture, on the result of its draw."""
     selection = drawn[0].selection
     text = f"{selection}: {100 * figures.cot_share:.1f} % of the chains of thought"
     if len(selection.choices) == 1:

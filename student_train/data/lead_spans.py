@@ -8,17 +8,17 @@ from itertools import accumulate, pairwise
 
 @dataclass(frozen=True)
 class LeadSpans:
-    """Lengths of which every trace gets one, written `0.375:4,1:1`.
+    """Lengths with weights, written `0.375:4,1:1`; every trace gets one of them.
 
-    Here four of five traces are cut at 0.375 and the fifth is whole. Which trace gets which is
-    drawn by `draw_spans`, from the run's seed.
+    Here four of five traces are cut at 0.375 and the fifth is whole. `draw_spans` draws each
+    trace's length from the run's seed.
 
     Attributes:
         lengths: Proportions of a trace, or numbers of tokens; ascending.
-        weights: Of each length; only their ratios count.
+        weights: Weight of each length; only their ratios count.
 
     Raises:
-        ValueError: If there is no length, one stands twice, or a weight is not positive.
+        ValueError: If there is no length, one occurs twice, or a weight is not positive.
     """
 
     lengths: tuple[float, ...]
@@ -42,10 +42,10 @@ class LeadSpans:
 
     @classmethod
     def parse(cls, text: str) -> "LeadSpans":
-        """Read `0.375:4,1:1`; a weight that is left out is 1, the order does not matter.
+        """Read `0.375:4,1:1`; a missing weight is 1, and the order does not matter.
 
         Raises:
-            ValueError: Saying what cannot be read.
+            ValueError: If the text cannot be read; it says why.
         """
         pairs = []
         for item in text.split(","):
@@ -74,7 +74,7 @@ class LeadSpans:
         return math.fsum(n * share for n, share in zip(self.lengths, self.shares, strict=True))
 
     def index_at(self, quantile: float) -> int:
-        """Index of the length that a quantile in [0, 1) falls to: the shares laid end to end."""
+        """Index of the length at a quantile in [0, 1) of the shares laid end to end."""
         ends = list(accumulate(self.shares))
         return min(bisect_right(ends, quantile), len(ends) - 1)
 
@@ -104,10 +104,10 @@ def parse_tokens(text: str) -> int | LeadSpans:
 
 
 def in_json(length: object) -> object:
-    """A length as a JSON value: the number, or the mixture as it is written."""
+    """A length as a JSON value: the number, or the mixture in its written form."""
     return str(length) if isinstance(length, LeadSpans) else length
 
 
 def _text(number: float) -> str:
-    """Every digit, but no `.0`."""
+    """The number with every digit, but without `.0`."""
     return str(int(number)) if float(number).is_integer() else repr(float(number))

@@ -1,9 +1,9 @@
-"""Which traces of each cache an epoch holds where several are mixed by weights.
+"""Choice of the traces of an epoch where several caches are mixed by weights.
 
 An epoch always has as many traces as all caches together. A weight is a share of them: with weights
-3 and 1, three of four traces of an epoch come from the first cache. A cache that is given more than
-it has is gone through again from its start, one that is given less goes on in the next epoch where
-it stopped: no trace comes twice more often than another of its cache.
+3 and 1, three of four traces of an epoch come from the first cache. A cache whose share is larger
+than the cache is repeated from its start; one whose share is smaller continues in the next epoch
+where it stopped: the numbers of visits of a cache's traces differ by at most one.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 class Draw:
     """Traces of one cache in one epoch; the arrays run parallel."""
 
-    index: NDArray[np.int64]  # of the trace among those of its cache
-    turn: NDArray[np.int64]  # how often its cache was gone through before, in this epoch
+    index: NDArray[np.int64]  # index of the trace among those of its cache
+    turn: NDArray[np.int64]  # complete passes over its cache before, in this epoch
 
 
 def shares_of_epoch(num_traces: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """How many traces each cache gives to an epoch; together, as many as there are.
+    """Number of traces that each cache gives to an epoch; together, as many as there are.
 
     Args:
-        num_traces: Of each cache.
-        weights: Of each cache, positive.
+        num_traces: Number of traces of each cache.
+        weights: Weight of each cache, positive.
 
     Returns:
         Shares in proportion to the weights, rounded so that the largest remainders gain.
@@ -46,9 +46,9 @@ def drawn(shard: NDArray[np.int64], share: int, epoch: int, rng: np.random.Gener
 
     Args:
         shard: [n] each trace's shard.
-        share: Traces of an epoch.
-        epoch: From 0.
-        rng: The same for every epoch of a run.
+        share: Number of traces per epoch.
+        epoch: Number of the epoch, from 0.
+        rng: Random generator, the same for every epoch of a run.
     """
     shards, shard_of_trace = np.unique(shard, return_inverse=True)
     round_of_cache = np.argsort(rng.random(len(shards))[shard_of_trace], kind="stable")

@@ -1,4 +1,4 @@
-"""The order of an epoch: a pure function of seed, epoch, the traces chosen and number of lanes.
+"""The order of an epoch: a pure function of seed, epoch, chosen traces and number of lanes.
 
 Shards are dealt to lanes, balanced by tokens; each lane shuffles its traces through a window of
 shards; the lanes are interleaved into one sequence. Ranks take whole lanes, so the sequence does
@@ -25,8 +25,8 @@ MIN_MIXED_SHARDS = 10
 class EpochOrder:
     """One epoch's sequence of n traces; the arrays run parallel."""
 
-    # [n] the trace's shard, counted through all caches; S shards further on each time that a mixed
-    # cache is gone through again, since it is then read again.
+    # [n] the trace's shard, counted through all caches; S higher for each further pass over a
+    # mixed cache, since its shards are then read again.
     shard: NDArray[np.int64]
     row: NDArray[np.int64]  # [n] its row there
     lane: NDArray[np.int64]  # [n]
@@ -35,7 +35,7 @@ class EpochOrder:
         return len(self.shard)
 
     def of_rank(self, rank: int, num_ranks: int) -> NDArray[np.bool_]:
-        """[n] which traces belong to a rank: those of lanes rank, rank + num_ranks, ..."""
+        """[n] True for a rank's traces: those of lanes rank, rank + num_ranks, ..."""
         mine: NDArray[np.bool_] = self.lane % num_ranks == rank
         return mine
 
@@ -87,15 +87,15 @@ def epoch_order(
     fingerprint: str,
     num_lanes: int,
 ) -> EpochOrder:
-    """Shuffle traces so that at any time at least MIN_MIXED_SHARDS shards are mixed.
+    """Shuffle traces so that at least MIN_MIXED_SHARDS shards are mixed at any time.
 
     Args:
         shard: [n] each trace's shard.
         row: [n] its row in that shard.
         num_tokens: [n] its length, by which lanes are balanced.
-        seed: Of the run.
-        epoch: From 0.
-        fingerprint: Of the data.
+        seed: Seed of the run.
+        epoch: Number of the epoch, from 0.
+        fingerprint: Fingerprint of the data.
         num_lanes: Number of lanes; every rank takes whole ones.
 
     Returns:
@@ -114,7 +114,7 @@ def epoch_order(
     widths = np.zeros(len(shards), np.float64)
     for number, lane in enumerate(lanes):
         lane_of_shard[lane] = number
-        # A shard's traces lie evenly over 2 * window - 1 places around its own, moved inwards at
+        # A shard's traces spread evenly over 2 * window - 1 places around its own, moved inwards at
         # the ends: everywhere at least `window` shards are mixed, with equal weights.
         width = min(2 * window - 1, len(lane))
         starts[lane] = np.clip(np.arange(len(lane)) - width // 2, 0, len(lane) - width)
@@ -122,7 +122,7 @@ def epoch_order(
     keys = starts[shard_of_trace] + widths[shard_of_trace] * uniform  # a time in its lane
     lane_of_trace = lane_of_shard[shard_of_trace]
 
-    # Interleave in proportion, so that all lanes last to the end of the epoch.
+    # Interleave in proportion, so that every lane lasts to the end of the epoch.
     offsets = rng.random(num_lanes)
     by_lane = np.lexsort((keys, lane_of_trace))
     lengths = np.bincount(lane_of_trace, minlength=num_lanes)
@@ -134,7 +134,7 @@ def epoch_order(
 
 
 def check_ranks(num_lanes: int, num_ranks: int, *, rank: int = 0) -> None:
-    """Refuse more ranks than lanes; rank 0 says where ranks do not get equally many.
+    """Refuse more ranks than lanes; rank 0 warns where ranks get unequal numbers of lanes.
 
     Raises:
         ValueError: If a rank would never have a trace.

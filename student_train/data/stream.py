@@ -1,4 +1,4 @@
-"""Traces of a cache in training order, cut to what is trained on, from any cursor.
+"""Traces of a cache in training order, cut to the tokens trained on, from any cursor.
 
 order -> shards read when first needed -> global batches -> a bounded prefetch thread.
 """
@@ -24,25 +24,25 @@ CLOSE_S = 10.0  # far more than reading a shard takes
 
 
 def steps_per_epoch(num_traces: int, batch_traces: int) -> int:
-    """Global batches of an epoch; the last one may be smaller."""
+    """Number of global batches of an epoch; the last one may be smaller."""
     return math.ceil(num_traces / batch_traces)
 
 
 def num_steps(num_traces: int, batch_traces: int, *, epochs: int, limit: int | None) -> int:
-    """Global batches of a run, which ends after so many epochs or steps."""
+    """Number of global batches of a run, which ends after the given epochs or steps."""
     in_epochs = epochs * steps_per_epoch(num_traces, batch_traces)
     return in_epochs if limit is None else min(in_epochs, limit)
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a stream stands: this many global batches of this epoch have been yielded."""
+    """Position of a stream: this many global batches of this epoch have been yielded."""
 
     epoch: int = 0
     step: int = 0
 
     def to_json(self) -> dict[str, int]:
-        """As a JSON object."""
+        """The cursor as a JSON object."""
         return asdict(self)
 
     @classmethod
@@ -84,16 +84,16 @@ class TraceStream:
         """Describe a stream; nothing is read before it is entered.
 
         Args:
-            data: The traces; their caches are read by no one else while the stream is.
-            selection: Decides how many tokens of a trace are read; of a mixture, every trace's
-                lead span is drawn from the seed.
+            data: The traces; nothing else reads their caches while the stream does.
+            selection: Tokens trained on, which decide how many of a trace are read; for a
+                mixture, every trace's lead span is drawn from the seed.
             batch_traces: Traces of a global batch, over all ranks.
-            num_epochs: Where the stream ends.
-            seed: Of the order, and of the lead spans of a mixture.
-            num_lanes: Of the order; at least `num_ranks`, and best a multiple of it.
-            rank: Whose part is yielded.
-            num_ranks: How many share every global batch.
-            cursor: Where to begin; the batches are those of an uninterrupted stream.
+            num_epochs: Epochs after which the stream ends.
+            seed: Seed for the order, and for the lead spans of a mixture.
+            num_lanes: Number of lanes; at least `num_ranks`, best a multiple of it.
+            rank: Rank whose part is yielded.
+            num_ranks: Number of ranks that share every global batch.
+            cursor: Position to begin at; the batches are those of an uninterrupted stream.
 
         Raises:
             ValueError: If there are more ranks than lanes.
@@ -113,7 +113,7 @@ class TraceStream:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches of an epoch."""
+        """Number of global batches of an epoch."""
         return steps_per_epoch(self._data.num_traces, self._batch_traces)
 
     @property
@@ -239,5 +239,5 @@ class _Prefetch(Iterator[StreamStep]):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        # A store that does not answer is tried for minutes; nobody who leaves waits for that.
+        # An unresponsive store is retried for minutes; closing does not wait for that.
         self._thread.join(CLOSE_S)

@@ -1,4 +1,4 @@
-"""Which tokens of a trace are trained on, and how many must be read for that."""
+"""Selection of the tokens of a trace that are trained on, and of how many must be read."""
 
 import hashlib
 from collections.abc import Iterable
@@ -22,8 +22,8 @@ _tokens = partial(option, group="What enters the loss")
 class TokenSelection:
     """A lead span or a token budget, and the sections inside it.
 
-    With a mixture of lengths it stands for several selections: `choices`, of which `draw_spans`
-    gives every trace one. Only a selection of one length has tokens.
+    With a mixture of lengths it represents several selections, `choices`; `draw_spans` gives
+    every trace one of them. Only a selection of one length has tokens.
 
     A middle or last part has as many tokens as the lead span and keeps all tokens before it as
     context (the paper cuts it out instead, which `cache-teacher score --slice` captures).
@@ -82,7 +82,7 @@ class TokenSelection:
 
     @property
     def lengths(self) -> LeadSpans:
-        """The proportions or numbers of tokens, one where every trace has the same."""
+        """The proportions or numbers of tokens; a single one where every trace has the same."""
         length = self.lead_span if self.trace_tokens is None else self.trace_tokens
         if isinstance(length, LeadSpans):
             return length
@@ -90,7 +90,7 @@ class TokenSelection:
 
     @cached_property
     def choices(self) -> tuple["TokenSelection", ...]:
-        """The selections of one length each that it stands for, as `lengths`."""
+        """One selection per length, in the order of `lengths`."""
         if isinstance(self.trace_tokens, LeadSpans):
             return tuple(replace(self, trace_tokens=int(n)) for n in self.trace_tokens.lengths)
         if isinstance(self.lead_span, LeadSpans):
@@ -98,7 +98,7 @@ class TokenSelection:
         return (self,)
 
     def span(self, trace: Trace | TraceInfo) -> tuple[int, int]:
-        """First token and end of the part of a trace that its sections are looked for in.
+        """First token and end of the part of a trace from which its sections are taken.
 
         Raises:
             TypeError: If the selection has several lengths.
@@ -115,7 +115,7 @@ class TokenSelection:
         return first, first + keep
 
     def whole(self, trace: Trace | TraceInfo) -> int:
-        """Tokens of which the length is a part."""
+        """Number of tokens that the length is a proportion of."""
         return trace.answer_start if self.lead_span_of == "reasoning" else trace.n_total
 
     def __str__(self) -> str:
@@ -139,7 +139,7 @@ class TokenSelection:
     def ranges(self, trace: Trace | TraceInfo) -> list[tuple[int, int]]:
         """Half-open ranges of the tokens trained on, in order; token 0 has no distribution.
 
-        They are those of the whole trace, however many of its first tokens a `Trace` holds.
+        They refer to the whole trace, however many of its first tokens a `Trace` holds.
         """
         bounds = (1, max(1, trace.cot_start), max(1, trace.answer_start), trace.n_total)
         span = self.span(trace)
@@ -151,12 +151,12 @@ class TokenSelection:
         return found
 
     def num_read(self, trace: Trace | TraceInfo) -> int:
-        """How many of its first tokens hold everything trained on; at least 1."""
+        """Number of first tokens that hold everything trained on; at least 1."""
         ranges = self.ranges(trace)
         return ranges[-1][1] if ranges else 1
 
     def selected(self, traces: Iterable[Trace]) -> list["SelectedTrace"]:
-        """Traces with this selection of one length for each."""
+        """The traces, each with this selection, which has one length."""
         return [SelectedTrace(trace, self) for trace in traces]
 
 
@@ -173,12 +173,12 @@ class SelectedTrace:
 class LossDropout:
     """Labels left out at random, drawn anew for every epoch and trace."""
 
-    share: float  # of a trace's valid tokens
+    share: float  # of a trace's loss tokens
     seed: int
     epoch: int
 
     def kept(self, trace_id: str, num_valid: int) -> NDArray[np.bool_]:
-        """[num_valid] True but for round(share * num_valid) of them."""
+        """[num_valid] True, except for round(share * num_valid) of them."""
         digest = hashlib.sha256(f"{self.seed}/{self.epoch}/{trace_id}".encode()).digest()
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(list(digest))))
         # Sorting random numbers, because numpy does not promise that `choice` stays the same.

@@ -20,8 +20,8 @@ class TraceFields:
     """
 
     path: Path
-    sha256: str  # of the file
-    # By cache fingerprint, or None where a line names no cache, and trace id.
+    sha256: str  # hash of the file
+    # Keyed by cache fingerprint (None where a line names no cache) and trace id.
     fields: Mapping[tuple[str | None, str], Mapping[str, Any]]
 
     @classmethod
@@ -30,7 +30,7 @@ class TraceFields:
 
         Raises:
             OSError: If it cannot be read.
-            ValueError: If a line is no object with a `trace_id`, or a trace has two.
+            ValueError: If a line is not an object with a `trace_id`, or a trace has two lines.
         """
         content = path.read_bytes()
         fields: dict[tuple[str | None, str], Mapping[str, Any]] = {}
@@ -44,17 +44,17 @@ class TraceFields:
                 raise ValueError(f"{where}: expected an object with a trace_id of text")
             key = row.get("cache_fingerprint"), row["trace_id"]
             if key in fields:
-                raise ValueError(f"{where}: trace {key[1]!r} stands in an earlier line too")
+                raise ValueError(f"{where}: trace {key[1]!r} is already on an earlier line")
             fields[key] = {name: value for name, value in row.items() if name not in _KEYS}
         return cls(path, hashlib.sha256(content).hexdigest()[:32], fields)
 
     @property
     def names(self) -> set[str]:
-        """Every field of any trace."""
+        """Names of the fields of all traces."""
         return {name for row in self.fields.values() for name in row}
 
     def added_to(self, info: TraceInfo, cache: Cache) -> TraceInfo:
-        """A trace with its further fields; as it is where the file has none for it.
+        """The trace with its further fields; unchanged where the file has none for it.
 
         Raises:
             ValueError: If the trace has a field of the same name.

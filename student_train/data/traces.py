@@ -1,4 +1,4 @@
-"""What a run trains on: the traces of its caches that it asks for, without those held out."""
+"""The traces that a run trains on: those chosen from its caches, without the held-out ones."""
 
 import hashlib
 import re
@@ -36,7 +36,7 @@ class CacheTraces:
     num_left_out: int  # by `where`
 
     def train_infos(self) -> list[TraceInfo]:
-        """What is known of the traces trained on without reading a shard."""
+        """Commit records of the traces trained on; no shard is read."""
         return [self.cache.shards[shard].traces[row] for shard, row in self.train]
 
 
@@ -50,7 +50,7 @@ class TrainingData:
 
     @property
     def fingerprint(self) -> str:
-        """Of every cache's content, and of what chose their traces beside it."""
+        """Fingerprint of every cache's content and of the file that helped choose traces."""
         parts = [source.cache.fingerprint for source in self.sources]
         if self.fields_sha256 is not None:
             parts.append(f"trace fields {self.fields_sha256}")
@@ -58,18 +58,18 @@ class TrainingData:
 
     @property
     def num_traces(self) -> int:
-        """Traces of an epoch, however they are mixed."""
+        """Number of traces per epoch, however they are mixed."""
         return sum(len(source.train) for source in self.sources)
 
     @property
     def shares_of_epoch(self) -> list[int]:
-        """How many of an epoch's traces each source gives."""
+        """Number of an epoch's traces from each source."""
         sizes = [len(source.train) for source in self.sources]
         return sizes if self.weights is None else shares_of_epoch(sizes, self.weights)
 
     @property
     def summary(self) -> str:
-        """What is trained on and what is not, in one line."""
+        """One line on the traces that are trained on and those that are not."""
         parts = [f"{self.num_traces:,} traces per epoch"]
         if len(self.sources) > 1:
             shares = self.shares_of_epoch
@@ -83,33 +83,33 @@ class TrainingData:
 
     @property
     def num_heldout(self) -> int:
-        """Traces that are never trained on."""
+        """Number of traces that are never trained on."""
         return sum(len(source.heldout) for source in self.sources)
 
     def heldout_infos(self) -> list[TraceInfo]:
-        """What is known of the held-out traces without reading a shard."""
+        """Commit records of the held-out traces; no shard is read."""
         places = [(s.cache, *place) for s in self.sources for place in s.heldout]
         return [cache.shards[shard].traces[row] for cache, shard, row in places]
 
     @property
     def snapshots(self) -> list[ShardList | None]:
-        """`Cache.snapshot` of every cache: with them the same traces are opened again."""
+        """`Cache.snapshot` of every cache: with these the same traces are opened again."""
         return [source.cache.snapshot for source in self.sources]
 
     @property
     def terminal_token_ids(self) -> tuple[int, ...]:
-        """What ends the traces of any cache."""
+        """Ids of the tokens that end traces, over all caches."""
         found = (name for s in self.sources for name in s.cache.header.terminal_token_ids)
         return tuple(dict.fromkeys(found))
 
     @property
     def bytes_read(self) -> int:
-        """From shards, for training."""
+        """Bytes read from shards for training."""
         return sum(source.cache.bytes_read for source in self.sources)
 
     @property
     def num_shards(self) -> int:
-        """Of all caches."""
+        """Number of shards of all caches."""
         return sum(len(source.cache.shards) for source in self.sources)
 
     def locate(self, shard: int) -> tuple[int, int]:
@@ -121,7 +121,7 @@ class TrainingData:
         raise IndexError("no such shard")
 
     def info(self, shard: int, row: int) -> TraceInfo:
-        """What is known of a trace without reading its shard."""
+        """Commit record of a trace; its shard is not read."""
         number, shard_of_cache = self.locate(shard)
         return self.sources[number].cache.shards[shard_of_cache].traces[row]
 
@@ -130,14 +130,14 @@ class TrainingData:
     ) -> Iterator[Trace]:
         """Read the held-out traces, whole and with all entries that their cache holds.
 
-        A yardstick that no option moves: always the same traces in the same order. May run while a
-        stream over the same data does; what it reads does not count in `bytes_read`. A trace costs
-        its whole shard, so keep them in memory where they are used often.
+        A yardstick that no option moves: always the same traces in the same order. This may run
+        during a stream over the same data; its reads do not count in `bytes_read`. A trace costs
+        its whole shard, so keep the traces in memory if you use them often.
 
         Args:
-            rank: Whose part is read; ranks take whole shards, some perhaps none.
-            num_ranks: How many share the traces.
-            limit: Stop after so many traces, of all ranks together.
+            rank: Rank whose part is read; ranks take whole shards, some perhaps none.
+            num_ranks: Number of ranks that share the traces.
+            limit: Largest number of traces, over all ranks.
 
         Raises:
             CacheFormatError: If a shard is missing or damaged.
@@ -149,7 +149,7 @@ class TrainingData:
             rows_of_shard.setdefault((number, shard), []).append(row)
         for (number, shard), rows in list(rows_of_shard.items())[rank::num_ranks]:
             source = self.sources[number]
-            cache = replace(source.cache, bytes_read=0)  # counts for itself
+            cache = replace(source.cache, bytes_read=0)  # with a count of its own
             yield from cache.read_held((shard, row) for row in rows)
 
 
@@ -170,15 +170,15 @@ def open_data(
 
     Args:
         caches: Folders or URIs.
-        weights: Of each cache, for mixing; every trace once per epoch where it is None.
-        where: Only traces for which this holds, see `Where`; held out are some of these.
+        weights: Weight of each cache for mixing; None means every trace once per epoch.
+        where: Condition on traces, see `Where`; held-out traces fulfil it too.
         trace_fields: JSONL of further fields that `where` can ask for, see `TraceFields`.
-        heldout_share: Proportion of the traces that is not trained on; see `is_heldout`.
-        top_k: As of `Cache.view`, for every cache.
-        mass: As of `Cache.view`.
-        allow_unsealed: As of `open_cache`.
+        heldout_share: Proportion of the traces that is held out; see `is_heldout`.
+        top_k: As in `Cache.view`, for every cache.
+        mass: As in `Cache.view`.
+        allow_unsealed: As in `open_cache`.
         snapshots: `TrainingData.snapshots` of an earlier opening of these caches.
-        prefix_cache: As of `open_cache`.
+        prefix_cache: As in `open_cache`.
 
     Raises:
         CacheError: If a cache cannot be read, or was captured with fewer entries.
@@ -245,7 +245,7 @@ def _check_names(where: Where, caches: Sequence[Cache], further: TraceFields | N
     unknown = sorted(where.names - fields - set(BUILT_IN))
     if unknown:
         raise ValueError(
-            f"where: no trace has a field {unknown[0]!r}; there are "
+            f"where: no trace has a field {unknown[0]!r}; known fields: "
             f"{', '.join([*BUILT_IN, *sorted(fields)])}"
         )
 
@@ -284,10 +284,10 @@ def _check_weights(sources: Sequence[CacheTraces], weights: Sequence[float]) -> 
 
 
 def is_heldout(name: str, share: float) -> bool:
-    """Whether a prompt's traces are held out: a property of its name, in every run and epoch.
+    """Whether a prompt's traces are held out: decided by its name, alike in every run and epoch.
 
     Args:
-        name: The trace's id; without the number of the sample, where it is one of several.
+        name: The trace's id, without the sample number where it is one of several.
         share: Proportion of names that are held out.
     """
     digest = hashlib.sha256(name.encode()).digest()
@@ -295,11 +295,11 @@ def is_heldout(name: str, share: float) -> bool:
 
 
 def _prompt_names(cache: Cache) -> dict[str, str]:
-    """Trace id -> the id of its prompt, for traces that are one sample of several.
+    """Map trace ids to their prompt's id, for traces that are one sample of several.
 
-    A capture that sampled says so, and names them `prompt#number`. Where such traces were scored
-    again, the names are all that is left; other people's ids may end like this too (`gsm8k#17`),
-    but then their prompts differ, and so does the number of their tokens.
+    A capture with several samples says so, and names them `prompt#number`. Where such traces were
+    scored again, only the names are left; other ids may end like this too (`gsm8k#17`), but then
+    their prompts differ, and so do their numbers of tokens.
     """
     count = cache.manifest.config.get("samples_per_prompt", 1)
     has_samples = isinstance(count, int) and count > 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from teacher_cache.format import TraceInfo
 
-# What is known of every trace; these names go before fields of the same name.
+# Known for every trace; these names take precedence over fields of the same name.
 BUILT_IN = ("trace_id", "n_total", "cot_start", "answer_start", "finish_reason")
 GRAMMAR = (
     "comparisons of fields with numbers, strings, True, False, None and lists of these, "
@@ -33,8 +33,8 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 class Where:
     """A condition on traces, e.g. `verdict == "correct" and n_total < 8000`.
 
-    A field that a trace does not have is None. `fields["the name"]` reaches a field whose name is
-    no identifier.
+    A missing field is None. `fields["the name"]` reaches a field whose name is not an
+    identifier.
     """
 
     text: str
@@ -45,7 +45,7 @@ class Where:
         """Read an expression.
 
         Raises:
-            ValueError: If it is none, or holds more than the grammar allows.
+            ValueError: If it is not an expression, or holds more than the grammar allows.
         """
         try:
             tree = ast.parse(text.strip(), mode="eval").body
@@ -56,7 +56,7 @@ class Where:
 
     @property
     def names(self) -> set[str]:
-        """The fields that it asks for."""
+        """Names of the fields that the expression uses."""
         names = {node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name)}
         for node in ast.walk(self.tree):
             if _is_key_of_fields(node):
@@ -64,10 +64,10 @@ class Where:
         return names - {"fields"}
 
     def holds(self, trace: TraceInfo) -> bool:
-        """Whether a trace fulfils it.
+        """Whether the condition holds for a trace.
 
         Raises:
-            ValueError: If values of this trace cannot be compared, naming it.
+            ValueError: If values of this trace cannot be compared; it names the trace.
         """
         built_in = {name: getattr(trace, name) for name in BUILT_IN}
         values = {"fields": trace.fields, **trace.fields, **built_in}
@@ -76,7 +76,7 @@ class Where:
         except TypeError as error:
             raise ValueError(
                 f"where: {self.text!r} cannot be decided for trace {trace.trace_id!r} ({error}); "
-                "a field that a trace does not have is None: write `field is not None and ...`"
+                "a missing field is None: write `field is not None and ...`"
             ) from error
 
 
@@ -104,7 +104,7 @@ def _check(node: ast.expr, text: str) -> None:
             pass
         case _:
             raise ValueError(
-                f"where: {ast.unparse(node)!r} in {text!r} is not understood; there are {GRAMMAR}"
+                f"where: {ast.unparse(node)!r} in {text!r} is not allowed; allowed are {GRAMMAR}"
             )
     for child in children:
         _check(child, text)
@@ -136,7 +136,7 @@ def _value(node: ast.expr, values: Mapping[str, Any]) -> Any:  # noqa: ANN401  #
 
 
 def _item(container: Any, key: str | int) -> Any:  # noqa: ANN401  # any JSON value
-    """What stands under a key or at an index; None where there is nothing, as for a field."""
+    """The value under a key or at an index; None where it is missing, as for a field."""
     if isinstance(container, Mapping):
         return container.get(key)
     if isinstance(container, list) and isinstance(key, int):

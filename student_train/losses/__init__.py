@@ -1,10 +1,10 @@
 """The sparse distillation loss: a linear head and a divergence from cached top-k logits, fused.
 
-`sparse_kl` is the loss, `sparse_kl_per_token` the same per token; `TeacherTargets` is what they
-read from a cache, `SparseKLOutput` what they return, and `VocabShard` for a head whose vocabulary
-is split over processes. `target_ranks` trains nothing: it measures. Imports torch and nothing else.
+`sparse_kl` is the loss, `sparse_kl_per_token` the same per token; `TeacherTargets` is their input
+from a cache, `SparseKLOutput` their result, and `VocabShard` is for a head whose vocabulary is
+split over processes. `target_ranks` only measures. Imports torch and nothing else.
 
-Shape letters in this package: N valid tokens, C rows of one chunk, D hidden size, V vocabulary,
+Shape letters in this package: N loss tokens, C rows of one chunk, D hidden size, V vocabulary,
 K kept entries of the widest row; J = K + 1 outcomes, the kept entries and, last, the tail.
 """
 

@@ -1,4 +1,4 @@
-"""The loop over chunks of tokens, so that the logits of all of them never exist at once.
+"""The loop over chunks of tokens, so that the logits of all tokens never exist at once.
 
 A chunk's logits are formed, turned into its losses and, in place, into its gradients, which are
 multiplied back into the gradients of the head's operands.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Many rows at a time let the matrix products run at speed: a GPU wants 1024 or more of a
+# Many rows at a time let the matrix products run at full speed: a GPU needs 1024 or more with a
 # vocabulary of 152k. On a CPU more than 100 to 200 gain nothing.
 _CUDA_CHUNK_BYTES = 640 * 2**20
 _CHUNK_BYTES = 96 * 2**20
@@ -39,7 +39,7 @@ Wanted = tuple[bool, bool, bool]
 
 @dataclass(frozen=True)
 class Problem:
-    """What a call computes, apart from the tensors that autograd must see."""
+    """Arguments of a call, apart from the tensors that autograd must see."""
 
     objective: Objective
     targets: TeacherTargets
@@ -66,7 +66,7 @@ def run(
     wanted: Wanted,
 ) -> tuple[RowResults, Gradients]:
     """Results of all rows and, where `wanted`, gradients of their sum weighted by row_weight_N."""
-    # Products of chosen dtypes are made here; autocast must not round them once more. Unlike
+    # The products here have chosen dtypes; autocast must not round them again. Unlike
     # PyTorch, Triton launches on the current GPU, wherever its tensors are.
     current = torch.cuda.device_of(hidden_ND)  # type: ignore[no-untyped-call]  # torch has no types
     with current, torch.autocast(hidden_ND.device.type, enabled=False):
@@ -89,11 +89,11 @@ def run(
 
 
 def _loop(problem: Problem, head: HeadProducts, row_weight_N: Tensor | None) -> RowResults:
-    """Every chunk's results, one after the other; its gradients go into the head."""
+    """Yield every chunk's results in turn; its gradients go into the head."""
     num_rows, device, dtype = len(problem.targets), problem.targets.k.device, head.result_dtype
     width = buffer_width(head.num_vocab)
     passes_cls = passes_type(device.type)
-    # Processes that share a vocabulary must cut alike, whatever the size of their part.
+    # Processes that share a vocabulary must cut at the same rows, whatever the size of their part.
     shard = problem.shard
     planned_width = width if shard is None else buffer_width(shard.even_share)
     row_bytes = passes_cls.row_bytes(problem.objective, planned_width, dtype, head.operand_dtype)
@@ -162,7 +162,7 @@ def _chunk(
 
 
 def buffer_width(num_vocab: int) -> int:
-    """V and at least one more: a column for what has none, such as padding."""
+    """Width of V and at least one more: a dummy column for padding and the like."""
     return (num_vocab // _COLUMN_MULTIPLE + 1) * _COLUMN_MULTIPLE
 
 
@@ -180,7 +180,7 @@ def passes_type(device_type: str) -> type[TorchPasses] | type[TritonPasses]:
 
 
 def rows_per_chunk(num_rows: int, row_bytes: int, chunk_bytes: int | None, device_type: str) -> int:
-    """Rows per chunk: as many as the bound allows, about the same for every chunk."""
+    """Number of rows per chunk: as many as the bound allows, about the same for every chunk."""
     on_cuda = device_type == "cuda"
     if chunk_bytes is None:
         chunk_bytes = _CUDA_CHUNK_BYTES if on_cuda else _CHUNK_BYTES

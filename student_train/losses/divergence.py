@@ -14,7 +14,7 @@ def teacher_logprobs(
 ) -> Tensor:
     """The teacher's log-probabilities over the kept entries and the tail, [N, J].
 
-    Padding, and a tail that the objective or a row with k = V has not, are -inf.
+    Padding is -inf, as is the tail where the objective or a row with k = V has none.
     """
     top_logits = targets.top_logits.to(dtype) / objective.temperature
     top_logits = top_logits.masked_fill(~targets.kept(), -torch.inf)
@@ -37,9 +37,9 @@ def divergence_terms(objective: Objective, log_p: Tensor, log_q: Tensor) -> tupl
     log q - log p for the same reason.
 
     Args:
-        objective: Which divergence; its tail and temperature are already in log_p and log_q.
-        log_p: [N, J] the teacher; -inf where an outcome has no mass.
-        log_q: [N, J] the student, summing to one; -inf where log_p is too, or in a tail.
+        objective: Names the divergence; its tail and temperature are already in log_p and log_q.
+        log_p: [N, J] the teacher's; -inf where an outcome has no mass.
+        log_q: [N, J] the student's, summing to one; -inf where log_p is too, or in a tail.
 
     Returns:
         [N] values, and [N, J] derivatives by log q, of q taken as independent per outcome.

@@ -12,7 +12,7 @@ from student_train.objective import Objective
 
 
 class _Context(FunctionCtx):
-    """What autograd hands to both passes, and what we keep there."""
+    """The context that autograd hands to both passes, and our fields on it."""
 
     saved_tensors: tuple[Tensor, Tensor, Tensor | None, Tensor]
     needs_input_grad: tuple[bool, ...]
@@ -47,7 +47,7 @@ class ScalarLoss(torch.autograd.Function):
     def backward(ctx: _Context, grad_loss: Tensor, *_parts: None) -> tuple[Tensor | None, ...]:
         """The gradients of the forward, times the upstream one."""
         hidden_ND, weight_VD, bias_V, row_weight_N = ctx.saved_tensors
-        # Let go of them: autograd copies a gradient that something else still refers to.
+        # Drop our references: autograd copies a gradient that something else still refers to.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # a second backward through a retained graph
             _, gradients = run(ctx.problem, hidden_ND, weight_VD, bias_V, row_weight_N, ctx.wanted)
@@ -94,7 +94,7 @@ class PerTokenLoss(torch.autograd.Function):
 
 
 def mixed_loss(objective: Objective, results: RowResults) -> Tensor:
-    """[N] losses of divergence and cross entropy; a part of no weight may be infinite."""
+    """[N] losses of divergence and cross entropy; a part of weight 0 may be infinite."""
     if objective.ce_weight == 0:
         return results.kl.clone()  # the part is a constant, the loss is not
     if objective.ce_weight == 1:
@@ -110,7 +110,7 @@ def _outputs(ctx: _Context, loss: Tensor, results: RowResults) -> tuple[Tensor, 
 
 
 def _scaled(gradient: Tensor | None, factor: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """The gradient times the factor in the dtype of `like`, in place where that is its own."""
+    """The gradient times the factor, in the dtype of `like`; in place if that is its dtype."""
     if gradient is None or like is None:
         return None
     if factor is None:

@@ -59,7 +59,7 @@ class HeadProducts:
 
     @property
     def operand_dtype(self) -> torch.dtype:
-        """Dtype of what goes into the products."""
+        """Dtype of the operands of the products."""
         return self._weight_VD.dtype
 
     def logits_(self, start: int, stop: int, out_CV: Tensor) -> None:
@@ -69,7 +69,7 @@ class HeadProducts:
             out_CV.add_(self._bias_V)
 
     def accumulate_(self, start: int, stop: int, grad_CV: Tensor) -> None:
-        """Add what the gradient of the outputs of rows [start, stop) means for the operands.
+        """Add the operands' gradients from the gradient of the outputs of rows [start, stop).
 
         Its dtype is `operand_dtype`.
         """

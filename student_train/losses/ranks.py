@@ -1,4 +1,4 @@
-"""How many ids a linear head finds likelier than the realised token."""
+"""Rank of the target token among all ids under a linear head."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def target_ranks(
 ) -> Tensor:
     """Rank of each token among all ids by the head's logits, from 1 for the likeliest.
 
-    A scale or softcap of the logits does not move a rank, so neither is asked for.
+    A scale or softcap of the logits does not change a rank, so neither is an argument.
 
     Args:
         hidden_ND: [N, D] outputs of the body at the positions that predict the tokens.
         weight_VD: [V, D] weight of the head.
         target_ids_N: [N] tokens that the trace holds.
         bias: [V] or None.
-        largest: Ranks beyond it count as this one.
+        largest: Largest rank; higher ones count as this one.
 
     Returns:
-        [N] int64; of ids with the same logit each has the best rank.
+        [N] int64; ids with equal logits all get the best of their ranks.
     """
     num_rows = max(1, _CHUNK_BYTES // (4 * len(weight_VD)))
     ranks = []

@@ -20,7 +20,7 @@ from student_train.objective import Objective
 
 @dataclass(frozen=True)
 class TailSums:
-    """Log-sum-exp over the columns that are not kept, split into a peak and the rest.
+    """Log-sum-exp over the columns that are not kept, split into peak and rest.
 
     Attributes:
         peak: [C] their largest logit; -inf where all are kept.
@@ -51,7 +51,7 @@ class RowGradients:
         tail: [C] factor of softmax(logits / temperature) over the columns that are not kept.
         tail_ce: [C] factor of softmax(logits) there, where the temperature is not 1.
         columns: [C, J] columns that differ: the kept ones, and the label if it is not kept; the
-            dummy column for what does not apply.
+            dummy column where neither applies.
         values: [C, J] their gradients.
     """
 
@@ -99,7 +99,7 @@ class TorchPasses:
         return TailSums(peak, rest_tempered if rest is None else rest, rest_tempered)
 
     def gradient_(self, softmax_CV: Tensor, gradients: RowGradients, dtype: torch.dtype) -> Tensor:
-        """Turn what `reduce_` left into the gradient by the head's outputs, in `dtype`."""
+        """Turn the result of `reduce_` into the gradient by the head's outputs, in `dtype`."""
         softmax_CV.mul_(gradients.tail[:, None])
         if self._softmax is not None:
             softmax_CV.addcmul_(self._softmax, gradients.tail_ce[:, None])
@@ -123,11 +123,11 @@ def _log_sum(softmax: Tensor, peak: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Student:
-    """The student's kept and realised logits, and log-probabilities from them.
+    """The student's logits of kept ids and target token, and log-probabilities from them.
 
     Attributes:
         kept: [C, K] logits at the kept ids, -inf in padding.
-        label: [C] logit at the realised id.
+        label: [C] logit at the target token.
         tail: The sums over all other columns.
     """
 
@@ -136,7 +136,7 @@ class Student:
     tail: TailSums
 
     def logprobs(self, rest: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """[C, J] log-probabilities at a temperature, and [C] those of the realised id.
+        """[C, J] log-probabilities at a temperature, and [C] those of the target token.
 
         All logits are taken relative to the row's largest, so that float32 resolves them.
         """
@@ -235,7 +235,7 @@ def _assemble(
 def _top1_agrees(targets: TeacherTargets, student: Student) -> Tensor:
     """[C] bool: every other token is less likely under the student than the teacher's likeliest.
 
-    A tie is no agreement: a student that knows nothing finds all tokens equally likely. Of the
+    A tie is not agreement: an untrained student finds all tokens equally likely. Among the
     teacher's ties, which its rounded logits have, the first entry counts.
     """
     likeliest = targets.top_logits.masked_fill(~targets.kept(), -torch.inf).argmax(dim=1)[:, None]

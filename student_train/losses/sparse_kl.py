@@ -1,4 +1,4 @@
-"""The loss of a linear head against a cached teacher: the functions that a trainer calls."""
+"""Loss of a linear head against a cached teacher: the functions that a trainer calls."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def _outside_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 @dataclass(frozen=True)
 class SparseKLOutput:
-    """A loss and, detached, what it is made of. In nats.
+    """A loss and, detached, its parts. In nats.
 
     Attributes:
         loss: [] from `sparse_kl`, [N] from `sparse_kl_per_token`; the one to differentiate.
         kl: [N] the divergence times the squared temperature.
-        ce: [N] cross entropy with the realised token, at temperature 1.
+        ce: [N] cross entropy with the target token, at temperature 1.
         student_mass: [N] the student's probability of the kept ids, at temperature 1.
         teacher_mass: [N] the teacher's, as stored.
-        top1: [N] bool, whether the teacher's likeliest token is the student's.
+        top1: [N] bool, True where the teacher's likeliest token is the student's.
     """
 
     loss: Tensor
@@ -63,8 +63,8 @@ def sparse_kl(
         loss = sum_n token_weight_n ((1 - ce_weight) D_n + ce_weight CE_n)
 
     D_n is the divergence between teacher and student at token n, CE_n the cross entropy with the
-    realised token; `Objective` defines both, and ce_weight. To average over valid tokens give each
-    the weight 1 / num_valid_tokens, counted over the whole step, all ranks and micro-batches
+    target token; `Objective` defines both, and ce_weight. To average over loss tokens give each
+    the weight 1 / num_loss_tokens, counted over the whole step, all ranks and micro-batches
     included.
 
     The gradients of hidden_ND, weight_VD and bias, where they are required, are formed here, at
@@ -79,13 +79,13 @@ def sparse_kl(
             sharded by `fully_shard`, call this inside the forward of the sharded module. With LoRA
             on the head, give the sum of weight and update.
         targets: The teacher's rows.
-        token_weight_N: [N] float, a constant.
+        token_weight_N: [N] float, without a gradient.
         objective: Divergence, tail, temperature and ce_weight, and what the head does to its
             outputs. By default half forward KL and half cross entropy, as in arXiv 2512.21002.
         bias: [V] or None.
-        chunk_bytes: Bound of the buffers for logits, but one row is always computed. None is 640
-            MiB on CUDA and 96 MiB elsewhere.
-        shard: Given if weight_VD and bias are one process' part of the vocabulary.
+        chunk_bytes: Bound on the buffers for logits; one row always fits. None is 640 MiB on
+            CUDA and 96 MiB elsewhere.
+        shard: This process' part of the vocabulary, if weight_VD and bias are only a part.
 
     Returns:
         The loss and its parts; the parts of a token of weight 0 are 0, its teacher_mass apart.
@@ -122,7 +122,7 @@ def sparse_kl_per_token(
     chunk_bytes: int | None = None,
     shard: VocabShard | None = None,
 ) -> SparseKLOutput:
-    """The losses of `sparse_kl` token by token, to be reduced by the caller in any way.
+    """The losses of `sparse_kl` token by token, for the caller to reduce in any way.
 
     The gradient by each of them is known in the backward pass only, which forms the logits a
     second time: four matrix products instead of three. Arguments are those of `sparse_kl`.
@@ -159,7 +159,7 @@ def _check_operands(
     chunk_bytes: int | None,
     shard: VocabShard | None,
 ) -> torch.dtype:
-    """Refuse what does not fit; the dtype of computation."""
+    """Refuse arguments that do not fit; return the dtype of computation."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             "hidden_ND and weight_VD: expected [N, D] and [V, D], "

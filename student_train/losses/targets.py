@@ -1,4 +1,4 @@
-"""What the loss reads of the teacher: kept ids and logits, tail, realised token."""
+"""The teacher's side of the loss: kept ids and logits, tail, target token."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class TeacherTargets:
     """The teacher's distribution over N tokens, as a cache stores it.
 
     Only shapes, dtypes and devices are checked. Values are trusted, since reading them back would
-    stall a GPU: that ids are distinct within a row and in [0, V), and 1 <= k <= K, is for the code
-    that builds the batch to see to.
+    stall a GPU: the code that builds the batch must ensure that ids are distinct within a row and
+    in [0, V), and that 1 <= k <= K.
 
     Attributes:
         top_ids: [N, K] int64 or int32; the first k[n] columns of row n are real.
@@ -84,5 +84,5 @@ class TeacherTargets:
         return columns < self.k[:, None]
 
     def label_column(self) -> Tensor:
-        """[N, K] bool, True where a column is the realised token; nowhere if it is not kept."""
+        """[N, K] bool, True where a column is the target token; nowhere if it is not kept."""
         return self.kept() & (self.top_ids == self.target_ids[:, None])

@@ -1,7 +1,7 @@
 """The two dense passes over a chunk as Triton kernels: the only file that imports Triton.
 
-Each kernel gives a row to a program and goes over it once, so a chunk is read twice and written
-once between its matrix products. What is done per row and kept entry stays in `rows`.
+Each kernel gives a row to a program and passes over it once, so a chunk is read twice and written
+once between its matrix products. The work per row and kept entry stays in `rows`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _sum_tails(
     temperature: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Peak of a row, and log-sum-exp of its logits less the peak, at temperature 1 and another."""
+    """Peak of a row, and log-sum-exp of its logits minus the peak, at temperature 1 and another."""
     row = tl.program_id(0).to(tl.int64)
     element = logits.dtype.element_ty
     peak = tl.full((), float("-inf"), element)

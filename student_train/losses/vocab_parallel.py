@@ -1,4 +1,4 @@
-"""A head whose vocabulary is split over processes: what they tell each other about a chunk."""
+"""A head whose vocabulary is split over processes: their communication about a chunk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which part of the head's vocabulary this process holds.
+    """This process' part of the head's vocabulary.
 
     Every process of the group calls the loss with its own rows of the weight (and entries of the
     bias), and with the same hidden states, targets (in ids of the whole vocabulary) and token
@@ -40,7 +40,7 @@ class VocabShard:
         return -(-self.num_vocab // self.group.size())
 
     def local_columns(self, ids: Tensor, num_local: int) -> Tensor:
-        """Columns of this process' part; `num_local`, the first that is none, for other ids."""
+        """Columns in this process' part; `num_local`, one past its last column, for other ids."""
         columns = ids - self.start
         return columns.masked_fill((columns < 0) | (columns >= num_local), num_local)
 
@@ -55,7 +55,7 @@ class VocabShard:
         return Student(kept, label, TailSums(peak, rest, rest_tempered))
 
     def tail_shares(self, local: TailSums, merged: TailSums, temperature: float) -> Tensor:
-        """[2, C] share of the tail's mass that is here, at temperature 1 and the given one."""
+        """[2, C] local share of the tail's mass, at temperature 1 and the given one."""
         totals = torch.stack([merged.rest, merged.rest_tempered])
         return (_sums_below(local, merged.peak, temperature) - totals).exp()
 
