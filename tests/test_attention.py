@@ -190,7 +190,7 @@ def test_flash_attention_gets_one_row_and_the_ends_of_its_traces(family, flash_s
 
 
 def test_flash_attention_in_full_precision_is_refused():
-    with pytest.raises(ValueError, match="half precision alone: add --dtype bfloat16"):
+    with pytest.raises(ValueError, match="needs half precision: add --dtype bfloat16"):
         prepare_attention(
             make_family("qwen3"), "flash_attention_2", packing=True, half_precision=False
         )

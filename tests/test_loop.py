@@ -335,7 +335,7 @@ def test_a_generation_config_that_cannot_be_mended_is_refused_before_a_step(conf
     student = make_student(tmp_path / "student")
     file = tmp_path / "student/generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"early_stopping": True}))
-    with pytest.raises(ValueError, match=r"mend its generation_config\.json"):
+    with pytest.raises(ValueError, match=r"fix its generation_config\.json"):
         train(config(student=student, max_steps=1))
 
 

@@ -1,1 +1,1 @@
-"""The student as a model: loaded, prepared, run forward with its loss, saved."""
+"""The student as a model: load, prepare, run forward with its loss, save."""

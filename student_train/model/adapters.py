@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) through `peft`: few weights beside frozen ones.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) with `peft`: few weights beside frozen ones.
 
 `peft` is imported where it is used: without adapters it need not be installed.
 """
@@ -19,17 +19,17 @@ ALL_LINEAR = "all-linear"  # every linear layer but the head
 
 
 def add_adapters(model: PreTrainedModel, lora: Lora) -> "PeftModel":
-    """Freeze a model and put adapters into it; it computes what it did until they are trained.
+    """Freeze a model and add adapters; its outputs are unchanged until they are trained.
 
     Args:
-        model: Changed in place; it stays the one to train.
-        lora: Which adapters.
+        model: Model to train; changed in place.
+        lora: Adapters to add.
 
     Returns:
-        What can save the adapters, or merge them into the model.
+        peft's wrapper, which can save the adapters or merge them into the model.
 
     Raises:
-        ValueError: If a target is no linear layer, or is the head, whose weight the loss takes.
+        ValueError: If a target is not a linear layer, or is the head, whose weight the loss takes.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -49,13 +49,13 @@ def add_adapters(model: PreTrainedModel, lora: Lora) -> "PeftModel":
 def with_trained_adapters(
     model: PreTrainedModel, lora: Lora, weights: Mapping[str, Tensor], *, merged: bool
 ) -> "PreTrainedModel | PeftModel":
-    """What a run with adapters came to.
+    """Rebuild the result of a run with adapters.
 
     Args:
-        model: The student as it was before, whole; changed in place.
-        lora: As in `add_adapters`.
-        weights: Of the adapters, by their names in the model.
-        merged: Whether adapters are to become part of the model's own weights.
+        model: The whole student as it was before the run; changed in place.
+        lora: Adapters, as in `add_adapters`.
+        weights: Weights of the adapters, by their names in the model.
+        merged: Whether to merge the adapters into the model's own weights.
     """
     adapted = add_adapters(model, lora)
     _, unexpected = model.load_state_dict(weights, strict=False)
@@ -81,6 +81,6 @@ def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
 
 
 def count_trained(model: nn.Module) -> tuple[int, int]:
-    """Numbers of weights that are trained, and of all."""
+    """Number of weights that are trained, and of all weights."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)

@@ -1,4 +1,4 @@
-"""How the student attends: with which backend, and whether traces may share a row."""
+"""The student's attention: its backend, and whether traces may share a row."""
 
 import inspect
 
@@ -6,8 +6,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-# Chunks are counted from a row's first token, whatever its positions say: a probe that is shorter
-# than a chunk would not notice.
+# Chunks are counted from a row's first token, whatever its positions are: a probe shorter than a
+# chunk would not notice.
 _SEPARABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _PROBE_LENGTHS = (5, 7)
 _PROBE_TOLERANCE = 1e-4  # relative; rounding is below 1e-6, and what leaks is far above
@@ -19,17 +19,17 @@ def prepare_attention(
     """Choose the attention backend, and the layout of micro-batches that suits it.
 
     Args:
-        model: On a device where the attention that it was loaded with runs.
-        wanted: A backend of `transformers`. None takes FlashAttention where it is installed and
-            can be used, else what the model was loaded with.
+        model: Student on a device that can run the attention it was loaded with.
+        wanted: Backend by its name in `transformers`. None takes FlashAttention where it is
+            installed and usable, else the backend that the model was loaded with.
         packing: Whether traces may share a row.
-        half_precision: Whether the matrix products are; FlashAttention knows no other.
+        half_precision: Whether matrix products are in half precision, as FlashAttention requires.
 
     Returns:
         One of `packing.LAYOUTS`.
 
     Raises:
-        ValueError: If the backend cannot be had, or would compute another model.
+        ValueError: If the backend is not available, or would compute a different model.
     """
     # Before FlashAttention is set, which runs on a GPU alone.
     layout = "packed" if packing and keeps_traces_apart(model) else "alone"
@@ -40,12 +40,12 @@ def prepare_attention(
     is_flash = "flash" in wanted
     if is_flash and not half_precision:
         raise ValueError(
-            f"attention {wanted!r} works in half precision alone: add --dtype bfloat16"
+            f"attention {wanted!r} needs half precision: add --dtype bfloat16"
         )
     if wanted == "sdpa" and caps_scores(model):
         raise ValueError(
             f"attention 'sdpa' leaves out the cap of attention scores that {type(model).__name__} "
-            "has: it would train another model. Use 'eager' or 'flash_attention_2'"
+            "has: it would train a different model. Use 'eager' or 'flash_attention_2'"
         )
     try:
         model.set_attn_implementation(wanted)
@@ -62,9 +62,9 @@ def caps_scores(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def keeps_traces_apart(model: PreTrainedModel) -> bool:
-    """Whether positions that begin again at 0 hide from a trace what stands before it in its row.
+    """Whether positions that restart at 0 hide from a trace whatever precedes it in its row.
 
-    Attention in `transformers` does that; recurrent layers and older models do not.
+    They do for attention in `transformers`, but not for recurrent layers and older models.
     """
     body = model.base_model
     if "position_ids" not in inspect.signature(body.forward).parameters:

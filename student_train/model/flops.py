@@ -22,15 +22,15 @@ FORMULA = (
 
 @dataclass(frozen=True)
 class FlopFormula:
-    """Forward and backward of a decoder and its loss: a multiply and an add are 2 FLOPs.
+    """FLOPs of forward and backward of a decoder and its loss: multiply and add are 2 FLOPs.
 
         6 P n + 6 A sum_i n_i^2 + 6 V D m
 
-    n_i positions of trace i are run, n of all traces; m tokens are in the loss. P are the weights
-    of the body's matrices, experts by the share that a token is sent to; A is layers x heads x head
-    size, half of each square being masked; the head's three products run on the tokens in the loss
-    alone. The backward counts as two forwards, or as one for frozen weights. Norms, softmax,
-    optimizer, embedding lookup and padding are left out.
+    n_i is the number of positions of trace i, n that of all traces, m that of loss tokens. P is the
+    number of weights in the body's matrices, experts counted by the share that a token is sent to;
+    A is layers x heads x head size, half of each square being masked; the head's three products run
+    on the loss tokens alone. The backward counts as two forwards, or as one for frozen weights.
+    Norms, softmax, optimizer, embedding lookup and padding are left out.
     """
 
     body_weights: int
@@ -59,11 +59,11 @@ class FlopFormula:
         )
 
     def flops(self, num_positions: Sequence[int], num_valid: int) -> int:
-        """Of a forward and backward.
+        """FLOPs of a forward and backward.
 
         Args:
-            num_positions: Of each trace.
-            num_valid: Tokens in the loss, of all of them.
+            num_positions: Number of positions of each trace.
+            num_valid: Number of loss tokens of all traces.
         """
         return 6 * (
             self.body_weights * sum(num_positions)
@@ -73,14 +73,14 @@ class FlopFormula:
 
 
 def _products(weight: Tensor) -> int:
-    """Of a matrix, forward and backward: outputs, gradients of inputs, gradient of its own."""
+    """Number of products of a matrix: outputs, gradients of inputs and, if trained, its own."""
     return 3 if weight.requires_grad else 2
 
 
 def counted_flops(student: StudentWithLoss, batch: MicroBatch) -> int:
-    """What PyTorch counts in a forward and backward: whole squares of attention, and padding.
+    """FLOPs that PyTorch counts in forward and backward: whole attention squares, and padding.
 
-    Use attn_implementation="eager" on the CPU, whose fused attention the counter does not know.
+    Use attn_implementation="eager" on the CPU: the counter does not know its fused attention.
     """
     in_place = {torch.ops.aten.addmm_: _addmm_flops}  # of the head; the counter lacks this one
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
@@ -92,7 +92,7 @@ def counted_flops(student: StudentWithLoss, batch: MicroBatch) -> int:
 
 @dataclass(frozen=True)
 class FlopComparison:
-    """The same forward and backward, by formula and as counted."""
+    """One forward and backward, by formula and as counted."""
 
     num_positions: int
     by_formula: int
@@ -105,9 +105,9 @@ def compare_flops(
     """Count the work on the first trace of a cache, for every selection; on the CPU.
 
     Args:
-        name: Of the student.
-        cache: With a trace.
-        selections: Of its tokens.
+        name: Name of the student.
+        cache: Cache with at least one trace.
+        selections: Selections of the trace's tokens.
     """
     model, _ = load_model(name, dtype=torch.float32)
     model.set_attn_implementation("eager")

@@ -1,6 +1,6 @@
-"""What a device computes of a micro-batch: body and loss in one forward.
+"""Computation of a micro-batch on a device: body and loss in one forward.
 
-Letters: B rows, T positions, N valid tokens, D hidden size, V vocabulary.
+Letters: B rows, T positions, N loss tokens, D hidden size, V vocabulary.
 """
 
 from dataclasses import replace
@@ -21,12 +21,12 @@ from student_train.losses import (
 )
 from student_train.model.load import HeadScaling, output_layer
 
-# What StudentWithLoss sums over valid tokens, beside the loss; kl is the objective's divergence.
+# Sums over loss tokens by StudentWithLoss, beside the loss; kl is the objective's divergence.
 SUMS = ("kl", "ce", "student_mass", "teacher_mass", "top1_agreement")
 
 
 def sum_names(num_sources: int) -> tuple[str, ...]:
-    """`SUMS` and, where several caches are mixed, divergence and valid tokens of each."""
+    """`SUMS` and, where several caches are mixed, divergence and loss tokens of each."""
     if num_sources == 1:
         return SUMS
     numbers = range(1, num_sources + 1)
@@ -44,18 +44,18 @@ class StudentWithLoss(nn.Module):
         *,
         num_sources: int = 1,
     ) -> None:
-        """Put the loss on a model.
+        """Add the loss to a model.
 
         Args:
             model: The student.
-            head: Its scaling, which takes the place of the objective's softcap and logit_scale.
-            objective: What is minimised.
-            num_sources: Caches whose divergences are summed apart.
+            head: Scaling of its logits, which replaces the objective's softcap and logit_scale.
+            objective: Objective to minimise.
+            num_sources: Number of caches whose divergences are summed separately.
         """
         super().__init__()
         self.model = model
         self._objective = replace(objective, softcap=head.softcap, logit_scale=head.logit_scale)
-        # Held-out figures are of the same divergence whatever is minimised.
+        # Held-out figures use the same divergence whatever the objective is.
         self._yardstick = replace(
             DEFAULT_OBJECTIVE, softcap=head.softcap, logit_scale=head.logit_scale
         )
@@ -65,7 +65,7 @@ class StudentWithLoss(nn.Module):
         """Run one micro-batch.
 
         Returns:
-            The loss [], weighted and summed over valid tokens, and the detached sums over valid
+            The loss [], weighted and summed over loss tokens, and the detached sums over loss
             tokens, float64, of `sum_names`.
         """
         output = output_layer(self.model)
@@ -110,7 +110,7 @@ class StudentWithLoss(nn.Module):
     def per_token_and_rank(
         self, batch: MicroBatch, *, largest_rank: int
     ) -> tuple[SparseKLOutput, Tensor]:
-        """The objective's parts of each token [N], and the rank [N] of the realised one."""
+        """The objective's parts of each token [N], and the rank [N] of the target token."""
         output, hidden_ND = output_layer(self.model), self._hidden(batch)
         rank_N = target_ranks(
             hidden_ND, output.weight, batch.targets.target_ids,
@@ -119,7 +119,7 @@ class StudentWithLoss(nn.Module):
         return self._loss_per_token(hidden_ND, batch, self._objective), rank_N
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
-        """[N, D] at the positions that predict the valid tokens."""
+        """[N, D] hidden states at the positions that predict the loss tokens."""
         hidden_BTD = self.model.base_model(
             input_ids=batch.input_ids, use_cache=False, **_attention_arguments(batch)
         ).last_hidden_state
@@ -128,7 +128,7 @@ class StudentWithLoss(nn.Module):
 
 
 def _attention_arguments(batch: MicroBatch) -> dict[str, Any]:
-    """What tells the body where traces begin."""
+    """Arguments that tell the body where traces begin."""
     arguments: dict[str, Any] = {}
     if batch.position_ids is not None:
         arguments["position_ids"] = batch.position_ids

@@ -1,4 +1,4 @@
-"""How close a student is to the teacher on traces that it was not trained on, by section."""
+"""Distance of a student from the teacher on traces that it was not trained on, by section."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,12 +30,12 @@ def heldout_figures(
     """Measure a student on whole traces, whatever it was trained on.
 
     Args:
-        student: In evaluation mode, on the device.
-        traces: Of a cache; tokens without a distribution do not count.
-        device: Where to compute.
+        student: Student in evaluation mode, on the device.
+        traces: Traces of a cache; tokens without a distribution do not count.
+        device: Device to compute on.
 
     Returns:
-        By section, those without a token left out, and "all".
+        Figures by section, those without a token left out, and under "all".
     """
     return section_figures(heldout_sums(student, traces, device))
 
@@ -46,9 +46,9 @@ def heldout_sums(
     """[3, 4] sums over the tokens of each section: count, KL, NLL, agreement.
 
     Args:
-        student: As of `heldout_figures`.
-        traces: As many in every process of a sharded student, filled up with None.
-        device: Where to compute.
+        student: Student, as in `heldout_figures`.
+        traces: Traces, as many in every process of a sharded student, padded with None.
+        device: Device to compute on.
     """
     num_ids = output_layer(student.model).weight.shape[0]
     sums = np.zeros((len(SECTIONS), 4))
@@ -71,7 +71,7 @@ def heldout_sums(
 
 
 def section_figures(sums: NDArray[np.float64]) -> dict[str, SectionFigures]:
-    """The means of `heldout_sums`, by section and of "all"."""
+    """The means of `heldout_sums`, by section and for "all"."""
     figures = {name: _figures(row) for name, row in zip(SECTIONS, sums, strict=True) if row[0]}
     return {**figures, "all": _figures(sums.sum(axis=0))} if figures else {}
 

@@ -1,6 +1,6 @@
-"""The teacher beside the student: its whole distributions in place of the cached entries.
+"""The teacher in memory beside the student: whole distributions instead of cached entries.
 
-For small teachers, and for one purpose: to see what a cache loses.
+For small teachers, and for one purpose: to measure how much a cache loses.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class LiveTeacher:
     def __init__(
         self, name: str, headers: Sequence[CacheHeader], device: torch.device, *, num_ids: int
     ) -> None:
-        """Load it; `num_ids` is the student's, which may be padded to another width."""
+        """Load it; `num_ids` is the student's number, which may be padded to another width."""
         model, tokenizer = load_model(name, dtype=torch.float32)
         width = output_layer(model).weight.shape[0]
         for header in headers:
@@ -45,10 +45,10 @@ class LiveTeacher:
 
     @torch.no_grad()
     def taught(self, batch: MicroBatch) -> MicroBatch:
-        """The batch with the teacher's whole distributions over the ids that the student has.
+        """Replace the batch's targets by the teacher's whole distributions over the student's ids.
 
         Args:
-            batch: In the layout "alone": each row is one trace.
+            batch: Micro-batch in the layout "alone": each row is one trace.
 
         Raises:
             CacheMismatchError: If the teacher is not the one that the cache was captured from.
@@ -66,7 +66,7 @@ class LiveTeacher:
             top_ids=top_ids,
             top_logits=top_logits - top_logits[:, :1],
             k=torch.full_like(batch.targets.k, top_ids.shape[1]),
-            # What the student lacks, as from a cache; -inf where it lacks nothing.
+            # Mass of the ids that the student lacks, as from a cache; -inf where it lacks none.
             tail_logit=beyond.logsumexp(dim=-1) - of_student.logsumexp(dim=-1),
             target_ids=batch.targets.target_ids,
         )
@@ -82,6 +82,6 @@ class LiveTeacher:
         if not difference <= _LARGEST_DIFFERENCE:
             raise CacheMismatchError(
                 f"live teacher {self._name!r} is not the one of the cache: the probabilities of "
-                f"the likeliest tokens differ by {difference:.3f} on the mean, expected at most "
+                f"the likeliest tokens differ by {difference:.3f} on average, expected at most "
                 f"{_LARGEST_DIFFERENCE}"
             )

@@ -1,4 +1,4 @@
-"""The student: loaded, and checked against the cache and the loss."""
+"""Loading of the student, and its checks against the cache and the loss."""
 
 import contextlib
 import hashlib
@@ -35,7 +35,7 @@ class HeadScaling:
 
 @contextlib.contextmanager
 def no_bars() -> Iterator[None]:
-    """Loading and writing last seconds: their bars would only stand in the way of messages."""
+    """Hide progress bars: loading and writing take seconds, and bars would obscure messages."""
     was_enabled = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -52,8 +52,8 @@ def load_model(
 
     Args:
         name: Folder or hub id.
-        revision: Of the hub repository.
-        dtype: Of the weights; as they are stored where None.
+        revision: Revision of the hub repository.
+        dtype: Dtype of the weights; None keeps the stored one.
 
     Raises:
         ValueError: If it cannot be loaded, saying why in one line.
@@ -92,19 +92,19 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
 def check_student(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, header: CacheHeader
 ) -> None:
-    """Refuse a student whose token ids do not mean what the cache's mean.
+    """Refuse a student whose token ids differ in meaning from the cache's.
 
-    Beyond the tokens, models pad their vocabularies to different widths. Either may be the wider:
-    see `vocabulary.within_vocabulary`.
+    Beyond the tokens, models pad their vocabularies to different widths. Either may be wider: see
+    `vocabulary.within_vocabulary`.
 
     Raises:
-        CacheMismatchError: Naming both sides.
+        CacheMismatchError: If the tokenizers differ, or the student lacks tokens.
         ValueError: If the student is an adapter.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            f"student {name!r} is an adapter, and what was trained below it would be lost: merge "
-            "it into its model first (peft: merge_and_unload), or train with --lora-output merged"
+            f"student {name!r} is an adapter, and training below it would be lost: merge it into "
+            "its model first (peft: merge_and_unload), or train with --lora-output merged"
         )
     vocabulary = tokenizer.get_vocab()
     fingerprint = tokenizer_fingerprint(vocabulary)
@@ -137,10 +137,10 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
 
 
 def head_of(model: PreTrainedModel) -> HeadScaling:
-    """What stands between the body's hidden states and the logits, beside a linear map.
+    """Scaling between the body's hidden states and the logits, beside a linear map.
 
     Raises:
-        ValueError: If the model's logits are not what the loss would compute.
+        ValueError: If the model's logits differ from those that the loss would compute.
     """
     config = model.config.get_text_config()
     scale = 1.0
@@ -155,7 +155,7 @@ def head_of(model: PreTrainedModel) -> HeadScaling:
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, head: HeadScaling) -> None:
-    """Compare the model's own logits of a few tokens with those that the loss would use."""
+    """Compare the model's own logits of a few tokens with those that the loss would compute."""
     output = output_layer(model)
     was_training = model.training
     model.train(mode=False)
@@ -169,14 +169,14 @@ def _check_head(model: PreTrainedModel, head: HeadScaling) -> None:
     model.train(was_training)
     if not expected.isfinite().all():
         raise ValueError(
-            f"{type(model).__name__}: its logits are no finite numbers; is it damaged?"
+            f"{type(model).__name__}: its logits are not finite numbers; is it damaged?"
         )
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     if not error <= _PROBE_TOLERANCE:
         raise ValueError(
             f"{type(model).__name__}: its logits are not softcap(scale * linear(hidden)) with "
             f"logit_scale={head.logit_scale} and softcap={head.softcap} from its config (they "
-            f"differ by {error:.1%}); the loss would train another model. This is not supported."
+            f"differ by {error:.1%}); the loss would train a different model. This is not supported."
         )
 
 
@@ -187,13 +187,13 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Let `torch.compile` take every block, in place; lengths may differ from batch to batch.
+    """Apply `torch.compile` to every block, in place; lengths may differ from batch to batch.
 
-    Blocks are alike, so that one compilation serves all, and what stands around them (masks,
+    Blocks are alike, so one compilation serves all, and the code around them (masks,
     checkpointing, the loss) stays as it is.
 
     Raises:
-        ValueError: If the model does not say what its blocks are.
+        ValueError: If the model does not name its blocks.
     """
     layers = decoder_layers(model)
     if not layers:

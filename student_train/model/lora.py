@@ -1,11 +1,11 @@
-"""Which adapters are trained: a value that a configuration can hold without loading torch."""
+"""Choice of adapters: a value that a configuration can hold without loading torch."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Which adapters are trained beside frozen weights."""
+    """Adapters that are trained beside frozen weights."""
 
     rank: int
     alpha: int  # their output is multiplied by alpha / rank

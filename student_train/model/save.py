@@ -22,14 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 def make_savable(name: str, model: PreTrainedModel) -> None:
-    """See to it before a run that its student can be written after it.
+    """Make sure before a run that its student can be written after it.
 
-    `transformers` reads generation configs that it refuses to write: often they name a temperature
-    and do not say that they sample. Here they are made to say so.
+    `transformers` reads generation configs that it refuses to write: often they set a temperature
+    but not do_sample. This function sets it.
 
     Args:
-        name: Of the student, for messages.
-        model: Whose generation config may be changed.
+        name: Name of the student, for messages.
+        model: Model whose generation config may be changed.
 
     Raises:
         ValueError: If the config contradicts itself in another way.
@@ -44,7 +44,7 @@ def make_savable(name: str, model: PreTrainedModel) -> None:
         config.validate(strict=True)
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"student {name!r}: mend its generation_config.json: {reason}") from error
+        raise ValueError(f"student {name!r}: fix its generation_config.json: {reason}") from error
     logger.warning("%s: its generation config asks for sampling without do_sample: added", name)
 
 
@@ -57,21 +57,21 @@ def save_student(
     terminal_token_ids: tuple[int, ...],
     card: str,
 ) -> None:
-    """Write a Hugging Face model folder; it is whole, or not there under its name.
+    """Write a Hugging Face model folder; under its name it is whole or missing.
 
     Args:
-        model: Unwrapped; or adapters, of which the folder then holds nothing else.
-        tokenizer: Of the student.
-        folder: Where; must not exist.
-        weights: Of the model, whole.
-        terminal_token_ids: Any of them ends a generation; the model's own where empty.
-        card: The model card, Markdown.
+        model: Unwrapped model; or adapters, and then the folder holds only them.
+        tokenizer: Tokenizer of the student.
+        folder: Folder to write; must not exist.
+        weights: Whole weights of the model.
+        terminal_token_ids: Ids that end a generation; the model's own where empty.
+        card: Model card, Markdown.
 
     Raises:
         OSError: If it cannot be written, as on a full disk.
     """
     if terminal_token_ids:
-        # Base models often name another token, and would then never end as the traces do.
+        # Base models often name another end token, and would then never end as the traces do.
         model.generation_config.eos_token_id = list(terminal_token_ids)
         model.config.eos_token_id = list(terminal_token_ids)
     with publish_folder(folder) as temporary, no_bars():
@@ -86,7 +86,7 @@ def save_student(
 
 
 def check_saved(name: str) -> None:
-    """Refuse a student that `save_student` wrote and that is not as it was written.
+    """Refuse a student of `save_student` that has changed since it was written.
 
     Args:
         name: Folder or hub id; only folders with checksums are read.

@@ -1,7 +1,7 @@
-"""The student's tokenizer beside the cache's: missing marks, chat template, special and end tokens.
+"""The student's tokenizer against the cache's: missing marks, chat template, special tokens.
 
-A student that learns from traces in one template is useless in another, at the same loss: what its
-folder says of turns must be what it was trained on.
+A student that learns from traces in one template is useless in another, at the same loss: the
+template in its folder must be the one that it was trained on.
 """
 
 import logging
@@ -20,14 +20,14 @@ def add_missing_tokens(
 ) -> list[str]:
     """Give a tokenizer the teacher's added tokens that it lacks, under the teacher's ids.
 
-    Base models of a family often have rows for marks (`<think>`) that their tokenizer does not
-    know yet. Only tokens that come next to the tokenizer's own are added; whether it then is the
-    teacher's is for `check_student` to say.
+    Base models of a family often have rows for marks (`<think>`) that their tokenizer lacks. Only
+    tokens whose ids directly follow the tokenizer's own are added; `check_student` then decides
+    whether it is the teacher's.
 
     Args:
-        name: Of the student, for messages.
-        tokenizer: Of the student; changed.
-        header: Of the cache.
+        name: Name of the student, for messages.
+        tokenizer: Tokenizer of the student; changed in place.
+        header: Header of the cache.
 
     Returns:
         The tokens that were added.
@@ -56,13 +56,13 @@ def add_missing_tokens(
 def adopt_turns(name: str, tokenizer: PreTrainedTokenizerBase, header: CacheHeader) -> None:
     """Give a student's tokenizer the chat template and special tokens of a cache's traces.
 
-    What differs from the student's own is said. A cache of a teacher without a template leaves
+    Differences from the student's own are reported. A cache of a teacher without a template leaves
     the student's as it is.
 
     Args:
-        name: Of the student, for messages.
-        tokenizer: Changed.
-        header: Of the cache.
+        name: Name of the student, for messages.
+        tokenizer: Tokenizer of the student; changed in place.
+        header: Header of the cache.
     """
     for line in differences(tokenizer, header):
         logger.warning("%s: %s: RUN/model gets the cache's (--chat-template)", name, line)
@@ -74,12 +74,12 @@ def adopt_turns(name: str, tokenizer: PreTrainedTokenizerBase, header: CacheHead
 
 
 def differences(tokenizer: PreTrainedTokenizerBase, header: CacheHeader) -> list[str]:
-    """What a student's tokenizer says of turns otherwise than the cache does, in words."""
+    """Describe differences of template and special tokens between student and cache."""
     found = []
     own = tokenizer.chat_template
     if header.chat_template is not None and own != header.chat_template:
         found.append(
-            "it has another chat template than the traces were rendered with"
+            "its chat template is not the one that the traces were rendered with"
             if own
             else "it has no chat template"
         )
@@ -91,6 +91,6 @@ def differences(tokenizer: PreTrainedTokenizerBase, header: CacheHeader) -> list
 
 
 def _of_turns(header: CacheHeader) -> dict[str, str]:
-    """Special tokens that begin and end sequences; padding is the student's own affair."""
+    """Special tokens that begin and end sequences; padding is left to the student."""
     special = header.special_tokens or {}
     return {part: special[part] for part in ("bos_token", "eos_token") if part in special}
