@@ -368,7 +368,7 @@ def test_a_student_that_would_mix_traces_says_so_and_trains(config, tmp_path, ca
     caplog.set_level("INFO")
     train(config(student=str(tmp_path / "student"), packing=True, max_steps=1))
 
-    assert "MambaForCausalLM would mix traces in one row: each gets its own" in caplog.text
+    assert "MambaForCausalLM would mix traces in one row: each trace gets its own" in caplog.text
 
 
 @pytest.mark.parametrize("loss_reduction", ["token", "sequence"])
@@ -586,7 +586,7 @@ def test_steps_without_a_valid_token_are_counted_and_change_nothing(config, tmp_
     metrics = metrics_of(settings)
     assert sorted(m["tokens"] for m in metrics) == [0, 0, 0, 29]
     assert metrics[-1]["num_empty_steps"] == metrics[-1]["num_empty_traces"] == 3
-    assert "3 times a trace had no valid token" in caplog.text
+    assert "3 times a trace had no loss token" in caplog.text
     assert "3 of 4 steps" in caplog.text
 
 
@@ -598,7 +598,7 @@ def test_traces_without_a_valid_token_are_counted_beside_others(config, tmp_path
 
     assert [m["num_empty_traces"] for m in metrics_of(settings)] == [3, 6]
     assert metrics_of(settings)[-1]["num_empty_steps"] == 0
-    assert "6 times a trace had no valid token" in caplog.text
+    assert "6 times a trace had no loss token" in caplog.text
 
 
 def test_a_student_that_the_last_step_broke_is_not_written(config, monkeypatch):

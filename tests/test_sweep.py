@@ -287,7 +287,7 @@ def test_a_sweep_is_stopped_goes_on_reports_a_failed_cell_and_repeats_nothing(pa
     assert done.returncode == 1, done.stderr
     assert "cell live_seed-0 failed" in done.stderr
     assert "is not the one of the cache" in (cells / "live_seed-0" / "failed.txt").read_text()
-    assert "going on after step" in (cells / "span-0.5_seed-0" / "log.txt").read_text()
+    assert "resuming after step" in (cells / "span-0.5_seed-0" / "log.txt").read_text()
     result = json.loads((cells / "span-0.5_seed-0" / "result.json").read_text())
     assert result["run"]["step"] == 40
     assert 0 < result["run"]["tokens_trained"] < 0.55 * 20 * sum(t.n_total for t in traces)

@@ -247,7 +247,7 @@ def test_a_killed_run_goes_on_to_the_same_student(uninterrupted, tmp_path, numbe
             killed.kill()
     assert killed.returncode == exit_code, errors
     if number != signal.SIGKILL:
-        assert "Run the same command again to go on." in errors
+        assert "Run the same command again to resume." in errors
     assert not (parts["out"] / "model").exists()
     subprocess.run([*PROGRAM, *command(parts, *LONG_RUN)], env=ENVIRONMENT, check=True)
 
@@ -310,7 +310,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(
         [*PROGRAM, *command(parts, *LONG_RUN)],
         env=ENVIRONMENT, check=True, capture_output=True, text=True,
     )  # fmt: skip
-    assert "going on after step 14 of 120" in done.stderr
+    assert "resuming after step 14 of 120" in done.stderr
     assert_same_run(parts["out"], uninterrupted["out"])
 
 

@@ -39,9 +39,7 @@ def prepare_attention(
         return layout
     is_flash = "flash" in wanted
     if is_flash and not half_precision:
-        raise ValueError(
-            f"attention {wanted!r} needs half precision: add --dtype bfloat16"
-        )
+        raise ValueError(f"attention {wanted!r} needs half precision: add --dtype bfloat16")
     if wanted == "sdpa" and caps_scores(model):
         raise ValueError(
             f"attention 'sdpa' leaves out the cap of attention scores that {type(model).__name__} "

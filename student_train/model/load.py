@@ -176,7 +176,7 @@ def _check_head(model: PreTrainedModel, head: HeadScaling) -> None:
         raise ValueError(
             f"{type(model).__name__}: its logits are not softcap(scale * linear(hidden)) with "
             f"logit_scale={head.logit_scale} and softcap={head.softcap} from its config (they "
-            f"differ by {error:.1%}); the loss would train a different model. This is not supported."
+            f"differ by {error:.1%}); the loss would train a different model: not supported."
         )
 
 

@@ -1,1 +1,1 @@
-"""One training run: its configuration, its loop, its folder and checkpoints."""
+"""One training run: its configuration, loop, folder and checkpoints."""

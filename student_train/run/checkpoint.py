@@ -1,10 +1,10 @@
-"""Checkpoints: everything that the next step depends on, whole or absent, and never damaged unseen.
+"""Checkpoints: all that the next step depends on, whole or absent, with damage always detected.
 
 checkpoints/step-000000500/state.pt           weights, optimizer and schedule
 checkpoints/step-000000500/random-00000.pt    random generators of each process
-checkpoints/step-000000500/progress.json      RunState, and what metrics.jsonl was
+checkpoints/step-000000500/progress.json      RunState, and the mark of metrics.jsonl
 checkpoints/step-000000500/checksums.json     sha256 of each, verified before any is read
-checkpoints/damaged-step-000000500/           one that was not as it was written, out of the way
+checkpoints/damaged-step-000000500/           one that has changed since it was written, set aside
 """
 
 import json
@@ -36,14 +36,14 @@ def write_checkpoint(
     *,
     keep_last: int,
 ) -> None:
-    """Publish a checkpoint and take old ones away; all ranks call it together.
+    """Publish a checkpoint and remove old ones; all ranks call it together.
 
     Args:
-        run: Its folder.
-        state: Of the run.
-        tensors: Name -> state dict; the main process' is written.
-        accelerator: Of the run.
-        keep_last: How many of the newest stay, beside the best one.
+        run: Folder of the run.
+        state: State of the run.
+        tensors: State dicts by name; those of the main process are written.
+        accelerator: Accelerator of the run.
+        keep_last: Number of newest checkpoints to keep, beside the best one.
     """
     folder = run.checkpoint_of(state.step)
     temporary = folder.with_name(f".tmp-ranks-{folder.name}")
@@ -71,13 +71,13 @@ def write_checkpoint(
 
 
 def whole_checkpoint(run: RunFolder, *, needs_best: bool) -> Path | None:
-    """Find the newest checkpoint of which nothing is damaged; newer ones go out of its way.
+    """Find the newest undamaged checkpoint; newer, damaged ones are set aside.
 
-    The main process alone calls it.
+    Only the main process calls it.
 
     Args:
-        run: Its folder.
-        needs_best: Whether the student of the best step may be asked for at the end, so that its
+        run: Folder of the run.
+        needs_best: Whether the run may end with the student of the best step, so that its
             checkpoint has to be whole too.
 
     Raises:
@@ -106,10 +106,10 @@ def whole_checkpoint(run: RunFolder, *, needs_best: bool) -> Path | None:
 
 
 def check_best(run: RunFolder, state: RunState) -> None:
-    """Make sure that the checkpoint of the best step is as it was written.
+    """Make sure that the checkpoint of the best step is undamaged.
 
     Raises:
-        DamagedFileError: Naming what is not.
+        DamagedFileError: If it is damaged; it names the file.
     """
     check_folder(
         run.checkpoint_of(state.best_step), "The best student of this run is lost with it."
@@ -117,14 +117,14 @@ def check_best(run: RunFolder, state: RunState) -> None:
 
 
 def read_checkpoint(folder: Path) -> tuple[RunState, MetricsMark]:
-    """How far the run was at a checkpoint, and what `metrics.jsonl` was."""
+    """State of the run at a checkpoint, and the mark of `metrics.jsonl`."""
     progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
     return RunState.from_json(progress["state"]), MetricsMark(**progress["metrics"])
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The state dicts of a checkpoint, on the CPU."""
-    # Mapped, not read: every process wants some of it, and they share the pages.
+    # Mapped, not read: every process needs a part of it, and they share the pages.
     state: dict[str, Any] = torch.load(
         folder / _STATE, map_location="cpu", mmap=True, weights_only=True
     )
@@ -132,7 +132,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def restore_random_state(folder: Path, rank: int) -> None:
-    """Set the random generators as they were; a rank that the run did not have keeps its own."""
+    """Restore the random generators; a rank that the run did not have keeps its own."""
     file = folder / _random_file(rank)
     if not file.exists():
         return
@@ -157,7 +157,7 @@ def _save(state: Mapping[str, Any], file: Path) -> None:
         reason = str(error).partition("\n")[0]
         raise OSError(
             f"{file}: the checkpoint cannot be written ({reason}); is the disk full? The last "
-            "whole one stays: run the same command again when there is room"
+            "whole one stays: free some space and run the same command again"
         ) from error
 
 

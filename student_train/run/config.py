@@ -1,4 +1,4 @@
-"""What can be set for a run, checked without loading torch."""
+"""Configuration of a run, checked without loading torch."""
 
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,7 +37,7 @@ _output = partial(option, group="Output")
 class TrainConfig:
     """One training run.
 
-    What is changeable says where things lie and how often something is written, or trades time for
+    Changeable options say where things are and how often something is written, or trade time for
     memory: a run may be resumed with other values. Caches and student are compared by fingerprint
     instead of by name.
     """
@@ -66,7 +66,7 @@ class TrainConfig:
         changeable=True,
     )
     heldout_share: float = _data(
-        "Proportion of the traces, chosen by their ids, that is held out and measured on.",
+        "Proportion of the traces, chosen by their ids, that is held out for measurements.",
         default=0.0,
         basic=True,
         at_least=0,
@@ -89,12 +89,12 @@ class TrainConfig:
         changeable=True,
     )
     prefix_cache: Path | None = _data(
-        "Local folder that keeps what is read of a remote cache; processes and runs share it.",
+        "Local folder for the parts read from a remote cache; processes and runs share it.",
         default=None,
         changeable=True,
     )
     prefix_cache_bytes: int = _data(
-        "Size of that folder in bytes; what was unused for longest makes room.",
+        "Largest size of that folder in bytes; the least recently used parts make room.",
         default=50_000_000_000,
         at_least=1,
         changeable=True,
@@ -115,7 +115,7 @@ class TrainConfig:
     loss_on: str = _tokens("loss_on")
     lead_span_of: str = _tokens("lead_span_of")
     loss_dropout: float = _entering(
-        "Proportion of every trace's valid tokens that is left out at random, drawn anew in every "
+        "Proportion of every trace's loss tokens that is left out at random, drawn anew in every "
         "epoch.",
         default=0.0,
         at_least=0,
@@ -128,7 +128,7 @@ class TrainConfig:
         unset="as captured",
     )
     mass: float | None = _entering(
-        "Probability that the cached entries used reach with as few of them as possible.",
+        "Probability that the cached entries used must reach, with as few of them as possible.",
         default=None,
         above=0,
         at_most=1,
@@ -148,7 +148,7 @@ class TrainConfig:
         unset="0.5, or 0.1 for the skew divergences",
     )
     tail: str = _loss(
-        "Treatment of what the teacher gives to ids that were not kept: one more outcome, "
+        "Treatment of the teacher's mass on ids that were not kept: one more outcome, "
         "impossible (the kept ones are renormalised), or left out of the sum.",
         default=Objective.tail,
         choices=TAILS,
@@ -166,7 +166,7 @@ class TrainConfig:
         at_most=1,
     )
     loss_reduction: str = _loss(
-        "What weighs the same in a step: every valid token, or every trace (sequence).",
+        "Unit that weighs the same in a step: every loss token, or every trace (sequence).",
         default="token",
         choices=LOSS_REDUCTIONS,
     )
@@ -197,9 +197,9 @@ class TrainConfig:
     clip_norm: float = _optimizer(
         "Largest norm of the gradient; 0 does not clip.", default=1.0, at_least=0
     )
-    epochs: int = _optimizer("Times that every trace is seen.", default=1, basic=True, at_least=1)
+    epochs: int = _optimizer("Passes over all traces.", default=1, basic=True, at_least=1)
     max_steps: int | None = _optimizer(
-        "Stop after this many steps, if the epochs have not ended before.",
+        "Stop after this many steps, unless the epochs end earlier.",
         default=None,
         at_least=1,
     )
@@ -235,7 +235,7 @@ class TrainConfig:
         changeable=True,
     )
     gradient_checkpointing: bool = _speed(
-        "Compute activations twice instead of keeping them; saves memory, costs time.",
+        "Recompute activations in the backward pass; saves memory, costs time.",
         default=False,
         changeable=True,
     )
@@ -286,7 +286,7 @@ class TrainConfig:
         at_least=1,
     )
     select: str = _measuring(
-        "Student that is written: the one after the last step, or with the lowest held-out KL.",
+        "Student to write: the one after the last step, or the one with the lowest held-out KL.",
         default="last",
         choices=SELECTIONS,
     )
@@ -295,7 +295,7 @@ class TrainConfig:
         "Steps between checkpoints.", default=500, at_least=1, changeable=True
     )
     keep_last: int = _output(
-        "Number of checkpoints that stay; a run falls back on the one before a damaged one.",
+        "Number of checkpoints to keep; a run falls back on the one before a damaged one.",
         default=2,
         at_least=1,
         changeable=True,
@@ -313,7 +313,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_options(self)
         if self.trace_fields is not None and self.where is None:
-            raise ValueError("--trace-fields: expected a --where that asks for them, got none")
+            raise ValueError("--trace-fields: expected a --where that uses them, got none")
         _ = self.selection  # refuses a lead span beside a budget
         _ = self.objective  # refuses what is no divergence or cannot be known from a cache
         if self.sharding == "full" and self.optimizer == "adafactor":
@@ -336,14 +336,14 @@ class TrainConfig:
 
     @property
     def selection(self) -> TokenSelection:
-        """Which tokens of a trace are trained on."""
+        """Selection of the tokens of a trace that are trained on."""
         return TokenSelection(
             self.lead_span, self.trace_tokens, self.sections, self.loss_on, self.lead_span_of
         )
 
     @property
     def objective(self) -> Objective:
-        """What is minimised."""
+        """Objective to minimise."""
         return Objective(
             self.divergence, self.mix, self.tail, self.loss_temperature, self.ce_weight
         )
@@ -363,7 +363,7 @@ class TrainConfig:
 
     @property
     def kept_prefixes(self) -> PrefixCache | None:
-        """Where what is read of the caches is kept."""
+        """Local store of the parts read from remote caches."""
         if self.prefix_cache is None:
             return None
         return PrefixCache(self.prefix_cache, self.prefix_cache_bytes)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to."""
+    """Result of a run."""
 
     model: Path  # Hugging Face folder
     num_steps: int
@@ -37,7 +37,7 @@ def finished_before(inputs: RunInputs) -> TrainResult:
     """The result of a run whose student an earlier call has written.
 
     Raises:
-        DamagedFileError: If the student, or the record of the result, is not as it was written.
+        DamagedFileError: If the student, or the record of the result, is damaged.
     """
     metrics = decided_by_main(inputs.accelerator, inputs.folder.read_result)
     return TrainResult(inputs.folder.model, metrics["step"], metrics, was_finished=True)
@@ -47,8 +47,8 @@ def finish(run: Run) -> TrainResult:
     """Choose the student, check its weights and write it; every process calls it.
 
     Raises:
-        DamagedFileError: If the best step's checkpoint or `metrics.jsonl` is not as it was written.
-        NonFiniteLossError: If the last step left weights that are no finite numbers.
+        DamagedFileError: If the best step's checkpoint or `metrics.jsonl` is damaged.
+        NonFiniteLossError: If the last step left weights that are not finite numbers.
         OSError: If the student cannot be written.
     """
     inputs, folder = run.inputs, run.inputs.folder
@@ -66,7 +66,7 @@ def finish(run: Run) -> TrainResult:
 
 
 def _choose_student(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Restore the best step's weights if it is asked for; the metrics of the step chosen."""
+    """Restore the best step's weights if asked to; return the metrics of the chosen step."""
     folder, state, accelerator = run.inputs.folder, run.state, run.inputs.accelerator
     if run.inputs.config.select != "heldout" or state.best_step == run.num_steps:
         return metrics
@@ -86,13 +86,13 @@ def _check_weights(weights: Mapping[str, Tensor]) -> None:
     """Refuse to write a student that the last step broke: no later loss would show it.
 
     Raises:
-        NonFiniteLossError: Naming the first weight that is no finite number.
+        NonFiniteLossError: If a weight is not a finite number; it names the first.
     """
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise NonFiniteLossError(
                 f"the last step left {name} without finite numbers, so no student is written. "
-                "Lower --lr and begin again in another --out."
+                "Lower --lr and start over in another --out."
             )
 
 
@@ -105,7 +105,7 @@ def _log_counts(run: Run) -> None:
         )
     if state.num_empty_traces:
         logger.warning(
-            "%s times a trace had no valid token and taught nothing; %d of %d steps had only "
+            "%s times a trace had no loss token and taught nothing; %d of %d steps had only "
             "such traces and changed nothing",
             f"{state.num_empty_traces:,}",
             state.num_empty_steps,
@@ -114,7 +114,7 @@ def _log_counts(run: Run) -> None:
 
 
 def _write_student(run: Run, weights: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:
-    """Put the model folder under its name; adapters are merged first, if that is asked for."""
+    """Publish the model folder under its name; adapters are merged first, if asked for."""
     inputs, config = run.inputs, run.inputs.config
     model: Any = inputs.model
     if config.lora is not None:

@@ -1,11 +1,11 @@
-"""The folder of a run: what it is, how far it is, what came out.
+"""The folder of a run: its settings, progress and result.
 
-config.json      the resolved configuration and what was trained on what
+config.json      the resolved configuration, and the identity of caches and student
 metrics.jsonl    one object per logged step
-result.json      the last step's metrics; there when the run is finished
-checkpoints/     the last ones, and the best
+result.json      the last step's metrics; exists once the run is finished
+checkpoints/     the latest ones, and the best
 tensorboard/     the same figures for TensorBoard
-model/           the student as a Hugging Face folder; there when the run is finished
+model/           the student as a Hugging Face folder; exists once the run is finished
 lock             held by the main process while it is at work; see folder_lock
 """
 
@@ -34,7 +34,7 @@ _UNPUBLISHED_CONFIG = ".tmp-config.json-"
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What must stay the same for a run to be resumed."""
+    """Everything that must stay the same for a run to be resumed."""
 
     config: TrainConfig
     cache_fingerprint: str
@@ -56,25 +56,25 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class MetricsMark:
-    """What `metrics.jsonl` was at some moment: its first bytes, by number and hash."""
+    """State of `metrics.jsonl` at some moment: its first bytes, by number and hash."""
 
     num_bytes: int
     sha256: str
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object of the constructor's arguments."""
+        """The mark as a JSON object of the constructor's arguments."""
         return asdict(self)
 
 
 class RunFolder:
-    """Paths of a run's files, and the rules of beginning and resuming."""
+    """Paths of a run's files, and the rules for starting and resuming."""
 
     def __init__(self, path: Path) -> None:
-        """Name the folder; nothing is made.
+        """Name the folder; nothing is created.
 
         Raises:
-            DamagedFileError: If it holds a run whose `config.json` is not what was written.
-            ValueError: If it holds something else than a run.
+            DamagedFileError: If it holds a run whose `config.json` is damaged.
+            ValueError: If it holds something other than a run.
         """
         self.path = path
         self.config_file = path / "config.json"
@@ -105,7 +105,7 @@ class RunFolder:
 
     @property
     def snapshots(self) -> list[ShardList | None] | None:
-        """What a run that can be resumed was begun on; see `open_data`."""
+        """Cache snapshots of a run that can be resumed; see `open_data`."""
         if self._before is None or not self._can_resume:
             return None
         found = self._before.get("snapshots", [])
@@ -121,15 +121,15 @@ class RunFolder:
         return self.finished or bool(self.checkpoint_folders())
 
     def checkpoint_folders(self) -> list[Path]:
-        """Every checkpoint that was written whole, the oldest first."""
+        """Every complete checkpoint, the oldest first."""
         return sorted(self.checkpoints.glob("step-*"))
 
     def checkpoint_of(self, step: int) -> Path:
-        """Where the checkpoint after a step is, if there is one."""
+        """Path of the checkpoint after a step, if there is one."""
         return self.checkpoints / f"step-{step:09d}"
 
     def put_aside(self, checkpoint: Path) -> Path:
-        """Rename a checkpoint so that it does not count; an older one of that name goes."""
+        """Rename a checkpoint so that it does not count, replacing an older one of that name."""
         aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
         if aside.exists():
             remove_folder(aside)
@@ -137,10 +137,10 @@ class RunFolder:
         return aside
 
     def check_identity(self, identity: RunIdentity) -> None:
-        """Refuse to resume a run that was another one.
+        """Refuse to resume a different run.
 
         Raises:
-            ValueError: Naming every difference.
+            ValueError: If anything differs; it names every difference.
         """
         if self._before is None or not self._can_resume:
             return  # nothing to resume: the run begins anew
@@ -164,11 +164,11 @@ class RunFolder:
             )
 
     def begin(self, identity: RunIdentity, mark: MetricsMark | None) -> None:
-        """Make the folder ready: configuration written, metrics cut back to the checkpoint.
+        """Make the folder ready: write the configuration, cut metrics back to the checkpoint.
 
         Args:
-            identity: Of the run.
-            mark: `metrics.jsonl` at the checkpoint, None for a new run.
+            identity: Identity of the run.
+            mark: Mark of `metrics.jsonl` at the checkpoint, None for a new run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         remove_unpublished(self.path)
@@ -182,14 +182,14 @@ class RunFolder:
 
     @property
     def metrics_mark(self) -> MetricsMark:
-        """`metrics.jsonl` as this process has left it; of the main process, after `begin`."""
+        """Mark of `metrics.jsonl` as this process left it; main process only, after `begin`."""
         return MetricsMark(self._num_metrics_bytes, self._metrics_hash.hexdigest())
 
     def check_metrics(self, mark: MetricsMark) -> None:
-        """Compare the first bytes of `metrics.jsonl` with what they were.
+        """Compare the first bytes of `metrics.jsonl` with a mark.
 
         Raises:
-            DamagedFileError: If they are others, or fewer.
+            DamagedFileError: If they differ, or there are fewer.
         """
         text = b""
         if self.metrics_file.exists():
@@ -211,11 +211,11 @@ class RunFolder:
         self._metrics_hash.update(line)
 
     def last_metrics(self) -> dict[str, Any]:
-        """The last line of `metrics.jsonl`; of the main process, after `begin`."""
+        """The last line of `metrics.jsonl`; main process only, after `begin`."""
         return self._metrics()[-1]
 
     def metrics_of(self, step: int) -> dict[str, Any]:
-        """The line of a step that was logged; of the main process, after `begin`."""
+        """The line of a logged step; main process only, after `begin`."""
         return next(values for values in self._metrics() if values["step"] == step)
 
     def _metrics(self) -> list[dict[str, Any]]:
@@ -224,14 +224,14 @@ class RunFolder:
         return [json.loads(line) for line in lines]
 
     def write_result(self, metrics: Mapping[str, Any]) -> None:
-        """Keep what the run came to, before the student gets its name."""
+        """Write the run's result, before the student gets its name."""
         publish_record(self.result_file, {"metrics": dict(metrics)})
 
     def read_result(self) -> dict[str, Any]:
-        """The last step's metrics of a finished run, whose student is as it was written.
+        """The last step's metrics of a finished run, whose student is verified.
 
         Raises:
-            DamagedFileError: If either is not.
+            DamagedFileError: If metrics or student are damaged.
         """
         remedy = (
             f"Restore it from a copy; or remove {self.model} and run the same command again, which "
@@ -243,13 +243,13 @@ class RunFolder:
 
 
 def _holds_nothing(folder: Path) -> bool:
-    """Nothing but a lock, or what a run left that was killed, or had no disk, as it began."""
+    """Whether it holds only a lock, or remains of a run that failed as it began."""
     names = (path.name for path in folder.iterdir())
     return all(name == LOCK_NAME or name.startswith(_UNPUBLISHED_CONFIG) for name in names)
 
 
 def student_of(name: str) -> str:
-    """The model folder that a user means: of a run's folder, its finished student.
+    """The model folder that a user means: for a run's folder, its finished student.
 
     Raises:
         ValueError: If the run has none yet.

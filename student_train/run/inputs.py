@@ -1,4 +1,4 @@
-"""What a run is made of, opened and checked before anything is trained or written."""
+"""Inputs of a run, opened and checked before anything is trained or written."""
 
 import logging
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     Raises:
         CacheError: If the cache cannot be read, or does not fit the student.
         DamagedFileError: If the run's configuration, or a student that an earlier run wrote, is
-            not as it was written.
+            damaged.
         ValueError: If the settings do not fit the cache, the student, or the run's folder.
     """
     folder = RunFolder(config.out)
@@ -96,7 +96,7 @@ def _require_one_template(data: TrainingData) -> None:
     """Refuse caches of different templates where the student is to get theirs.
 
     Raises:
-        ValueError: Naming two of them.
+        ValueError: If templates differ; it names two of the caches.
     """
     first, *others = data.sources
     for other in others:
@@ -109,7 +109,7 @@ def _require_one_template(data: TrainingData) -> None:
 
 
 def log_inputs(inputs: RunInputs, spans: SpanFigures) -> None:
-    """Say what is trained on; the main process calls it."""
+    """Log the data that is trained on; the main process calls it."""
     logger.info("%s", inputs.data.summary)
     logger.info("%s", described(inputs.drawn, spans))
     num_known = 0 if inputs.heldout is None else num_trained_too(inputs.heldout, inputs.data)
@@ -121,7 +121,7 @@ def check_selection(drawn: Sequence[DrawnSpans], model: PreTrainedModel) -> None
     """Refuse a selection that leaves nothing of a cache, or traces that the student cannot hold.
 
     Raises:
-        ValueError: Saying what to change.
+        ValueError: If there is one; it says what to change.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for one in drawn:

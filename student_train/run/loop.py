@@ -1,4 +1,4 @@
-"""One training run, from an open cache to a finished student, to be read from top to bottom."""
+"""One training run, from an open cache to a finished student; read it from top to bottom."""
 
 import logging
 import math
@@ -30,20 +30,20 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train a student on a cache; go on where the run's folder holds a checkpoint.
+    """Train a student on a cache; resume from the checkpoint in the run's folder, if any.
 
     Args:
-        config: The run.
+        config: Configuration of the run.
 
     Returns:
-        Where the student is, and the last step's metrics.
+        The student's folder, and the last step's metrics.
 
     Raises:
         CacheError: If the cache cannot be read, or does not fit the student.
         ValueError: If the settings do not fit the cache, the student, or the run's folder.
         InUseError: If another process is at work in that folder.
         NonFiniteLossError: If the loss diverges; the last checkpoint stays.
-        InterruptedRunError: After SIGINT or SIGTERM, when a checkpoint has been written.
+        InterruptedRunError: After SIGINT or SIGTERM, once a checkpoint has been written.
     """
     accelerator = join_processes(config)
     with owned(config.out, accelerator):
@@ -56,9 +56,9 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 def _take_steps(run: Run) -> None:
-    """From the state of the run to its last step.
+    """Run the steps from the run's state to its last one.
 
-    Every line runs in every process, where no comment says otherwise; processes wait for each
+    Every line runs in every process unless a comment says otherwise; processes wait for each
     other where they count, sum, measure and save.
     """
     # Once.
@@ -127,13 +127,13 @@ def _take_steps(run: Run) -> None:
                 accelerator.log({k: v for k, v in line.items() if k != "step"}, step=state.step)
                 shown.set(state.step, describe(line))
 
-            # Every save_every steps, after the last, when asked to stop, and where it is the best.
+            # Every save_every steps, after the last, when asked to stop, and after a best step.
             is_best = config.select == "heldout" and state.best_step == state.step
             is_turn = _is_turn(state.step, config.save_every)
             is_asked_to_stop = totals.is_asked_to_stop
             if is_end or is_turn or is_best or is_asked_to_stop:
                 _save_checkpoint(run)
-                # What came meanwhile; other processes agree on it in the next step.
+                # A signal during the save; several processes agree on it in the next step.
                 is_asked_to_stop |= stop.signum is not None and accelerator.num_processes == 1
             if is_end:
                 break
@@ -141,7 +141,7 @@ def _take_steps(run: Run) -> None:
                 accelerator.end_training()  # trackers write what they hold
                 raise InterruptedRunError(
                     f"stopped after step {state.step:,} of {run.num_steps:,}; a checkpoint is in "
-                    f"{inputs.folder.checkpoints}. Run the same command again to go on.",
+                    f"{inputs.folder.checkpoints}. Run the same command again to resume.",
                     stop.signum or signal.SIGTERM,
                 )
             figures.begin_step()
@@ -165,6 +165,6 @@ def _save_checkpoint(run: Run) -> None:
 def _non_finite(step: int, totals: StepTotals, grad_norm: float, item: StreamStep) -> str:
     return (
         f"step {step}: the loss is {totals.sums['loss']} and its gradient's norm {grad_norm}; "
-        f"expected numbers. Its traces: {', '.join(item.trace_ids)}. Lower --lr, or look at these "
-        "traces with cache-teacher inspect."
+        f"expected finite numbers. Its traces: {', '.join(item.trace_ids)}. Lower --lr, or look "
+        "at these traces with cache-teacher inspect."
     )

@@ -1,4 +1,4 @@
-"""The most memory that a run has held at one time, and what to say when there is none left."""
+"""Peak memory of a run, and the advice to give when memory runs out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ from student_train.run.config import TrainConfig
 
 
 class PeakMemory:
-    """Counts from its making on.
+    """Peak memory since the object was created.
 
     On CUDA: bytes of tensors, by the allocator. On the CPU: growth of the process' resident
-    memory, which libraries that load late and the allocator's slack are a part of; 0 on systems
-    without /proc.
+    memory, including libraries that load late and the allocator's slack; 0 on systems without
+    /proc.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,7 +29,7 @@ class PeakMemory:
 
     @property
     def peak_bytes(self) -> int:
-        """The most so far."""
+        """Peak so far in bytes."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return max(0, resident_bytes("VmHWM") - self._before_bytes)
@@ -37,10 +37,10 @@ class PeakMemory:
 
 @contextmanager
 def advice_when_out_of_memory(config: TrainConfig) -> Iterator[None]:
-    """Say what to lower when memory runs out.
+    """Turn running out of memory into an error that says what to lower.
 
     Raises:
-        OutOfMemoryError: In place of PyTorch's and Python's own errors.
+        OutOfMemoryError: Instead of PyTorch's and Python's own errors.
     """
     try:
         yield
@@ -62,7 +62,7 @@ def advice_when_out_of_memory(config: TrainConfig) -> Iterator[None]:
 
 
 def resident_bytes(name: str) -> int:
-    """VmRSS (now) or VmHWM (the most) of this process; 0 where the system does not say."""
+    """VmRSS (current) or VmHWM (peak) of this process; 0 where the system does not say."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0

@@ -1,4 +1,4 @@
-"""The card of a finished student: what it was made of, in Markdown."""
+"""The card of a finished student: its origin, in Markdown."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +13,13 @@ from teacher_cache.format import Cache
 def model_card(
     config: TrainConfig, data: TrainingData, metrics: Mapping[str, Any], num_steps: int
 ) -> str:
-    """What the student was made of, in Markdown.
+    """Describe the student's origin, in Markdown.
 
     Args:
-        config: Of the run.
-        data: What it was trained on.
-        metrics: Of the step whose weights these are.
-        num_steps: Of the run.
+        config: Configuration of the run.
+        data: Traces that it was trained on.
+        metrics: Metrics of the step whose weights these are.
+        num_steps: Number of steps of the run.
     """
     prefixes = ("heldout_", "kl_cache_")
     names = [name for name in metrics if name in ("loss", *SUMS) or name.startswith(prefixes)]

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
-# Where 8-bit AdamW is found; the first that is installed is used.
+# Packages with 8-bit AdamW; the first that is installed is used.
 _EIGHT_BIT = ("torchao.optim", "bitsandbytes.optim")
 _EIGHT_BIT_SHARDED = ("torchao.optim",)
 
@@ -20,16 +20,16 @@ _EIGHT_BIT_SHARDED = ("torchao.optim",)
 def make_optimizer(
     name: str, model: nn.Module, *, lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """An optimizer over the parameters that are trained.
+    """Make an optimizer over the parameters that are trained.
 
     Args:
         name: One of `config.OPTIMIZERS`.
-        model: Where it will be trained.
-        lr: Peak learning rate, absolute for all of them.
-        weight_decay: Of matrices; norms and biases do not decay.
+        model: Model on the device where it will be trained.
+        lr: Peak learning rate, absolute for all optimizers.
+        weight_decay: Weight decay of matrices; norms and biases do not decay.
 
     Raises:
-        ValueError: If what it comes from is not installed.
+        ValueError: If its package is not installed.
     """
     groups = _parameter_groups(model, weight_decay)
     if name == "adamw":
@@ -51,14 +51,14 @@ def make_optimizer(
 def make_schedule(
     name: str, optimizer: torch.optim.Optimizer, *, warmup: float, num_steps: int
 ) -> LRScheduler:
-    """The course of the learning rate over a run, one `step()` per optimizer's step.
+    """Make the learning rate schedule of a run, one `step()` per step of the optimizer.
 
     Args:
         name: One of `config.SCHEDULES`. "onecycle" is torch's `OneCycleLR`: from a 25th of the
             peak up and down to almost nothing along cosines, AdamW's first beta the other way.
-        optimizer: With the peak learning rate.
+        optimizer: Optimizer, with the peak learning rate.
         warmup: Proportion of the steps in which the rate rises.
-        num_steps: Of the run.
+        num_steps: Number of steps of the run.
     """
     if name == "onecycle":
         num_cycle = max(3, num_steps)  # neither of its two phases may be empty

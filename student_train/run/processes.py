@@ -1,4 +1,4 @@
-"""The processes of a run: joined to one, of which the main one owns the run's folder."""
+"""The processes of a run, joined into one group; the main one owns the run's folder."""
 
 import importlib.util
 import os
@@ -15,14 +15,14 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from student_train.run.config import TrainConfig
 from teacher_cache.format.folder_lock import LOCK_NAME, FolderLock
 
-# What launchers tell a process of how many it is one of: torchrun and accelerate, MPIs.
+# Variables in which launchers give the number of processes: torchrun and accelerate, MPIs.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 _T = TypeVar("_T")
 
 
 def join_processes(config: TrainConfig) -> Accelerator:
-    """Find the other processes of this run; every process calls it, first of all.
+    """Find the other processes of this run; every process calls it before anything else.
 
     Raises:
         ValueError: If a launcher started several that do not find each other (each would train
@@ -51,7 +51,7 @@ def join_processes(config: TrainConfig) -> Accelerator:
 
 
 def decided_by_main(accelerator: Accelerator, decide: Callable[[], _T]) -> _T:
-    """What the main process finds, in every process; the others wait for it.
+    """Return the main process' decision in every process; the others wait for it.
 
     Raises:
         OSError, ValueError: As `decide` does, in every process.
@@ -70,11 +70,11 @@ def decided_by_main(accelerator: Accelerator, decide: Callable[[], _T]) -> _T:
 
 @contextmanager
 def owned(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Own a run's folder: the main process holds its lock, for all of them.
+    """Own a run's folder: the main process holds its lock for all processes.
 
     Raises:
         InUseError: In every process, if another run is at work there.
-        OSError: In every process, if the folder cannot be made or locked.
+        OSError: In every process, if the folder cannot be created or locked.
     """
     with ExitStack() as held:
 

@@ -1,4 +1,4 @@
-"""What a run says of its steps, and how a signal ends it: after the step at work."""
+"""Progress lines of a run, and its stop by a signal: after the current step."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def stop_after_step() -> Iterator[StopSwitch]:
-    """Note the first SIGINT or SIGTERM: the step at work ends, and a checkpoint is written."""
+    """Note the first SIGINT or SIGTERM: the current step ends, and a checkpoint is written."""
     with stop_signals() as switch, switch.noted(_say_stop):
         yield switch
 

@@ -1,4 +1,4 @@
-"""From checked inputs to a run that is ready for its next step, the first or one after a stop."""
+"""Setup of a run from checked inputs, ready for its first step or the next after a stop."""
 
 import hashlib
 import logging
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """All that the loop works with; only `state` and what torch holds change."""
+    """Everything that the loop works with; only `state` and torch's objects change."""
 
     inputs: RunInputs
     student: nn.Module  # in its place; its parameters are those of `inputs.model`
@@ -56,13 +56,13 @@ class Run:
 
 
 def prepare(inputs: RunInputs) -> Run:
-    """Place the student, make its optimizer, and restore the last checkpoint if there is one.
+    """Place the student, create its optimizer, and restore the last checkpoint if there is one.
 
     Every process calls it; the main one also makes the run's folder ready.
 
     Raises:
         CacheError: If the live teacher is not the cache's, or held-out traces cannot be read.
-        DamagedFileError: If the run has checkpoints, and none of them is as it was written.
+        DamagedFileError: If the run has checkpoints, and all of them are damaged.
         OutOfMemoryError: If the student does not fit the device.
         ValueError: If the settings do not fit the student.
     """
@@ -115,7 +115,7 @@ def prepare(inputs: RunInputs) -> Run:
 
 
 def open_stream(run: Run) -> TraceStream:
-    """This process' part of every global batch that is still to come."""
+    """This process' part of every remaining global batch."""
     config, accelerator = run.inputs.config, run.inputs.accelerator
     return TraceStream(
         run.inputs.data,
@@ -131,7 +131,7 @@ def open_stream(run: Run) -> TraceStream:
 
 
 def _change_model(inputs: RunInputs) -> str:
-    """Checkpointing, attention, adapters and compilation, in place; how traces may share rows."""
+    """Set up checkpointing, attention, adapters and compilation in place; return the layout."""
     config, accelerator, model = inputs.config, inputs.accelerator, inputs.model
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -140,7 +140,7 @@ def _change_model(inputs: RunInputs) -> str:
         model, config.attention, packing=packing, half_precision=config.dtype == "bfloat16"
     )
     if packing and layout == "alone" and accelerator.is_main_process:
-        logger.info("%s would mix traces in one row: each gets its own", type(model).__name__)
+        logger.info("%s would mix traces in one row: each trace gets its own", type(model).__name__)
     if config.lora is not None:
         add_adapters(model, config.lora)
         if accelerator.is_main_process:
@@ -153,7 +153,7 @@ def _change_model(inputs: RunInputs) -> str:
 def _restored(
     inputs: RunInputs, optimizer: Optimizer, scheduler: LRScheduler, last_step: int
 ) -> RunState:
-    """Set everything as the last checkpoint has it, and make the folder ready to go on from it."""
+    """Restore everything from the last checkpoint, and make the folder ready to resume from it."""
     config, folder, accelerator = inputs.config, inputs.folder, inputs.accelerator
     path = decided_by_main(
         accelerator, lambda: whole_checkpoint(folder, needs_best=config.select == "heldout")
@@ -166,7 +166,7 @@ def _restored(
         del tensors  # which are mapped from a file that will be removed
         restore_random_state(path, accelerator.process_index)
         if accelerator.is_main_process:
-            logger.info("going on after step %s of %s", f"{state.step:,}", f"{last_step:,}")
+            logger.info("resuming after step %s of %s", f"{state.step:,}", f"{last_step:,}")
     accelerator.wait_for_everyone()  # nobody may look for a checkpoint any more
     if accelerator.is_main_process:
         folder.begin(inputs.identity, mark)
@@ -179,7 +179,7 @@ def _restored(
 
 
 def _tracker_settings(config: TrainConfig, done_steps: int) -> dict[str, dict[str, Any]]:
-    """What makes a tracker continue a run instead of beginning another."""
+    """Arguments that make a tracker continue a run instead of starting another."""
     name = hashlib.sha256(str(config.out.resolve()).encode()).hexdigest()[:16]
     return {
         "tensorboard": {"purge_step": done_steps + 1},

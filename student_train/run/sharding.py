@@ -1,8 +1,8 @@
-"""Where the student's weights lie: on one device, copied to every process, or split over them.
+"""Placement of the student's weights: on one device, copied to every process, or split over them.
 
 Split means torch's `fully_shard` (FSDP2), called here and not through accelerate, whose plugin is
-ignored on the CPU without a word. Every decoder layer is gathered when it is used; the root, with
-embedding, head and whatever they share, stays whole from the forward to the backward, so that the
+silently ignored on the CPU. Every decoder layer is gathered when it is used; the root, with
+embedding, head and their shared weights, stays whole from the forward to the backward, so that the
 loss finds the head's weight as one tensor.
 """
 
@@ -34,16 +34,16 @@ from student_train.model.load import decoder_layers
 
 
 def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> nn.Module:
-    """Bring a student to the devices of a run; its optimizer is made afterwards.
+    """Move a student to the devices of a run; its optimizer is created afterwards.
 
     Args:
-        student: On the CPU, the same in every process.
-        accelerator: Of the run.
+        student: Student on the CPU, the same in every process.
+        accelerator: Accelerator of the run.
         sharding: "none" (a copy in every process) or "full" (parameters, gradients and optimizer
             state are split over the processes).
 
     Returns:
-        What to call; `student` holds the same parameters.
+        The module to call; `student` holds the same parameters.
 
     Raises:
         ValueError: If there is one process only and nothing to split over.
@@ -73,9 +73,9 @@ def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> 
 def without_exchange(
     student: nn.Module, accelerator: Accelerator, *, is_last: bool
 ) -> AbstractContextManager[None]:
-    """While gradients accumulate, copies exchange them once, with the last micro-batch.
+    """Let copies exchange accumulated gradients once, with the last micro-batch.
 
-    Split gradients are exchanged every time: keeping whole ones would cost what splitting saves.
+    Split gradients are exchanged every time: keeping whole ones would undo the savings.
     """
     if is_last or isinstance(student, StudentWithLoss):
         return nullcontext()
@@ -84,19 +84,19 @@ def without_exchange(
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest_norm: float) -> float:
-    """Scale the gradients down to a norm over all parameters and processes; 0 does not.
+    """Scale the gradients down to a norm over all parameters and processes; 0 does not scale.
 
     Returns:
-        The norm before.
+        The norm before scaling.
     """
     norm: Any = nn.utils.clip_grad_norm_(list(parameters), largest_norm or math.inf)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def gathered_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The whole weights on the CPU of the main process, {} in others; all call it together.
+    """The whole weights, on the CPU of the main process, {} in others; all call it together.
 
-    Without those that are frozen, where only adapters are trained.
+    Where only adapters are trained, frozen weights are left out.
     """
     weights: dict[str, Any] = get_model_state_dict(model, options=_whole())
     first_name: dict[int, str] = {}
@@ -113,9 +113,9 @@ def gathered_state(
 ) -> dict[str, dict[str, Any]]:
     """Weights and optimizer state by parameter name, as `gathered_weights`.
 
-    Whole tensors in one file and not torch's sharded format, so that a run can go on with another
-    number of processes, split or not. The price: the main process' memory holds them all while
-    they are written.
+    Whole tensors in one file and not torch's sharded format, so that a run can be resumed with
+    another number of processes, split or not. The price: the main process holds them all in memory
+    while they are written.
     """
     return {
         "student": gathered_weights(model),
@@ -124,7 +124,7 @@ def gathered_state(
 
 
 def restore_weights(model: PreTrainedModel, weights: dict[str, Any]) -> None:
-    """Set what `gathered_weights` gave; every process has it."""
+    """Load the result of `gathered_weights`; every process has it."""
     has_frozen = any(not parameter.requires_grad for parameter in model.parameters())
     options = StateDictOptions(full_state_dict=True, strict=not has_frozen)
     set_model_state_dict(model, weights, options=options)
@@ -133,7 +133,7 @@ def restore_weights(model: PreTrainedModel, weights: dict[str, Any]) -> None:
 def restore_state(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Set what `gathered_state` gave; every process has it."""
+    """Load the result of `gathered_state`; every process has it."""
     restore_weights(model, state["student"])
     options = StateDictOptions(full_state_dict=True)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)

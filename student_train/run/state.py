@@ -1,4 +1,4 @@
-"""How far a run is: what its loop counts, and every checkpoint holds."""
+"""Progress of a run: the counts of its loop, which every checkpoint holds."""
 
 import math
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ class RunState:
     step: int = 0
     cursor: Cursor = field(default_factory=Cursor)
     bytes_read: int = 0  # from shards
-    num_empty_steps: int = 0  # steps without a valid token
+    num_empty_steps: int = 0  # steps without a loss token
     num_empty_traces: int = 0  # times that a trace had none
     num_absent: int = 0  # kept entries trained on whose id the student lacks
-    num_tokens: int = 0  # valid ones
+    num_tokens: int = 0  # loss tokens
     flops: int = 0  # by FlopFormula
     train_s: float = 0.0  # in the loop
     best_step: int = 0  # 0: not evaluated yet
@@ -27,7 +27,7 @@ class RunState:
     def advance(
         self, cursor: Cursor, *, num_valid: int, num_absent: int, num_empty_traces: int
     ) -> None:
-        """Begin the next step, with what its global batch holds."""
+        """Begin the next step, with the counts of its global batch."""
         self.step += 1
         self.cursor = cursor
         self.num_tokens += num_valid

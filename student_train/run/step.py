@@ -1,4 +1,4 @@
-"""What one step computes, over all processes: counts, gradients, totals, and its logged figures."""
+"""Computation of one step, over all processes: counts, gradients, totals, and logged figures."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from student_train.run.sharding import without_exchange
 
 @dataclass(frozen=True)
 class GlobalCounts:
-    """What a global batch holds, over all processes."""
+    """Counts of a global batch, over all processes."""
 
     num_valid: int  # tokens that enter the loss
     num_traces: int  # with such a token
@@ -37,7 +37,7 @@ class StepTotals:
 
 
 def global_counts(accelerator: Accelerator, batches: Sequence[MicroBatch]) -> GlobalCounts:
-    """Counts of all processes' micro-batches of a step; every process calls it."""
+    """Count all processes' micro-batches of a step; every process calls it."""
     counts = [(b.num_valid, b.num_traces, b.num_absent, 1) for b in batches]
     local = torch.tensor(counts, dtype=torch.int64, device=accelerator.device).reshape(-1, 4)
     counts_R4 = accelerator.gather(local.sum(dim=0, keepdim=True))
@@ -46,10 +46,10 @@ def global_counts(accelerator: Accelerator, batches: Sequence[MicroBatch]) -> Gl
 
 
 def add_gradients(run: Run, batches: Sequence[MicroBatch], counts: GlobalCounts) -> Tensor:
-    """Forward and backward of every micro-batch of a step; every process runs as many.
+    """Run forward and backward of every micro-batch of a step; every process runs as many.
 
     Returns:
-        [1 + sums] float64, this process' loss and what `sum_names` lists.
+        [1 + sums] float64, this process' loss and the sums that `sum_names` lists.
     """
     accelerator = run.inputs.accelerator
     divisor = normaliser(counts.num_valid, counts.num_traces, run.inputs.config.loss_reduction)
@@ -69,14 +69,14 @@ def add_gradients(run: Run, batches: Sequence[MicroBatch], counts: GlobalCounts)
 
 
 def _names(run: Run) -> tuple[str, ...]:
-    """Of the loss and what is summed beside it."""
+    """Sums of the loss and of the figures beside it."""
     return ("loss", *sum_names(len(run.inputs.data.sources)))
 
 
 def all_reduced(
     run: Run, sums: Tensor, *, flops: int, bytes_read: int, signal_number: int
 ) -> StepTotals:
-    """Sum what each process has of a step; every process calls it, and they wait for each other."""
+    """Sum all processes' shares of a step; every process calls it and waits for the others."""
     local = torch.cat([sums, sums.new_tensor([flops, bytes_read, signal_number])])
     *totals, all_flops, all_bytes, all_signals = run.inputs.accelerator.reduce(
         local, "sum"
@@ -86,7 +86,7 @@ def all_reduced(
 
 
 class StepFigures:
-    """Clocks and counts from which a step's line of metrics is made; every process has them."""
+    """Clocks and counts behind a step's line of metrics; every process has them."""
 
     def __init__(self, run: Run, stream: TraceStream) -> None:
         self._run = run
@@ -99,11 +99,11 @@ class StepFigures:
         self._num_tokens = 0
 
     def begin_step(self) -> None:
-        """Start the clock of a step; the time since the last one ended is nobody's."""
+        """Start the clock of a step; time since the end of the last one does not count."""
         self._step_began_s = time.perf_counter()
 
     def end_step(self, num_valid: int) -> float:
-        """Stop it.
+        """Stop the clock.
 
         Returns:
             Seconds that the step took, its wait for data included.
@@ -147,7 +147,7 @@ class StepFigures:
 
 
 def _of_each_cache(sums: Mapping[str, float]) -> dict[str, float]:
-    """Mean divergence of every mixed cache that a step had tokens of, by --cache's order from 1."""
+    """Mean divergence of every mixed cache with tokens in the step, numbered by --cache from 1."""
     prefix = "tokens_cache_"
     counts = {name.removeprefix(prefix): n for name, n in sums.items() if name.startswith(prefix)}
     return {f"kl_cache_{n}": sums[f"kl_cache_{n}"] / count for n, count in counts.items() if count}

@@ -1,4 +1,4 @@
-"""How the student does on held-out traces while it is trained."""
+"""Measurements of the student on held-out traces during training."""
 
 import math
 from dataclasses import replace
@@ -16,11 +16,11 @@ from student_train.run.config import TrainConfig
 
 
 def heldout_data(config: TrainConfig, data: TrainingData) -> TrainingData | None:
-    """Where a run's held-out traces are: in its own caches, in another one, or nowhere.
+    """The source of a run's held-out traces: its own caches, another one, or None.
 
     Raises:
         CacheError: If the other cache cannot be read.
-        ValueError: If it is one that is trained on.
+        ValueError: If the run trains on that cache.
     """
     if config.heldout_cache is None:
         return data if data.num_heldout else None
@@ -35,7 +35,7 @@ def heldout_data(config: TrainConfig, data: TrainingData) -> TrainingData | None
 
 
 def num_trained_too(heldout: TrainingData, data: TrainingData) -> int:
-    """How many of the held-out traces have an id that is trained on as well."""
+    """Number of held-out traces whose id is also trained on."""
     trained = {info.trace_id for source in data.sources for info in source.train_infos()}
     return sum(info.trace_id in trained for info in heldout.heldout_infos())
 
@@ -44,7 +44,7 @@ def check_positions(heldout: TrainingData, model: PreTrainedModel) -> None:
     """Refuse held-out traces that the student cannot hold.
 
     Raises:
-        ValueError: Naming the longest.
+        ValueError: If there is one; it names the longest.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(heldout.heldout_infos(), key=lambda info: info.n_total)
@@ -70,13 +70,13 @@ class Validation:
         """Read the traces.
 
         Args:
-            student: In its place, see `place`.
-            heldout: Of which the held-out traces are read.
-            accelerator: Of the run.
-            limit: Measure at most so many traces.
+            student: Student on its devices, see `place`.
+            heldout: Data whose held-out traces are read.
+            accelerator: Accelerator of the run.
+            limit: Largest number of traces to measure on.
 
         Raises:
-            ValueError: If no token of theirs has a distribution.
+            ValueError: If none of their tokens has a distribution.
         """
         self._student = student
         self._accelerator = accelerator
@@ -98,7 +98,7 @@ class Validation:
         """Means over whole traces: `heldout_kl` and so on, also by section: `heldout_kl_cot`.
 
         Raises:
-            NonFiniteLossError: If the KL is no finite number, which no other could be compared to.
+            NonFiniteLossError: If the KL is not finite, so that no other could be compared to it.
         """
         device = self._accelerator.device
         self._student.eval()
