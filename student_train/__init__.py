@@ -69,7 +69,7 @@ __all__ = [
     "train",
 ]
 
-# Where the names stand that are not in student_train.losses.
+# Modules of the names that are not in student_train.losses.
 _MODULES = {
     "Cursor": "student_train.data.stream",
     "DistillationDataset": "student_train.batch.torch_dataset",

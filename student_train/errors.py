@@ -1,8 +1,8 @@
-"""How a run can end before its end."""
+"""Errors that end a run early."""
 
 
 class NonFiniteLossError(Exception):
-    """The loss or its gradient is no number any more; the message names the step's traces."""
+    """The loss or its gradient is no longer finite; the message names the step's traces."""
 
 
 class OutOfMemoryError(Exception):
@@ -13,7 +13,7 @@ class InterruptedRunError(Exception):
     """The run was asked to stop and has written a checkpoint.
 
     Attributes:
-        signal_number: What asked.
+        signal_number: Signal that asked.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -22,5 +22,5 @@ class InterruptedRunError(Exception):
 
     @property
     def exit_code(self) -> int:
-        """What the program ends with."""
+        """Exit code of the program."""
         return 128 + self.signal_number

@@ -167,4 +167,4 @@ def test_without_a_gain_it_is_the_accuracy_that_is_kept(tmp_path):
     assert "no full-length cell" in said(tmp_path / "2", curve({0.5: 0.2}))
     assert "no lead span below 1" in said(tmp_path / "3", curve({1.0: 0.2}))
     nothing = said(tmp_path / "4", curve({0.5: 0.0, 1.0: 0.0}, seeds=1, base=0.0))
-    assert "not told from zero" in nothing
+    assert "cannot be told from zero" in nothing

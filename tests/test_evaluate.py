@@ -215,7 +215,7 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 
 def test_a_prompt_without_the_field_to_group_by_is_named(tmp_path):
     prompts = write_prompts(tmp_path / "p.jsonl", {"prompt": "3", "answer": "4"})
-    with pytest.raises(ValueError, match=r"p\.jsonl:1: no field 'size' to group by; there are"):
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: no field 'size' to group by; found"):
         list(read_prompts(prompts, "size"))
 
 
@@ -404,7 +404,7 @@ def test_completions_of_another_evaluation_are_not_overwritten_unless_forced(tmp
             evaluate(config_of(**settings | changes))
     assert file.read_bytes() == before
     (tmp_path / "c.jsonl.settings.json").unlink()
-    with pytest.raises(ValueError, match="which would say what made it, does not"):
+    with pytest.raises(ValueError, match="which records its settings, is missing beside it"):
         evaluate(config_of(**settings))
     evaluate(config_of(**settings | {"limit": 2, "force": True}))
     assert len(read_lines(file)) == 2
@@ -496,7 +496,7 @@ def test_progress_is_told_and_counts_what_was_there_before(tmp_path, monkeypatch
          r"p\.jsonl:1: no `answer` here is a number.*e\.g\. 'It is the sum"),
         (["0.5", "1/2", r"\frac12", "0.50", "50%"],
          r"p\.jsonl:1: 10 of 10 pairs of different `answer`s count as equal.*p\.jsonl:2"),
-        (["7", r"\boxed{}"], r"p\.jsonl:2: its `answer` .* is empty where it is compared"),
+        (["7", r"\boxed{}"], r"p\.jsonl:2: its `answer` .* that is compared is empty"),
     ],
 )  # fmt: skip
 def test_golds_that_cannot_tell_right_from_wrong_are_refused(tmp_path, golds, message):
@@ -526,5 +526,5 @@ def test_golds_of_every_kind_pass_and_odd_ones_are_named(tmp_path, caplog):
         "number",
         "text",
     ]
-    assert "1 of 8 golds looked at are right as the same text only" in caplog.text
+    assert "1 of 8 examined golds match only as the same text" in caplog.text
     assert "p.jsonl:8: 'It is what" in caplog.text

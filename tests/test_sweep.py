@@ -52,7 +52,7 @@ def test_prompts_that_were_trained_on_are_refused_unless_forced(parts):
     settings, traces = parts
     own = " ".join(TOKENS[token] for token in traces[3].token_ids[: traces[3].cot_start])
     write_prompts(settings["eval_prompts"], ["3 4", own])
-    with pytest.raises(ValueError, match=r"1 of 2 prompts stand in the training cache.*prompt 2: "):
+    with pytest.raises(ValueError, match=r"1 of 2 prompts are in the training cache.*prompt 2: "):
         run_sweep(SweepConfig(**settings))
     assert not settings["out"].exists()
 
@@ -228,7 +228,7 @@ class FinishedRun:
 
 @pytest.mark.parametrize(
     ("trained_on", "said"),
-    [("same", "accuracy 50.0%"), ("more", "FAILED, the capture went on, so it was trained on")],
+    [("same", "accuracy 50.0%"), ("more", "FAILED, the capture continued, so it was trained on")],
 )
 def test_a_cell_that_was_trained_on_more_than_the_others_failed(parts, trained_on, said):
     settings, _ = parts

@@ -1,4 +1,4 @@
-"""`python -m student_train.cli`, which `accelerate launch -m` needs."""
+"""Entry point of `python -m student_train.cli`, which `accelerate launch -m` needs."""
 
 from student_train.cli import main
 

@@ -1,4 +1,4 @@
-"""What train-student refuses before torch is imported: it costs half a second instead of ten."""
+"""Checks of train-student before torch is imported: an error takes half a second, not ten."""
 
 from itertools import islice
 from pathlib import Path
@@ -22,10 +22,10 @@ from teacher_cache.terminal.early_checks import (
 
 
 def check_run(config: TrainConfig) -> None:
-    """Look at the paths and names of a run.
+    """Check the paths and names of a run.
 
     Raises:
-        ValueError: Naming the option, what was expected and what was found.
+        ValueError: If one is wrong, with the option, the expected and the found value.
         OSError: If the disk is full.
     """
     for cache in config.cache:
@@ -42,7 +42,7 @@ def check_run(config: TrainConfig) -> None:
 
 
 def check_profile(config: ProfileConfig) -> None:
-    """Look at the paths and names of a profile; raises as `check_run`."""
+    """Check the paths and names of a profile; raises as `check_run`."""
     for cache in config.cache:
         check_cache(cache, "--cache")
     check_model(config.student, "--student")
@@ -50,7 +50,7 @@ def check_profile(config: ProfileConfig) -> None:
 
 
 def check_evaluate(config: EvaluateConfig) -> None:
-    """Look at the paths and names of an evaluation, and at all of its prompts; raises alike."""
+    """Check the paths and names of an evaluation, and all its prompts; raises as `check_run`."""
     check_model(config.model, "--model")
     if config.cache is not None:
         check_cache(config.cache, "--cache")
@@ -62,7 +62,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
 
 
 def check_sweep(config: SweepConfig) -> None:
-    """Look at the paths and names of a sweep, and at all of its prompts; raises alike."""
+    """Check the paths and names of a sweep, and all its prompts; raises as `check_run`."""
     check_cache(config.cache, "--cache")
     if config.heldout_cache is not None:
         check_cache(config.heldout_cache, "--heldout-cache")

@@ -12,7 +12,7 @@ from teacher_cache.terminal.group import Program
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="leadspan")
 def cli() -> None:
-    """Train students on a cached teacher, and see what they can do.
+    """Train students on a cached teacher, and evaluate them.
 
     \b
     Shell completion: eval "$(_TRAIN_STUDENT_COMPLETE=bash_source train-student)"

@@ -1,1 +1,1 @@
-"""What a student can do: prompts in, completions checked, shares with their intervals."""
+"""Evaluation of a student: prompts in, completions checked, shares with their intervals."""

@@ -1,17 +1,17 @@
-r"""Answers: found in what a model wrote, and in the gold that it is compared with.
+r"""Extraction of answers from a completion, and from the gold that it is compared with.
 
 | written                              | the answer                                               |
 | ------------------------------------ | -------------------------------------------------------- |
-| `<think>...</think>rest`             | found in what follows the last closing mark              |
+| `<think>...</think>rest`             | found in the text after the last closing mark            |
 | `<think>...` that is never closed    | none, and wrong: a user would be given nothing           |
 | `\boxed{...}`                        | content of the last one whose braces close               |
-| `\boxed{}` as the last one           | empty, and wrong; what stands around it is not searched  |
-| `... #### 18` (GSM8K)                | what follows the last `####` on its line                 |
-| `The answer is 18.`, `Answer: 18`    | what follows the last such phrase, to the sentence's end |
+| `\boxed{}` as the last one           | empty, and wrong; the text around it is not searched     |
+| `... #### 18` (GSM8K)                | the text after the last `####` on its line               |
+| `The answer is 18.`, `Answer: 18`    | the text after the last such phrase, to the sentence end |
 | anything else                        | the whole text                                           |
 
 Around an answer, emphasis (`**73**`), marks of mathematics (`$73$`, `\(73\)`), `\text{...}` and a
-full stop at the end are taken off. How it is then compared, `verdicts` says.
+full stop at the end are stripped. `verdicts` describes the comparison.
 """
 
 import re
@@ -47,10 +47,10 @@ def extract_answer(
     """The answer of a completion; None where its chain of thought was never closed.
 
     Args:
-        prompt: That was completed; chat templates may open the chain of thought there.
-        text: What the model wrote, special tokens included.
-        marks: Of the chain of thought.
-        special_tokens: Of the tokenizer; they are no part of an answer.
+        prompt: Prompt that was completed; chat templates may open the chain of thought there.
+        text: Text of the completion, special tokens included.
+        marks: Marks of the chain of thought.
+        special_tokens: Special tokens of the tokenizer; they are not part of an answer.
     """
     if marks.is_open(prompt + text):
         return None
@@ -84,7 +84,7 @@ def boxed(text: str) -> str | None:
 
 
 def bare(text: str) -> str:
-    """A text without what only sets it off from its surroundings."""
+    """A text without the markup that sets it off from its surroundings."""
     before = None
     while text != before:
         before = text
@@ -103,7 +103,7 @@ def bare(text: str) -> str:
 
 
 def _after_phrase(text: str) -> str | None:
-    """What follows the last `answer is` or `answer:`, up to the end of its sentence or line."""
+    """Text after the last `answer is` or `answer:`, up to the end of its sentence or line."""
     phrases = list(_PHRASE.finditer(text))
     if not phrases:
         return None

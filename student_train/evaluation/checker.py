@@ -1,4 +1,4 @@
-"""The checker of answers: plain comparison first, mathematics where that cannot tell."""
+"""The checker of answers: plain comparison first, mathematics where that cannot decide."""
 
 import importlib.metadata
 from typing import Self
@@ -41,7 +41,7 @@ class Checker:
 
     @property
     def name(self) -> str:
-        """What compares, for the output: two evaluations with the same one can be compared."""
+        """The method of comparison, for the output: evaluations that share it are comparable."""
         version = importlib.metadata.version("math-verify")
         return (
             f"text, numbers, math-verify {version} ({CPU_LIMIT_S:g} s of CPU time and "
@@ -49,7 +49,7 @@ class Checker:
         )
 
     def check(self, found: str | None, gold: str) -> Verdict:
-        """Compare an answer, as `extract_answer` found it, with the gold as it was given."""
+        """Compare an answer, as found by `extract_answer`, with the gold as given."""
         if found is None:
             return NO_ANSWER
         gold = final_answer(gold)
@@ -64,7 +64,7 @@ class Checker:
         return Verdict(outcome is Comparison.SAME, "mathematics")
 
     def kind(self, gold: str) -> str:
-        """What a gold is compared as; `text` where only the same text is right."""
+        """Kind that a gold is compared as; `text` where only the same text is right."""
         gold = final_answer(gold)
         if is_choice(gold):
             return "choice"

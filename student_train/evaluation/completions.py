@@ -1,7 +1,7 @@
-"""Completions and their verdicts in a file: appended as they come, and continued after a stop.
+"""Completions and their verdicts in a file: appended as they come, and resumed after a stop.
 
-FILE                    one JSON object per line, in the order in which they were finished
-FILE.settings.json      what they were made with; there before the first line
+FILE                    one JSON object per line, in the order in which they finished
+FILE.settings.json      the settings behind them; written before the first line
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _SYNC_INTERVAL_S = 5.0  # what a power failure can take; a crash of this process
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote after one prompt."""
+    """Output of a model for one prompt."""
 
     text: str  # special tokens included
     num_tokens: int  # the end token included
@@ -72,7 +72,7 @@ class CompletionLog:
             self._synced_s = time.monotonic()
 
     def read(self, path: Path) -> None:
-        """Take the samples of the file, and cut off a line that was not written to its end."""
+        """Read the samples of the file, and cut off an incomplete last line."""
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -86,7 +86,7 @@ class CompletionLog:
                     f"{path}:{number}: damaged ({error!r}). {_REMEDY}"
                 ) from error
             if not is_whole:
-                raise DamagedFileError(f"{path}:{number}: damaged, not what was written. {_REMEDY}")
+                raise DamagedFileError(f"{path}:{number}: damaged since it was written. {_REMEDY}")
             self.samples[sample.prompt, sample.sample] = sample
         self._file.truncate(len(whole))
         self._file.seek(0, os.SEEK_END)
@@ -96,16 +96,16 @@ class CompletionLog:
 def completion_log(
     path: Path | None, settings: Mapping[str, Any], *, force: bool
 ) -> Iterator[CompletionLog]:
-    """Open the file of an evaluation, new or to be continued.
+    """Open the file of an evaluation, new or to be resumed.
 
     Args:
-        path: Of the file; None keeps the samples in memory alone.
+        path: Path of the file; None keeps the samples only in memory.
         settings: Everything that completions and verdicts depend on.
-        force: Start anew, whatever the file holds.
+        force: Whether to start anew, whatever the file holds.
 
     Raises:
         ValueError: If it holds the completions of another evaluation.
-        DamagedFileError: If one of them is not what was written.
+        DamagedFileError: If one of them is damaged.
         InUseError: If another process writes there.
     """
     if path is None:
@@ -135,8 +135,8 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         before = read_record(_settings_file(path), _REMEDY)
     except FileNotFoundError as error:
         raise ValueError(
-            f"{path}: it exists, and {_settings_file(path).name} beside it, which would say what "
-            "made it, does not. Name another file, or --force to overwrite it"
+            f"{path}: it exists, but {_settings_file(path).name}, which records its settings, is "
+            "missing beside it. Name another file, or --force to overwrite it"
         ) from error
     now = json.loads(json.dumps(settings))
     for name in [*now, *before]:

@@ -1,4 +1,4 @@
-"""What can be set for an evaluation, checked without loading torch."""
+"""Configuration of an evaluation, checked without loading torch."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ class EvaluateConfig:
         basic=True,
     )
     limit: int | None = _measured(
-        "Use only this many prompts, the first ones.", default=None, at_least=1, unset="all"
+        "Largest number of prompts to use, in order.", default=None, at_least=1, unset="all"
     )
     group_by: str | None = _measured(
         "Column of the prompts; accuracy is also given for each of its values.", default=None
@@ -41,13 +41,13 @@ class EvaluateConfig:
         can_be_empty=True,
     )
     think_close: str = _measured(
-        "Mark that closes the chain of thought; the answer is what follows the last one. An empty "
-        "text takes all of it.",
+        "Mark that closes the chain of thought; the answer follows the last one. An empty text "
+        "takes the whole completion.",
         default="</think>",
         can_be_empty=True,
     )
     engine: str = _sampling(
-        "Program that generates; vllm must be installed, and pays for many prompts or a large "
+        "Program that generates; vllm must be installed, and pays off for many prompts or a large "
         "student.",
         default="transformers",
         basic=True,
@@ -82,7 +82,7 @@ class EvaluateConfig:
     )
     completions: Path | None = _output(
         "JSONL file for every completion and its verdict, written as they come; the same command "
-        "continues it after a stop.",
+        "resumes it after a stop.",
         default=None,
         basic=True,
     )

@@ -1,4 +1,4 @@
-"""What a student can do: answers generated and checked, and how close it is to the teacher."""
+"""Evaluation of a student: answers generated and checked, and its distance from the teacher."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from teacher_cache.format import open_cache
 from teacher_cache.terminal.progress import Progress
 from teacher_cache.terminal.stop_signals import Stopped, stop_signals
 
-# torch and transformers take seconds to load: mistakes in files are found before.
+# torch and transformers take seconds to load: mistakes in files are found before that.
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Task:
-    """What is to be answered, by whom."""
+    """Prompts to answer, and the model that answers them."""
 
     config: EvaluateConfig
     prompts: Sequence[Prompt]
@@ -39,14 +39,14 @@ class _Task:
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Generate answers to every prompt and count the right ones; measure on held-out traces.
 
-    With `completions`, every answer is kept as it comes, and the same call continues a stopped one.
+    With `completions`, every answer is kept as it comes, and the same call resumes a stopped one.
 
     Raises:
-        ValueError: If the model cannot be loaded, a prompt is wrong (file and row), the golds
-            cannot tell right from wrong, or completions have no folder to go to or are another
-            evaluation's.
+        ValueError: If the model cannot be loaded, a prompt is wrong (with file and row), the
+            golds cannot tell right from wrong, or the file of completions has no folder or
+            belongs to another evaluation.
         CacheError: If the cache cannot be read or does not fit the model.
-        DamagedFileError: If the model or the completions are not what was written.
+        DamagedFileError: If the model or the completions are damaged.
         InUseError: If another evaluation writes its completions to the same file.
         InterruptedRunError: After SIGINT or SIGTERM.
     """
@@ -95,7 +95,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 
 def _answer_all(task: _Task, checker: Checker, log: CompletionLog) -> None:
-    """Generate and check what the log does not have yet."""
+    """Generate and check the samples that the log lacks."""
     config = task.config
     num_all = len(task.requests) * config.samples_per_prompt
     if len(log.samples) == num_all:
@@ -108,9 +108,9 @@ def _answer_all(task: _Task, checker: Checker, log: CompletionLog) -> None:
                     log.add(_checked(task, prompt, sample, completion, checker))
                 progress.add()
     except Stopped as stop:
-        kept = "none is kept; with --completions FILE they would be"
+        kept = "none are kept without --completions FILE"
         if config.completions is not None:
-            kept = f"they are in {config.completions}; run the same command again to continue"
+            kept = f"they are in {config.completions}; run the same command again to resume"
         raise InterruptedRunError(
             f"stopped after {len(log.samples):,} of {num_all:,} answers; {kept}", stop.signum
         ) from stop

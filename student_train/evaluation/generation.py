@@ -24,12 +24,12 @@ def generate(
 
     Args:
         model: Causal language model, in evaluation mode.
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         requests: The prompts.
-        config: How.
+        config: Settings of the generation.
         end_ids: Tokens that end a completion, beside the model's own.
-        done: (prompt, sample) that are not wanted; a batch without any other is left out, and what
-            another batch gives does not depend on it.
+        done: Pairs (prompt, sample) to skip; a batch of nothing else is left out, without effect
+            on the results of other batches.
 
     Yields:
         Number of the prompt, number of the sample, and the completion, batch by batch.
@@ -49,13 +49,13 @@ def generate(
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:
-    """Tokens that end a generation, by the model's own configuration."""
+    """Tokens that end a generation according to the model's configuration."""
     ids = model.generation_config.eos_token_id
     return {ids} if isinstance(ids, int) else set(ids or ())
 
 
 def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of prompts: those of a batch have as much room each, and are of similar length."""
+    """Numbers of prompts by batch; prompts of a batch have equal room and similar length."""
 
     def order(prompt: int) -> tuple[int, int]:
         return requests[prompt].num_new_tokens, len(requests[prompt].ids)
@@ -75,7 +75,7 @@ def _complete(
     config: EvaluateConfig,
     ends: Sequence[int],
 ) -> list[list[int]]:
-    """Token ids behind each prompt of a batch, padded behind the end."""
+    """Token ids after each prompt of a batch, padded after the end."""
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
     if config.temperature > 0:
@@ -100,7 +100,7 @@ def _complete(
 def _completion(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], end_ids: Sequence[int]
 ) -> Completion:
-    """Cut what the batch padded behind the end token."""
+    """Cut the batch's padding after the end token."""
     end = next((place + 1 for place, token in enumerate(ids) if token in end_ids), None)
     kept = ids[:end]
     text = str(tokenizer.decode(kept, clean_up_tokenization_spaces=False))

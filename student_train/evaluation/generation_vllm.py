@@ -24,16 +24,16 @@ def generate_with_vllm(
     """Complete every prompt `config.samples_per_prompt` times, in an engine of this process.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         requests: The prompts.
-        config: Which model and how; vLLM batches by itself.
+        config: Model and settings; vLLM batches by itself.
         end_ids: Tokens that end a completion, beside the model's own.
-        done: (prompt, sample) that are not wanted.
+        done: Pairs (prompt, sample) to skip.
 
     Yields:
-        Number of the prompt, number of the sample, and the completion, as each is finished.
+        Number of the prompt, number of the sample, and the completion, as each finishes.
     """
-    # In this process: an engine of its own would be one more that must be ended in every case.
+    # In this process: an engine process would be one more that must be ended in every case.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # "auto" leaves a core unused
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -43,7 +43,7 @@ def generate_with_vllm(
 
     settings: dict[str, Any] = {
         "max_model_len": max(len(each.ids) + each.num_new_tokens for each in requests),
-        # As it is stored; vLLM's "auto" would halve float32.
+        # The stored dtype; vLLM's "auto" would halve float32.
         "dtype": str(AutoConfig.from_pretrained(config.model).dtype or "auto").removeprefix(
             "torch."
         ),

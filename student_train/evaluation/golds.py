@@ -1,4 +1,4 @@
-"""Golds, checked before anything is generated: can they be compared, and told apart?"""
+"""Checks of golds before anything is generated: are they comparable and distinguishable?"""
 
 import logging
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from student_train.evaluation.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
-_NUM_PARSED = 200  # golds that are looked at, spread over the set
+_NUM_PARSED = 200  # golds that are examined, spread over the set
 _NUM_PAIRED = 24
 _MOST_EQUAL = 0.2  # share of pairs
 
@@ -27,8 +27,8 @@ def check_golds(prompts: Sequence[Prompt], checker: Checker) -> None:
         answer = final_answer(prompt.answer)
         if not answer:
             raise ValueError(
-                f"{prompt.where}: its `answer` {_short(prompt.answer)} is empty where it is "
-                "compared, so that nothing is ever right"
+                f"{prompt.where}: the part of its `answer` {_short(prompt.answer)} that is "
+                "compared is empty, so nothing can be right"
             )
         different.setdefault(answer, prompt)
     golds = list(different.values())
@@ -44,11 +44,11 @@ def _check_kinds(golds: Sequence[Prompt], checker: Checker) -> None:
     if len(texts) == len(golds):
         raise ValueError(
             f"{first.where}: no `answer` here is a number, a choice, a few words or mathematics, "
-            f"so that only the same text word for word is right, e.g. {_short(first.answer)}. "
-            "Give the final answer alone, in \\boxed{...} or behind ####"
+            f"so only the same text word for word is right, e.g. {_short(first.answer)}. "
+            "Give the final answer alone, in \\boxed{...} or after ####"
         )
     logger.info(
-        "%d of %d golds looked at are right as the same text only, e.g. %s: %s",
+        "%d of %d examined golds match only as the same text, e.g. %s: %s",
         len(texts), len(golds), first.where, _short(first.answer),
     )  # fmt: skip
 
@@ -64,7 +64,7 @@ def _check_pairs(golds: Sequence[Prompt], checker: Checker) -> None:
         one, other = equal[0]
         raise ValueError(
             f"{one.where}: {len(equal):,} of {len(pairs):,} pairs of different `answer`s count as "
-            f"equal, so that wrong answers would be right, e.g. {_short(one.answer)} and "
+            f"equal, so wrong answers would be right, e.g. {_short(one.answer)} and "
             f"{_short(other.answer)} ({other.where}). Give the final answers alone"
         )
 

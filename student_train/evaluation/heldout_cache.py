@@ -1,4 +1,4 @@
-"""How close a student is to the teacher on the traces of a cache."""
+"""Distance of a student from the teacher on the traces of a cache."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Intervals of 95 %: one kind, for shares of right answers and for what is computed from them.
+"""Intervals of 95 %: one kind, for shares of right answers and for figures computed from them.
 
 Letters: S seeds, P prompts.
 
@@ -10,8 +10,8 @@ the same P prompts, the mean of x_sp has the variance of two crossed samples,
 M being the mean squares of the two-way layout without interaction (Searle, Casella and McCulloch
 1992, Variance Components, chapter 4). Quantiles are Student's, with the degrees of freedom of the
 seeds' part of V (Satterthwaite 1946); with one seed they are the normal ones, and the interval
-tells of the prompts alone. A difference between two students is the mean of x_sp - y_sp: the same
-prompts and the same seeds, so that what both find hard cancels.
+covers the prompts alone. A difference between two students is the mean of x_sp - y_sp: the same
+prompts and the same seeds, so that difficulty common to both cancels.
 
 A share has the score interval (Wilson 1927) at P / D prompts, where D = V / (p (1 - p) / (P - 1))
 says how much wider V is than that of P independent answers. With one answer per prompt D is 1.
@@ -31,7 +31,7 @@ _MANY = 1e6  # degrees of freedom that are as good as infinite
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds and prompts, and what its variance is made of."""
+    """A mean over seeds and prompts, and the parts of its variance."""
 
     value: float
     num_seeds: int
@@ -53,7 +53,7 @@ class Mean:
         seed_square = num_prompts * _mean_square(by_seed, num_seeds - 1)
         prompt_square = num_seeds * _mean_square(by_prompt, num_prompts - 1)
         rest_square = _mean_square(rest, (num_seeds - 1) * (num_prompts - 1))
-        # Not below what either part alone says: with few seeds the difference may be negative.
+        # At least what either part alone gives: with few seeds the difference may be negative.
         total = max(seed_square + prompt_square - rest_square, seed_square, prompt_square)
         degrees = math.inf
         if seed_square > 0:
@@ -77,7 +77,7 @@ class Mean:
 
     @property
     def p_value(self) -> float:
-        """Of the mean being zero, against both sides."""
+        """Two-sided p-value of the mean being zero."""
         if self.variance == 0:
             return 1.0 if self.value == 0 else 0.0
         return 2 * t_tail(abs(self.value) / math.sqrt(self.variance), self.degrees)
@@ -99,8 +99,8 @@ def clustered_interval(num_right: Sequence[int], num_samples: int) -> tuple[floa
     """Interval of 95 % for avg@n of one model, clustered by prompt (Miller 2024, 2411.00640).
 
     Args:
-        num_right: [P] of the samples of each prompt.
-        num_samples: n, of every prompt.
+        num_right: [P] number of right samples of each prompt.
+        num_samples: n, samples of every prompt.
     """
     return share_interval(np.asarray(num_right, np.float64)[None, :] / num_samples)
 
@@ -113,9 +113,9 @@ def wilson_interval(
         (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
 
     Args:
-        share: p.
-        num_all: n, trials; need not be whole.
-        quantile: z.
+        share: p, the proportion.
+        num_all: n, number of trials; need not be whole.
+        quantile: z, the normal or Student quantile.
     """
     z2 = quantile**2
     centre = share + z2 / (2 * num_all)

@@ -2,9 +2,9 @@
 
     python -P math_worker.py CPU_SECONDS ADDRESS_BYTES
 
-Says {"version": ...} once it is ready. Then, for each line [found, gold] of stdin, both as
+Prints {"version": ...} once it is ready. Then, for each line [found, gold] of stdin, both as
 math-verify parses them, a line on stdout: "same", "different", or "error" where math-verify cannot
-compare them. What exceeds a limit ends the process; who started it sees the end of stdout.
+compare them. Exceeding a limit ends the process; its parent sees the end of stdout.
 """
 
 import functools
@@ -33,7 +33,7 @@ def main() -> None:
     for line in sys.stdin:
         found, gold = json.loads(line)
         # Its own timers would need this one; the default action of SIGPROF ends the process, in
-        # the middle of C code too, and also when who started it is gone.
+        # the middle of C code too, and also when its parent is gone.
         signal.setitimer(signal.ITIMER_PROF, cpu_s)
         outcome = _compare(found, gold)
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -50,7 +50,7 @@ def _compare(found: str, gold: str) -> str:
         )
     except MemoryError:
         os._exit(1)
-    # sympy and the LaTeX grammar raise errors of every kind on text that is no mathematics.
+    # sympy and the LaTeX grammar raise errors of every kind on text that is not mathematics.
     except Exception:
         return "error"
     return "same" if same else "different"

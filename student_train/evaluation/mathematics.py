@@ -1,7 +1,7 @@
 """Mathematics compared by math-verify, in a process that can be ended.
 
-What a model writes is symbolic work without limit (`10^{10^{10}}` alone is 10 billion digits), and
-it cannot be interrupted from inside: it runs in C code that holds the interpreter.
+A model's answer can demand unlimited symbolic work (`10^{10^{10}}` alone is 10 billion digits),
+which cannot be interrupted from inside: it runs in C code that holds the interpreter.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ _START_LIMIT_S = 120.0
 
 
 class Comparison(StrEnum):
-    """What came of comparing two texts as mathematics."""
+    """Result of comparing two texts as mathematics."""
 
     SAME = "same"
     DIFFERENT = "different"
@@ -50,7 +50,7 @@ class Mathematics:
         self._end()
 
     def compare(self, found: str, gold: str) -> Comparison:
-        """Compare two answers; each pair once, for students repeat themselves."""
+        """Compare two answers; each pair only once, since students repeat themselves."""
         pair = (_as_mathematics(found), _as_mathematics(gold))
         if pair not in self._known:
             self._known[pair] = self._ask(pair)
@@ -96,7 +96,7 @@ def _send(worker: "subprocess.Popen[bytes]", request: object) -> None:
 
 
 def _receive(worker: "subprocess.Popen[bytes]", limit_s: float) -> object:
-    """One line of the worker; None when it has ended, has grown too large or the time is over."""
+    """One line of the worker; None if it has ended, has grown too large or time is up."""
     if worker.stdout is None:  # it is a pipe
         return None
     deadline_s = time.monotonic() + limit_s
@@ -117,6 +117,6 @@ def _resident_bytes(pid: int) -> int:
 
 
 def _as_mathematics(text: str) -> str:
-    """A text as math-verify looks for mathematics: between marks."""
+    """A text between the marks where math-verify looks for mathematics."""
     has_marks = any(mark in text.strip("$") for mark in ("$", "\\(", "\\["))
     return text if has_marks else f"${text.strip('$')}$"

@@ -24,7 +24,7 @@ _QUANTITY = re.compile(
     r"\s?(?P<unit>[%€£°]|[A-Za-z]{2,}(?:(?:\s|/)[A-Za-z]{2,}){0,3}(?:\^?[23]|[²³])?)?"
 )
 _IN_A_SENTENCE = re.compile(rf"(?<![\w.,:/^-])-?[$€£]?(?:{_GROUPED}|{_PLAIN})(?:/[0-9]+)?%?")
-# What stands behind a number and changes its value, or is no unit at all.
+# Words after a number that change its value, or are not units at all.
 _NOT_UNITS = frozenset(
     [
         "pi",
@@ -82,8 +82,8 @@ class Quantity:
     def is_same(self, other: "Quantity") -> bool:
         """Whether the values are equal and the units do not contradict each other.
 
-        A unit that one side leaves off does not count. Units are not converted, but for percent:
-        50% is the same as 50 and as 0.5, for golds leave the sign off in either sense.
+        A unit that one side omits does not count. Units are not converted, except percent: 50% is
+        the same as 50 and as 0.5, since golds omit the sign in either sense.
         """
         units = {self.unit, other.unit}
         if self.value == other.value:
@@ -96,7 +96,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Readings:
-    """What a text can mean as numbers; a text may have several readings, or none."""
+    """Readings of a text as numbers; a text may have several, or none."""
 
     quantity: Quantity | None = None
     lists: frozenset[tuple[Fraction, ...]] = field(default_factory=frozenset)
@@ -109,9 +109,9 @@ class Readings:
 
 
 def readings(text: str) -> Readings:
-    """Read a whole text as a number with or without unit, or as a list of numbers.
+    """Read a whole text as a number with or without a unit, or as a list of numbers.
 
-    `1,234` is a number and a list of two; `1,2` is a list alone, because thousands have three
+    `1,234` is a number and a list of two; `1,2` is only a list, because thousands have three
     digits; `(1,2)` is a list.
     """
     if len(text) > _MAX_CHARACTERS:
@@ -160,7 +160,7 @@ def _quantity(text: str) -> Quantity | None:
 
 
 def _unit(currency: str, unit: str) -> str | None:
-    """One unit of what stands before and behind a number; None if it is none."""
+    """One unit from the words before and after a number; None if they are not a unit."""
     words = re.split(r"[\s/]+", _UNITS_OF_SIGNS.get(unit, unit).lower())
     if _NOT_UNITS & set(words):
         return None
@@ -172,7 +172,7 @@ def _unit(currency: str, unit: str) -> str | None:
 
 
 def _lists(text: str) -> frozenset[tuple[Fraction, ...]]:
-    """The ways to read it as a list of two or more numbers."""
+    """The ways to read a text as a list of two or more numbers."""
     found = set()
     for separator in (r",", r"[,;]\s+", r";"):
         items = [_quantity(item) for item in re.split(separator, text)]

@@ -1,4 +1,4 @@
-"""Evaluation prompts: read, turned into token ids, compared with what was trained on."""
+"""Evaluation prompts: read, turned into token ids, compared with the training traces."""
 
 import hashlib
 import json
@@ -31,10 +31,10 @@ def read_prompts(path: Path, group_field: str | None = None) -> Iterator[Prompt]
 
     Args:
         path: JSON Lines or a JSON array, plain or compressed, Parquet or Arrow.
-        group_field: Every row must have it.
+        group_field: Field that every row must have.
 
     Raises:
-        ValueError: Naming file and row.
+        ValueError: If a row is wrong; it names file and row.
     """
     for row in Input(path):
         where = f"{row.file}:{row.number}"
@@ -42,7 +42,7 @@ def read_prompts(path: Path, group_field: str | None = None) -> Iterator[Prompt]
 
 
 def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Hash of what is asked and what is right, wherever the rows stand."""
+    """Hash of questions and golds, wherever the rows come from."""
     digest = hashlib.sha256()
     for prompt in prompts:
         values = {name: value for name, value in asdict(prompt).items() if name != "where"}
@@ -73,7 +73,7 @@ def _parse_prompt(record: dict[str, Any], where: str, group_field: str | None) -
     if group_field is not None:
         if record.get(group_field) is None:
             raise ValueError(
-                f"{where}: no field {group_field!r} to group by; there are {', '.join(record)}"
+                f"{where}: no field {group_field!r} to group by; found {', '.join(record)}"
             )
         group = str(record[group_field])
     answer = _gold(record.get("answer"), where)
@@ -83,7 +83,7 @@ def _parse_prompt(record: dict[str, Any], where: str, group_field: str | None) -
 
 
 def _gold(answer: object, where: str) -> str:
-    """A gold as text; numbers in full, true and false as JSON has them."""
+    """A gold as text; numbers in full, true and false as in JSON."""
     if isinstance(answer, bool):
         return str(answer).lower()
     if isinstance(answer, int) or (isinstance(answer, str) and answer.strip()):
@@ -96,10 +96,10 @@ def _gold(answer: object, where: str) -> str:
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, messages by the chat template up to where the answer begins.
+    """Token ids of a prompt, with messages rendered by the chat template up to the answer.
 
     Raises:
-        ValueError: If the template refuses the messages, naming file and row.
+        ValueError: If the template refuses the messages; it names file and row.
     """
     if prompt.messages is None:
         ids: list[int] = tokenizer(prompt.text)["input_ids"]
@@ -118,13 +118,13 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int
 
 
 def seen_in(cache: Cache, prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Which of these prompts stand in a cache as the prompt of a trace, token for token.
+    """Find the prompts that a cache holds as the prompt of a trace, token for token.
 
     Reads the bands that hold the prompts. A prompt that ends in the opening mark of the thinking,
     as some templates write it, is compared without that mark, which the cache counts as thinking.
 
     Returns:
-        Indexes into `prompts`.
+        Indices into `prompts`.
 
     Raises:
         CacheError: If the cache cannot be read.

@@ -1,4 +1,4 @@
-"""What is asked of a student: the prompts' tokens, and how much room each leaves for an answer."""
+"""Requests to a student: the prompts' tokens, and the room that each leaves for an answer."""
 
 import hashlib
 import logging
@@ -32,7 +32,7 @@ def make_requests(
     """Turn prompts into requests, the same for every engine.
 
     Raises:
-        ValueError: If a prompt leaves no position for an answer, naming file and row.
+        ValueError: If a prompt leaves no position for an answer; it names file and row.
     """
     num_positions = positions_of(config.model)
     requests, num_short = [], 0
@@ -59,7 +59,7 @@ def make_requests(
 
 
 def positions_of(model: str) -> int | None:
-    """Positions that a model has by its configuration; None where that names none."""
+    """Number of positions in a model's configuration; None where it names none."""
     config = AutoConfig.from_pretrained(model).get_text_config()
     number = getattr(config, "max_position_embeddings", None)
     return None if number is None else int(number)
@@ -84,7 +84,7 @@ def settings_of(
 
 
 def model_fingerprint(model: str) -> str:
-    """Hash of a folder's weights, configuration and tokenizer; commit of a hub id."""
+    """Hash of a folder's weights, configuration and tokenizer, or commit of a hub id."""
     folder = Path(model)
     if not folder.is_dir():
         return f"{model} {AutoConfig.from_pretrained(model)._commit_hash}"
@@ -95,6 +95,6 @@ def model_fingerprint(model: str) -> str:
 
 
 def draw_seed(*parts: int) -> int:
-    """A seed for one draw, from the evaluation's and its place."""
+    """Seed for one draw, from the evaluation's seed and the draw's place."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "big")

@@ -1,4 +1,4 @@
-r"""Whether an answer is right, as far as that can be said without symbolic mathematics.
+r"""Verdicts on answers, as far as they need no symbolic mathematics.
 
 | gold, or gold and answer              | verdict                                              |
 | ------------------------------------- | ---------------------------------------------------- |
@@ -8,7 +8,7 @@ r"""Whether an answer is right, as far as that can be said without symbolic math
 | numbers: `190.0`, `1,234`, `$18`      | by their exact values; commas separate thousands     |
 |                                       | only where they can: `1,2` is a list, never 12       |
 | `18 dollars` and `18`                 | right: units count only where both sides have one    |
-| `50%` and `50`, or `0.5`              | right: golds leave the sign off in either sense      |
+| `50%` and `50`, or `0.5`              | right: golds omit the sign in either sense           |
 | a number and a list                   | wrong                                                |
 | the same list of numbers              | right; in another order mathematics decides          |
 | `\frac12`, `3 1/2` and `0.5`, `7/2`   | by their exact values; where they differ mathematics |
@@ -35,7 +35,7 @@ MAX_CHARACTERS = 1000  # of an answer that is looked at in any way beyond equali
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an answer is right, and what it was compared as."""
+    """Whether an answer is right, and the kind that it was compared as."""
 
     is_right: bool
     compared_as: str  # text, choice, words, number, list, sentence, mathematics; or why it was not

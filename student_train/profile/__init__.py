@@ -1,1 +1,1 @@
-"""Where in the traces a student has something to learn, measured before it is trained."""
+"""Measurement, before training, of where in the traces a student has something to learn."""

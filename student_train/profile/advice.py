@@ -1,11 +1,11 @@
-"""What the profile recommends, how sure it is, and why it may be wrong.
+"""Recommendation of the profile, how sure it is, and why it may be wrong.
 
 The rule: where a fixed lead span of at most half a trace holds nearly all of the student's
 divergence, that span; else a mixture of half the cost, a fifth of the traces whole and the others
-cut at 0.375, which keeps alive what stands late. Its numbers come from one task
+cut at 0.375, which keeps the ends of traces in training. Its numbers come from one task
 (tools/results/truncation): a forecast to be tested by a sweep, not a finding.
 
-There the shares tell where a gain begins, not how much of it a span keeps: before 0.4 lies 12 % of
+There the shares show where a gain begins, not how much of it a span keeps: before 0.4 lies 12 % of
 the divergence and runs kept 15 % of the gain, before 0.5 lies 23 % and runs kept 73 %, since a
 skill is learned from its first occurrences. The teacher's entropy is no guide: 54 % of it lies
 before 0.1, where runs lost.
@@ -30,11 +30,11 @@ class Advice:
     """A lead span or mixture for this student and cache.
 
     Attributes:
-        lead_span: As `train-student run --lead-span` takes it.
-        mean_lead_span: What it costs, as a share of whole traces.
+        lead_span: Value for `train-student run --lead-span`.
+        mean_lead_span: Its cost as a share of whole traces.
         agreement: Share of the resamples of the traces that lead to the same recommendation.
-        is_sure: Whether they nearly all do, and there are traces enough.
-        sentence: All of it in words.
+        is_sure: Whether nearly all of them do, and there are enough traces.
+        sentence: The recommendation in words.
     """
 
     lead_span: str

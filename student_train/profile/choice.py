@@ -1,20 +1,20 @@
-"""Which traces stand for a cache: some of several shards, chosen by a hash."""
+"""Choice of traces that represent a cache: some of several shards, by hash."""
 
 import hashlib
 
 from student_train.data.traces import CacheTraces, Place
 from teacher_cache.format import rows_by_shard
 
-MIN_SHARDS = 10  # neighbours in a shard may be alike; every further shard costs its bytes
+MIN_SHARDS = 10  # neighbours in a shard may be alike; every additional shard costs its bytes
 
 
 def chosen_places(source: CacheTraces, num_traces: int, seed: int) -> list[Place]:
-    """Places of `num_traces` traces, or of all, out of as few shards as may be.
+    """Places of `num_traces` traces, or of all, from as few shards as allowed.
 
     Args:
-        source: The traces that a run would be trained on.
-        num_traces: How many.
-        seed: Of the choice; the same gives the same traces.
+        source: Traces that a run would be trained on.
+        num_traces: Number of traces to choose.
+        seed: Seed for the choice; the same seed gives the same traces.
     """
     rows_of_shard = rows_by_shard(source.train)
     shards = source.cache.shards

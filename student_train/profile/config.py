@@ -1,4 +1,4 @@
-"""What can be set for a profile, checked without loading torch."""
+"""Configuration of a profile, checked without loading torch."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -60,5 +60,5 @@ class ProfileConfig:
 
     @property
     def objective(self) -> Objective:
-        """Whose divergence is measured."""
+        """Objective whose divergence is measured."""
         return Objective(self.divergence, self.mix, self.tail, self.loss_temperature)

@@ -1,4 +1,4 @@
-"""From tokens to tables: by relative position, by section, before each lead span, and by trace.
+"""Tables from tokens: by relative position, by section, before each lead span, and by trace.
 
 Letters: M traces, S lead spans, R resamples of the traces.
 """
@@ -22,7 +22,7 @@ _DECILES = tuple(d / 10 for d in range(1, 10))
 
 
 def _values(measures: Sequence[TraceMeasures]) -> dict[str, NDArray[np.float64]]:
-    """Every quantity of all tokens, one trace behind the other."""
+    """Every quantity of all tokens, one trace after the other."""
     columns = {"divergence": "divergence_N", "nll": "nll_N", "teacher_entropy": "entropy_N"}
     columns |= {"tail": "tail_N", "k": "k_N"}
     return {
@@ -71,7 +71,7 @@ def _rows(
 
 @dataclass(frozen=True, eq=False)
 class Coverage:
-    """How much of the student's divergence lies before each lead span."""
+    """Share of the student's divergence before each lead span."""
 
     share_S: NDArray[np.float64]  # of all profiled traces
     entropy_share_S: NDArray[np.float64]  # the same of the teacher's entropy
@@ -79,7 +79,7 @@ class Coverage:
 
     @classmethod
     def of(cls, measures: Sequence[TraceMeasures], seed: int) -> "Coverage":
-        """Sum what the traces have before each of `LEAD_SPANS`."""
+        """Sum the traces' quantities before each of `LEAD_SPANS`."""
         divergence_MS = np.array([_before(one, one.divergence_N) for one in measures])
         entropy_MS = np.array([_before(one, one.entropy_N) for one in measures])
         rng = np.random.default_rng(seed)
@@ -92,7 +92,7 @@ class Coverage:
         )
 
     def interval(self, index: int) -> tuple[float, float]:
-        """Where 95 % of the resamples have the share before `LEAD_SPANS[index]`."""
+        """Interval of 95 % of the resamples' shares before `LEAD_SPANS[index]`."""
         low, high = np.percentile(self.share_RS[:, index], [2.5, 97.5])
         return float(low), float(high)
 
@@ -122,17 +122,17 @@ def _before(one: TraceMeasures, values_N: NDArray[np.float64]) -> NDArray[np.flo
 
 
 def _shares(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of the last column, which is the whole."""
+    """Shares of the last column, which is the whole."""
     shares: NDArray[np.float64] = sums / np.maximum(sums[..., -1:], 1e-300)
     return shares
 
 
 def trace_row(one: TraceMeasures) -> dict[str, Any]:
-    """What a trace is for this student; of the chain of thought and the answer.
+    """Figures of a trace for this student; over the chain of thought and the answer.
 
     The rank-surprisal ratio (arXiv 2601.14249) is the mean rank of the trace's tokens under the
     student over their mean negative log-likelihood: low where the student is surprised by tokens
-    that it nevertheless ranks high. The paper prefers traces of a low one.
+    that it nevertheless ranks high. The paper prefers traces with a low ratio.
     """
     of = one.is_response_N
     rank, nll = _means(one)

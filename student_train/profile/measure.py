@@ -21,7 +21,7 @@ LARGEST_RANK = 100  # as in arXiv 2601.14249: larger ones count as this one
 
 @dataclass(frozen=True, eq=False)
 class TraceMeasures:
-    """What teacher and student say of the tokens of one trace. In nats."""
+    """Figures of teacher and student for the tokens of one trace. In nats."""
 
     cache: int  # which of the profiled caches
     trace_id: str
@@ -29,8 +29,8 @@ class TraceMeasures:
     token_N: NDArray[np.int64]  # its place in the trace
     section_N: NDArray[np.int64]  # index into SECTIONS
     divergence_N: NDArray[np.float64]  # the divergence between teacher and student
-    nll_N: NDArray[np.float64]  # of the realised token under the student
-    rank_N: NDArray[np.int64]  # of the realised token under the student, from 1
+    nll_N: NDArray[np.float64]  # of the target token under the student
+    rank_N: NDArray[np.int64]  # of the target token under the student, from 1
     entropy_N: NDArray[np.float64]  # of the teacher, its tail counted as one outcome
     tail_N: NDArray[np.float64]  # the teacher's mass outside the kept entries
     k_N: NDArray[np.int64]  # kept entries
@@ -47,10 +47,10 @@ def measured(
     """Measure traces one by one; those without a distribution are left out.
 
     Args:
-        student: In evaluation mode, on the device.
-        traces: Whole, or as far as a truncated cache holds them.
-        device: Where to compute.
-        cache: Of the traces, among those that are profiled.
+        student: Student in evaluation mode, on the device.
+        traces: Traces, whole or as far as a truncated cache holds them.
+        device: Device to compute on.
+        cache: Index of the traces' cache among the profiled ones.
     """
     num_ids = output_layer(student.model).weight.shape[0]
     for trace in traces:
@@ -85,7 +85,7 @@ def _measures(
 
 
 def _entropies(trace: Trace) -> NDArray[np.float64]:
-    """Of every token: kept entries and the tail as one more outcome."""
+    """Entropy of every token, over kept entries and the tail as one more outcome."""
     terms_E = -np.exp(trace.top_logprobs) * trace.top_logprobs
     kept = np.bincount(trace.token_of_entry, weights=terms_E, minlength=len(trace))
     log_tail = -np.logaddexp(0.0, -trace.tail_logit.astype(np.float64))

@@ -1,4 +1,4 @@
-"""profile.png: where along a trace the student has something to learn."""
+"""profile.png: a picture of where along a trace the student has something to learn."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

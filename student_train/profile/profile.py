@@ -36,14 +36,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ProfileResult:
-    """What a profile came to."""
+    """Result of a profile."""
 
     tables: dict[str, Any]  # content of profile.json
     advice: Advice
 
 
 def profile(config: ProfileConfig) -> ProfileResult:
-    """Measure a student on some traces and write what they say about lead spans.
+    """Measure a student on some traces and write the findings about lead spans.
 
     Raises:
         CacheError: If a cache cannot be read, or does not fit the student.
@@ -94,8 +94,8 @@ def _measured_cache(
     )  # fmt: skip
     if cache.header.max_lead_span < 1:
         logger.warning(
-            "%s holds the first %g of every trace: nothing is known of what comes after, and "
-            "shares are of what it holds",
+            "%s holds the first %g of every trace: nothing is known about the rest, and shares "
+            "are of the part that it holds",
             cache.path, cache.header.max_lead_span,
         )  # fmt: skip
     return measures
@@ -143,7 +143,7 @@ def _trace_rows(data: TrainingData, by_cache: list[list[TraceMeasures]]) -> list
 
 
 def _suitability(row: dict[str, Any]) -> tuple[bool, float]:
-    """The lowest rank-surprisal ratio first, what has none last."""
+    """Sort key: the lowest rank-surprisal ratio first, missing ones last."""
     ratio = row["rank_surprisal_ratio"]
     return ratio is None, ratio or 0.0
 

@@ -69,7 +69,7 @@ def add_gradients(run: Run, batches: Sequence[MicroBatch], counts: GlobalCounts)
 
 
 def _names(run: Run) -> tuple[str, ...]:
-    """Sums of the loss and of the figures beside it."""
+    """Names of the loss and of the sums beside it."""
     return ("loss", *sum_names(len(run.inputs.data.sources)))
 
 

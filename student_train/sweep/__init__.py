@@ -1,1 +1,1 @@
-"""The truncation protocol: cells that are runs, their figures, and the report of all of them."""
+"""The truncation protocol: cells that are runs, their figures, and a report on all of them."""

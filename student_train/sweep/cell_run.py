@@ -1,10 +1,10 @@
 """One cell of a sweep: a run and its evaluation, as processes of their own.
 
 OUT/cells/NAME/run/            the run, as `train-student run` makes it
-OUT/cells/NAME/log.txt         what it and its evaluation said
+OUT/cells/NAME/log.txt         output of the run and its evaluation
 OUT/cells/NAME/completions.jsonl, evaluation.json
-OUT/cells/NAME/result.json     all figures of the cell; there when it is finished
-OUT/cells/NAME/failed.txt      why the last try failed
+OUT/cells/NAME/result.json     all figures of the cell; exists once it is finished
+OUT/cells/NAME/failed.txt      reason why the last attempt failed
 OUT/cells/NAME/lock            held by the processes at work here
 """
 
@@ -36,7 +36,7 @@ PROGRAM = (sys.executable, "-m", "student_train.cli")
 
 
 def cell_folder(config: SweepConfig, cell: Cell) -> Path:
-    """Where a cell lies."""
+    """Folder of a cell."""
     return config.out / "cells" / cell.name
 
 
@@ -76,7 +76,7 @@ def _config_words(options: Path | None) -> list[str]:
 
 
 class Children:
-    """The processes of a sweep: SIGINT and SIGTERM end them, and no further one starts."""
+    """The processes of a sweep: SIGINT and SIGTERM end them, and no others start."""
 
     def __init__(self) -> None:
         self.stopped_by: int | None = None
@@ -85,10 +85,10 @@ class Children:
         self._lock = threading.Lock()
 
     def run(self, arguments: Sequence[str], *, stdout: int, stderr: int, lock: int) -> int:
-        """Run `train-student` with these arguments and open files.
+        """Run `train-student` with arguments and open files.
 
         Returns:
-            Its exit code, -1 if it must not start any more.
+            Its exit code, or -1 if it may no longer start.
         """
         with self._lock:
             if self.stopped_by:
@@ -128,10 +128,10 @@ class Children:
 
 
 def run_cell(config: SweepConfig, cell: Cell, children: Children) -> str:
-    """Run what is missing of a cell.
+    """Run the missing parts of a cell.
 
     Returns:
-        A line that says what came of it. A failure also stands in failed.txt.
+        A line with the result. A failure is also written to failed.txt.
     """
     try:
         lock = FolderLock(cell_folder(config, cell) / LOCK_NAME)
@@ -167,8 +167,8 @@ def _run_commands(config: SweepConfig, cell: Cell, children: Children, lock: Fol
     if result.get("cache_fingerprint", sweep_on) != sweep_on:
         return _failed(
             folder,
-            "the capture went on, so it was trained on more shards than the sweep began with: seal "
-            "the cache, and sweep into another --out",
+            "the capture continued, so it was trained on more shards than the sweep began with: "
+            "seal the cache, and sweep into another --out",
         )
     publish_record(folder / "result.json", result)
     (folder / "failed.txt").unlink(missing_ok=True)
@@ -208,10 +208,10 @@ def _result(config: SweepConfig, cell: Cell, commands: Sequence[Sequence[str]]) 
 
 
 def sweep_record(out: Path) -> dict[str, Any]:
-    """What all cells of a sweep's folder have in common.
+    """Facts that all cells of a sweep's folder share.
 
     Raises:
-        DamagedFileError: If it is not what was written.
+        DamagedFileError: If the file is damaged.
     """
     return read_record(
         out / "sweep.json", "Restore it from a copy, or run the sweep in a new --out."

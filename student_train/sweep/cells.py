@@ -1,4 +1,4 @@
-"""The cells of a sweep: which runs answer the question, and what each is told. No torch here."""
+"""The cells of a sweep: the runs that answer the question, with their options. No torch here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -22,7 +22,7 @@ class Cell:
 
     @classmethod
     def of(cls, kind: str, seed: int, options: Mapping[str, Any]) -> "Cell":
-        """A trained cell, named by what differs from the run's defaults."""
+        """A trained cell, named by its differences from the run's defaults."""
         defaults = {item.name: item.default for item in fields(TrainConfig)}
         own = {name: value for name, value in options.items() if value != defaults[name]}
         selection = {
@@ -34,12 +34,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of the cell's folder."""
         return self.group if self.seed is None else f"{self.group}_seed-{self.seed}"
 
     @property
     def selection(self) -> TokenSelection:
-        """Which tokens it trains on."""
+        """Selection of the tokens that it trains on."""
         options = self.options or {}
         return TokenSelection(
             **{

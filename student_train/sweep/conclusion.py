@@ -19,32 +19,32 @@ _EQUAL_COST = 1.05  # times as many FLOPs count as no more
 
 
 def share_of_full(group: Group, full: Group, path: tuple[str, ...]) -> float | None:
-    """A cost over that of the full-length group; None where either is not known."""
+    """A cost over that of the full-length group; None where either is unknown."""
     own, whole = group.mean(*path), full.mean(*path)
     return own / whole if own is not None and whole else None
 
 
 def conclusion(groups: Sequence[Group]) -> str:
-    """Whether a part of every trace is enough, which, at what cost, and how sure that is."""
+    """Say whether a part of every trace is enough, which, at what cost, and how sure that is."""
     full = next((group for group in groups if group.name == FULL), None)
     if full is None:
-        return "There is no full-length cell, so nothing can be said of what a lead span keeps."
+        return "There is no full-length cell, so nothing can be said about what a lead span keeps."
     shorter = [group for group in candidates(groups) if group.kind not in _THRIFT]
     if not shorter:
-        return "There is no lead span below 1, so nothing can be said of what one keeps."
+        return "There is no lead span below 1, so nothing can be said about what one keeps."
     decisions = decide(groups)
     shorter = [group for group in shorter if group.name in decisions]
     if not shorter:
         return (
-            "The accuracy of the full-length students is not told from zero, so there is nothing "
-            "to keep."
+            "The accuracy of the full-length students cannot be told from zero, so there is "
+            "nothing to keep."
         )
     sentences = [_answer(shorter, full, decisions), _at_equal_cost(groups, shorter)]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
 def kept(group: Group) -> Estimate | None:
-    """What a group keeps: of the gain, or of the accuracy where there is none to tell of."""
+    """Share that a group keeps of the gain, or of the accuracy where no gain can be told."""
     return group.gain_retention or group.retention
 
 
@@ -100,7 +100,7 @@ def _tells(group: Group, full: Group) -> str:
 
 
 def _not_told(group: Group, decision: Decision) -> str:
-    """With how much it cannot be told, and what would tell it."""
+    """Say with what data it cannot be told, and what would tell it."""
     seeds = "1 seed" if decision.num_seeds == 1 else f"{decision.num_seeds} seeds"
     prompts = "" if decision.num_prompts is None else f" and {decision.num_prompts:,} prompts"
     return f"cannot be told with {seeds}{prompts}; {needed(decision)}."
@@ -114,12 +114,12 @@ def needed(decision: Decision) -> str:
     if decision.seeds_needed is not None:
         ways.append(f"about {decision.seeds_needed:,} seeds")
     if not ways:
-        return f"it is too near {whole_percent(ENOUGH)} for any number worth trying"
+        return f"it is too close to {whole_percent(ENOUGH)} for any number worth trying"
     return f"{' or '.join(ways)} would"
 
 
 def _at_equal_cost(groups: Sequence[Group], shorter: Sequence[Group]) -> str:
-    """Whether the same saving without truncation would have kept as much, compared in pairs."""
+    """Say whether the same saving without truncation would have kept as much, in pairs."""
     thrift = [g for g in groups if g.kind in _THRIFT and kept(g)]
     if not thrift:
         return ""
@@ -150,7 +150,7 @@ def _at_equal_cost(groups: Sequence[Group], shorter: Sequence[Group]) -> str:
 
 
 def difference(groups: Sequence[Group], one: Group, other: Group) -> Mean | None:
-    """Accuracy of one less that of another, by prompt and seed; None without enough in common."""
+    """Accuracy of one minus that of another, by prompt and seed; None without enough in common."""
     pairing = Pairing.of([cell for group in groups for cell in group.cells])
     seeds = pairing.seeds(one.name, other.name)
     if not seeds:

@@ -1,4 +1,4 @@
-"""What can be set for a sweep, and the cells that follow from it. No torch here."""
+"""Configuration of a sweep, and the cells that follow from it. No torch here."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -21,7 +21,7 @@ BASELINES = ("base", "sft", "full", "half-traces", "half-steps", "live")
 EVERY_BASELINE_BUT_LIVE = tuple(name for name in BASELINES if name != "live")
 
 _OBJECTIVE = ("divergence", "mix", "tail", "loss_temperature")  # one for all runs of a sweep
-# What a sweep sets itself; a file of options for every run must not.
+# Options that a sweep sets itself; a file of options for every run must not.
 _SET_BY_SWEEP = frozenset(
     {"cache", "student", "out", "seed", "live_teacher", "lead_span", "trace_tokens"}
     | {"sections", "loss_on", "lead_span_of", "loss_dropout"}
@@ -43,7 +43,7 @@ class SweepConfig:
     cache: str = _data("Folder or URI of the cache to train on.", basic=True)
     student: str = _data("Model folder or hub id that every run starts from.", basic=True)
     out: Path = _data(
-        "Folder of the sweep; cells that it holds are not repeated, others are added.", basic=True
+        "Folder of the sweep; its existing cells are not repeated, new ones are added.", basic=True
     )
     eval_prompts: Path = _data(
         "JSONL of held-out prompts with answers, as evaluate reads them.", basic=True
@@ -52,7 +52,7 @@ class SweepConfig:
         "Cache of held-out traces: measure KL and NLL on all of each.", default=None, basic=True
     )
     allow_seen_prompts: bool = _data(
-        "Evaluate even on prompts that are in the training cache too.", default=False
+        "Evaluate even on prompts that are also in the training cache.", default=False
     )
     lead_spans: tuple[float, ...] = _cells(
         "Proportions of every trace, with commas between them.",
@@ -98,20 +98,20 @@ class SweepConfig:
         can_be_empty=True,
     )
     live_teacher: str | None = _cells(
-        "Folder or hub id of the cache's teacher, for the baseline live; a small one.",
+        "Folder or hub id of the cache's teacher, for the baseline live; for small teachers.",
         default=None,
     )
     num_seeds: int = _cells(
-        "Runs per cell, with seeds from 0; more of them give narrower intervals.",
+        "Runs per cell, with seeds from 0; more runs give narrower intervals.",
         default=3,
         basic=True,
         at_least=1,
     )
     run_options: Path | None = _each(
-        "TOML file of options of every run, as --config of run takes it.", default=None, basic=True
+        "TOML file of options for every run, as for --config of run.", default=None, basic=True
     )
     evaluate_options: Path | None = _each(
-        "TOML file of options of every evaluation, as --config of evaluate takes it.",
+        "TOML file of options for every evaluation, as for --config of evaluate.",
         default=None,
         basic=True,
     )
@@ -141,7 +141,7 @@ class SweepConfig:
         """Every cell of this call, seed by seed, so that an early stop leaves whole curves.
 
         Args:
-            num_steps: Of a full-length run.
+            num_steps: Number of steps of a full-length run.
         """
         base = [Cell("base", "base", None, None)] if "base" in self.baselines else []
         seen = set()
@@ -180,7 +180,7 @@ class SweepConfig:
 
     @property
     def objective_options(self) -> dict[str, Any]:
-        """What every run minimises, where that is not a run's default."""
+        """Objective of every run, where it is not a run's default."""
         defaults = options_of(TrainConfig)
         return {
             name: getattr(self, name)
@@ -190,7 +190,7 @@ class SweepConfig:
 
     @property
     def train_options(self) -> dict[str, Any]:
-        """What every run is told beside its cell's own options."""
+        """Options of every run beside its cell's own."""
         options = self.objective_options
         if self.run_options is not None:
             options |= read_config_file(self.run_options, TrainConfig, reserved=_SET_BY_SWEEP)
@@ -198,13 +198,13 @@ class SweepConfig:
 
     @property
     def eval_options(self) -> dict[str, Any]:
-        """What every evaluation is told."""
+        """Options of every evaluation."""
         if self.evaluate_options is None:
             return {}
         return read_config_file(self.evaluate_options, EvaluateConfig, reserved=_SET_BY_EVALUATION)
 
     def command(self) -> list[str]:
-        """The command that makes this call, wherever and however its cells are run."""
+        """The command of this call, wherever and however its cells are run."""
         own = {
             item.name: getattr(self, item.name)
             for item in fields(self)
@@ -219,7 +219,7 @@ class SweepConfig:
         return TrainConfig(cache=(self.cache,), student=self.student, out=self.out, **options)
 
     def num_steps(self, num_traces: int) -> int:
-        """Of a full-length run on so many traces."""
+        """Number of steps of a full-length run on this many traces."""
         config = self.train_config({})
         return num_steps(
             num_traces, config.batch_traces, epochs=config.epochs, limit=config.max_steps

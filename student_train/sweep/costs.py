@@ -1,10 +1,10 @@
-"""What a lead span costs and saves, counted on a cache's commit records; nothing is read."""
+"""Costs and savings of a lead span, counted on a cache's commit records; no shard is read."""
 
 from student_train.data.draw import DrawnSpans, SpanFigures
 
 
 def span_costs(drawn: DrawnSpans) -> dict[str, float]:
-    """Figures of one epoch, and of the cache that it takes.
+    """Figures of one epoch, and of the cache that it needs.
 
     Returns:
         num_positions: Tokens that the student sees, labelled or not.

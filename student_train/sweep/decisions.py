@@ -1,13 +1,13 @@
-"""Does a part of every trace keep enough of the gain? Yes, no, or not to be told yet.
+"""Does a part of every trace keep enough of the gain? Yes, no, or not decided yet.
 
 For every candidate the mean of
 
     a_sp - u_p - ENOUGH (f_sp - u_p)
 
 (its accuracy, the untrained student's and the full-length one's, by seed s and prompt p) is tested
-against zero, from both sides, paired by seed and prompt; p-values are adjusted for looking at
-several candidates (Holm 1979). Where it cannot be told, the numbers of prompts or of seeds are
-given that would tell a difference as large as the one seen in four of five such sweeps.
+against zero, two-sided, paired by seed and prompt; p-values are adjusted for several candidates
+(Holm 1979). Where it cannot be told, the numbers of prompts or seeds are given that would detect a
+difference as large as the one seen in four of five such sweeps.
 """
 
 import math
@@ -37,12 +37,12 @@ class Answer(StrEnum):
 
 @dataclass(frozen=True)
 class Decision:
-    """What can be said of one group."""
+    """Decision on one group, with its evidence."""
 
     answer: Answer
-    p_value: float  # adjusted for the number of groups looked at
+    p_value: float  # adjusted for the number of groups compared
     num_seeds: int
-    num_prompts: int | None  # None where completions are not there
+    num_prompts: int | None  # None where completions are missing
     prompts_needed: int | None = None  # with as many seeds; None where none would be enough
     seeds_needed: int | None = None  # with as many prompts; likewise
 
@@ -121,14 +121,14 @@ def seeds_needed(mean: Mean, num_tests: int) -> int | None:
 
 
 def _variance_wanted(mean: Mean, num_tests: int) -> float:
-    """At which the mean would be told from zero with the power wanted, as the first of all."""
+    """Variance at which the mean, tested first, is told from zero with the wanted power."""
     normal = NormalDist()
     reach = normal.inv_cdf(1 - (1 - LEVEL) / (2 * num_tests)) + normal.inv_cdf(_POWER)
     return (mean.value / reach) ** 2
 
 
 def _rounded_up(variance: float, wanted: float, now: int, most: int) -> int | None:
-    """Variance / wanted to two digits, more than there are now; None beyond what is worth it."""
+    """Variance / wanted to two digits, more than there are now; None above `most`."""
     if wanted <= 0 or variance / wanted > most:
         return None
     number = max(now + 1, math.ceil(variance / wanted))

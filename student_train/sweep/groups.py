@@ -1,12 +1,12 @@
-"""Groups of runs that differ in the seed alone, and what each keeps of the full-length gain.
+"""Groups of runs that differ only in the seed, and the share of the full-length gain each keeps.
 
-Letters: S seeds, P prompts. Intervals: see `evaluation.intervals`. What a group keeps is
+Letters: S seeds, P prompts. Intervals: see `evaluation.intervals`. A group keeps
 
     kept = (accuracy - untrained) / (full length - untrained)
 
 over the seeds that it shares with the full-length runs. Its interval (Fieller 1954) holds every r
-for which the mean of  a_sp - u_p - r (f_sp - u_p)  is not told from zero: each prompt and seed is
-compared with itself, and the interval says exactly what the test of `verdicts` says.
+for which the mean of  a_sp - u_p - r (f_sp - u_p)  cannot be told from zero: each prompt and seed
+is compared with itself, and the interval agrees exactly with the test of `decisions`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +45,7 @@ class Group:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """Of its runs, the seed apart."""
+        """Options of its runs, without the seed."""
         return self.cells[0].result["options"] or {}
 
     @property
@@ -55,12 +55,12 @@ class Group:
 
     @property
     def is_plain_span(self) -> bool:
-        """A point of the curve: a lead span of every trace and nothing else changed."""
+        """Whether it is a point of the curve: a lead span of every trace, nothing else changed."""
         return self.kind == "span" and list(self.options) == ["lead_span"]
 
     @property
     def mean_accuracy(self) -> float:
-        """Over its runs."""
+        """Mean accuracy over its runs."""
         return float(np.mean([cell.accuracy for cell in self.cells]))
 
     def mean(self, *path: str) -> float | None:
@@ -90,7 +90,7 @@ class Pairing:
         return cls(by_group, all(cell.right_P is not None for cell in cells))
 
     def seeds(self, *groups: str) -> list[int | None]:
-        """Those that all these groups have; the untrained student goes with any."""
+        """Seeds that all these groups have; the untrained student goes with any."""
         trained = [set(self.cells[name]) for name in groups if name != _BASE]
         common = set.intersection(*trained) if trained else {None}
         return sorted(common, key=lambda seed: (seed is not None, seed))
@@ -104,7 +104,7 @@ class Pairing:
         return np.array([[cell.accuracy] for cell in cells])
 
     def above_untrained_SP(self, group: str, seeds: Sequence[int | None]) -> NDArray[np.float64]:
-        """`values_SP` less the untrained student's; as they are where there is none."""
+        """`values_SP` minus the untrained student's; unchanged where there is none."""
         values_SP = self.values_SP(group, seeds)
         if _BASE in self.cells:
             return values_SP - self.values_SP(_BASE, seeds)
@@ -114,7 +114,7 @@ class Pairing:
 def group_cells(cells: Sequence[CellResult]) -> list[Group]:
     """Groups with accuracies and, where there is a full-length one, retentions.
 
-    There is no retention where what it is a part of is not told from zero.
+    There is no retention where its denominator cannot be told from zero.
     """
     pairing = Pairing.of(cells)
     groups = [_group(name, pairing) for name in pairing.cells]
@@ -140,7 +140,7 @@ def _group(name: str, pairing: Pairing) -> Group:
 
 
 def ratio(part_SP: NDArray[np.float64], whole_SP: NDArray[np.float64]) -> Estimate | None:
-    """Mean of a part over mean of the whole; None where the whole is not told from zero."""
+    """Mean of a part over mean of the whole; None where the whole cannot be told from zero."""
     whole = Mean.of(whole_SP)
     if whole_SP.size < 2 or whole.interval[0] <= 0:
         return None
@@ -153,7 +153,7 @@ def ratio(part_SP: NDArray[np.float64], whole_SP: NDArray[np.float64]) -> Estima
 
 
 def _bound(value: float, direction: float, is_excluded: Callable[[float], bool]) -> float:
-    """Where, going from a value, the excluded ones begin."""
+    """Bound at which, moving away from a value, the excluded ones begin."""
     inside, step = 0.0, 0.01
     while not is_excluded(value + direction * step):
         inside, step = step, 2 * step
@@ -169,7 +169,7 @@ def _bound(value: float, direction: float, is_excluded: Callable[[float], bool])
 
 
 def _place(group: Group) -> tuple[int, float, str]:
-    """The untrained student, the curve, mixtures, other spans, baselines."""
+    """Sort key: the untrained student, the curve, mixtures, other spans, baselines."""
     options = group.options
     if group.kind == _BASE:
         return 0, 0.0, group.name

@@ -1,4 +1,4 @@
-"""Groups and figures in words: what a reader understands who has not seen the options."""
+"""Groups and figures in words, for a reader who has not seen the options."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +20,7 @@ _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 def label(group: Group) -> str:
-    """What a group trained on, such as `first 50 % of each trace`."""
+    """Label of a group's training data, such as `first 50 % of each trace`."""
     options = group.options
     if group.name == FULL:
         return "whole traces"
@@ -60,7 +60,7 @@ def _length(options: Mapping[str, Any]) -> str:
 
 
 def _mixture(lengths: str, name: Callable[[float], str]) -> str:
-    """`0.375:4,1:1` as `mixture: 80 % of the traces cut at 37.5 %, 20 % whole`."""
+    """Turn `0.375:4,1:1` into `mixture: 80 % of the traces cut at 37.5 %, 20 % whole`."""
     spans = LeadSpans.parse(lengths)
     shares = [percent(share) for share in spans.shares]
     shares[0] += " of the traces"
@@ -74,7 +74,7 @@ def percent(share: float) -> str:
 
 
 def whole_percent(share: float) -> str:
-    """`93 %`; without end it is not a number."""
+    """Whole percent such as `93 %`; an infinite share is written in words."""
     if share in (float("inf"), float("-inf")):
         return "any more" if share > 0 else "any less"
     return f"{round(100 * share)} %"

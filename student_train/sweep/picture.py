@@ -31,7 +31,7 @@ _LABEL_WIDTH = 30  # characters of a line beside a bar
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture: what it shows in words, and how it is drawn."""
+    """One picture: its description in words, and the function that draws it."""
 
     title: str
     draw: Callable[[Axes], None]
@@ -60,7 +60,7 @@ def panels(groups: Sequence[Group]) -> list[Panel]:
     if shown:
         num_lines = sum(1 + len(label(group)) // _LABEL_WIDTH for group in shown)
         height_in = max(_HEIGHT_IN, 0.8 + 0.11 * len(shown) + 0.15 * num_lines)
-        found.append(Panel("All that was compared", lambda axes: _draw_all(axes, shown), height_in))
+        found.append(Panel("All comparisons", lambda axes: _draw_all(axes, shown), height_in))
     return found
 
 
@@ -111,7 +111,7 @@ def _draw_curve(axes: Axes, curve: Sequence[Group], groups: Sequence[Group]) -> 
 
 
 def _draw_costs(axes: Axes, groups: Sequence[Group], full: Group) -> None:
-    """Points over computation, and the front of those that nothing beats at no more cost."""
+    """Points over computation, and the front of those unbeaten at equal or lower cost."""
     points = []
     for group in groups:
         share = 0.0 if group.kind == "base" else share_of_full(group, full, ("run", "flops"))
@@ -133,7 +133,7 @@ def _draw_costs(axes: Axes, groups: Sequence[Group], full: Group) -> None:
 
 
 def _name_points(axes: Axes, points: Sequence[tuple[float, Group]]) -> None:
-    """A name beside each point, moved up where it would lie on another."""
+    """A name beside each point, moved up where it would overlap another."""
     line = 0.045 * axes.get_ylim()[1]  # height of a name
     right = max(share for share, _ in points)
     placed: list[tuple[float, float]] = []
@@ -152,7 +152,7 @@ def _name_points(axes: Axes, points: Sequence[tuple[float, Group]]) -> None:
 
 
 def _draw_all(axes: Axes, groups: Sequence[Group]) -> None:
-    """Bars by value, the best on top."""
+    """Bars sorted by value, the best on top."""
     shown = sorted(groups, key=lambda group: group.mean_accuracy)
     places = list(range(len(shown)))
     estimates = [group.accuracy for group in shown if group.accuracy is not None]
@@ -168,7 +168,7 @@ def _draw_all(axes: Axes, groups: Sequence[Group]) -> None:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that none of at most the same cost exceeds in value, by cost."""
+    """The points that no other of at most the same cost exceeds in value, by cost."""
     front: list[tuple[float, float]] = []
     for cost, value in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or value > front[-1][1]:
@@ -191,6 +191,6 @@ def _errors(estimates: Sequence[Estimate]) -> list[list[float]]:
 
 
 def _limit(axes: Axes, groups: Sequence[Group]) -> None:
-    """From none to a little more than the most accurate."""
+    """Limit the axis to zero and a little above the most accurate."""
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylim(0, min(1.02, 1.15 * max(g.accuracy.high for g in groups if g.accuracy)))

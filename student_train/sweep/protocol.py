@@ -1,6 +1,6 @@
-"""`train-student sweep`: which cells are to be run, and the report of all that are finished.
+"""`train-student sweep`: the cells to run, and the report of all finished ones.
 
-OUT/sweep.json      what all cells have in common, and the calls that were made
+OUT/sweep.json      facts that all cells share, and the calls that were made
 OUT/flops.json      FLOPs by formula and as PyTorch counts them
 OUT/cells/NAME/     a cell; see cell_run
 OUT/w0of1.lock      held by a worker at work here
@@ -50,7 +50,7 @@ _LARGEST_COUNTED = 1e9  # parameters
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a call came to."""
+    """Result of a call."""
 
     num_finished: int  # cells of this call, those of earlier calls included
     failed: tuple[str, ...]  # names
@@ -64,7 +64,7 @@ def run_sweep(config: SweepConfig) -> SweepResult:
         CacheError: If a cache cannot be read.
         ValueError: If the settings do not fit each other, the cache or the folder, or evaluation
             prompts were trained on.
-        DamagedFileError: If a file of the sweep's own is not what was written.
+        DamagedFileError: If a file of the sweep itself is damaged.
         InUseError: If another process is this worker of the sweep.
         InterruptedRunError: After SIGINT or SIGTERM; the runs in progress have stopped.
     """
@@ -114,7 +114,7 @@ def _run_and_report(
         try:
             with _alone(config):
                 report(sum(not is_finished(config, cell) for cell in cells))
-        except ValueError as error:  # raised again at the end; cells must not be lost for it
+        except ValueError as error:  # raised again at the end; no cell may be lost
             logger.warning("the report was not updated: %s", error)
 
     _run_all(config, unfinished, report_so_far)
@@ -127,12 +127,12 @@ def _run_and_report(
 
 
 def _alone(config: SweepConfig) -> FolderLock:
-    """Workers of a sweep share its folder, and wait for each other where they write the same."""
+    """Lock with which workers that share a folder take turns at writing the same files."""
     return FolderLock(config.out / "sweep.lock", wait=True)
 
 
 def _source(config: SweepConfig, options: Mapping[str, Any]) -> CacheTraces:
-    """What a run with these options trains on."""
+    """Traces that a run with these options trains on."""
     run = config.train_config(options)
     data = open_data(
         run.cache,
@@ -181,14 +181,14 @@ def _refuse_seen_prompts(config: SweepConfig, prompts: Sequence[Prompt], cache: 
     if seen:
         prompt = prompts[seen[0]]
         raise ValueError(
-            f"{config.eval_prompts}: {len(seen):,} of {len(prompts):,} prompts stand in the "
+            f"{config.eval_prompts}: {len(seen):,} of {len(prompts):,} prompts are in the "
             f"training cache {cache.path} (the first is prompt {seen[0] + 1}: "
             f"{prompt.text or prompt.messages}). Use others, or --allow-seen-prompts."
         )
 
 
 def _describe(config: SweepConfig, cache: Cache, prompts: Sequence[Prompt]) -> None:
-    """Write what all cells have in common, or check that it is what the folder's cells had."""
+    """Write the facts that all cells share, or check them against those of the folder's cells."""
     facts: dict[str, Any] = {
         "cache": cache.path,
         "cache_fingerprint": cache.fingerprint,
@@ -205,7 +205,7 @@ def _describe(config: SweepConfig, cache: Cache, prompts: Sequence[Prompt]) -> N
     file = config.out / "sweep.json"
     if file.exists():
         before = sweep_record(config.out)
-        moved = {"cache", "student", "eval_prompts", "heldout_cache"}  # they may lie elsewhere now
+        moved = {"cache", "student", "eval_prompts", "heldout_cache"}  # they may have moved
         calls = before.get("calls", [])
         for name in facts.keys() - moved:
             if before.get(name) != facts[name]:
@@ -244,18 +244,18 @@ def _run_all(config: SweepConfig, cells: Sequence[Cell], after_each: Callable[[]
             after_each()
     if children.stopped_by:
         raise InterruptedRunError(
-            "stopped; run the same command again to go on where it stood", children.stopped_by
+            "stopped; run the same command again to resume", children.stopped_by
         )
 
 
 def _compare_flops(config: SweepConfig, cache: Cache) -> None:
-    """Once per sweep: the formula's FLOPs beside those that PyTorch counts."""
+    """Write, once per sweep, the formula's FLOPs beside those that PyTorch counts."""
     file = config.out / "flops.json"
     if file.exists():
         return
     spans = {span: TokenSelection(span) for span in sorted({*config.lead_spans, 1.0})}
     if count_parameters(config.student) > _LARGEST_COUNTED:
-        logger.info("FLOPs are the formula's alone: the student is too large to count on a CPU")
+        logger.info("FLOPs come from the formula alone: the student is too large to count on a CPU")
         return
     compared = compare_flops(config.student, cache, list(spans.values()))
     rows = [{"lead_span": span, **asdict(c)} for span, c in zip(spans, compared, strict=True)]

@@ -47,16 +47,16 @@ summary { cursor: pointer; font-weight: 600; margin: 1rem 0; } dt { font-weight:
 """
 
 _WORDS = """<dl>
-<dt>trace</dt><dd>a problem, the teacher's reasoning and its answer: what a student learns
-from</dd>
-<dt>gain kept</dt><dd>how much better than the untrained student it became, as a part of what
-training on whole traces gives. 100 % is as good as whole traces; less than 0 % is worse than no
+<dt>trace</dt><dd>a problem, the teacher's reasoning and its answer: the material that a student
+learns from</dd>
+<dt>gain kept</dt><dd>improvement over the untrained student, as a share of the improvement from
+training on whole traces. 100 % is as good as whole traces; less than 0 % is worse than no
 training</dd>
 <dt>enough?</dt><dd>whether it keeps at least {enough} of the gain. Every run is compared with the
-run on whole traces of the same seed, prompt by prompt, and the test is stricter the more is
-compared (Holm). Where it cannot be told, the table says how many prompts, or runs, would</dd>
+run on whole traces of the same seed, prompt by prompt, and the test is stricter the more groups are
+compared (Holm). Where it cannot be told, the table says how many prompts, or seeds, would</dd>
 <dt>93 % (90 % to 96 %)</dt><dd>the figure, and the interval that holds the true one 95 times in
-100, over other prompts and other seeds; with one run it tells of the prompts alone</dd>
+100, over other prompts and other seeds; with one run it covers the prompts alone</dd>
 <dt>computation</dt><dd>floating-point operations of training, whole traces being 100 %</dd>
 </dl>"""
 
@@ -70,7 +70,7 @@ def write_report(
         out: The sweep's folder.
         header: Provenance of the cache.
         costs: From the options of a cell's run to `span_costs`.
-        num_unfinished: Cells still to come; the page says so and loads itself again.
+        num_unfinished: Number of cells still to come; the page says so and reloads itself.
 
     Raises:
         ValueError: If its cells do not belong together.
@@ -117,7 +117,7 @@ def _page(
 {_failures(out)}
 {tables.overview(groups, decide(groups))}
 <div class="panels">{_pictures(groups)}</div>
-<h2>What the words mean</h2>
+<h2>Meaning of the words</h2>
 {_WORDS.format(enough=whole_percent(ENOUGH))}
 <details><summary>How the answers are</summary>
 {tables.answers(groups)}</details>
@@ -126,10 +126,10 @@ def _page(
 <details><summary>What training cost</summary>
 {tables.costs(groups)}
 <p>FLOP = {escape(FORMULA)}. Memory is the process' growth on a CPU, the allocator's peak on a GPU;
-both hold weights and optimizer too. The cache of that size holds just the bands read. Saved tokens
-stand behind the last one needed: a teacher that stopped there would not generate them.
-{_captured(groups)} Break-even: runs after which a teacher kept in memory would have been run on
-more tokens than that.</p>
+both include weights and optimizer. The cache of that size holds just the bands read. Saved tokens
+come after the last one needed: a teacher that stopped there would not generate them.
+{_captured(groups)} Break-even: number of runs after which a teacher kept in memory would have
+processed more tokens than that.</p>
 {tables.flops(out / "flops.json")}</details>
 <details><summary>Distance from the teacher on held-out traces</summary>
 {tables.heldout(groups)}

@@ -1,4 +1,4 @@
-"""What the cells of a sweep found, as they lie in its folder, and a row of a table for each.
+"""Results of the cells of a sweep, read from its folder, and a table row for each.
 
 Letter: P prompts.
 """
@@ -24,12 +24,12 @@ class CellResult:
 
     @property
     def group(self) -> str:
-        """Cells that differ in the seed alone have one."""
+        """Name of the group, shared by cells that differ only in the seed."""
         return str(self.result["group"])
 
     @property
     def seed(self) -> int | None:
-        """Of its run; None for the untrained student."""
+        """Options of its run; None for the untrained student."""
         seed = self.result["seed"]
         return None if seed is None else int(seed)
 
@@ -46,12 +46,12 @@ def read_cells(out: Path, costs: Costs) -> list[CellResult]:
     """Every finished cell of a sweep's folder, by name.
 
     Args:
-        out: The folder.
-        costs: From the options of a cell's run to `span_costs`.
+        out: Folder of the sweep.
+        costs: Function from the options of a cell's run to `span_costs`.
 
     Raises:
-        DamagedFileError: If a cell's figures or completions are not what was written.
-        ValueError: If they started from different students or answered different prompts.
+        DamagedFileError: If a cell's figures or completions are damaged.
+        ValueError: If cells started from different students or answered different prompts.
     """
     cells = []
     for file in sorted(out.glob("cells/*/result.json")):
@@ -87,7 +87,7 @@ def _right(completions: Path) -> NDArray[np.float64]:
 
 
 def csv_rows(cells: Sequence[CellResult]) -> list[dict[str, Any]]:
-    """A row per cell; what a cell does not have is empty."""
+    """A row per cell; missing values are empty."""
     return [_csv_row(cell.result) for cell in cells]
 
 
@@ -134,10 +134,10 @@ def _csv_row(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def break_even_runs(result: Mapping[str, Any]) -> float:
-    """After how many such runs the capture has cost the teacher less than standing beside them.
+    """Number of such runs after which the capture has cost less than a live teacher.
 
-    Tokens of the whole capture, prompts included, over the tokens that a live teacher would be run
-    on in one run. The traces themselves are needed in any case.
+    Tokens of the whole capture, prompts included, over the tokens that a live teacher would
+    process in one run. The traces themselves are needed in any case.
     """
     costs = result["costs"]
     return float(costs["num_captured"] / (costs["num_positions"] * result["run"]["epoch"]))

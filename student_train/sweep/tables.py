@@ -22,7 +22,7 @@ _UNKNOWN = "-"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """HTML of a table that scrolls by itself where the screen is narrow; all text is escaped."""
+    """HTML of a table that scrolls on its own on a narrow screen; all text is escaped."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
@@ -34,7 +34,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def overview(groups: Sequence[Group], decisions: Mapping[str, Decision]) -> str:
-    """What was compared, by accuracy: the figures that the answer rests on."""
+    """Overview of the groups by accuracy: the figures behind the answer."""
     full = next((group for group in groups if group.name == FULL), None)
     rows = []
     for group in sorted(groups, key=lambda group: -group.mean_accuracy):
@@ -72,7 +72,7 @@ def _enough(decision: Decision | None) -> str:
 
 
 def answers(groups: Sequence[Group]) -> str:
-    """How the answers are, beside right or wrong."""
+    """Properties of the answers beside right or wrong."""
     figures = ("unfinished_share", "unclosed_share", "mean_tokens", "num_beyond_limits")
     rows = []
     for group in groups:
@@ -99,7 +99,7 @@ def by_problem_group(groups: Sequence[Group]) -> str:
 
 
 def costs(groups: Sequence[Group]) -> str:
-    """What training took, absolutely and relative to whole traces."""
+    """Costs of training, absolute and relative to whole traces."""
     full = next((group for group in groups if group.name == FULL), None)
     rows = []
     for group in groups:
@@ -133,7 +133,7 @@ def costs(groups: Sequence[Group]) -> str:
 
 
 def flops(file: Path) -> str:
-    """The formula's FLOPs beside those that PyTorch counts; nothing where they were not counted."""
+    """The formula's FLOPs beside PyTorch's count; empty where they were not counted."""
     if not file.exists():
         return ""
     rows = [
@@ -142,7 +142,7 @@ def flops(file: Path) -> str:
             *(f"{row[name]:,}" for name in ("num_positions", "by_formula", "counted")),
             f"{row['counted'] / row['by_formula']:.3f}",
         ]
-        for row in read_record(file, "Remove it: it is made again.")["rows"]
+        for row in read_record(file, "Remove it: it is created again.")["rows"]
     ]
     columns = ["of one trace", "positions", "FLOP by formula", "by PyTorch's counter", "ratio"]
     return table(columns, rows) + "<p>PyTorch counts the masked half of attention too.</p>"
