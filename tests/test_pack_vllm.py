@@ -129,10 +129,10 @@ def test_what_a_dense_model_does_not_need_is_left_out_and_the_rest_is_untouched(
 @pytest.mark.slow
 def test_what_was_decided_is_said(bundle):
     assert "left out: tilelang" in bundle[1]
-    said = [line for line in bundle[1].splitlines() if line.startswith("taken as it is there")]
+    said = [line for line in bundle[1].splitlines() if line.startswith("used as installed")]
     assert said == [
-        "taken as it is there: numpy<1 is asked for, 2.0 is there",
-        "taken as it is there: torch==2.98.0 is asked for, 2.11.0 is there",
+        "used as installed: numpy<1 is asked for, 2.0 is installed",
+        "used as installed: torch==2.98.0 is asked for, 2.11.0 is installed",
     ]
 
 

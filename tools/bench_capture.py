@@ -1,4 +1,4 @@
-"""What capturing costs beside generating alone: real vLLM, every way in turns on one engine.
+"""Cost of capturing beside generating alone: real vLLM, every way in turn on one engine.
 
     python tools/bench_capture.py                             # the tiny teacher, any machine
     python tools/bench_capture.py --shape qwen3-4b --max-new-tokens 1024 --concurrency 256   # a GPU
@@ -13,9 +13,9 @@ Ways, all with the same requests, window and sampling:
     fast      our capture to disk from vLLM's arrays
 
 `host_us_per_token_fast` is the CPU time of our own parts: the tap, choosing entries, checks and the
-journal, the compacting thread. What the engine gave to a capture is recorded and given to captures
-of the same requests with the engine idle, because beside a busy engine that shares the caches of
-the same cores the clock would count the engine's work too. The median of these captures is shown.
+journal, the compacting thread. The engine's output to a capture is recorded and replayed to
+captures of the same requests with the engine idle, because beside a busy engine that shares the
+same cores' caches the clock would count the engine's work too. The median of these is shown.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ WAYS = ("bare", "one", "dropped", "flat", "fallback", "fast")
 
 @dataclass
 class Shared:
-    """One engine for all ways; stands in for the teacher that a capture would start."""
+    """One engine for all ways; replaces the teacher that a capture would start."""
 
     teacher: VllmTeacher
-    replayed: ReplayedTeacher | None = None  # runs in the place of the engine, if any
-    recording: Recording | None = None  # takes note of what the engine gives, if any
+    replayed: ReplayedTeacher | None = None  # runs instead of the engine, if any
+    recording: Recording | None = None  # records the engine's output, if any
     requests: list[TeacherRequest] = field(default_factory=list)  # those of the last capture
     num_tokens: int = 0  # generated in the last run
     started_s: float = 0.0
@@ -71,7 +71,7 @@ class Shared:
         self.facts = self.teacher.facts
 
     def run(self, requests: Iterable[TeacherRequest]) -> Iterator[TeacherRows]:
-        """As a Teacher does, counting."""
+        """Generate as a Teacher does, and count."""
         self.requests.clear()
         self.num_tokens = 0
         self.started_s = time.perf_counter()
@@ -88,7 +88,7 @@ class Shared:
             yield request
 
     def close(self) -> None:
-        """The engine goes on to the next run."""
+        """Keep the engine for the next run."""
 
 
 def main() -> None:
@@ -207,7 +207,7 @@ def run_ways(
 
 
 def host_parts(shared: Shared, capture: Callable[[], None], num_replays: int) -> dict[str, float]:
-    """CPU seconds of our own parts in the capture, of several, that took the median."""
+    """CPU seconds of our own parts in the median of several captures."""
     shared.recording = Recording()
     with shared.recording.made():
         capture()
@@ -265,7 +265,7 @@ def drive(teacher: VllmTeacher, requests: Iterable[TeacherRequest], way: str) ->
 
 
 def read_flat(flat: Any) -> float:  # noqa: ANN401 (vLLM is untyped here)
-    """What a script does with `FlatLogprobs`: every token's entries, once."""
+    """Read `FlatLogprobs` as a script would: every token's entries, once."""
     total = 0.0
     for first, end in zip(flat.start_indices, flat.end_indices, strict=True):
         ids, logprobs = flat.token_ids[first:end], flat.logprobs[first:end]

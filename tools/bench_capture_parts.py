@@ -1,4 +1,4 @@
-"""What bench_capture.py measures with, and models of a given shape for it."""
+"""Instruments of bench_capture.py, and models of a given shape for it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from teacher_cache.engines import TeacherFacts, TeacherRequest, TeacherRows
 from teacher_cache.engines.vllm import rows
 from teacher_cache.format.writing import writer
 
-# Sizes of the published models; the weights are made up where they are asked for.
+# Sizes of the published models; weights are random.
 SHAPES = {
     "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
                    "num_attention_heads": 16, "tie_word_embeddings": True},
@@ -55,7 +55,7 @@ def shaped_model(shape: str, folder: Path, tokenizer: Path) -> str:
 
 @dataclass
 class Recording:
-    """What the engine's front end gave to one capture, in order, to be given again without it.
+    """Recording of the engine's output to one capture, in order, to replay without the engine.
 
     Every event is a message to the rows of one request, the rows' end, or a finished request.
     """
@@ -65,7 +65,7 @@ class Recording:
 
     @contextlib.contextmanager
     def made(self) -> Iterator[None]:
-        """Note what passes inside the block."""
+        """Record what passes inside the block."""
         number_of: dict[rows.ArrayRows, int] = {}
         add, arrays = rows.ArrayRows.add, rows.ArrayRows.arrays
 
@@ -87,14 +87,14 @@ class Recording:
             yield
 
     def note_finished(self, finished: TeacherRows) -> None:
-        """Note a finished request; its rows are those that ended since the last one."""
+        """Record a finished request; its rows are those that ended since the last one."""
         nothing = (finished.row_ids[:0], finished.row_logprobs[:0])
         light = replace(finished, row_ids=nothing[0], row_logprobs=nothing[1])
         self.events.append(("finished", 0, light))
 
 
 class ReplayedTeacher:
-    """Gives what was recorded to another capture of the same requests; a Teacher."""
+    """A Teacher that replays a recording to another capture of the same requests."""
 
     def __init__(self, recording: Recording, facts: TeacherFacts, times: PartTimes) -> None:
         self.facts = facts
@@ -125,7 +125,7 @@ class ReplayedTeacher:
                     yield replace(finished, row_ids=row_ids, row_logprobs=row_logprobs)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
 
 class PartTimes:
@@ -147,7 +147,7 @@ class PartTimes:
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:
-        """Count what the parts take inside the block."""
+        """Count the time of the parts inside the block."""
         with contextlib.ExitStack() as stack:
             for name, owner, attribute in self.PARTS:
                 timed = self._timed(name, getattr(owner, attribute))
@@ -156,7 +156,7 @@ class PartTimes:
 
     @contextlib.contextmanager
     def counted(self, name: str) -> Iterator[None]:
-        """Add what this thread takes inside the block to a part."""
+        """Add this thread's time inside the block to a part."""
         begun_s = time.thread_time()
         try:
             yield
@@ -173,13 +173,13 @@ class PartTimes:
 
 
 def reset_peak_rss() -> None:
-    """Begin to measure this process's peak anew, where the kernel allows it."""
+    """Reset this process's peak, where the kernel allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_rss_bytes() -> int:
-    """Since the last reset; since the beginning where there is no /proc."""
+    """Peak since the last reset; since the start where there is no /proc."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -1,4 +1,4 @@
-"""The cache format beside what it replaces: bytes, fidelity, speed, and what a lead span reads.
+"""The cache format against its rivals: bytes, fidelity, speed, and the reads of a lead span.
 
     python tools/bench_format.py                        # synthetic teachers, see *_teachers.py
     python tools/bench_format.py --cache DIR --json bench_format.json
@@ -11,14 +11,13 @@ the rest, nats per token, of the first 100,000 tokens; a rival without a tail is
 least 1e-7. Shares of bytes are counted by the operating system; by default the tokens fill one
 shard, since a small one has as large a dictionary.
 
-Tried for speed, processor time per token on a busy core: logit codes by look-up instead of binary
-search (the largest part of encoding before); dictionaries decoded by Arrow instead of numpy's
-indexing; exponentials of the candidates that can be kept only; micro-batches filled by scattering
+Adopted for speed, in processor time per token on a busy core: logit codes by look-up instead of
+binary search (the largest part of encoding before); dictionaries decoded by Arrow instead of numpy
+indexing; exponentials only of the candidates that can be kept; micro-batches filled by scattering
 entries to their places instead of through a mask, ids int32 (half the time from traces to [N, K]).
 Not worth it: rows in chunks of 512 to 1,024 (1.2 instead of 1.25 us in `keep`; slower below 256);
 the check that each token is among its entries in chunks of 16,384 or 65,536 entries, or its hits
-found by Arrow. Of reading 613,000 tokens in 180 ms, zstd takes 62, the ids' 32-bit indices 43 of
-these.
+found by Arrow. Of the 180 ms to read 613,000 tokens, zstd takes 62, the ids' 32-bit indices 43.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ print(int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0
 
 @dataclass(frozen=True)
 class Policy:
-    """One way of ours."""
+    """One of our own configurations."""
 
     name: str
     keep: KeepPolicy
@@ -136,7 +135,7 @@ def synthetic(name: str, num_tokens: int, seed: int, repeats: int) -> dict[str, 
 
 
 def describe(rows: Sequence[Rows]) -> dict[str, float]:
-    """What the teacher is like, so that its figures can be judged."""
+    """Properties of the teacher, by which its figures can be judged."""
     entropy = np.concatenate([trace.entropy for trace in rows])
     probs = np.exp(np.concatenate([trace.logprobs[:, 1 : TOP_K + 1] for trace in rows]))
     return {
@@ -258,7 +257,7 @@ def column_bytes(cache: Cache) -> dict[str, int]:
 
 
 def plain(column: pa.Array) -> pa.Array:
-    """A column with its dictionaries' indices in place of their values."""
+    """A column with its dictionaries' indices instead of their values."""
     if isinstance(column, pa.ListArray):
         return pa.ListArray.from_arrays(column.offsets, plain(column.values))
     return column.indices if isinstance(column, pa.DictionaryArray) else column
@@ -287,7 +286,7 @@ def measure_rivals(rows: Sequence[Rows]) -> list[dict[str, Any]]:
 
 def rival(name: str, stored: Stored, logprobs: NDArray[np.float32]) -> dict[str, Any]:
     if not stored.ids_equal:
-        raise ValueError(f"{name}: ids do not come back as they were")
+        raise ValueError(f"{name}: ids do not survive the round trip")
     num_tokens, k = stored.logprobs.shape
     true = np.exp(logprobs[:, :k].astype(np.float64))
     with np.errstate(over="ignore"):
@@ -323,7 +322,7 @@ def divergence(
 
 
 def compare(rows: Sequence[Rows], kept: Sequence[KeptEntries]) -> dict[str, float]:
-    """What the stored entries say beside the teacher's, entry by entry."""
+    """The stored entries against the teacher's, entry by entry."""
     divergences, errors, num_compared = [], [], 0
     for row, entries in zip(rows, kept, strict=True):
         if num_compared >= NUM_COMPARED:

@@ -1,10 +1,10 @@
 """Other ways of storing the same rows, for comparison only.
 
-`plain_arrow` is what one writes without thinking: int32 ids and float16 logprobs, zstd, 64 entries
-per token. `DistillKit` follows the two settings of its README (k = 128 "recommended", k = 50
-"budget pick"): bit-packed ids, the first logprobs in bfloat16, the others as the coefficients of a
-polynomial in the rank. The polynomial is fitted in float64 here, which is kind to it: the
-published code fits in float32, where the powers of the rank lose most of their digits.
+`plain_arrow` is the obvious format: int32 ids and float16 logprobs, zstd, 64 entries per token.
+`DistillKit` follows the two settings of its README (k = 128 "recommended", k = 50 "budget pick"):
+bit-packed ids, the first logprobs in bfloat16, the others as the coefficients of a polynomial in
+the rank. The polynomial is fitted in float64 here, which favours it: the published code fits in
+float32, where the powers of the rank lose most of their digits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Stored:
-    """What became of rows of logprobs."""
+    """Result of storing rows of logprobs."""
 
     num_bytes: int
     encode_s: float  # processor time, as below

@@ -1,6 +1,6 @@
-"""Synthetic teachers whose entropies are stated: rows of logprobs as an engine gives them.
+"""Synthetic teachers with given entropies: rows of logprobs as an engine returns them.
 
-A token's distribution over the vocabulary is one peak and a power law behind it,
+A token's distribution over the vocabulary is one peak followed by a power law,
 
     p_0 : p_r = 1 : exp(-g) * r ** -b    for r = 1 ... V - 1,
 
@@ -26,7 +26,7 @@ LOGIT_NOISE = 0.25  # nats
 
 @dataclass(frozen=True)
 class SyntheticTeacher:
-    """What a teacher's rows are drawn from."""
+    """Distribution that a teacher's rows are drawn from."""
 
     name: str
     quantiles: tuple[tuple[float, float], ...]  # (share of tokens, their entropy at most, nats)
@@ -62,7 +62,7 @@ class Rows:
     """One trace: its tokens, and a row of candidates for each token but the first."""
 
     token_ids: NDArray[np.int32]  # [R + 1]
-    ids: NDArray[np.int32]  # [R, 1 + K], the realised token, then by falling probability
+    ids: NDArray[np.int32]  # [R, 1 + K], the target token, then by falling probability
     logprobs: NDArray[np.float32]  # [R, 1 + K]
     entropy: NDArray[np.float64]  # [R] nats, over the whole vocabulary
 
@@ -70,7 +70,7 @@ class Rows:
 def traces(
     teacher: SyntheticTeacher, num_tokens: int, num_candidates: int, seed: int
 ) -> Iterator[Rows]:
-    """Traces until they hold at least `num_tokens` tokens."""
+    """Yield traces until they hold at least `num_tokens` tokens."""
     rng = np.random.default_rng(seed)
     source = _Source(teacher, num_candidates)
     done = 0

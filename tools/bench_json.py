@@ -1,8 +1,8 @@
-"""The one form in which every bench writes its figures: a flat JSON object, `--json FILE`.
+"""The common output of every bench with `--json FILE`: a flat JSON object of its figures.
 
     {"fast_over_bare": 0.83, "host_us_per_token/compaction": 1.9, "rows/0.5/step_s": 0.98, ...}
 
-Names of what was nested are joined with slashes; a row of a table stands under its `name`.
+Nested names are joined with slashes; a row of a table is keyed by its `name`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ SEPARATOR = "/"
 
 
 def write_figures(file: Path | None, result: Mapping[str, Any]) -> None:
-    """Write a bench's result where it was asked to; nowhere where it was not."""
+    """Write a bench's result to a file, if one was given."""
     if file is not None:
         file.write_text(json.dumps(dict(flat(result)), indent=1, default=float) + "\n")
 
 
 def flat(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every figure with its whole name."""
+    """Every figure under its full name."""
     for name, value in result.items():
         whole = prefix + str(name).replace(SEPARATOR, "-")
         if isinstance(value, list):

@@ -1,10 +1,10 @@
-"""The loss beside what it replaces: time, memory above the inputs, and error of the gradients.
+"""The loss against its rivals: time, memory above the inputs, and error of the gradients.
 
     python tools/bench_loss.py --device cpu
     python tools/bench_loss.py --device cuda --json bench_loss.json
 
 A step is forward and backward with gradients of hidden states and weight. Times are medians of
-steps of all variants in turn; a variant that takes over ten times ours is run twice only. Memory
+steps of all variants in turn; a variant that takes over ten times ours runs only twice. Memory
 is the peak above inputs and teacher data, gradients included: the allocator's on CUDA, and on the
 CPU the peak resident size of a fresh process in its second step. The error is that of both
 gradients against float64, relative and by norm, over 64 tokens. Ratios are to the dense formula
@@ -45,7 +45,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Sizes:
-    """What one table is measured at."""
+    """Sizes of one table."""
 
     device: str
     dtype: str
@@ -57,7 +57,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Case:
-    """Operands that want gradients, and the teacher."""
+    """Operands that require gradients, and the teacher."""
 
     hidden: Tensor
     weight: Tensor
@@ -75,7 +75,7 @@ class Case:
         )
 
     def take_gradients(self) -> tuple[Tensor, Tensor]:
-        """The gradients of a step, taken off the operands."""
+        """The gradients of a step, removed from the operands."""
         hidden, weight = self.hidden.grad, self.weight.grad
         if hidden is None or weight is None:
             raise RuntimeError("a variant left an operand without a gradient")
@@ -146,7 +146,7 @@ def naive(case: Case, function: Callable[..., Tensor] = dense_kl) -> None:
 
 @functools.cache
 def compiled_dense_kl() -> Callable[..., Tensor]:
-    """Made where it is asked for: importing the compiler takes a second."""
+    """Compile on first use: importing the compiler takes a second."""
     return torch.compile(dense_kl)
 
 
@@ -205,7 +205,7 @@ def liger_ce(case: Case) -> None:
 
 
 def liger_kl(case: Case) -> None:
-    """Against a dense teacher, which Liger asks for, with the tail left out of it."""
+    """Loss against a dense teacher, as Liger requires, without the tail."""
     from liger_kernel.transformers import LigerFusedLinearKLDivLoss
 
     targets, num_vocab = case.targets, len(case.weight)
@@ -259,7 +259,7 @@ def timed_ms(step: Variant, case: Case) -> float:
 
 
 def peak_extra_bytes(step: Variant, case: Case) -> int:
-    """Of the second step: the first may compile, and fills caches that stay."""
+    """Peak of the second step: the first may compile, and fills lasting caches."""
     step(case)
     case.take_gradients()
     if case.hidden.is_cuda:

@@ -2,10 +2,10 @@
 
     python tools/bench_retokenize.py --teacher FOLDER --student FOLDER --text FILE
 
-The text (JSONL, every string of it) is cut into traces in the teacher's tokens; what the teacher
-could have said at each token is drawn from what follows the token before it anywhere in the text,
-which is as varied as real entries are. Figures: the distributions alone once everything has been
-seen, the same from a cold start, and with tokenising, rows and certificates.
+The text (every string of a JSONL file) is cut into traces in the teacher's tokens; each token's
+entries are drawn from the tokens that follow its predecessor anywhere in the text, which are as
+varied as real entries. Figures: the distributions alone once everything has been seen, the same
+from a cold start, and with tokenising, rows and certificates.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def strings_in(value: Any) -> Iterator[str]:  # noqa: ANN401 (any JSON)
 
 
 def make_traces(teacher: ByteTokenizer, texts: list[str], num_entries: int) -> Iterator[Trace]:
-    """Traces with entries that follow the token before somewhere, filled up with frequent ones."""
+    """Traces with entries that follow the previous token somewhere, padded with frequent ones."""
     tokens = [teacher.encode(text) for text in texts]
     follows: defaultdict[int, Counter[int]] = defaultdict(Counter)
     for ids in tokens:

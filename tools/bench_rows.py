@@ -1,12 +1,12 @@
-"""vLLM's rows of logprobs beside float32 `transformers`, with a float32 head and without.
+"""vLLM's rows of logprobs against float32 `transformers`, with and without a float32 head.
 
     python tools/bench_rows.py --json bench_rows.json
 
-vLLM generates from the prompts and scores what it wrote; `transformers` scores the same tokens on
+vLLM generates from the prompts and scores its own output; `transformers` scores the same tokens on
 the CPU, in float32 and over the whole vocabulary. `largest` and `mean` are of the absolute
 difference of the logprobs of all entries, in nats; `kl` is from the reference to vLLM's row, over
 its entries and one bucket for the rest. `on_grid` is the share of differences between entries that
-are multiples of 1/64: near 1 it betrays logits that were rounded to half precision.
+are multiples of 1/64: near 1 it reveals logits that were rounded to half precision.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Reference:
 def compare(
     traces: Iterable[TeacherRows], reference: dict[str, NDArray[np.float64]]
 ) -> dict[str, float]:
-    """How far the rows are from the reference's."""
+    """Distance of the rows from the reference's."""
     differences, divergences, grid = [], [], []
     for rows in traces:
         whole = reference[rows.request_id][rows.first_row - 1 :]

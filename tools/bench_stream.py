@@ -1,9 +1,9 @@
-"""The stream beside what else reads such data: useful tokens per second at lead span 0.5.
+"""The stream against other readers of such data: useful tokens per second at lead span 0.5.
 
     python tools/bench_stream.py --mosaic-python OTHER/bin/python --json bench_stream.json
 
-Everyone must deliver the same: for every trace of one epoch, the first half of its tokens, with
-their ids, numbers of entries, entries and tails as numpy arrays; the checksum of what was delivered
+All must deliver the same: for every trace of one epoch, the first half of its tokens, with their
+ids, numbers of entries, entries and tails as numpy arrays; the checksums of the delivered data
 must agree. Ours shuffles and checks every byte; the others read in order.
 
 - ours: `TraceStream`, batches of 16 traces.
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def write_all(folder: Path, arguments: argparse.Namespace) -> None:
-    """The cache and the same traces as MDS, where they are not there yet."""
+    """Create the cache and the same traces as MDS, where they are missing."""
     cache = folder / "cache"
     if not (cache / "cache.json").exists():
         policy = Policy("", ADAPTIVE)
@@ -139,7 +139,7 @@ def write_table(cache_folder: Path, file: Path) -> None:
             writer.close()
 
 
-# --- what each one does, in a process of its own -----------------------------------------------
+# --- the readers, each in a process of its own -------------------------------------------------
 
 
 def child(name: str, folder: Path, train_tokens_per_s: float) -> dict[str, float]:
@@ -234,7 +234,7 @@ def joined(rows: Sequence[dict[str, Any]], keep: int) -> dict[str, NDArray[Any]]
 
 
 def waiting(cache: Path, train_tokens_per_s: float) -> dict[str, float]:
-    """A consumer that trains at a given speed: how long it waits for its first step, and after."""
+    """Waits of a consumer that trains at a given speed, for its first step and afterwards."""
     data, selection = open_data([cache]), TokenSelection(LEAD_SPAN)
     start_s, first_s, first_wait_s = time.perf_counter(), 0.0, 0.0
     with TraceStream(data, selection, batch_traces=BATCH_TRACES, num_epochs=1) as stream:
@@ -260,7 +260,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     expected = {name: rounds[OURS][0][name] for name in ("num_tokens", "num_entries", "checksum")}
     for name, results in rounds.items():
         if any(result[key] != value for result in results for key, value in expected.items()):
-            raise ValueError(f"{name} delivered something else than {OURS}")
+            raise ValueError(f"{name} delivered other data than {OURS}")
     whole = {
         OURS: size_bytes(folder / "cache" / "shards"), ROWS: 0, TABLES: 0,
         **{name: size_bytes(folder / name) for name in MOSAIC},

@@ -1,4 +1,4 @@
-"""The part of bench_stream.py that needs `mosaicml-streaming`, numpy and pyarrow, none of ours.
+"""The part of bench_stream.py that needs `mosaicml-streaming`, numpy and pyarrow, but not leadspan.
 
 python bench_stream_mosaic.py write TRACES.arrow FOLDER [COMPRESSION]
 python bench_stream_mosaic.py read FOLDER LEAD_SPAN     # prints figures as JSON
@@ -25,7 +25,7 @@ COLUMNS = {
 
 
 class Delivered:
-    """Counts what a reader delivered, the same whatever its order."""
+    """Counts a reader's data, independently of its order."""
 
     def __init__(self) -> None:
         self.num_tokens = self.num_entries = self.checksum = 0
@@ -34,13 +34,13 @@ class Delivered:
         """Take one trace's arrays."""
         self.num_tokens += len(arrays["token_ids"])
         self.num_entries += len(arrays["top_ids"])
-        # A part of every column is enough to tell that they are the right ones, and cheap.
+        # A part of every column is cheap, and enough to tell that the columns are right.
         for name, dtype in COLUMNS.items():
             part = np.ascontiguousarray(arrays[name][-64:]).astype(dtype, copy=False)
             self.checksum += zlib.crc32(part.tobytes())
 
     def figures(self) -> dict[str, int]:
-        """What came, and the peak of this process's memory."""
+        """Figures of the delivered data, and the peak of this process's memory."""
         status = Path("/proc/self/status").read_text()
         return {
             "num_tokens": self.num_tokens,
@@ -73,7 +73,7 @@ def read(folder: Path, lead_span: float) -> dict[str, Any]:
     from streaming import StreamingDataset
 
     with tempfile.TemporaryDirectory() as local:
-        # As from a remote: what is compressed is copied and unpacked once, here.
+        # As from a remote: compressed files are copied and unpacked once, here.
         compressed = any(folder.glob("*.zstd"))
         place = {"remote": str(folder), "local": local} if compressed else {"local": str(folder)}
         delivered = Delivered()

@@ -1,12 +1,12 @@
-"""The teacher's rows to the device: padded on the CPU, or moved ragged and padded there.
+"""Transfer of the teacher's rows: padded on the CPU, or moved ragged and padded on the device.
 
     python tools/bench_to_device.py --device cuda --json bench_to_device.json
 
-`dense` is what training does: [N, K] filled by numpy, int64 beside float32, then copied. `ragged`
+`dense` is the way of training: [N, K] filled by numpy, int64 beside float32, then copied. `ragged`
 joins the flat entries of the traces in pinned memory, copies them as they are stored in RAM, and
 scatters them to their places on the device. Both start from the same traces and end with the same
-tensors, which is checked. `busy` is how long the CPU is held up, `done` until the device has them;
-medians of micro-batches of all rounds, the two ways in turn.
+tensors, which is checked. `busy` is the time that occupies the CPU, `done` that until the device
+has them; medians of micro-batches of all rounds, the two ways in turn.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ POLICY = KeepPolicy(top_k=64, mass=0.999)
 
 
 def dense(traces: Sequence[Trace], device: torch.device) -> TeacherTargets:
-    # In one row: only the teacher's rows are looked at here, whatever the student does with them.
+    # In one row: only the teacher's rows matter here, whatever the student does with them.
     (batch,) = micro_batches(
         TokenSelection().selected(traces),
         batch_tokens=sum(len(trace.k) for trace in traces),
@@ -45,7 +45,7 @@ def dense(traces: Sequence[Trace], device: torch.device) -> TeacherTargets:
 
 
 def joined(parts: list[np.ndarray], device: torch.device) -> torch.Tensor:
-    """One after the other on the device, through memory that the device can read by itself."""
+    """Join arrays on the device, through memory that the device can read by itself."""
     pinned = torch.empty(
         sum(map(len, parts)),
         dtype=torch.from_numpy(parts[0][:0]).dtype,
@@ -100,7 +100,7 @@ def timed(
 
 
 def make_groups(num_tokens: int, num_groups: int) -> list[list[Trace]]:
-    """Micro-batches of traces of about so many tokens, the longest first."""
+    """Micro-batches of traces of about this many tokens, the longest first."""
     source = synthetic_traces(REASONING, num_tokens * num_groups, POLICY.top_k, seed=0)
     groups: list[list[Trace]] = [[]]
     for number, rows in enumerate(source):

@@ -1,4 +1,4 @@
-"""A training step at several lead spans: time, peak memory, and where the time goes.
+"""A training step at several lead spans: time, peak memory, and the parts of the time.
 
     python tools/bench_train.py --device cpu
     python tools/bench_train.py --device cuda --shape 1.7b --tokens 8192 --json bench_train.json
@@ -8,7 +8,7 @@ way to the device, forward with loss, backward, clipping, AdamW. The student has
 random weights, the traces are random too. Times are medians of steps of all lead spans in turn.
 Peak memory is that of a step after the first, weights and optimizer included: the allocator's on
 CUDA, and on the CPU the resident size of a fresh process above its libraries. Shares of data, loss
-and optimizer are of a step of their own, in which the device is waited for at every border.
+and optimizer are of a separate step, which waits for the device after every part.
 """
 
 from __future__ import annotations
@@ -99,13 +99,13 @@ class Step:
         self.parts_s = dict.fromkeys(("data", "loss", "optimizer"), 0.0)
 
     def now_s(self) -> float:
-        """The time when the device has done what it was given."""
+        """The time at which the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def run(self, lead_span: float, *, apart: bool = False) -> tuple[float, int]:
-        """Do a step; its seconds and its valid tokens. `apart` fills `parts_s`, which slows it."""
+        """Run a step; return seconds and loss tokens. `apart` fills `parts_s`, which slows it."""
         watch: Callable[[], float] = self.now_s if apart else lambda: 0.0
         started_s = self.now_s()
         selection = TokenSelection(lead_span)
@@ -131,7 +131,7 @@ class Step:
         return self.now_s() - started_s, num_valid
 
     def shares(self, lead_span: float) -> dict[str, float]:
-        """Of a step's time; the loss forms its gradients in the forward, so that is all of it."""
+        """Shares of a step's time; the loss includes its gradients, formed in the forward."""
         original = forward_module.sparse_kl
         self.parts_s["loss"] = 0.0
 
@@ -149,7 +149,7 @@ class Step:
         return {f"{name}_share": value / whole_s for name, value in self.parts_s.items()}
 
     def peak_bytes(self, lead_span: float) -> int:
-        """Of a step, with all that stays between steps."""
+        """Peak of a step, with everything that stays between steps."""
         self.run(lead_span)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -170,9 +170,9 @@ def peak_in_fresh_process(lead_span: float) -> int:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
-    """Time, memory and shares at every lead span of `arguments`, and what they are of."""
+    """Time, memory and shares at every lead span of `arguments`, and their settings."""
     step = Step(arguments)
-    # Weights, gradients and AdamW's two moments: what no lead span makes smaller.
+    # Weights, gradients and AdamW's two moments: no lead span makes them smaller.
     state_bytes = 4 * sum(p.numel() * p.element_size() for p in step.student.parameters())
     times: dict[float, list[float]] = {lead_span: [] for lead_span in arguments.lead_spans}
     tokens = {}

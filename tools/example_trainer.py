@@ -20,7 +20,7 @@ class DistillationTrainer(Trainer):
         hidden = outputs.hidden_states[-1].flatten(0, 1)[batch.hidden_index]
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         result = sparse_kl(hidden, head.weight, batch.targets, batch.token_weight)
-        # One sum over all processes, whose gradients are averaged; items are valid tokens.
+        # One sum over all processes, whose gradients are averaged; items are loss tokens.
         loss = result.loss * self.accelerator.num_processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 

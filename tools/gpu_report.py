@@ -1,15 +1,15 @@
-"""Everything that only a GPU can show, in one command and at most 9 minutes.
+"""Report on everything that needs a GPU, in one command and at most 9 minutes.
 
     python tools/gpu_report.py                      # all parts, on a machine with CUDA
     python tools/gpu_report.py --only loss train    # some of them
-    python tools/gpu_report.py --smoke              # small sizes on the CPU: does the command work?
+    python tools/gpu_report.py --smoke              # small sizes on the CPU, to test the command
 
 Needs this checkout and torch, triton, transformers, pyarrow, numpy and rich; capture and rows
 also need vLLM, capture zstandard. Every step is a process with a time limit, and the report is
-written anew after each, so that what was measured stays, whatever happens next. `--out` holds
-gpu_report.json, gpu_report.md (a table for a README) and what each step printed.
+rewritten after each, so that results stay, whatever happens next. `--out` holds
+gpu_report.json, gpu_report.md (a table for a README) and the output of each step.
 
-Exits with 1 if a step did not run to its end or a check failed; a missed goal is shown only.
+Exits with 1 if a step did not finish or a check failed; a missed goal is only shown.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SHORTEST_S = 5.0  # importing torch takes as long
 
 @dataclass
 class Outcome:
-    """What became of a step."""
+    """Outcome of a step."""
 
     part: str
     name: str
@@ -58,7 +58,7 @@ class Outcome:
 
 
 def run_step(step: Step, out: Path, left_s: float) -> Outcome:
-    """Run it in a process of its own, for as long as its limit and the whole report's allow."""
+    """Run a step in its own process, as long as its limit and the whole report's allow."""
     outcome = Outcome(step.part, step.name, "not run")
     missing = [name for name in step.needs if importlib.util.find_spec(name) is None]
     if missing:
@@ -89,7 +89,7 @@ def run_step(step: Step, out: Path, left_s: float) -> Outcome:
 
 
 def second_try(step: Step) -> Step:
-    """The same with the arguments that may help, under a name that tells them."""
+    """The same step with arguments that may help, under a name that shows them."""
     return replace(
         step,
         name=f"{step.name} {' '.join(step.if_failed)}",
@@ -99,7 +99,7 @@ def second_try(step: Step) -> Step:
 
 
 def _exit_code(command: Sequence[str], stdout: IO[str], log: IO[str], limit_s: float) -> int | None:
-    """None where it had to be stopped; nothing that it started in its group stays."""
+    """Exit code, None where it had to be stopped; nothing that it started in its group stays."""
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
@@ -125,7 +125,7 @@ def _last_line(log_file: Path) -> str:
 
 
 def _read_figures(step: Step, outcome: Outcome, result_file: Path) -> None:
-    """Of what the step had written when it ended, however it ended."""
+    """Read the result that the step had written when it ended, however it ended."""
     text = result_file.read_text() if result_file.is_file() else ""
     try:
         outcome.result = nested(json.loads(text))
@@ -153,7 +153,7 @@ def about() -> dict[str, str]:
 
 
 def _output(*command: str) -> str:
-    """What a command prints on one line; nothing where it is missing or fails."""
+    """Output of a command on one line; empty where it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -174,7 +174,7 @@ def rows_of(outcome: Outcome) -> list[tuple[str, str, str, str]]:
 
 
 def write(out: Path, facts: dict[str, str], outcomes: Sequence[Outcome]) -> None:
-    """Both files, anew."""
+    """Rewrite both files."""
     whole = {"about": facts, "steps": [asdict(outcome) for outcome in outcomes]}
     _replace(out / "gpu_report.json", json.dumps(whole, indent=1) + "\n")
     lines = [
@@ -190,7 +190,7 @@ def write(out: Path, facts: dict[str, str], outcomes: Sequence[Outcome]) -> None
 
 
 def _replace(file: Path, text: str) -> None:
-    """Whole or not at all: the machine may be taken away at any moment."""
+    """Write whole or not at all: the machine may be taken away at any moment."""
     temporary = file.with_name(file.name + ".new")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)

@@ -1,4 +1,4 @@
-"""What gpu_report.py measures: its steps, and the figures and goals read from their results."""
+"""Steps of gpu_report.py, and the figures and goals read from their results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _GOAL_HIDDEN, _GOAL_TOKENS = 2048, 8192
 
 
 def steps(*, smoke: bool) -> list[Step]:
-    """Everything, in order; small sizes on the CPU for `smoke`."""
+    """All steps, in order; small sizes on the CPU for `smoke`."""
     device = ("--device", "cpu" if smoke else "cuda")
     found = [
         Step(
@@ -102,7 +102,7 @@ def steps(*, smoke: bool) -> list[Step]:
 
 
 def _for_smoke(step: Step) -> Step:
-    """With time enough for a busy machine, and without goals that were set for other sizes."""
+    """Steps with time for a busy machine, without goals that were set for other sizes."""
     step = replace(step, limit_s=200)
     if step.part in ("checks", "rows"):  # what is right at one size is right at any
         return step

@@ -71,7 +71,7 @@ def command_lines(command: click.Command) -> Iterator[str]:
 
 
 def row(command: ConfigCommand, param: click.Parameter) -> tuple[str, str, str, str]:
-    """An option's names, what it takes, its default, its help."""
+    """An option's names, values, default and help."""
     item = options_of(command.config).get(param.name or "")
     if isinstance(param, click.Option) and item is None:  # --config, --json
         names = " ".join(f"`{name}`" for name in param.opts)
@@ -88,7 +88,7 @@ def row(command: ConfigCommand, param: click.Parameter) -> tuple[str, str, str, 
 
 
 def value_text(field: "Field[Any]", kind: Any) -> str:  # noqa: ANN401  # a type, of any kind
-    """What an option takes: its type, choices, bounds."""
+    """Values of an option: its type, choices, bounds."""
     known, item = option_of(field), item_kind(kind)
     if is_mapping(kind):
         return "name=value, repeatable"

@@ -1,23 +1,23 @@
-"""vLLM for a machine that reaches no package registry: its wheel, lightened, in pieces.
+"""vLLM for a machine without access to a package registry: its wheel, lightened, in pieces.
 
     pip list --format=freeze > installed.txt        # there
     python tools/pack_vllm.py --vllm 0.32.0 --python 3.12 --installed installed.txt --out bundle
     python install_vllm.py --target site            # there, in a folder that holds all of `bundle`
 
 Downloads vLLM's wheel and the dependencies that the list lacks, for the given Python and platform.
-A package that the list names is taken as it is there, torch above all: vLLM's kernels are built
+A package on the list is used as installed there, torch above all: vLLM's kernels are built
 against torch's stable interface, and load into other versions than the one that vLLM asks for.
-What is there in another version than asked for is listed at the end. Left out of the wheel, by
-group (`--keep` takes one in again):
+Packages installed in another version than asked for are listed at the end. Left out of the wheel,
+by group (`--keep` includes one again):
 
-    flash-attention  FlashAttention 2 and 3; vLLM goes on with FlashInfer or its Triton attention
+    flash-attention  FlashAttention 2 and 3; vLLM falls back on FlashInfer or its Triton attention
     moe              mixture-of-experts kernels, DeepGEMM
     mla              kernels for multi-head latent, linear and sparse attention
     fp4              four-bit kernels and Blackwell's attention
     rust             the Rust front end of the server
     headers          C++ headers for compiling kernels anew
 
-and of the dependencies those in LEFT_OUT_PACKAGES (`--also` takes one in again, or adds another).
+and of the dependencies those in LEFT_OUT_PACKAGES (`--also` includes one again, or adds another).
 What remains runs dense bfloat16 models. A piece holds at most --piece-mib, and install_vllm.py,
 which needs nothing but Python and pip, checks every piece, joins and installs them, and imports
 vLLM.
@@ -57,8 +57,8 @@ LEFT_OUT_FILES = {
     "headers": ("vllm/third_party/*.h", "vllm/third_party/*.hpp", "vllm/third_party/*.cuh"),
 }
 
-# What a dense bfloat16 model does not reach: kernels and compilers for attention, quantisation and
-# experts, media, other companies' interfaces, loading from afar, tracing. vLLM 0.32 imports each
+# Not needed by a dense bfloat16 model: kernels and compilers for attention, quantisation and
+# experts, media, other companies' interfaces, remote loading, tracing. vLLM 0.32 imports each
 # of them only where it is used.
 LEFT_OUT_PACKAGES = (
     "anthropic", "fastsafetensors", "flashinfer-cubin", "flashinfer-python", "humming-kernels",
@@ -113,13 +113,13 @@ class Closure:
     skipped: set[str] = field(default_factory=set)
 
     def add(self, requirement: Requirement) -> None:
-        """Note what is asked for, or why it is not."""
+        """Note a requirement, or why it is not needed."""
         name = canonicalize_name(requirement.name)
         if name in self.installed:
             version = self.installed[name]
             if version and not requirement.specifier.contains(version, prereleases=True):
                 asked = f"{name}{requirement.specifier}"
-                self.mismatches.add(f"{asked} is asked for, {version} is there")
+                self.mismatches.add(f"{asked} is asked for, {version} is installed")
         elif name in self.left_out:
             self.skipped.add(name)
         else:
@@ -155,7 +155,7 @@ def requirements_of(wheel: Path) -> list[Requirement]:
 
 
 def collect(closure: Closure, target: Target, folder: Path) -> None:
-    """Download until nothing that is wanted is missing."""
+    """Download until nothing is missing."""
     while missing := sorted(set(closure.wanted) - set(closure.wheels)):
         for name in missing:
             for old in folder.glob("*.whl"):
@@ -172,10 +172,10 @@ def collect(closure: Closure, target: Target, folder: Path) -> None:
 
 
 def lighten(wheel: Path, patterns: Iterable[str], out: Path) -> dict[str, int]:
-    """The wheel without the files that match; its record says what is left.
+    """Write the wheel without the files that match; its record lists the remaining ones.
 
     Returns:
-        Compressed bytes left out, by pattern; a pattern that nothing matches is 0.
+        Compressed bytes left out, by pattern; 0 for a pattern without a match.
     """
     saved = dict.fromkeys(patterns, 0)
     with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
@@ -273,7 +273,7 @@ def main() -> None:
     (arguments.out / "install_vllm.py").write_text(installer)
     print("left out:", ", ".join(sorted(closure.skipped)) or "no dependency")
     for mismatch in sorted(closure.mismatches):
-        print(f"taken as it is there: {mismatch}")
+        print(f"used as installed: {mismatch}")
 
 
 def size(file: Path) -> str:

@@ -32,7 +32,7 @@ print(*found)
 
 
 def join(pieces: list[dict[str, Any]], joined: IO[bytes]) -> None:
-    """Write the pieces one after the other into an open file, each checked."""
+    """Check each piece and append it to an open file."""
     for piece in pieces:
         file = HERE / piece["name"]
         if not file.is_file():

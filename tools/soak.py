@@ -1,4 +1,4 @@
-"""Damaged and hostile files, and captures that are killed, in numbers.
+"""Tests in large numbers: damaged and hostile files, and captures that are killed.
 
     python tools/soak.py fuzz --cases 100000 --seed 0
     python tools/soak.py kills --kills 500 --seed 0 --workers 3
@@ -6,9 +6,9 @@
 
 Every case of `fuzz` changes a shard, a commit record, a cache header or a journal, makes the
 checksums agree where that lets the change reach further, and reads. It must end in a CacheError
-that says something, or in values that hold every promise of the format. Anything else, more memory
+with a message, or in values that hold every promise of the format. Anything else, more memory
 than a shard may take, or the death of the process is a finding; case N of seed S is always the
-same. soak_kills.py says what `kills` does, soak_stops.py what `stops` does.
+same. soak_kills.py describes `kills`, soak_stops.py `stops`.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def fuzz_journal(target: Target, rng: np.random.Generator) -> None:
 
 
 def read_as_promised(data: bytes, commit: ShardCommit, header: CacheHeader) -> None:
-    """Read all of a shard; what is handed out must be a valid trace."""
+    """Read all of a shard; everything returned must be a valid trace."""
     size = commit.prefix_bytes(len(commit.blocks))
     prefix = pa.py_buffer(data[:size])
     bands = decode_bands(prefix, commit, len(commit.blocks), header, "shard")
@@ -243,7 +243,7 @@ KINDS: tuple[Callable[[Target, np.random.Generator], None], ...] = (
 
 
 def fuzz(num_cases: int, seed: int, folder: Path) -> tuple[dict[str, int], list[str]]:
-    """Run cases; returns counts of outcomes by kind, and findings."""
+    """Run cases; return counts of outcomes by kind, and findings."""
     target = Target(folder / "cache")
     outcomes: collections.Counter[str] = collections.Counter()
     findings = []

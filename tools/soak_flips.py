@@ -22,7 +22,7 @@ from teacher_cache.format.checking.verify import verify_cache
 
 @dataclass
 class Flips:
-    """What became of the flips."""
+    """Outcome of the flips."""
 
     by_file: collections.Counter[str] = field(default_factory=collections.Counter)
     missed: list[str] = field(default_factory=list)

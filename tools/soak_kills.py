@@ -4,10 +4,10 @@
 
 Every attempt is a process of `cache-teacher generate` with a table as its teacher and shards of a
 few traces, so that it compacts and publishes all the time. It is killed at a random moment, or at
-one that is aimed at: while a file is published, between a shard and its commit record, while a full
+a chosen one: while a file is published, between a shard and its commit record, while a full
 journal waits, after the commit record, while the cache is sealed. Some are asked to stop instead
-(SIGTERM, SIGINT). When a cache is complete it is compared with that of an undisturbed run, and the
-next one begins.
+(SIGTERM, SIGINT). A complete cache is compared with that of an undisturbed run, and the next one
+begins.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from teacher_cache.sources import Rejects, SourceTrace
 VOCAB_SIZE = 64
 NUM_TRACES = 240
 SHARD_BYTES = 5000  # about six traces
-AIM_TIMEOUT_S = 0.3  # then it is killed where it stands
+AIM_TIMEOUT_S = 0.3  # then it is killed, wherever it is
 COLUMNS = ("token_ids", "k", "top_ids", "top_logits", "tail_logit")
 RUNS = multiprocessing.get_context("forkserver")  # a process that has imported all this forks
 RUNS.set_forkserver_preload(["__main__", "soak_kills"])
@@ -56,7 +56,7 @@ def table() -> tuple[np.ndarray, np.ndarray]:
 
 
 class TableTeacher:
-    """What follows a token depends on it alone; a trace depends on its number alone."""
+    """Teacher whose next token depends only on the last one; a trace depends on its number."""
 
     facts = TeacherFacts("table", "1", "float32", "float32", VOCAB_SIZE, 256)
 
@@ -88,12 +88,12 @@ class Items:
     path: str = "prompts"
 
     def read(self, rejects: Rejects) -> Iterator[SourceTrace]:
-        """Every one of them; none is rejected."""
+        """Every request; none is rejected."""
         for number in range(self.first, self.num_traces, self.of):
             yield SourceTrace(f"t{number}", (1, 2, number % VOCAB_SIZE), 3, (4, 9), {"n": number})
 
     def say_missing_ids(self, found: set[str]) -> None:
-        """Nobody asked for some ids alone."""
+        """Do nothing: no ids were selected."""
 
 
 def requests(item: SourceTrace) -> list[TeacherRequest]:
@@ -112,7 +112,7 @@ def header(facts: TeacherFacts) -> CacheHeader:
 
 
 def work(folder: str, worker: str, items: Items, said: str, *more: str) -> None:
-    """Be `cache-teacher generate`, the teacher and the input apart; says all into one file."""
+    """Act as `cache-teacher generate` with its own teacher and input; log to one file."""
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -203,7 +203,7 @@ class Series:
         self.outcome = Outcome()
 
     def run(self, num_kills: int) -> Outcome:
-        """Cache after cache, until so many processes have been killed."""
+        """Write cache after cache, until enough processes have been killed."""
         expected = self._undisturbed()
         while self.outcome.kills.total() < num_kills and not self.outcome.findings:
             cache = self.folder / f"cache-{self.outcome.caches}"
@@ -232,7 +232,7 @@ class Series:
         return self.folder / f"{worker}.txt"
 
     def _write(self, cache: Path, num_kills: int) -> None:
-        """Bring a cache to its end, against one kill after another."""
+        """Complete a cache, despite one kill after another."""
         running = {worker: self._start(cache, worker) for worker in self.items}
         while running:
             worker = list(running)[int(self.rng.integers(len(running)))]
@@ -262,7 +262,7 @@ class Series:
         wait_s = float(self.rng.uniform(0, AIM_TIMEOUT_S)) if aim is None else AIM_TIMEOUT_S
         which = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
         signum = which[int(self.rng.choice(3, p=[0.8, 0.1, 0.1]))]
-        # What comes before is no capture yet: a signal just ends it, and few aims are in sight.
+        # Before this the capture has not started: a signal just ends it, and few aims are in reach.
         while (aim or signum != signal.SIGKILL) and process.is_alive() and not is_running(said):
             time.sleep(0.001)
         until_s = time.monotonic() + wait_s

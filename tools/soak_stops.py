@@ -1,12 +1,12 @@
-"""Every command stopped at its moments, by every signal, as a terminal or a scheduler does it.
+"""Every command stopped at chosen moments, by every signal, as by a terminal or a scheduler.
 
     python tools/soak.py stops [--only generate] [--signals INT,TERM,KILL] [--json FILE]
 
-A case is a real process. It is stopped once it has said that it is where it should be: a function
-of ours is held for a moment, or a line of the command's own is waited for. The signal goes to the
-whole group (Ctrl-C), to the command alone (a scheduler), or to its child. INT must end it with 130
-and TERM with 143 within LIMIT_S, in at most MAX_LINES lines after the signal; after KILL none of
-its processes may be left.
+A case is a real process. It is stopped once it has reported its moment: one of our functions is
+held for a while, or the case waits for a line of the command. The signal goes to the whole group
+(Ctrl-C), to the command alone (a scheduler), or to its child. INT must end it with 130 and TERM
+with 143 within LIMIT_S, in at most MAX_LINES lines after the signal; after KILL none of its
+processes may be left.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _START_LIMIT_S = 180.0
 _HELD_S = 1.0
 AT_THE_MOMENT = "at the moment"
 
-# Holds a function of ours until the signal has come; what is imported late is held late.
+# Holds one of our functions until the signal has come; late imports are held late.
 _HOLDING = """
 import importlib, importlib.abc, sys, time
 target, program = sys.argv[1:3]
@@ -79,17 +79,17 @@ cli = import_module(package + ".cli")
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a command is stopped.
+    """Moment at which a command is stopped.
 
     Attributes:
         command: The program and its arguments; {out} is a fresh folder or file.
-        name: Of the moment.
+        name: Name of the moment.
         held: Function that is held, as `module:name`, or module whose import is; empty for none.
-        line: What the command says when it is there; empty to wait `delay_s` from its start.
+        line: Output of the command at the moment; empty to wait `delay_s` from its start.
         delay_s: Further wait.
-        with_child: Whether it has children then.
-        needs_child: Whether it cannot go on without one of them; a sweep begins another cell.
-        num_holds: How often work that is ended first is held; each adds _HELD_S to the limit.
+        with_child: Whether it then has children that a signal may go to.
+        needs_child: Whether it needs all of them to continue; a sweep begins another cell.
+        num_holds: Number of holds in work that must end first; each adds _HELD_S to the limit.
     """
 
     command: tuple[str, ...]
@@ -104,7 +104,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Stop:
-    """What came of one."""
+    """Outcome of one stop."""
 
     command: str
     moment: str
@@ -171,7 +171,7 @@ def _wait_for(moment: Moment, process: subprocess.Popen[bytes], said: Path) -> N
     while line and line not in said.read_text(errors="replace"):
         if process.poll() is not None or time.monotonic() > end_s:
             text = said.read_text(errors="replace")
-            raise RuntimeError(f"{moment.command[1]} never came to {moment.name!r}: {text}")
+            raise RuntimeError(f"{moment.command[1]} never reached {moment.name!r}: {text}")
         time.sleep(0.02)
     while moment.with_child and not _engine(_descendants(process.pid)):
         time.sleep(0.02)
@@ -201,7 +201,7 @@ def _descendants(pid: int) -> Iterator[int]:
 
 
 def _engine(family: Iterator[int] | Sequence[int]) -> list[int]:
-    """Those that do the work: no shell that waits, no tracker of multiprocessing."""
+    """Processes that do the work: not waiting shells, not multiprocessing's tracker."""
     found = []
     for pid in family:
         with contextlib.suppress(OSError):
@@ -218,7 +218,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def moments(parts: Path) -> list[Moment]:
-    """All of them; `parts` is what `prepare` has filled."""
+    """All moments; `parts` is the folder that `prepare` has filled."""
     teacher, prompts, cache = (str(parts / name) for name in ("teacher", "p.jsonl", "cache"))
     capture = ("cache-teacher", "generate", "--model", teacher, "--prompts", prompts)
     small = (*capture, "--engine", "transformers", "--max-new-tokens", "20", "--out", "{out}")

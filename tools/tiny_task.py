@@ -1,7 +1,7 @@
 """The synthetic task of the tiny teacher: a sum of prices, added up column by column.
 
 A prompt such as ``Sum of $85 $79 $26?`` asks for a total. The trace writes the prices down and
-adds one after the other, units first, writing every carry and what is left to add::
+adds one after the other, units first, writing every carry and the prices left to add::
 
     <think>
     Start with $85 $79 $26.
@@ -89,7 +89,7 @@ def write_trace(problem: Problem, rng: random.Random, *, carries: bool = True) -
 
     Args:
         problem: The problem to solve.
-        rng: Draws the order of summands and the wording.
+        rng: Random generator for the order of summands and the wording.
         carries: See `add_by_columns`; without, a trace is right where that was not needed.
     """
     prices = problem.prices

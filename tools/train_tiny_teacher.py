@@ -1,8 +1,8 @@
-"""Make the embedded default: a tiny reasoning teacher, a base student and prompts, from a seed.
+"""Create the embedded default: a tiny reasoning teacher, a base student and prompts, from a seed.
 
     python tools/train_tiny_teacher.py --out tools
 
-Everything is made here: the task (tiny_task.py), a byte-level tokenizer, and two Qwen3 models
+Everything is created here: the task (tiny_task.py), a byte-level tokenizer, and two Qwen3 models
 trained from scratch. The teacher learns right traces. The base student is smaller and learns
 traces that never carry units beside a number of three digits: it knows the format and how to end,
 and lacks that skill.
@@ -295,7 +295,7 @@ def make_model(
     held_out: set[frozenset[int]],
     seed: int,
 ) -> None:
-    """Train one model, save it, measure it as saved, and write the README that says so."""
+    """Train one model, save it, measure it as saved, and write its README."""
     started = time.monotonic()
     folder = out / recipe.name
     trained = train(recipe, tokenizer, held_out, seed)
@@ -336,7 +336,7 @@ def make_model(
 
 
 def main() -> None:
-    """Make the prompts and both models."""
+    """Create the prompts and both models."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--seed", type=int, default=SEED, help="seed of everything drawn")

@@ -117,7 +117,7 @@ def _page(
 {_failures(out)}
 {tables.overview(groups, decide(groups))}
 <div class="panels">{_pictures(groups)}</div>
-<h2>Meaning of the words</h2>
+<h2>What the words mean</h2>
 {_WORDS.format(enough=whole_percent(ENOUGH))}
 <details><summary>How the answers are</summary>
 {tables.answers(groups)}</details>

@@ -1,9 +1,9 @@
-"""Where in a trace the skill stands that the base student lacks.
+"""Places in a trace of the skill that the base student lacks.
 
     python tools/truncation/carries.py CACHE > carries.csv
 
-The skill is to carry units beside a number of three digits. Prints which share of the places that
-need it lies inside each lead span, by number of prices.
+The skill is to carry units beside a number of three digits. Prints the share of the places that
+need it inside each lead span, by number of prices.
 """
 
 import csv
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _carries(pieces: list[str]) -> list[int]:
-    """Tokens that write a carry which the base student would write as 0."""
+    """Tokens that write a carry where the base student would write 0."""
     ends = list(accumulate(len(piece) for piece in pieces))
     return [
         next(token for token, end in enumerate(ends) if end > found.start(4))

@@ -1,9 +1,9 @@
-"""What truncated students get wrong: the arithmetic, or the decision that it is done?
+"""Errors of truncated students: in the arithmetic, or in the decision to stop?
 
     python tools/truncation/endings.py SWEEP PROMPTS > endings.csv
 
 Reads the completions of a sweep on the tiny teacher's task. A trace of n prices has n - 1
-additions; a student that goes on after the last one spoils a sum that was right.
+additions; a student that continues after the last one spoils a sum that was right.
 """
 
 import csv

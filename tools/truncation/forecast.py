@@ -1,4 +1,4 @@
-"""How good a profile's forecast was: what it saw before each lead span, and what runs kept of it.
+"""A profile's forecast against its outcome: shares before each lead span, and gains kept by runs.
 
     python tools/truncation/forecast.py profile.json results.csv > forecast.csv
 
