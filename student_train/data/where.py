@@ -104,7 +104,7 @@ def _check(node: ast.expr, text: str) -> None:
             pass
         case _:
             raise ValueError(
-                f"where: {ast.unparse(node)!r} in {text!r} is not allowed; allowed are {GRAMMAR}"
+                f"where: {ast.unparse(node)!r} in {text!r} is not understood; allowed are {GRAMMAR}"
             )
     for child in children:
         _check(child, text)
