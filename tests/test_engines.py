@@ -330,7 +330,7 @@ def test_a_missing_or_old_vllm_says_what_to_install(model, monkeypatch, version)
         return version
 
     monkeypatch.setattr(importlib.metadata, "version", installed)
-    message = r"leadspan\[teacher\].*leadspan\[cpu\]" if version is None else "0.27.1.*0.28"
+    message = r"'\.\[teacher\]'.*'\.\[cpu\]'" if version is None else "0.27.1.*0.28"
     with pytest.raises(EngineError, match=message):
         VllmTeacher(model=model, top_k=4)
 
