@@ -74,7 +74,7 @@ def test_an_adapter_is_loaded_with_its_own_end_of_generation_but_cannot_be_a_stu
     model, _ = load_model(str(settings.out / "model"))
     assert model.generation_config.eos_token_id == [0]
     assert "- weights trained: LoRA of rank 4" in (settings.out / "model/README.md").read_text()
-    with pytest.raises(ValueError, match="is an adapter, and what was trained below it"):
+    with pytest.raises(ValueError, match="is an adapter, and training below it would be lost"):
         train(config("next", str(settings.out / "model")))
 
 

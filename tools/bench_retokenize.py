@@ -46,16 +46,18 @@ def main() -> None:
     parser.add_argument("--entries", type=int, default=15, help="mean entries per token")
     parser.add_argument("--limit", type=int, default=4000, help="traces")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    args = parser.parse_args()
+    arguments = parser.parse_args()
     teacher, student = (
         ByteTokenizer(TeacherTokenizer(ModelFiles(f, None), {}).definition, f)
-        for f in (args.teacher, args.student)
+        for f in (arguments.teacher, arguments.student)
     )
-    traces = list(make_traces(teacher, texts_of(args.text, args.limit), args.entries))
+    traces = list(
+        make_traces(teacher, texts_of(arguments.text, arguments.limit), arguments.entries)
+    )
     figures = measure(teacher, student, traces)
     for name, value in figures.items():
         print(f"{name:28} {value:,.3f}")
-    write_figures(args.json, figures)
+    write_figures(arguments.json, figures)
 
 
 def texts_of(file: Path, limit: int) -> list[str]:
