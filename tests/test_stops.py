@@ -31,6 +31,10 @@ STOPS = {
 }
 
 
+# Against a hang: how soon a command ends is measured by the table, on a quiet machine.
+LIMIT_S = 15.0
+
+
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stops") / "parts"
@@ -54,5 +58,5 @@ def test_a_command_that_is_stopped_ends_at_once_with_nobody_left(parts, tmp_path
     (found,) = (
         each for each in soak_stops.moments(parts) if f"{each.command[1]} {each.name}" == moment
     )
-    done = soak_stops.stop(found, *signal.split(), tmp_path / "stop")
+    done = soak_stops.stop(found, *signal.split(), tmp_path / "stop", limit_s=LIMIT_S)
     assert done.is_right, done

@@ -117,8 +117,10 @@ class Stop:
     is_right: bool
 
 
-def stop(moment: Moment, signal_name: str, to: str, folder: Path) -> Stop:
-    """Start a command, stop it at its moment, and see how it ends."""
+def stop(
+    moment: Moment, signal_name: str, to: str, folder: Path, *, limit_s: float = LIMIT_S
+) -> Stop:
+    """Start a command, stop it at its moment, and see how it ends within `limit_s`."""
     folder.mkdir(parents=True)
     said = folder / "said.txt"
     words = [word.format(out=folder / "out") for word in moment.command]
@@ -148,7 +150,7 @@ def stop(moment: Moment, signal_name: str, to: str, folder: Path) -> Stop:
     after = said.read_text(errors="replace")[len(before) :].splitlines()
     lines = tuple(line for line in after if line != AT_THE_MOMENT)
     expected = {"INT": 130, "TERM": 143, "KILL": -9}[signal_name] if to != "child" else 1
-    limit_s = LIMIT_S + _HELD_S * moment.num_holds
+    limit_s += _HELD_S * moment.num_holds
     is_right = (
         code == expected and seconds <= limit_s and not left and len(lines) <= MAX_LINES
         and "Traceback" not in "".join(lines)
