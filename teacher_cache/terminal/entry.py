@@ -32,7 +32,10 @@ _EXTRAS = {
     "peft": ("peft",),
     "datasets": ("dev",),
 }
-_MEND_AND_REPEAT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
+_MEND_AND_REPEAT = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.EMFILE, errno.ENFILE),
+}
 
 
 @dataclass(frozen=True)
