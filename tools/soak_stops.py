@@ -148,7 +148,8 @@ def stop(
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     after = said.read_text(errors="replace")[len(before) :].splitlines()
-    lines = tuple(line for line in after if line != AT_THE_MOMENT)
+    # Progress is a line every 10 s, whatever happens: it is not of the stop.
+    lines = tuple(x for x in after if x != AT_THE_MOMENT and not x.startswith("captured "))
     expected = {"INT": 130, "TERM": 143, "KILL": -9}[signal_name] if to != "child" else 1
     limit_s += _HELD_S * moment.num_holds
     is_right = (
