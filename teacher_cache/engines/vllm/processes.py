@@ -27,8 +27,9 @@ class EngineProcesses:
     def __init__(self) -> None:
         # Process groups, to reach grandchildren too.
         watch = (
-            'ids=; while read -r id; do [ "$id" = off ] && exit; ids="$ids $id"; done; '
-            "for id in $ids; do kill -9 -- -$id || kill -9 $id; done 2>/dev/null"
+            "ids=; while read -r id; do case $id in "
+            'off) exit;; gone) ids=;; *) ids="$ids $id";; esac; done; '
+            "for id in $ids; do kill -9 -$id || kill -9 $id; done 2>/dev/null"  # dash knows no --
         )
         self._guard = subprocess.Popen(
             ["/bin/sh", "-c", watch],
@@ -71,8 +72,12 @@ class EngineProcesses:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         def wait(processes: Sequence[BaseProcess]) -> None:
-            multiprocessing.connection.wait([process.sentinel for process in processes])
+            left = {process.sentinel for process in processes}
+            left -= set(multiprocessing.connection.wait(left))
             engine.engine_core.outputs_queue.put(EngineDeadError())
+            while left:
+                left -= set(multiprocessing.connection.wait(left))
+            self._tell_guard("gone")  # the numbers of processes are used again
 
         if self.all:  # none if VLLM_ENABLE_V1_MULTIPROCESSING=0
             threading.Thread(target=wait, args=(self.all,), daemon=True, name="vllm-death").start()
@@ -89,7 +94,7 @@ class EngineProcesses:
 
     def _tell_guard(self, line: str) -> None:
         if self._guard.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):  # the guard was killed
+            with contextlib.suppress(BrokenPipeError, ValueError):  # killed, or dismissed
                 self._guard.stdin.write(f"{line}\n".encode())
                 self._guard.stdin.flush()
 
