@@ -28,6 +28,7 @@ LIMIT_S = 3.0
 MAX_LINES = 3
 _START_LIMIT_S = 180.0
 _HELD_S = 1.0
+_LEAVING_S = 2.0  # for processes that notice the end of the command by themselves
 AT_THE_MOMENT = "at the moment"
 
 # Holds one of our functions until the signal has come; late imports are held late.
@@ -142,8 +143,7 @@ def stop(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    time.sleep(0.5)  # for the guard to do its work
-    left = [pid for pid in family if _is_alive(pid)]
+    left = _left(family)
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -212,6 +212,18 @@ def _engine(family: Iterator[int] | Sequence[int]) -> list[int]:
             if b"spawn_main" in words or b"student_train.cli" in words or b"EngineCore" in words:
                 found.append(pid)
     return found
+
+
+def _left(family: Sequence[int]) -> list[int]:
+    """Those that are still alive when a guard or a tracker has had its time to notice."""
+    end_s = time.monotonic() + _LEAVING_S
+    while (left := [pid for pid in family if _is_alive(pid)]) and time.monotonic() < end_s:
+        time.sleep(0.05)
+    for pid in left:
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+            print(f"left: {pid} {words.decode(errors='replace')[:200]}", flush=True)
+    return left
 
 
 def _is_alive(pid: int) -> bool:
