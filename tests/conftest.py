@@ -1,6 +1,7 @@
 """What test files share: the group of tests that need vLLM, and captures by a table."""
 
 import json
+from collections import Counter
 
 import pytest
 from captures import VOCAB_SIZE, TableTeacher, write_prompts
@@ -24,6 +25,16 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if item.get_closest_marker("vllm")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("vllm")]
+    _put_long_files_first(items)
+
+
+def _put_long_files_first(items):
+    """Files with engines, then those with slow tests: no worker is alone with one at the end."""
+    weights = Counter()
+    for item in items:
+        slow, engine = (item.get_closest_marker(name) for name in ("slow", "vllm"))
+        weights[item.path] += 100 if engine else 1 if slow else 0
+    items.sort(key=lambda item: -weights[item.path])
 
 
 def pytest_terminal_summary(terminalreporter, config):
