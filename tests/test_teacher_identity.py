@@ -1,6 +1,9 @@
 """One cache, one teacher: whatever changes its numbers changes the fingerprint."""
 
 import dataclasses
+import importlib.util
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from fakes import make_header
 
 from teacher_cache.engines import EngineError
 from teacher_cache.engines.checks import looks_rounded
+from teacher_cache.engines.start import check_engine_args_early
 from teacher_cache.format import CacheMismatchError, CacheWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -59,13 +63,24 @@ def test_every_numeric_engine_argument_changes_the_fingerprint(header_with, tmp_
         CacheWriter(tmp_path, found["KV cache"])
 
 
-@pytest.mark.slow
 def test_adapters_are_refused_by_name():
-    vllm = pytest.importorskip("vllm")
-    from teacher_cache.engines.vllm.start import check_engine_args
-
     with pytest.raises(EngineError, match="'enable_lora' cannot be set: the base model would be"):
-        check_engine_args(vllm.EngineArgs, {"enable_lora": True})
+        check_engine_args_early("vllm", {"enable_lora": True})
+
+
+def test_a_misspelt_engine_argument_is_found_without_importing_vllm():
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    code = (
+        "import sys\n"
+        "from teacher_cache.engines.start import check_engine_args_early as check\n"
+        "check('vllm', {'max_num_seqs': 4, 'hf_overrides': {}})\n"
+        "try:\n    check('vllm', {'max_num_seq': 4})\n"
+        "except Exception as error:\n    print(error)\n"
+        "assert not {'vllm', 'torch'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "knows no engine argument 'max_num_seq'; close to it: max_num_seqs" in done.stdout
 
 
 def rounded_to_bfloat16(values):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import sys
 import threading
@@ -22,6 +23,7 @@ from fakes import make_cache, make_header, make_trace, make_traces
 from teacher_cache.capture.generate import generate
 from teacher_cache.cli.group import cli
 from teacher_cache.format import (
+    CacheFormatError,
     CacheMismatchError,
     CacheWriter,
     FinishedTrace,
@@ -34,7 +36,7 @@ from teacher_cache.format.checking import repair as repair_module
 from teacher_cache.format.checking import verify as verify_module
 from teacher_cache.format.checking.repair import repair_cache
 from teacher_cache.format.checking.verify import verify_cache
-from teacher_cache.format.shares import InputShare, ShareRecord, publish_share
+from teacher_cache.format.shares import InputShare, ShareRecord, publish_share, read_shares
 from teacher_cache.format.store import Store, open_store
 from teacher_cache.format.writing.shard import encode_shard
 
@@ -172,6 +174,39 @@ def test_a_missing_or_exchanged_commit_record_is_found(folder):
     ]
     first.write_bytes(second.read_bytes())
     assert "expected the record of 'w000-00000', got 'w001-00000'" in errors(folder)[0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32-be", "utf-8-sig"])
+def test_a_header_in_another_encoding_is_found_and_refused(folder, encoding):
+    file = folder / "cache.json"
+    file.write_bytes(file.read_text().encode(encoding))
+    (error,) = errors(folder)
+    assert error.startswith("cache.json: not readable")
+    with pytest.raises(CacheFormatError, match="not a cache header"):
+        open_cache(folder)
+
+
+@pytest.mark.parametrize("kind", ["cache.json", "record", "shard", "journal", "parts"])
+def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(folder, kind):
+    shard = next((folder / "shards").glob("*.arrow"))
+    (folder / "parts").mkdir()
+    file = {
+        "cache.json": folder / "cache.json",
+        "record": shard.with_suffix(".json"),
+        "shard": shard,
+        "journal": folder / "journal" / "w0-00009.journal",
+        "parts": folder / "parts" / "w0of2.json",
+    }[kind]
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    found = []
+    reader = threading.Thread(target=lambda: found.extend(errors(folder)), daemon=True)
+    reader.start()
+    reader.join(20)
+    assert not reader.is_alive()
+    # The record of a part that is not a file is as good as missing.
+    assert all(file.name in error for error in found)
+    assert len(found) == (kind != "parts")
 
 
 @pytest.mark.parametrize("total", ["num_traces", "num_tokens", "num_duplicates"])
@@ -488,10 +523,14 @@ def test_where_no_trace_is_lost_parts_stay_finished(shared):
     assert seal_cache(shared).seal.num_traces == 8
 
 
-def test_damaged_records_of_parts_are_found_and_taken_out(shared):
-    (shared / "parts" / "w1of2.json").write_text("{")
+@pytest.mark.parametrize("old, new", [('"num_traces": 4', '"num_traces": 5'), ("}", "")])
+def test_damaged_records_of_parts_are_found_and_taken_out(shared, old, new):
+    record = shared / "parts" / "w1of2.json"
+    record.write_text(record.read_text().replace(old, new))
+    with pytest.raises(CacheFormatError, match="run that worker's command again"):
+        read_shares(open_store(shared))
     (error,) = errors(shared)
-    assert error.startswith("parts: parts/w1of2.json: not the record of a worker")
+    assert error.startswith("parts: parts/w1of2.json: damaged")
     done = repair_cache(shared, verify_cache(shared))
     assert {"parts/w0of2.json", "parts/w1of2.json"} < set(done.removed)
     assert errors(shared) == []

@@ -3,12 +3,13 @@
     python tools/soak.py fuzz --cases 100000 --seed 0
     python tools/soak.py kills --kills 500 --seed 0 --workers 3
     python tools/soak.py stops
+    python tools/soak.py mistakes
 
 Every case of `fuzz` changes a shard, a commit record, a cache header or a journal, makes the
 checksums agree where that lets the change reach further, and reads. It must end in a CacheError
 with a message, or in values that hold every promise of the format. Anything else, more memory
 than a shard may take, or the death of the process is a finding; case N of seed S is always the
-same. soak_kills.py describes `kills`, soak_stops.py `stops`.
+same. soak_kills.py describes `kills`, soak_stops.py `stops`, soak_mistakes.py `mistakes`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import soak_kills
+import soak_mistakes
 import soak_stops
 import zstandard
 
@@ -272,12 +274,14 @@ def main() -> None:
     command.add_argument("--seed", type=int, default=0)
     soak_kills.add_options(commands.add_parser("kills"))
     soak_stops.add_options(commands.add_parser("stops"))
+    soak_mistakes.add_options(commands.add_parser("mistakes"))
     arguments = parser.parse_args()
     if arguments.command == "kills":
         soak_kills.main(arguments)
-    if arguments.command == "stops":
+    if arguments.command in ("stops", "mistakes"):
+        chosen = soak_stops.main if arguments.command == "stops" else soak_mistakes.main
         with tempfile.TemporaryDirectory() as folder:
-            sys.exit(soak_stops.main(arguments, Path(folder)) > 0)
+            sys.exit(chosen(arguments, Path(folder)) > 0)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         outcomes, findings = fuzz(arguments.cases, arguments.seed, Path(folder))

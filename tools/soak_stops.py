@@ -1,6 +1,6 @@
 """Every command stopped at chosen moments, by every signal, as by a terminal or a scheduler.
 
-    python tools/soak.py stops [--only generate] [--signals INT,TERM,KILL] [--json FILE]
+    python tools/soak.py stops [--only generate] [--signals INT,TERM,KILL] [--table FILE]
 
 A case is a real process. It is stopped once it has reported its moment: one of our functions is
 held for a while, or the case waits for a line of the command. The signal goes to the whole group
@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +116,7 @@ class Stop:
     lines: tuple[str, ...]  # after the signal
     num_left: int  # processes
     is_right: bool
+    load: float  # of the machine over the last minute
 
 
 def stop(
@@ -129,7 +130,7 @@ def stop(
         process = subprocess.Popen(
             [sys.executable, "-c", _HOLDING, moment.held, *words],
             stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=ROOT, start_new_session=True,
-            env=_environment(),
+            env=_environment(folder),
         )  # fmt: skip
     try:
         _wait_for(moment, process, said)
@@ -158,14 +159,17 @@ def stop(
     )  # fmt: skip
     return Stop(
         " ".join(moment.command[:2]), moment.name, signal_name, to, code, round(seconds, 2), lines,
-        len(left), is_right,
+        len(left), is_right, os.getloadavg()[0],
     )  # fmt: skip
 
 
-def _environment() -> dict[str, str]:
+def _environment(folder: Path) -> dict[str, str]:
+    """Surroundings of a case; its logs, which a kill leaves behind, go into its folder."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    return os.environ | settings | {"PYTHONPATH": path}
+    # vLLM's sockets stay where they were: their paths may have 107 characters only.
+    folders = {"TMPDIR": str(folder), "VLLM_RPC_BASE_PATH": tempfile.gettempdir()}
+    return os.environ | settings | folders | {"PYTHONPATH": path}
 
 
 def _wait_for(moment: Moment, process: subprocess.Popen[bytes], said: Path) -> None:
@@ -308,13 +312,37 @@ def prepare(folder: Path) -> None:
         "--model", str(folder / "teacher"), "--prompts", str(folder / "p.jsonl"),
         "--out", str(folder / "cache"),
     ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, env=_environment(), check=True, capture_output=True)
+    environment = _environment(folder)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", help="commands or moments that hold this text")
     parser.add_argument("--signals", default="INT,TERM,KILL")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", type=Path, help="Markdown file to write")
+
+
+def table(stops: Sequence[Stop]) -> str:
+    """Markdown: a row for each moment of a command, a column for each signal and its target."""
+    columns = list(dict.fromkeys((each.signal, each.to) for each in stops))
+    rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for each in stops:
+        cell = f"{each.exit_code}, {each.seconds:.1f} s, {len(each.lines)}"
+        cell += f", {each.num_left} left" if each.num_left else ""
+        row = rows.setdefault((each.command, each.moment), {})
+        row[each.signal, each.to] = cell if each.is_right else f"**{cell}**"
+    loads = [each.load for each in stops]
+    head = ["command", "moment", *(f"{name} to {to}" for name, to in columns)]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for (command, moment), cells in rows.items():
+        words = [command, moment, *(cells.get(column, "") for column in columns)]
+        lines.append(f"| {' | '.join(words)} |")
+    num_wrong = sum(not each.is_right for each in stops)
+    lines.append(
+        f"\n{len(stops)} stops, {num_wrong} wrong (in bold); load of the machine "
+        f"{min(loads):.1f} to {max(loads):.1f}."
+    )
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments: argparse.Namespace, folder: Path) -> int:
@@ -339,8 +367,8 @@ def main(arguments: argparse.Namespace, folder: Path) -> int:
                     f"{done.num_left} left  {done.lines[-1:]}",
                     flush=True,
                 )
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps([asdict(each) for each in stops], indent=1) + "\n")
+    if arguments.table is not None:
+        arguments.table.write_text(table(stops))
     num_wrong = sum(not each.is_right for each in stops)
     print(f"{len(stops)} stops, {num_wrong} wrong")
     return num_wrong

@@ -12,6 +12,7 @@ from student_train.sweep.config import SweepConfig
 from teacher_cache.sources.files import Input
 from teacher_cache.terminal.early_checks import (
     check_cache,
+    check_file,
     check_hub_name,
     check_model,
     check_out_file,
@@ -32,6 +33,8 @@ def check_run(config: TrainConfig) -> None:
         check_cache(cache, "--cache")
     if config.heldout_cache is not None:
         check_cache(config.heldout_cache, "--heldout-cache")
+    if config.trace_fields is not None:
+        check_file(config.trace_fields, "--trace-fields")
     check_model(config.student, "--student")
     if config.live_teacher is not None:
         check_model(config.live_teacher, "--live-teacher")
@@ -45,6 +48,8 @@ def check_profile(config: ProfileConfig) -> None:
     """Check the paths and names of a profile; raises as `check_run`."""
     for cache in config.cache:
         check_cache(cache, "--cache")
+    if config.trace_fields is not None:
+        check_file(config.trace_fields, "--trace-fields")
     check_model(config.student, "--student")
     check_out_folder(config.out)
 

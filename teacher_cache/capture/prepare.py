@@ -29,7 +29,7 @@ def run_job(config: CaptureConfig, job: Job) -> CaptureReport:
     return capture(job, partial(Cluster, placement))
 
 
-def input_rows(config: CaptureConfig, path: Path) -> Input:
+def input_rows(config: RowsConfig, path: Path) -> Input:
     """The rows of a capture."""
     return Input(path, config.dataset_config, config.split)
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 import click
 
 from teacher_cache.capture.configs import PreviewConfig
+from teacher_cache.capture.early_checks import check_preview
 from teacher_cache.capture.preview import preview_lines, preview_rows
 from teacher_cache.terminal.commands import config_command, json_option
 from teacher_cache.terminal.escape import printable, printable_lines
@@ -19,6 +20,7 @@ def preview_command(config: PreviewConfig, as_json: bool) -> None:
     \b
     cache-teacher preview --model Qwen/Qwen3-32B --traces traces.jsonl --limit 3
     """
+    check_preview(config)
     lines, rows = preview_lines(config), preview_rows(config)
     if as_json:
         click.echo(json.dumps({"layout": lines, "rows": [asdict(row) for row in rows]}))

@@ -6,13 +6,20 @@ from typing import TYPE_CHECKING
 
 import click
 
+from teacher_cache.capture.early_checks import check_input
 from teacher_cache.cli import report_text
 from teacher_cache.engines import EngineError
 from teacher_cache.examine import inspection
 from teacher_cache.examine.inspection import InspectConfig
 from teacher_cache.format import CacheError, CacheHeader, open_cache, shown
+from teacher_cache.sources import Input
 from teacher_cache.terminal.commands import config_command, json_option
-from teacher_cache.terminal.early_checks import check_cache, check_out_cache, check_out_file
+from teacher_cache.terminal.early_checks import (
+    check_cache,
+    check_model,
+    check_out_cache,
+    check_out_file,
+)
 from teacher_cache.terminal.escape import printable
 from teacher_cache.terminal.progress import Progress
 from teacher_cache.transform.export import ExportConfig, export
@@ -96,6 +103,11 @@ def retokenize_command(config: RetokenizeConfig) -> None:
     cache-teacher retokenize cache student-cache --student meta-llama/Llama-3.1-8B \\
         --rows prompts.jsonl
     """
+    check_cache(config.cache)
+    check_out_cache(config.out, "OUT")
+    check_model(config.student, "--student")
+    if config.rows is not None:
+        check_input(Input(config.rows, config.dataset_config, config.split))
     from teacher_cache.transform.retokenize.run import retokenize
 
     report = retokenize(config)

@@ -8,6 +8,18 @@ ENGINES = ("vllm", "transformers")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
+def check_engine_args_early(engine: str, engine_args: Mapping[str, object]) -> None:
+    """Refuse arguments that the engine does not know, without importing it.
+
+    Raises:
+        EngineError: Names the argument, and similar names.
+    """
+    if engine == "vllm" and engine_args:
+        from teacher_cache.engines.vllm.start import check_engine_args, engine_args_in_source
+
+        check_engine_args(engine_args_in_source(), engine_args)
+
+
 def start_teacher(
     engine: str,
     *,

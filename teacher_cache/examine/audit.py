@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from teacher_cache.capture.configs import CaptureConfig, check_engine_args
 from teacher_cache.engines import Teacher, TeacherRequest
-from teacher_cache.engines.start import start_teacher
+from teacher_cache.engines.start import check_engine_args_early, start_teacher
 from teacher_cache.examine.fidelity import Compared, add_noise, compare_trace
 from teacher_cache.format import (
     Cache,
@@ -136,6 +136,7 @@ def audit(config: AuditConfig) -> Audit:
         CacheError: If the cache cannot be read or holds nothing to compare.
         EngineError: If the model cannot be run.
     """
+    check_engine_args_early(config.engine, config.engine_arg)
     cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
     if cache.header.derived is not None:
         raise CacheMismatchError(

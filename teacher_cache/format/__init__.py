@@ -23,7 +23,7 @@ from teacher_cache.format.reading.places import rows_by_shard
 from teacher_cache.format.reading.prefix_cache import PrefixCache
 from teacher_cache.format.reading.reader import Cache, open_cache
 from teacher_cache.format.reading.view import narrowed
-from teacher_cache.format.records import read_manifest
+from teacher_cache.format.records import read_manifest, require_same_capture
 from teacher_cache.format.shares import (
     InputShare,
     ShareRecord,
@@ -78,6 +78,7 @@ __all__ = [
     "publish_share",
     "read_manifest",
     "read_shares",
+    "require_same_capture",
     "row_of_entry",
     "rows_by_shard",
     "seal_cache",

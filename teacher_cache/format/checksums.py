@@ -23,8 +23,13 @@ def publish_record(file: Path, values: Mapping[str, Any]) -> None:
     Raises:
         OSError: If it cannot be written.
     """
+    publish(file, record_bytes(values))
+
+
+def record_bytes(values: Mapping[str, Any]) -> bytes:
+    """A JSON object with its own checksum, as the content of a file."""
     record = {**values, _CHECKSUM: content_hash(dict(values))}
-    publish(file, (json.dumps(record, indent=1) + "\n").encode())
+    return (json.dumps(record, indent=1) + "\n").encode()
 
 
 def read_record(file: Path, remedy: str) -> dict[str, Any]:
@@ -38,13 +43,20 @@ def read_record(file: Path, remedy: str) -> dict[str, Any]:
         DamagedFileError: If it differs from what was written.
         OSError: If it cannot be read.
     """
+    return parse_record(file.read_bytes(), str(file), remedy)
+
+
+def parse_record(data: bytes, where: str, remedy: str) -> dict[str, Any]:
+    """Parse what `record_bytes` made, without the checksum; see `read_record`."""
     try:
-        record: dict[str, Any] = json.loads(file.read_bytes())
+        record: dict[str, Any] = json.loads(data.decode())
         expected, found = record.pop(_CHECKSUM), content_hash(record)
     except UNUSABLE_JSON as error:
-        raise DamagedFileError(f"{file}: damaged, not readable ({error!r}). {remedy}") from error
+        raise DamagedFileError(f"{where}: damaged, not readable ({error!r}). {remedy}") from error
     if found != expected:
-        raise DamagedFileError(f"{file}: damaged (checksum {found}, expected {expected}). {remedy}")
+        raise DamagedFileError(
+            f"{where}: damaged (checksum {found}, expected {expected}). {remedy}"
+        )
     return record
 
 

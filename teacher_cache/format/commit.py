@@ -104,7 +104,7 @@ def parse_commit(text: bytes, name: str, advice: str = "") -> ShardCommit:
     """
     where = f"{name}.json"
     try:
-        record = json.loads(text)
+        record = json.loads(text.decode())  # of bytes, it would take UTF-16 too
         checksum = record.pop("checksum")
         if content_hash(record) != checksum:
             raise CacheFormatError(f"{where}: the commit record's checksum does not match{advice}")

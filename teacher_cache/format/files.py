@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,6 +97,19 @@ def remove_folder(folder: Path) -> None:
     hidden = folder.with_name(f".tmp-removed-{folder.name}")
     folder.rename(hidden)
     shutil.rmtree(hidden)
+
+
+def require_file(path: Path) -> None:
+    """Refuse a pipe or device in the place of a file: reading it could wait forever.
+
+    Raises:
+        FileNotFoundError: If there is nothing.
+        OSError: If it is not a file.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise OSError(f"{path}: expected a file, found {found}")
 
 
 def fsync(path: Path) -> None:

@@ -73,7 +73,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         CacheFormatError: If it is not one, or has a version that this reader does not support.
     """
     try:
-        record = json.loads(text)
+        record = json.loads(text.decode())  # of bytes, it would take UTF-16 too
         if record["format"] != FORMAT_NAME:
             raise CacheFormatError(f"{where}: expected format {FORMAT_NAME!r}")
         if type(record["min_reader_version"]) is not int:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from teacher_cache.format.commit import PLAIN_NAME, ShardCommit, check_commit, parse_commit
-from teacher_cache.format.errors import CacheFormatError, repair_advice
+from teacher_cache.format.errors import CacheFormatError, CacheMismatchError, repair_advice
 from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Manifest, parse_manifest
 from teacher_cache.format.store import CachePath, Store, open_store
@@ -36,6 +36,25 @@ def require_manifest(store: Store) -> Manifest:
     if manifest is None:
         raise CacheFormatError(f"{store.where}: no cache here (expected a file {MANIFEST_NAME})")
     return manifest
+
+
+def require_same_capture(where: str, header: CacheHeader, found: CacheHeader) -> None:
+    """Refuse to write into another capture's cache.
+
+    Args:
+        where: The cache, for the message.
+        header: Header of the capture that is to write.
+        found: Header of the cache.
+
+    Raises:
+        CacheMismatchError: Names every fact in which the headers differ.
+    """
+    if header.fingerprint != found.fingerprint:
+        differences = "; ".join(header.differences(found))
+        raise CacheMismatchError(
+            f"{where} holds another capture ({differences}). "
+            "Write to another folder, or repeat that capture's settings."
+        )
 
 
 def committed_names(store: Store) -> list[str]:

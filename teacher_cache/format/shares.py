@@ -4,17 +4,17 @@ DIR/parts/w3of8.json        worker 3 of 8: the input it took on, and whether its
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from teacher_cache.format.checksums import DamagedFileError, parse_record, record_bytes
 from teacher_cache.format.errors import CacheFormatError, CacheMismatchError
-from teacher_cache.format.header import UNUSABLE_JSON
 from teacher_cache.format.store import Store
 
 PARTS_FOLDER = "parts"
 _NAME = re.compile(r"w(\d+)of(\d+)\Z")
+_REMEDY = "Remove it, and run that worker's command again."
 
 
 @dataclass(frozen=True, order=True)
@@ -77,7 +77,7 @@ def publish_share(store: Store, part: InputShare, record: ShareRecord) -> None:
         OSError: If it cannot be written.
     """
     store.make_folder(PARTS_FOLDER)
-    store.publish(f"{PARTS_FOLDER}/{part.name}.json", json.dumps(asdict(record)).encode())
+    store.publish(f"{PARTS_FOLDER}/{part.name}.json", record_bytes(asdict(record)))
 
 
 def read_shares(store: Store) -> dict[InputShare, ShareRecord]:
@@ -91,12 +91,14 @@ def read_shares(store: Store) -> dict[InputShare, ShareRecord]:
         found = _NAME.match(file.removesuffix(".json"))
         if found is not None:
             part = InputShare(count=int(found[2]), index=int(found[1]))
+            where = f"{store.where}/{PARTS_FOLDER}/{file}"
             try:
-                records[part] = ShareRecord(**json.loads(store.read(f"{PARTS_FOLDER}/{file}")))
-            except UNUSABLE_JSON as error:
-                raise CacheFormatError(
-                    f"{store.where}/{PARTS_FOLDER}/{file}: not the record of a worker: {error!r}"
-                ) from error
+                values = parse_record(store.read(f"{PARTS_FOLDER}/{file}"), where, _REMEDY)
+                records[part] = ShareRecord(**values)
+            except DamagedFileError as error:
+                raise CacheFormatError(str(error)) from error
+            except TypeError as error:  # intact, but of other fields
+                raise CacheFormatError(f"{where}: not the record of a worker: {error}") from error
     return records
 
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from teacher_cache.format.errors import CacheError
-from teacher_cache.format.files import make_folder, publish, remove_unpublished
+from teacher_cache.format.files import make_folder, publish, remove_unpublished, require_file
 from teacher_cache.format.reachable import check_reachable
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Store:
         """Read bytes of a file from `offset`, fewer if it ends early; raises as `read`."""
 
         def action() -> pa.Buffer:
-            with self.filesystem.open_input_file(self._path(name)) as file:
+            with self._opened(self._path(name)) as file:
                 file.seek(offset)
                 return file.read_buffer(num_bytes)
 
@@ -118,8 +118,13 @@ class Store:
         return f"{self.root}/{name}".rstrip("/")
 
     def _read(self, path: str) -> bytes:
-        with self.filesystem.open_input_file(path) as file:
+        with self._opened(path) as file:
             return bytes(file.read())
+
+    def _opened(self, path: str) -> pa.NativeFile:
+        if self.folder is not None:
+            require_file(Path(path))
+        return self.filesystem.open_input_file(path)
 
     def _write(self, path: str, data: bytes | memoryview) -> None:
         with self.filesystem.open_output_stream(path) as file:

@@ -1,12 +1,14 @@
 """Starting a vLLM engine: the installed version and the engine's settings."""
 
+import ast
 import contextlib
-import dataclasses
 import difflib
 import importlib.metadata
+import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from teacher_cache.engines import EngineError
@@ -85,17 +87,17 @@ def default_args(on_cpu: bool) -> dict[str, Any]:
     return args
 
 
-def check_engine_args(known: type, engine_args: Mapping[str, object]) -> None:
+def check_engine_args(known: Collection[str] | None, engine_args: Mapping[str, object]) -> None:
     """Refuse arguments that vLLM does not know or that a user may not set.
 
     Args:
-        known: `vllm.EngineArgs`.
+        known: Names of the fields of `vllm.EngineArgs`; None if they are not known yet.
         engine_args: The user's arguments by name.
 
     Raises:
         EngineError: Names the argument, and similar names.
     """
-    names = [field.name for field in dataclasses.fields(known)]
+    names = engine_args if known is None else known
     for name in engine_args:
         if name in _RESERVED:
             raise EngineError(f"engine argument {name!r} cannot be set: {_RESERVED[name]}")
@@ -103,6 +105,23 @@ def check_engine_args(known: type, engine_args: Mapping[str, object]) -> None:
             close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
             hint = f"; close to it: {', '.join(close)}" if close else ""
             raise EngineError(f"vLLM knows no engine argument {name!r}{hint}")
+
+
+def engine_args_in_source() -> list[str] | None:
+    """Names of vLLM's engine arguments, from its source: importing it takes ten seconds.
+
+    Returns:
+        None if vLLM is not installed or its source has another form.
+    """
+    found = importlib.util.find_spec("vllm")
+    for folder in (found and found.submodule_search_locations) or ():
+        with contextlib.suppress(FileNotFoundError):
+            source = (Path(folder) / "engine" / "arg_utils.py").read_text(encoding="utf-8")
+            for node in ast.parse(source).body:
+                if isinstance(node, ast.ClassDef) and node.name == "EngineArgs" and not node.bases:
+                    fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+                    return [f.target.id for f in fields if isinstance(f.target, ast.Name)]
+    return None
 
 
 def _step_args(context: int, *, on_cpu: bool, seeded: bool) -> dict[str, Any]:

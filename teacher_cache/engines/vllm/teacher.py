@@ -3,6 +3,7 @@
 Letters: R rows (tokens with a distribution), K kept candidates per row.
 """
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -97,7 +98,8 @@ class VllmTeacher:
                 "on a machine without one install the CPU build, in a checkout of leadspan: "
                 "pip install '.[cpu]'"
             )
-        check_engine_args(vllm.EngineArgs, engine_args or {})
+        known = [field.name for field in dataclasses.fields(vllm.EngineArgs)]
+        check_engine_args(known, engine_args or {})
         on_cpu = current_platform.is_cpu()
         args = default_args(on_cpu) | dict(engine_args or {})
         args |= {

@@ -85,7 +85,7 @@ def _check_manifest(store: Store, found: Verification) -> tuple[Manifest | None,
     if damage is not None:
         found.wrong(MANIFEST_NAME, damage)
         return None, False
-    has_checksum = "checksum" in json.loads(text)
+    has_checksum = "checksum" in json.loads(text.decode())
     try:
         manifest = parse_manifest(text, f"{found.path}/{MANIFEST_NAME}")
     except CacheFormatError as error:
@@ -99,7 +99,7 @@ def _check_manifest(store: Store, found: Verification) -> tuple[Manifest | None,
 
 
 def _manifest_damage(text: bytes) -> str | None:
-    record: dict[str, Any] = json.loads(text)
+    record: dict[str, Any] = json.loads(text.decode())
 
     def hash_without(name: str) -> str:
         return content_hash({key: value for key, value in record.items() if key != name})

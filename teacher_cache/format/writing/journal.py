@@ -17,7 +17,7 @@ import numpy as np
 
 from teacher_cache.format.codec import LOGIT_GRID, logit_codes
 from teacher_cache.format.errors import CacheFormatError
-from teacher_cache.format.files import fsync, naming
+from teacher_cache.format.files import fsync, naming, require_file
 from teacher_cache.format.header import UNUSABLE_JSON
 from teacher_cache.format.trace import Trace
 
@@ -156,7 +156,10 @@ def _checked_frames(path: Path, header_fingerprint: str) -> Iterator[tuple[int, 
 
 def _frames(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """(start, end, content) of every whole frame; damaged bytes are skipped to the next one."""
-    data = path.read_bytes() if path.exists() else b""
+    data = b""
+    if path.exists():
+        require_file(path)
+        data = path.read_bytes()
     position = 0
     while (start := data.find(_MAGIC, position)) >= 0:
         found = _whole_frame(data, start)

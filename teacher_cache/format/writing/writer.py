@@ -14,10 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
-from teacher_cache.format.errors import CacheMismatchError
 from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Manifest
-from teacher_cache.format.records import committed_names, read_commits, read_manifest
+from teacher_cache.format.records import (
+    committed_names,
+    read_commits,
+    read_manifest,
+    require_same_capture,
+)
 from teacher_cache.format.store import CachePath, open_store
 from teacher_cache.format.trace import MAX_K
 from teacher_cache.format.writing.compaction import compact, generation_of, shard_name
@@ -111,12 +115,7 @@ class CacheWriter:
         Raises:
             CacheMismatchError: Names every fact in which the headers differ.
         """
-        if header.fingerprint != self.manifest.header.fingerprint:
-            differences = "; ".join(header.differences(self.manifest.header))
-            raise CacheMismatchError(
-                f"{self.where} holds another capture ({differences}). "
-                "Write to another folder, or repeat that capture's settings."
-            )
+        require_same_capture(self.where, header, self.manifest.header)
 
     def _open_manifest(self, config: Mapping[str, Any]) -> Manifest:
         manifest = read_manifest(self._store)
