@@ -1,6 +1,9 @@
 """What test files share: the group of tests that need vLLM, and captures by a table."""
 
+import getpass
 import json
+import os
+import tempfile
 from collections import Counter
 
 import pytest
@@ -10,11 +13,32 @@ from small_teachers import CHAT, make_teacher
 from teacher_cache.capture import prepare
 from teacher_cache.capture.configs import GenerateConfig
 
+_LOGS = pytest.StashKey()
+
 
 def pytest_addoption(parser):
     parser.addoption(
         "--without-vllm", action="store_true", help="leave out the tests that need vLLM"
     )
+
+
+def pytest_configure(config):
+    """Give commands a folder for logs, which failures and kills leave, and take it away again.
+
+    Workers of xdist get it from the process that starts them.
+    """
+    if hasattr(config, "workerinput"):
+        return
+    usual = tempfile.gettempdir()  # from now on that of this process, so pytest's own stays there
+    user_name = getpass.getuser()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{usual}/torchinductor_{user_name}")
+    config.stash[_LOGS] = tempfile.TemporaryDirectory(prefix="tests-", ignore_cleanup_errors=True)
+    os.environ["TMPDIR"] = config.stash[_LOGS].name
+
+
+def pytest_unconfigure(config):
+    if _LOGS in config.stash:
+        config.stash[_LOGS].cleanup()
 
 
 def pytest_collection_modifyitems(config, items):

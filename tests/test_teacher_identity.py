@@ -4,14 +4,16 @@ import dataclasses
 import importlib.util
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from fakes import make_header
 
-from teacher_cache.engines import EngineError
+from teacher_cache.engines import EngineError, EngineStartError
 from teacher_cache.engines.checks import looks_rounded
 from teacher_cache.engines.start import check_engine_args_early
+from teacher_cache.engines.vllm.start import start_engine
 from teacher_cache.format import CacheMismatchError, CacheWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -81,6 +83,19 @@ def test_a_misspelt_engine_argument_is_found_without_importing_vllm():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "knows no engine argument 'max_num_seq'; close to it: max_num_seqs" in done.stdout
+
+
+def test_an_engine_whose_process_ends_as_it_starts_is_told_without_its_own_words():
+    def fail(args):
+        raise RuntimeError("Engine core initialization failed. Failed core proc(s): {}")
+
+    model = SimpleNamespace(get_vocab_size=lambda: 9, max_model_len=8)
+    vllm = SimpleNamespace(
+        EngineArgs=lambda **args: SimpleNamespace(create_model_config=lambda: model),
+        LLMEngine=SimpleNamespace(from_engine_args=fail),
+    )
+    with pytest.raises(EngineStartError, match="'m': vLLM's process ended before the engine"):
+        start_engine(vllm, {"model": "m", "max_logprobs": 4}, 8, on_cpu=True, seeded=False)
 
 
 def rounded_to_bfloat16(values):

@@ -193,12 +193,14 @@ with messages.others_into_log():
     print("a library's print")
     os.write(2, b"a library's C code\\n")
     subprocess.run(["echo", "a library's child"])
+    os.write(2, b"(Core pid=7) ERROR 11-26 17:00:00 [core.py:9] a.OutOfMemoryError: too large\\n")
+    os.write(2, b"RuntimeError: initialization failed. See root cause above. Failed: {}\\n")
     logging.getLogger("library").warning("a library's warning")
     logging.getLogger("teacher_cache.x").info("ours")
 logging.getLogger("library").info("never said")
 logging.getLogger("library").warning("said")
 print("a result")
-print(program.log_file, file=sys.stderr)
+print(program.log_file, messages.last_error_said(), file=sys.stderr)
 """
 
 
@@ -207,12 +209,42 @@ def test_what_others_say_goes_into_a_log_and_ours_does_not():
         [sys.executable, "-c", OTHERS], capture_output=True, text=True, check=True
     )
     assert done.stdout == "a result\n"
-    ours, warning, log = done.stderr.splitlines()
+    ours, warning, last = done.stderr.splitlines()
     assert (ours, warning) == ("ours", "said")
+    log, _, error = last.partition(" ")
+    assert error == "a.OutOfMemoryError: too large"
     text = Path(log).read_text()
     for source in ("print", "C code", "child", "warning"):
         assert f"a library's {source}\n" in text
     Path(log).unlink()
+
+
+ENDS = """
+from teacher_cache.terminal import entry, messages
+
+def run(group):
+    with messages.others_into_log():
+        print("a library's print")
+    {end}
+
+entry._load = lambda line: (run, None)
+entry.run_program(entry.CommandLine("cache-teacher", "", ()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "num_logs"),
+    [("return 0", 0, 0), ("raise SystemExit(1)", 1, 0), ("raise OSError(17, 'exists')", 1, 1)],
+)
+def test_only_a_log_that_a_message_names_stays(tmp_path, end, code, num_logs):
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS.format(end=end)],
+        capture_output=True, text=True, check=False, env=os.environ | {"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == code
+    logs = list(tmp_path.iterdir())
+    assert len(logs) == num_logs
+    assert all(str(log) in done.stderr for log in logs)
 
 
 def test_a_misspelt_folder_is_known_as_one(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from students import make_student
 from student_train.cli import COMMAND_LINE
 from student_train.cli.group import cli
 from student_train.run.config import TrainConfig
+from teacher_cache.format.folder_lock import FolderLock
 from teacher_cache.terminal.entry import CommandLine, run_command
 
 PROGRAM = [sys.executable, "-m", "student_train.cli"]
@@ -356,6 +357,15 @@ def test_processes_that_do_not_find_each_other_are_refused(parts, monkeypatch):
     assert "torchrun --nproc_per_node 2" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not other["out"].exists()
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_loaded(parts):
+    parts["out"].mkdir()
+    with FolderLock(parts["out"] / "lock"):
+        done = invoke(*command(parts))
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert f"{parts['out']}: in use by process {os.getpid()} on " in line
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Checks of train-student before torch is imported: an error takes half a second, not ten."""
 
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from student_train.profile.config import ProfileConfig
 from student_train.run.config import TrainConfig
 from student_train.run.folder import RunFolder
 from student_train.sweep.config import SweepConfig
+from teacher_cache.format.folder_lock import LOCK_NAME, FolderLock
 from teacher_cache.sources.files import Input
 from teacher_cache.terminal.early_checks import (
     check_cache,
@@ -27,6 +29,7 @@ def check_run(config: TrainConfig) -> None:
 
     Raises:
         ValueError: If one is wrong, with the option, the expected and the found value.
+        InUseError: If another run is at work in its folder.
         OSError: If the disk is full.
     """
     for cache in config.cache:
@@ -40,8 +43,16 @@ def check_run(config: TrainConfig) -> None:
         check_model(config.live_teacher, "--live-teacher")
     check_out_folder(config.out)
     RunFolder(config.out)
+    _check_unused(config.out)
     if config.tracker == "wandb":
         check_wandb_login()
+
+
+def _check_unused(folder: Path) -> None:
+    """Refuse a folder in which another run is at work; of several processes, the first looks."""
+    lock = folder / LOCK_NAME
+    if lock.exists() and os.environ.get("RANK", "0") == "0":
+        FolderLock(lock).close()  # what a dead process has left
 
 
 def check_profile(config: ProfileConfig) -> None:

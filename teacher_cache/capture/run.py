@@ -9,7 +9,7 @@ from typing import Protocol
 
 from teacher_cache.capture.job import Job, Survey, take_survey
 from teacher_cache.capture.worker_loop import Done, run_requests
-from teacher_cache.engines import EngineError, TeacherFacts
+from teacher_cache.engines import EngineError, EngineStartError, Teacher, TeacherFacts
 from teacher_cache.format import (
     CacheHeader,
     CacheMismatchError,
@@ -27,7 +27,7 @@ from teacher_cache.format import (
     shown,
 )
 from teacher_cache.terminal.capture_progress import CaptureProgress
-from teacher_cache.terminal.messages import others_into_log
+from teacher_cache.terminal.messages import last_error_said, others_into_log
 from teacher_cache.terminal.progress import Progress
 from teacher_cache.terminal.stop_signals import Stopped, stop_signals
 
@@ -69,15 +69,28 @@ class Crew(Protocol):
         ...
 
 
+def started(doing: str, start: Callable[[], Teacher]) -> Teacher:
+    """Start a teacher, with its output in the log file.
+
+    Raises:
+        EngineError: If it does not start; the message has the last error of its process.
+    """
+    with Progress(doing, hint="20 to 60 s for a small model"), others_into_log():
+        try:
+            return start()
+        except EngineStartError as error:
+            cause = last_error_said()
+            raise EngineError(f"{error}: {cause}" if cause else str(error)) from error
+
+
 class Alone:
     """The crew of a plain job: one teacher, in this process."""
 
     def __init__(self, job: Job, longest: int) -> None:
         self._job = job
         engine, model = (job.config.get(name, "the teacher") for name in ("engine", "model"))
-        starting = Progress(f"starting {engine} for {model}", hint="20 to 60 s for a small model")
-        with starting, others_into_log():
-            self._teacher = job.start_teacher(longest)
+        doing = f"starting {engine} for {model}"
+        self._teacher = started(doing, lambda: job.start_teacher(longest))
         self.facts = self._teacher.facts
 
     def run(

@@ -15,6 +15,10 @@ class EngineError(Exception):
     """The teacher cannot do what it was asked; the message says what to change."""
 
 
+class EngineStartError(EngineError):
+    """The engine's own process ended before it was ready; its output says why."""
+
+
 class EngineDiedError(EngineError):
     """The teacher's processes died; a new teacher may continue."""
 

@@ -8,11 +8,13 @@ own noise.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from teacher_cache.capture.configs import CaptureConfig, check_engine_args
+from teacher_cache.capture.run import started
 from teacher_cache.engines import Teacher, TeacherRequest
 from teacher_cache.engines.start import check_engine_args_early, start_teacher
 from teacher_cache.examine.fidelity import Compared, add_noise, compare_trace
@@ -27,9 +29,7 @@ from teacher_cache.format import (
 )
 from teacher_cache.sources.tokenizer import ModelFiles, load_tokenizer
 from teacher_cache.terminal.capture_progress import CaptureProgress
-from teacher_cache.terminal.messages import others_into_log
 from teacher_cache.terminal.option import check_options, option, same_option
-from teacher_cache.terminal.progress import Progress
 
 LIVE_WIDTH = 4096  # candidates per row of the engine, at most: 32 kB per token
 # Chunk size of the second pass of transformers. Chunks of 2^n tokens gave equal bits on a CPU;
@@ -152,17 +152,18 @@ def audit(config: AuditConfig) -> Audit:
     num_reserved = int(config.engine == "vllm")  # which scores a trace as a prompt plus a token
     files = ModelFiles(config.model, config.revision)
     limit = files.context_length(longest, num_reserved=num_reserved)
-    with Progress(f"starting {config.engine} for {config.model}"), others_into_log():
-        teacher = start_teacher(
-            config.engine,
-            model=config.model,
-            revision=config.revision,
-            dtype=config.dtype,
-            top_k=width,
-            max_model_len=limit + num_reserved,
-            sampling=None,
-            engine_args=config.engine_arg,
-        )
+    start = partial(
+        start_teacher,
+        config.engine,
+        model=config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        top_k=width,
+        max_model_len=limit + num_reserved,
+        sampling=None,
+        engine_args=config.engine_arg,
+    )
+    teacher = started(f"starting {config.engine} for {config.model}", start)
     with closing(teacher):
         if teacher.facts.vocab_size != cache.header.vocab_size:
             raise CacheMismatchError(

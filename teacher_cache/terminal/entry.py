@@ -70,8 +70,7 @@ def run_program(line: CommandLine) -> NoReturn:
     except KeyboardInterrupt:  # from a library that has replaced our handler
         _leave(messages, signal.SIGINT)
     _flush()
-    if code == 0:
-        messages.drop_log()
+    messages.drop_log()
     # Threads that vLLM leaves behind sometimes abort the interpreter during its shutdown
     # ("terminate called without an active exception"), after everything is written. And a user who
     # presses Ctrl-C should not wait seconds for torch to shut down.
@@ -162,11 +161,12 @@ def _raised_by_us(trace: TracebackType | None) -> bool:
 
 def _write_traceback(messages: Messages | None, error: BaseException) -> str | None:
     log = None if messages is None else messages.open_log()
-    if log is None:
+    if messages is None or log is None:
         return None
-    with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
-        traceback.print_exception(error, file=file)
-        return str(log)
+    with contextlib.suppress(OSError):
+        with log.open("a", encoding="utf-8") as file:
+            traceback.print_exception(error, file=file)
+        return str(messages.log_to_name())
     return None
 
 

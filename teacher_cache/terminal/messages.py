@@ -8,6 +8,7 @@ through `configure`; a script that imports us keeps its own logging and streams.
 import contextlib
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _OURS = ("teacher_cache", "student_train")
+# The end of a traceback, after what a logger writes before each line; a summary of others' errors
+# that points there is none.
+_EXCEPTION = re.compile(
+    r"^(?:\([^)]*\) )?(?:ERROR [^]]*\] )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt): "
+    r"(?!.*root cause above).*)$",
+    re.MULTILINE,
+)
 _LINE_WITH_TIME = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -43,6 +51,7 @@ class Messages:
         self.log_file: Path | None = None
         self.diverted_to: TextIO | None = None
         self.is_quiet = self.is_verbose = self.is_debugging = self.keeps_log = False
+        self._diverted_from = 0  # size of the log when others' output was last diverted into it
         self._handler = _Handler(self)
         root = logging.getLogger()
         root.handlers[:] = [self._handler]
@@ -75,14 +84,32 @@ class Messages:
         return self.log_file
 
     def log_to_name(self) -> Path | None:
-        """The log file, if there is anything in it."""
+        """The log file, if there is anything in it, for a message; it is then kept."""
         log = self.log_file
-        return log if log is not None and log.exists() and log.stat().st_size else None
+        if log is None or not log.exists() or not log.stat().st_size:
+            return None
+        self.keeps_log = True
+        return log
 
     def drop_log(self) -> None:
-        """Remove an unrequested log after a success."""
+        """Remove a log that the user did not request and that no message names."""
         if self.log_file is not None and not self.keeps_log:
             self.log_file.unlink(missing_ok=True)
+
+    def note_diversion(self) -> None:
+        """Let `last_error_said` look at what others say from now on."""
+        if self.log_file is not None:
+            self._diverted_from = self.log_file.stat().st_size
+
+    def last_error_said(self) -> str:
+        """The last exception that others have written of since `note_diversion`, or nothing."""
+        if self.log_file is None:
+            return ""
+        with contextlib.suppress(OSError), self.log_file.open("rb") as log:
+            log.seek(self._diverted_from)
+            found = _EXCEPTION.findall(log.read().decode(errors="replace"))
+            return str(found[-1]).strip() if found else ""
+        return ""
 
     def _set_levels(self) -> None:
         logging.getLogger().setLevel(logging.INFO if self.is_verbose else logging.WARNING)
@@ -139,6 +166,11 @@ def is_terminal() -> bool:
     return _stream().isatty()
 
 
+def last_error_said() -> str:
+    """The last exception in the output of others; nothing if none is known."""
+    return "" if _messages is None else _messages.last_error_said()
+
+
 def console() -> "Console":
     """Console for progress bars: the terminal behind stderr."""
     global _console
@@ -184,6 +216,7 @@ def others_into_log() -> Iterator[None]:
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     before = sys.stdout, sys.stderr
+    program.note_diversion()
     # Not closed at the end: loggers of libraries loaded inside keep writing to it.
     file = log.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
     try:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from teacher_cache.engines import EngineError
+from teacher_cache.engines import EngineError, EngineStartError
 from teacher_cache.engines.checks import one_line
 
 # Older versions reused a message's buffer while it was still being sent, so rows of
@@ -168,4 +168,8 @@ def start_engine(
     except (OSError, TypeError, ValueError) as error:
         raise EngineError(f"{where}: vLLM refuses it: {one_line(error)}") from error
     except RuntimeError as error:
+        if "Failed core proc" in str(error):  # vLLM points to an output that is not on the screen
+            raise EngineStartError(
+                f"{where}: vLLM's process ended before the engine was ready"
+            ) from error
         raise EngineError(f"{where}: the vLLM engine did not start ({one_line(error)})") from error
