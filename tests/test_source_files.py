@@ -4,6 +4,7 @@ import datetime
 import decimal
 import gzip
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -201,6 +202,24 @@ def test_files_of_a_folder_that_hold_no_rows_are_named(tmp_path, caplog):
     as_folder(tmp_path / "folder")
     assert len(list(Input(tmp_path / "folder"))) == 200
     assert "README.md: skipped" in caplog.text
+
+
+# Pieces of an array are read in doubled amounts.
+@pytest.mark.parametrize(("start", "num_mib"), [(b'{"prompt": "', 80), (b'[{"prompt": "', 160)])
+def test_a_small_file_that_unpacks_to_one_endless_row_is_refused(tmp_path, start, num_mib):
+    file = tmp_path / "bomb.jsonl.zst"
+    file.write_bytes(zstandard.compress(start + b"a" * (num_mib << 20)))
+    assert file.stat().st_size < 20_000
+    with pytest.raises(SourceError, match=r"bomb\.jsonl\.zst:1: the row is longer than 64 MiB"):
+        list(Input(file))
+
+
+def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / os.fsdecode(b"\xff.jsonl")).write_bytes(jsonl(ROWS))
+    with pytest.raises(
+        SourceError, match="\udcff\\.jsonl: the file's name is not UTF-8; rename it"
+    ):
+        list(Input(tmp_path))
 
 
 class FakeHub(types.ModuleType):

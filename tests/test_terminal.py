@@ -219,6 +219,17 @@ def test_what_others_say_goes_into_a_log_and_ours_does_not():
     Path(log).unlink()
 
 
+def test_a_log_file_holds_what_a_terminal_may_show(tmp_path):
+    code = (
+        "import logging, sys\nfrom pathlib import Path\n"
+        "from teacher_cache.terminal import messages\n"
+        "messages.configure('x').set_log_file(Path(sys.argv[1]))\n"
+        f"logging.getLogger('teacher_cache.x').info({HOSTILE!a})\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "log"], check=True, capture_output=True)
+    assert r"teacher_cache.x: \x1b]0;owned\x07 a\u202eb" in (tmp_path / "log").read_text()
+
+
 ENDS = """
 from teacher_cache.terminal import entry, messages
 

@@ -23,6 +23,7 @@ from fakes import make_cache, make_header, make_trace, make_traces
 from teacher_cache.capture.generate import generate
 from teacher_cache.cli.group import cli
 from teacher_cache.format import (
+    CacheError,
     CacheFormatError,
     CacheMismatchError,
     CacheWriter,
@@ -184,6 +185,17 @@ def test_a_header_in_another_encoding_is_found_and_refused(folder, encoding):
     assert error.startswith("cache.json: not readable")
     with pytest.raises(CacheFormatError, match="not a cache header"):
         open_cache(folder)
+
+
+def test_a_file_whose_name_is_not_utf8_is_named(folder):
+    (folder / "shards" / os.fsdecode(b"\xff.arrow")).write_text("x")
+    (note,) = notes(folder)
+    assert note.startswith("shards/\udcff.arrow: has no commit record")
+    with pytest.raises(CacheError, match="name is not UTF-8"):
+        open_cache(folder / os.fsdecode(b"\xff"))
+    done = run("verify", folder)
+    assert done.exit_code == 0
+    assert r"shards/\xff.arrow" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["cache.json", "record", "shard", "journal", "parts"])

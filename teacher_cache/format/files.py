@@ -5,7 +5,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -97,6 +97,30 @@ def remove_folder(folder: Path) -> None:
     hidden = folder.with_name(f".tmp-removed-{folder.name}")
     folder.rename(hidden)
     shutil.rmtree(hidden)
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether a path's bytes are UTF-8; libraries that take text cannot open others."""
+    try:
+        str(path).encode()
+        return True
+    except UnicodeEncodeError:  # Python decodes other bytes as surrogates
+        return False
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Name -> size in bytes of every file in a folder; a missing folder is empty."""
+    sizes: dict[str, int] = {}
+    try:
+        entries = os.scandir(folder)
+    except FileNotFoundError:
+        return sizes
+    with entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # a writer has renamed it since
+                if entry.is_file():
+                    sizes[entry.name] = entry.stat().st_size
+    return sizes
 
 
 def require_file(path: Path) -> None:

@@ -20,7 +20,14 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from teacher_cache.format.errors import CacheError
-from teacher_cache.format.files import make_folder, publish, remove_unpublished, require_file
+from teacher_cache.format.files import (
+    file_sizes,
+    is_utf8,
+    make_folder,
+    publish,
+    remove_unpublished,
+    require_file,
+)
 from teacher_cache.format.reachable import check_reachable
 
 logger = logging.getLogger(__name__)
@@ -79,6 +86,8 @@ class Store:
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Name -> size of every file in a folder; a missing folder is empty."""
+        if self.folder is not None:  # names need not be UTF-8 there, which pyarrow wants
+            return file_sizes(self.folder / folder)
         selector = pafs.FileSelector(self._path(folder), allow_not_found=True)
         infos = self._retried(folder, lambda: self.filesystem.get_file_info(selector))
         return {i.base_name: int(i.size) for i in infos if i.type == pafs.FileType.File}
@@ -173,6 +182,8 @@ def open_store(path: CachePath) -> Store:
     """
     text = os.fspath(path)
     if "://" not in text:
+        if not is_utf8(Path(text)):
+            raise CacheError(f"{text}: the folder's name is not UTF-8; rename it")
         return Store(text, pafs.LocalFileSystem(), text.rstrip("/") or "/")
     where = shown(text)
     check_reachable(text, where)

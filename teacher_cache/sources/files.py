@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from teacher_cache.format.files import is_utf8
 from teacher_cache.sources.json_files import text_rows
 from teacher_cache.sources.rejects import SourceError
 from teacher_cache.sources.row import Row
@@ -132,6 +133,8 @@ def _check_is_file(path: Path) -> None:
 def _file_rows(path: Path) -> Iterator[Row]:
     """Rows of one file: its first bytes say what it is, and its name must agree."""
     _check_is_file(path)
+    if not is_utf8(path):
+        raise SourceError(f"{path}: the file's name is not UTF-8; rename it")
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     kind = "text"

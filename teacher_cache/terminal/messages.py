@@ -70,7 +70,7 @@ class Messages:
             OSError: If it cannot be written.
         """
         file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-        file.setFormatter(logging.Formatter(_LINE_WITH_TIME))
+        file.setFormatter(_Printable(_LINE_WITH_TIME))
         logging.getLogger().addHandler(file)
         self.log_file, self.keeps_log = path, True
 
@@ -116,7 +116,15 @@ class Messages:
         for name in _OURS:
             logging.getLogger(name).setLevel(logging.WARNING if self.is_quiet else logging.INFO)
         form = "%(asctime)s %(message)s" if self.is_verbose else "%(message)s"
-        self._handler.setFormatter(logging.Formatter(form))
+        self._handler.setFormatter(_Printable(form))
+
+
+class _Printable(logging.Formatter):
+    """Lines in which nothing moves the cursor, on a terminal or when a log is looked at."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as one text."""
+        return printable_lines(super().format(record))
 
 
 class _Handler(logging.Handler):
@@ -127,9 +135,9 @@ class _Handler(logging.Handler):
         self._messages = messages
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line; nothing in it moves the cursor."""
+        """Write a line."""
         try:
-            line = printable_lines(self.format(record))
+            line = self.format(record)
             log = self._messages.diverted_to
             if log is None or record.name.partition(".")[0] in _OURS:
                 say(line)
