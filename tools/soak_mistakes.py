@@ -2,9 +2,10 @@
 
     python tools/soak.py mistakes [--only TEXT] [--table FILE]
 
-`mistakes.toml` lists them. Each must end with its exit code, in one line for code 1 and in at most
-MAX_USAGE_LINES for a wrong usage, without a traceback, and name what is wrong. Processor seconds
-say how much had to be imported and read; seconds of the clock depend on the load beside it.
+`mistakes.toml` lists them. Each must end with its exit code, without a traceback, and with one line
+of the program that names what is wrong; a wrong usage has at most MAX_LINES. Lines of progress
+before it are not counted. Processor seconds say how much had to be imported and read; seconds of
+the clock depend on the load of the machine.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 import soak_stops
 
 ROOT = soak_stops.ROOT
-MAX_USAGE_LINES = 6
+MAX_LINES = 6
 _LIMIT_S = 180
 _PROGRAM = {
     "cache-teacher": "from teacher_cache.cli import program; program()",
@@ -78,15 +79,17 @@ def make(mistake: Mistake, names: dict[str, str], folder: Path) -> Found:
     code, cpu_s = _ended(process, start_s)
     wall_s = time.monotonic() - start_s
     lines = tuple(said.read_text(errors="replace").splitlines())
-    # A line of progress stands before the message if the machine is slow.
-    of_error = tuple(line for line in lines if not _is_progress(line))
+    # Lines of progress stand before the message if the machine is slow.
+    start = f"{program}: " if mistake.code == 1 else "Usage: "
+    first = next((n for n, line in enumerate(lines) if line.startswith(start)), len(lines))
+    of_error = lines[first:]
     text = " ".join(" ".join(of_error).split())
     is_right = (
-        code == mistake.code and mistake.says in text and "Traceback" not in text
-        and len(of_error) <= (1 if code == 1 else MAX_USAGE_LINES)
+        code == mistake.code and mistake.says in text and "Traceback" not in "".join(lines)
+        and 0 < len(of_error) <= (1 if code == 1 else MAX_LINES)
     )  # fmt: skip
-    load = os.getloadavg()[0]
-    return Found(mistake, code, cpu_s, wall_s, of_error, is_right, load)
+    shown = of_error or lines
+    return Found(mistake, code, cpu_s, wall_s, shown, is_right, os.getloadavg()[0])
 
 
 def _filled(text: str, names: dict[str, str]) -> str:
@@ -117,11 +120,6 @@ def _ended(process: subprocess.Popen[bytes], start_s: float) -> tuple[int | None
             process.wait()
             return None, 0.0
         time.sleep(0.02)
-
-
-def _is_progress(line: str) -> bool:
-    starts = ("loading ", "reading ", "starting ", "verifying ")
-    return line.startswith(starts) or ": loading" in line or ": at work" in line
 
 
 def prepare(folder: Path) -> dict[str, str]:
