@@ -2,7 +2,10 @@
 
 import http.client
 import random
+import socket
+import struct
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -11,11 +14,19 @@ import pyarrow.fs as pafs
 BUCKET = "bucket"
 SECRET = "verysecret"
 _SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your rate</Message></Error>"
+_LATE_S = 0.3
 _OF_ONE_HOP = ("content-length", "transfer-encoding", "connection", "expect")
 
 
 class FlakyProxy(ThreadingHTTPServer):
-    """Forwards requests; a share of them is answered 500 or 503, dropped, or answered in part."""
+    """Forwards requests, and fails or delays a share of them.
+
+    Attributes:
+        fault_share: Share of requests that go wrong in one of the ways of `num_faults`.
+        num_faults: Requests that went wrong: answered 500 or 503, closed or reset without an
+            answer, answered in part, answered late.
+        old_lists: Answers to listings by their paths, repeated from now on; None to pass them on.
+    """
 
     daemon_threads = True
 
@@ -23,7 +34,8 @@ class FlakyProxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Forward)
         self.backend = backend
         self.fault_share = 0.0
-        self.num_faults = {"error": 0, "dropped": 0, "cut": 0}
+        self.num_faults = {"error": 0, "dropped": 0, "reset": 0, "cut": 0, "late": 0}
+        self.old_lists = None
         self.rng = random.Random(0)
 
     def handle_error(self, request, client_address):
@@ -42,15 +54,24 @@ class _Forward(BaseHTTPRequestHandler):
             server.num_faults[fault] += 1
         if fault == "error":
             self.answer(server.rng.choice([500, 503]), [], _SLOW_DOWN)
-        elif fault == "dropped":
+        elif fault in ("dropped", "reset"):
+            linger = struct.pack("ii", fault == "reset", 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.close_connection = True
+        elif server.old_lists is not None and self.path in server.old_lists:
+            self.answer(*server.old_lists[self.path])
         else:
+            if fault == "late":
+                time.sleep(_LATE_S)
             connection = http.client.HTTPConnection(*server.backend)
             kept = {n: v for n, v in self.headers.items() if n.lower() not in _OF_ONE_HOP}
             connection.request(self.command, self.path, body, kept)
             found = connection.getresponse()
             content = found.read()
-            self.answer(found.status, found.getheaders(), content, cut=fault == "cut")
+            answer = (found.status, found.getheaders(), content)
+            if server.old_lists is not None and self.command == "GET" and "list-type=" in self.path:
+                server.old_lists[self.path] = answer
+            self.answer(*answer, cut=fault == "cut")
             connection.close()
 
     def body(self):

@@ -19,6 +19,7 @@ from teacher_cache.format import (
     CacheError,
     CacheMismatchError,
     CacheWriter,
+    FinishedTrace,
     open_cache,
     open_store,
     seal_cache,
@@ -42,7 +43,7 @@ def s3():
 def proxy(s3, monkeypatch):
     monkeypatch.setattr(store_module, "RETRY_WAITS_S", (0.01,) * 7)
     yield s3[0]
-    s3[0].fault_share = 0.0
+    s3[0].fault_share, s3[0].old_lists = 0.0, None
 
 
 @pytest.fixture
@@ -83,6 +84,25 @@ def test_failing_requests_are_tried_again(uri, proxy, tmp_path):
     seal_cache(uri, journal=tmp_path / "journal")
     assert_holds(uri, traces)
     assert all(proxy.num_faults[kind] > before[kind] for kind in before), proxy.num_faults
+
+
+def test_lists_that_lag_behind_lose_nothing(uri, proxy, tmp_path):
+    traces = make_traces(8)
+    write_through(uri, traces[:3], tmp_path / "journal")
+    first = open_store(uri).read("shards/w0-00000.json")
+    proxy.old_lists = {}  # from here on the store shows what it shows now
+    with CacheWriter(uri, make_header(), journal=tmp_path / "journal") as writer:
+        for trace in traces[3:]:
+            writer.append(FinishedTrace(trace, "source"))
+        writer.finish()
+        with pytest.raises(CacheMismatchError, match=r"lacks 5 traces that were written.*again"):
+            seal_cache(uri, journal=tmp_path / "journal", known=writer.finished())
+    # Another run, which does not see the second one's shards, writes over none of them.
+    write_through(uri, traces[3:5], tmp_path / "journal")
+    proxy.old_lists = None
+    assert open_store(uri).read("shards/w0-00000.json") == first
+    assert seal_cache(uri, journal=tmp_path / "journal").seal.num_duplicates == 2
+    assert_holds(uri, traces)
 
 
 @pytest.mark.slow

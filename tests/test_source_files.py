@@ -216,7 +216,7 @@ def test_a_small_file_that_unpacks_to_one_endless_row_is_refused(tmp_path, start
 
 def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / os.fsdecode(b"\xff.jsonl")).write_bytes(jsonl(ROWS))
-    with pytest.raises(SourceError, match="\udcff\\.jsonl: its name is not UTF-8"):
+    with pytest.raises(SourceError, match="\udcff\\.jsonl: the file's name is not UTF-8"):
         list(Input(tmp_path))
 
 

@@ -208,7 +208,7 @@ def _run(job: Job, survey: Survey, crew: Crew, writer: CacheWriter) -> CaptureRe
 
 def _finish(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureReport:
     """Compact and seal; if either is interrupted, the next run does it."""
-    with stop_signals() as switch, Progress("writing the last shard"):
+    with stop_signals() as switch:
         try:
             return _sealed(job, writer, report)
         except Stopped as stopped:
@@ -218,11 +218,19 @@ def _finish(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureRepo
 
 def _sealed(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureReport:
     survey = report.survey
-    writer.finish()
+    with Progress("writing the last shard"):
+        writer.finish()
     # Beside other workers, no worker can know that the cache is complete.
     complete = survey.num_taken == survey.num_wanted and job.is_whole
     if complete:
-        seal_cache(job.out, journal=job.journal, allow_missing=True)
+        with Progress("sealed", unit="shards") as progress:
+            seal_cache(
+                job.out,
+                journal=job.journal,
+                allow_missing=True,
+                known=writer.finished(),
+                on_record=lambda done, total: progress.set(done, total=total),
+            )
     return _with_parts(job, replace(report, sealed=complete))
 
 

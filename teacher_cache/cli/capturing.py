@@ -66,9 +66,12 @@ def seal_command(config: SealConfig) -> None:
     cache-teacher seal cache
     """
     check_cache(config.cache)
-    with Progress(f"sealing {shown(config.cache)}"):
+    with Progress(f"sealing {shown(config.cache)}", unit="shards") as progress:
         manifest = seal_cache(
-            config.cache, journal=config.journal, allow_missing=config.allow_missing
+            config.cache,
+            journal=config.journal,
+            allow_missing=config.allow_missing,
+            on_record=lambda done, total: progress.set(done, total=total),
         )
     seal = manifest.seal
     if seal is not None:

@@ -1,6 +1,6 @@
 """The records of a cache in its store: `cache.json` and the commit records of shards."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from teacher_cache.format.commit import PLAIN_NAME, ShardCommit, check_commit, parse_commit
@@ -8,6 +8,8 @@ from teacher_cache.format.errors import CacheFormatError, CacheMismatchError, re
 from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Manifest, parse_manifest
 from teacher_cache.format.store import CachePath, Store, open_store
+
+OnRecord = Callable[[int, int], None]  # (records read, records in all)
 
 MESSAGES_FOLDER = "messages"
 _NUM_READERS = 16  # records of a remote cache fetched at a time
@@ -63,8 +65,19 @@ def committed_names(store: Store) -> list[str]:
     return sorted(name.removesuffix(".json") for name in files if name.endswith(".json"))
 
 
-def read_commits(store: Store, names: Iterable[str], header: CacheHeader) -> list[ShardCommit]:
+def read_commits(
+    store: Store,
+    names: Collection[str],
+    header: CacheHeader,
+    on_record: OnRecord = lambda done, total: None,
+) -> list[ShardCommit]:
     """The commit records of these shards, checked against the cache's header.
+
+    Args:
+        store: The cache.
+        names: Names of the shards.
+        header: The cache's header.
+        on_record: Called after every record, with their number so far and in all.
 
     Raises:
         CacheFormatError: If one is missing or damaged.
@@ -85,10 +98,15 @@ def read_commits(store: Store, names: Iterable[str], header: CacheHeader) -> lis
         check_commit(commit, header)
         return commit
 
+    def counted(commits: Iterable[ShardCommit]) -> Iterator[ShardCommit]:
+        for number, commit in enumerate(commits, start=1):
+            on_record(number, len(names))
+            yield commit
+
     if store.folder is not None:
-        return [read(name) for name in names]
+        return list(counted(map(read, names)))
     with ThreadPoolExecutor(_NUM_READERS) as pool:  # fetching one by one would be mostly latency
-        return list(pool.map(read, names))
+        return list(counted(pool.map(read, names)))
 
 
 def commit_file(name: str) -> str:

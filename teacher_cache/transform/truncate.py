@@ -74,7 +74,7 @@ def truncate_cache(
             for shard, rows in rows_by_shard(cache.traces).items():
                 _copy_shard(cache, shard, rows, writer)
             writer.finish()
-    return seal_cache(out)
+    return seal_cache(out, known=writer.finished())
 
 
 def _copy_shard(cache: Cache, shard: int, rows: list[int], writer: CacheWriter) -> None:

@@ -1,19 +1,31 @@
 """Sealing: declaring a cache complete."""
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from teacher_cache.format.commit import ShardCommit
 from teacher_cache.format.errors import CacheMismatchError
 from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Manifest, make_seal
-from teacher_cache.format.records import committed_names, read_commits, require_manifest
+from teacher_cache.format.records import (
+    OnRecord,
+    committed_names,
+    read_commits,
+    require_manifest,
+)
 from teacher_cache.format.shares import require_all_parts
-from teacher_cache.format.store import CachePath, open_store
+from teacher_cache.format.store import CachePath, Store, open_store
 from teacher_cache.format.writing.journal_places import open_journals
 from teacher_cache.format.writing.writer import CacheWriter
 
 
 def seal_cache(
-    path: CachePath, *, journal: Path | None = None, allow_missing: bool = False
+    path: CachePath,
+    *,
+    journal: Path | None = None,
+    allow_missing: bool = False,
+    known: Collection[str] = (),
+    on_record: OnRecord = lambda done, total: None,
 ) -> Manifest:
     """Declare a cache complete: compact the remaining journals and list its shards.
 
@@ -23,10 +35,13 @@ def seal_cache(
         path: A folder, or a URI that pyarrow.fs knows.
         journal: Folder of the journals, if not the default one.
         allow_missing: Seal even if workers that share an input have not all finished it.
+        known: Ids of traces that must be in the cache. A store whose lists lag behind its
+            files may not show their shards yet.
+        on_record: Called after every commit record, with their number so far and in all.
 
     Raises:
         CacheMismatchError: If a worker is still writing, has a journal elsewhere, or has not
-            finished its part of the input, or if shards came after the seal.
+            finished its part of the input, or if shards came after the seal or are not listed.
         CacheError: If a commit record is damaged or of another capture.
         OSError: If the seal cannot be written.
     """
@@ -47,10 +62,21 @@ def seal_cache(
     journals.require_all_finished()
     for folder in ("", SHARD_FOLDER):
         store.remove_unpublished(folder)
-    commits = read_commits(store, committed_names(store), manifest.header)
+    commits = read_commits(store, committed_names(store), manifest.header, on_record)
+    _require_known(store, commits, known)
     sealed = Manifest(manifest.header, manifest.config, make_seal(commits, manifest.header))
     store.publish(MANIFEST_NAME, sealed.to_bytes())
     return sealed
+
+
+def _require_known(store: Store, commits: Sequence[ShardCommit], known: Collection[str]) -> None:
+    lacking = set(known).difference(trace.trace_id for c in commits for trace in c.traces)
+    if lacking:
+        raise CacheMismatchError(
+            f"{store.where}: its list of shards lacks {len(lacking):,} traces that were written, "
+            f"such as {min(lacking)!r}: the store's lists lag behind. Nothing is lost; run the "
+            "same command again in a minute"
+        )
 
 
 def compact_journals(path: CachePath, header: CacheHeader, *, journal: Path | None = None) -> None:

@@ -91,7 +91,7 @@ def retokenize(config: RetokenizeConfig) -> RetokenizeReport:
                 )
             writer.finish()
     if report.stopped_by is None:
-        seal_cache(config.out, journal=config.journal)
+        seal_cache(config.out, journal=config.journal, known=writer.finished())
         made = open_cache(config.out)
         infos = (made.shards[shard].traces[row] for shard, row in made.traces)
         report = replace(report, figures=overall(infos))
