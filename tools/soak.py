@@ -4,12 +4,14 @@
     python tools/soak.py kills --kills 500 --seed 0 --workers 3
     python tools/soak.py stops
     python tools/soak.py mistakes
+    python tools/soak.py faults
 
 Every case of `fuzz` changes a shard, a commit record, a cache header or a journal, makes the
 checksums agree where that lets the change reach further, and reads. It must end in a CacheError
 with a message, or in values that hold every promise of the format. Anything else, more memory
 than a shard may take, or the death of the process is a finding; case N of seed S is always the
-same. soak_kills.py describes `kills`, soak_stops.py `stops`, soak_mistakes.py `mistakes`.
+same. soak_kills.py describes `kills`, soak_stops.py `stops`, soak_mistakes.py `mistakes`,
+soak_faults.py `faults`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import soak_faults
 import soak_kills
 import soak_mistakes
 import soak_stops
@@ -275,13 +278,14 @@ def main() -> None:
     soak_kills.add_options(commands.add_parser("kills"))
     soak_stops.add_options(commands.add_parser("stops"))
     soak_mistakes.add_options(commands.add_parser("mistakes"))
+    soak_faults.add_options(commands.add_parser("faults"))
     arguments = parser.parse_args()
     if arguments.command == "kills":
         soak_kills.main(arguments)
-    if arguments.command in ("stops", "mistakes"):
-        chosen = soak_stops.main if arguments.command == "stops" else soak_mistakes.main
+    of_processes = {"stops": soak_stops, "mistakes": soak_mistakes, "faults": soak_faults}
+    if chosen := of_processes.get(arguments.command):
         with tempfile.TemporaryDirectory() as folder:
-            sys.exit(chosen(arguments, Path(folder)) > 0)
+            sys.exit(chosen.main(arguments, Path(folder)) > 0)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         outcomes, findings = fuzz(arguments.cases, arguments.seed, Path(folder))

@@ -32,7 +32,7 @@ _LEAVING_S = 2.0  # for processes that notice the end of the command by themselv
 AT_THE_MOMENT = "at the moment"
 
 # Holds one of our functions until the signal has come; late imports are held late.
-_HOLDING = """
+HOLDING = """
 import importlib, importlib.abc, sys, time
 target, program = sys.argv[1:3]
 del sys.argv[1:3]
@@ -128,9 +128,9 @@ def stop(
     words = [word.format(out=folder / "out") for word in moment.command]
     with said.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-c", _HOLDING, moment.held, *words],
+            [sys.executable, "-c", HOLDING, moment.held, *words],
             stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=ROOT, start_new_session=True,
-            env=_environment(folder),
+            env=environment(folder),
         )  # fmt: skip
     try:
         _wait_for(moment, process, said)
@@ -163,7 +163,7 @@ def stop(
     )  # fmt: skip
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
     """Surroundings of a case; its logs, which a kill leaves behind, go into its folder."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
@@ -308,12 +308,11 @@ def prepare(folder: Path) -> None:
     (folder / "others.jsonl").write_text("".join(rows[100:104]))
     (folder / "run.toml").write_text("max-steps = 400\nepochs = 400\nbatch-traces = 4\n")
     command = [
-        sys.executable, "-c", _HOLDING, "", "cache-teacher", "generate", "--engine", "transformers",
+        sys.executable, "-c", HOLDING, "", "cache-teacher", "generate", "--engine", "transformers",
         "--model", str(folder / "teacher"), "--prompts", str(folder / "p.jsonl"),
         "--out", str(folder / "cache"),
     ]  # fmt: skip
-    environment = _environment(folder)
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run(command, cwd=ROOT, env=environment(folder), check=True, capture_output=True)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -108,7 +108,7 @@ def check_out_file(path: Path, flag: str, *, force: bool) -> None:
 
 def check_model(name: str, flag: str) -> None:
     """Refuse a name that is neither a model folder nor on the hub; recognises misspelt folders."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
             inner = folder / "model"
@@ -134,7 +134,7 @@ def check_hub_name(name: str, flag: str, kind: str) -> None:
     """
     if _hub_copy(name, kind).is_dir():
         return
-    is_known, near = _is_on_hub(name, kind), near_path(Path(name).expanduser())
+    is_known, near = _is_on_hub(name, kind), near_path(expanded(name))
     if is_known is None:
         raise ValueError(
             f"{flag}: {printable(name)}: no such folder{near}, no copy from the Hugging Face hub, "
@@ -142,6 +142,14 @@ def check_hub_name(name: str, flag: str, kind: str) -> None:
         )
     if not is_known and near:
         raise ValueError(f"{flag}: {printable(name)}: no such folder{near}, nor on the hub")
+
+
+def expanded(name: str) -> Path:
+    """A path whose ~ is the user's home; unchanged if the user has none."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 def near_path(path: Path) -> str:
@@ -159,7 +167,7 @@ def _near(name: str, folder: Path) -> str:
 
 def _hub_copy(name: str, kind: str) -> Path:
     """Folder where the hub's client caches a repository."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    home = expanded(os.environ.get("HF_HOME", "~/.cache/huggingface"))
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     return cache / f"{kind}--{name.replace('/', '--')}"
 
@@ -200,7 +208,7 @@ def check_wandb_login() -> None:
         return
     base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     host = base.partition("://")[2].partition("/")[0].partition(":")[0]
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    netrc = expanded(os.environ.get("NETRC", "~/.netrc"))
     with contextlib.suppress(OSError):
         if host in netrc.read_text(encoding="utf-8", errors="replace"):
             return

@@ -69,7 +69,7 @@ class Messages:
         Raises:
             OSError: If it cannot be written.
         """
-        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(_Printable(_LINE_WITH_TIME))
         logging.getLogger().addHandler(file)
         self.log_file, self.keeps_log = path, True
@@ -127,6 +127,16 @@ class _Printable(logging.Formatter):
         return printable_lines(super().format(record))
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that is given up, in one line, once it cannot be written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # logging's name
+        """Say why, and write nothing more."""
+        del record
+        logging.getLogger().removeHandler(self)
+        say(f"{self.baseFilename}: nothing more is logged there: {sys.exception()}")
+
+
 class _Handler(logging.Handler):
     """Writes to the program's stderr, above a progress bar if there is one."""
 
@@ -141,8 +151,11 @@ class _Handler(logging.Handler):
             log = self._messages.diverted_to
             if log is None or record.name.partition(".")[0] in _OURS:
                 say(line)
-            else:
+                return
+            try:
                 log.write(f"{line}\n")
+            except OSError:  # its disk is full
+                say(line)
         except Exception:  # as logging treats its own errors
             self.handleError(record)
 

@@ -16,7 +16,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from teacher_cache.format.errors import CacheMismatchError
+from teacher_cache.format.errors import CacheError, CacheMismatchError
 from teacher_cache.format.files import fsync, make_folder, publish
 from teacher_cache.format.folder_lock import FolderLock, InUseError
 from teacher_cache.format.manifest import JOURNAL_FOLDER
@@ -133,7 +133,12 @@ def open_journals(path: CachePath, store: Store, folder: Path | None) -> Journal
 
 def _default_folder(path: CachePath) -> Path:
     home = os.environ.get("XDG_CACHE_HOME")
-    base = Path(home) if home else Path.home() / ".cache"
+    try:
+        base = Path(home) if home else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise CacheError(
+            "this user has no home folder to keep journals in; name a folder with --journal"
+        ) from error
     return base / "leadspan" / hashlib.sha256(identity(path).encode()).hexdigest()[:16]
 
 
