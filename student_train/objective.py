@@ -34,7 +34,7 @@ class Objective:
     | tvd | sum of abs(p - q) / 2 | |
 
     jsd is that of Agarwal et al. (arXiv 2306.13649), the skew divergences those of Ko et al.
-    (arXiv 2402.03898).
+    (arXiv 2402.03898). A token without a distribution has ce_weight CE alone.
 
     Whatever lies outside the kept entries is, by `tail`:
 

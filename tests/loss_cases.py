@@ -70,6 +70,15 @@ def ragged_case(dtype=torch.float64, num_vocab=7, hidden_size=3, seed=0):
     return hidden.to(dtype), weight.to(dtype), targets, token_weight
 
 
+def without_distributions(targets, rows):
+    """The same targets, with some rows that have the target token alone."""
+    k, top_ids, top_logits = targets.k.clone(), targets.top_ids.clone(), targets.top_logits.clone()
+    k[rows], tail_logit = 0, targets.tail_logit.clone()
+    top_ids[rows, 0], top_logits[rows, 0] = targets.target_ids[rows], 0.0
+    tail_logit[rows] = 0.0
+    return replace(targets, k=k, top_ids=top_ids, top_logits=top_logits, tail_logit=tail_logit)
+
+
 def as_dtype(targets, dtype):
     return replace(
         targets, top_logits=targets.top_logits.to(dtype), tail_logit=targets.tail_logit.to(dtype)

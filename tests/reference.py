@@ -53,6 +53,9 @@ def teacher_probs(top_logits, tail_logit, tail, temperature):
 def token_parts(logits, targets, n, name, mix, tail, temperature):
     """Divergence, times the squared temperature, and cross entropy of token n."""
     k, num_vocab = int(targets.k[n]), logits.shape[1]
+    ce = -torch.log_softmax(logits[n], dim=0)[targets.target_ids[n].long()]
+    if k == 0:  # no distribution
+        return torch.zeros_like(ce), ce
     ids = targets.top_ids[n, :k].long()
     rest = torch.ones(num_vocab, dtype=torch.bool)
     rest[ids] = False
@@ -64,7 +67,6 @@ def token_parts(logits, targets, n, name, mix, tail, temperature):
     p = teacher_probs(targets.top_logits[n, :k].double(), tail_logit, tail, temperature)
     if k == num_vocab or (tail == "zero" and name == "forward_kl"):
         p, q = p[:k], q[:k]
-    ce = -torch.log_softmax(logits[n], dim=0)[targets.target_ids[n].long()]
     return divergence(name, mix, p, q) * temperature**2, ce
 
 
@@ -115,7 +117,8 @@ def plain_bucket_kl(logits, targets):
 def trace_losses(logits, trace, ce_weight):
     """[N] losses of a trace's tokens that have entries; logits [T, V] of all its tokens, in order.
 
-    Kept ids that the logits do not reach are part of the tail.
+    Kept ids that the logits do not reach are part of the tail. Tokens of the response without
+    entries have the share ce_weight of their cross entropy, if there is one.
     """
     losses, begin = [], 0
     for t, k in enumerate(trace.k.tolist()):
@@ -123,6 +126,9 @@ def trace_losses(logits, trace, ce_weight):
         top_logits = torch.from_numpy(trace.top_logits[begin : begin + k]).double()
         begin += k
         if k == 0:
+            if t >= max(1, trace.cot_start) and ce_weight:
+                ce = -torch.log_softmax(logits[t - 1].double(), dim=0)[int(trace.token_ids[t])]
+                losses.append(ce_weight * ce)
             continue
         tail_logit = torch.tensor(float(trace.tail_logit[t]), dtype=torch.float64)
         *kept, tail = teacher_probs(top_logits, tail_logit, "bucket", 1.0)

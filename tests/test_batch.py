@@ -57,6 +57,26 @@ def test_tokens_without_a_distribution_are_not_valid():
     assert set(range(40)) - set(valid_positions(trace, WHOLE).tolist()) == {0, 5, 39}
 
 
+def test_hard_labels_teach_where_a_response_has_no_distribution():
+    trace = make_trace("t", 40, without_entries=(5, 20, 39))  # the response begins at 10
+    selection = TokenSelection(sections=("prompt", "answer"))
+
+    assert set(range(40)) - set(valid_positions(trace, WHOLE, hard_labels=True)) == {0, 5}
+    (hard,) = micro_batches(
+        WHOLE.selected([trace]), batch_tokens=99, loss_reduction="sequence", hard_labels=True
+    )
+    assert (hard.num_valid, hard.num_hard_labels, hard.num_left_out) == (38, 2, 0)
+    torch.testing.assert_close(hard.token_weight, torch.full((38,), 1 / 38))
+    without = (hard.targets.k == 0).nonzero()[:, 0]
+    assert (hard.hidden_index[without] + 1).tolist() == [20, 39]
+    assert hard.targets.target_ids[without].tolist() == trace.token_ids[[20, 39]].tolist()
+    assert torch.equal(hard.targets.top_ids[without, 0], hard.targets.target_ids[without])
+    (soft,) = batches_of([trace])
+    assert (soft.num_valid, soft.num_hard_labels, soft.num_left_out) == (36, 0, 2)
+    (answer,) = batches_of([trace], selection)
+    assert answer.num_left_out == 1  # the other one was not asked for
+
+
 @pytest.mark.parametrize(
     ("selection", "num_read"),
     [

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from fakes import TOKENS, make_cache, make_trace, make_traces, write_shards
+from reference import trace_losses
 from same_bits import assert_bitwise_equal
 from students import make_model, make_student, make_tokenizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -392,6 +393,36 @@ def test_normalisation_is_what_it_says(config, tmp_path, loss_reduction):
     assert abs(by_token - by_trace) > 1e-3
 
 
+@pytest.mark.parametrize("ce_weight", [0.0, 0.25, 1.0])
+def test_hard_labels_alone_teach_where_there_is_no_distribution(
+    config, tmp_path, caplog, ce_weight
+):
+    caplog.set_level("INFO")
+    holes = make_trace("holes", 40, without_entries=(5, 20, 21, 39))  # the response begins at 10
+    traces = [holes, make_trace("whole", 24)]
+    settings = config(
+        cache=make_cache(tmp_path / "cache", traces), ce_weight=ce_weight, max_steps=1
+    )
+    train(settings)
+
+    model = make_model().double()
+    losses = [
+        trace_losses(model(torch.from_numpy(t.token_ids).long()[None]).logits[0], t, ce_weight)
+        for t in traces
+    ]
+    (found,) = metrics_of(settings)
+    assert found["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert found["tokens"] == len(torch.cat(losses)) == (58 if ce_weight == 0 else 61)
+    counts = (found["num_hard_labels"], found["num_left_out_tokens"])
+    assert counts == ((0, 3) if ce_weight == 0 else (3, 0))
+    said = "3 tokens without a distribution were left out of the loss: --ce-weight is 0"
+    if ce_weight:
+        said = "3 of 61 loss tokens had no distribution: the hard label alone taught them"
+    assert said in caplog.text
+    kept = [np.exp(t.top_logprobs).sum() for t in traces]
+    assert found["teacher_mass"] == pytest.approx(sum(kept) / 58, rel=1e-4)
+
+
 def test_half_a_lead_span_reads_fewer_bytes_and_trains_on_fewer_tokens(config, tmp_path):
     cache = make_cache(tmp_path / "cache", make_traces(8, lengths=(200, 300)))
     whole = config(cache=cache, out=tmp_path / "whole", batch_tokens=4096)
@@ -580,7 +611,7 @@ def test_tensorboard_shows_the_metrics(config):
 def test_steps_without_a_valid_token_are_counted_and_change_nothing(config, tmp_path, caplog):
     bare = [make_trace(f"bare{n}", 30, without_entries=range(30)) for n in range(3)]
     cache = make_cache(tmp_path / "cache", [*bare, make_trace("full", 30)])
-    settings = config(cache=cache, batch_traces=1, weight_decay=0.5)
+    settings = config(cache=cache, batch_traces=1, weight_decay=0.5, ce_weight=0.0)
     train(settings)
 
     metrics = metrics_of(settings)
@@ -593,7 +624,7 @@ def test_steps_without_a_valid_token_are_counted_and_change_nothing(config, tmp_
 def test_traces_without_a_valid_token_are_counted_beside_others(config, tmp_path, caplog):
     bare = [make_trace(f"bare{n}", 30, without_entries=range(30)) for n in range(3)]
     cache = make_cache(tmp_path / "cache", [*bare, make_trace("full", 30)])
-    settings = config(cache=cache, batch_traces=4, epochs=2)
+    settings = config(cache=cache, batch_traces=4, epochs=2, ce_weight=0.0)
     train(settings)
 
     assert [m["num_empty_traces"] for m in metrics_of(settings)] == [3, 6]

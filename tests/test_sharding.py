@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import train_multiprocess
-from fakes import make_cache, make_traces
+from fakes import make_cache, make_trace, make_traces
 from students import make_student
 from torch import multiprocessing
 from transformers import AutoModelForCausalLM
@@ -41,7 +41,9 @@ def metrics_of(config):
 def test_a_sharded_run_equals_one_process_and_is_gone_on_with_by_one(
     tmp_path, tied, stops, changes
 ):
-    cache = make_cache(tmp_path / "cache", make_traces(40))
+    traces = make_traces(40)
+    traces[3::4] = [make_trace(f"hard{n}", 30, without_entries=(9, 20)) for n in range(10)]
+    cache = make_cache(tmp_path / "cache", traces)
     student = make_student(tmp_path / f"student{'-tied' if tied else ''}", tied=tied)
     whole = TrainConfig(
         cache=(cache,), student=student, out=tmp_path / "whole", lr=3e-3, batch_traces=4,
@@ -61,10 +63,12 @@ def test_a_sharded_run_equals_one_process_and_is_gone_on_with_by_one(
     one, other = metrics_of(whole), metrics_of(sharded)
     assert len(one) == len(other) == 10
     for left, right in zip(one, other, strict=True):
-        assert left["tokens"] == right["tokens"]
+        for name in ("tokens", "num_hard_labels", "num_left_out_tokens"):
+            assert left[name] == right[name]
         for name in ("loss", "kl", "ce", "grad_norm", "student_mass", "lr"):
             assert left[name] == pytest.approx(right[name], rel=1e-5), (left["step"], name)
         assert left.get("heldout_kl", 0) == pytest.approx(right.get("heldout_kl", 0), rel=1e-5)
+    assert one[-1]["num_hard_labels"] > 0  # teach, and weigh the same, in either
     assert max(metrics["grad_norm"] for metrics in one) > 0.5  # was clipped
     assert [values["step"] for values in one if "heldout_kl" in values] == [2, 4, 6, 8, 10]
     students = [

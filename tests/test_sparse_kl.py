@@ -93,6 +93,35 @@ def test_equals_the_dense_definition_to_1e_12(objective):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("objective", ALLOWED, ids=loss_cases.objective_id)
+def test_a_row_without_a_distribution_has_its_share_of_the_cross_entropy_alone(objective):
+    hidden, weight, whole, token_weight = loss_cases.ragged_case()
+    targets = loss_cases.without_distributions(whole, [2, 4])
+    settings = Objective(**objective)
+
+    def ours(hidden, weight):
+        return sparse_kl(hidden, weight, targets, token_weight, settings, chunk_bytes=1).loss
+
+    def per_token(hidden, weight):
+        losses = sparse_kl_per_token(hidden, weight, targets, settings).loss
+        return (losses * token_weight).sum()
+
+    def dense(hidden, weight):
+        return (reference.sparse_kl(hidden, weight, targets, **objective) * token_weight).sum()
+
+    expected = loss_and_gradients(dense, hidden, weight)
+    for function in (ours, per_token):
+        for got, want in zip(loss_and_gradients(function, hidden, weight), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    parts = sparse_kl_per_token(hidden, weight, targets, settings)
+    before = sparse_kl_per_token(hidden, weight, whole, settings)
+    for name in ("kl", "student_mass", "teacher_mass", "top1"):
+        found = getattr(parts, name)
+        assert not found[[2, 4]].any()
+        assert torch.equal(found[[0, 1, 3, 5, 6, 7]], getattr(before, name)[[0, 1, 3, 5, 6, 7]])
+    torch.testing.assert_close(parts.ce, before.ce, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_bias_softcap_and_scale_equal_the_dense_definition(settings):
     hidden, weight, targets, token_weight = loss_cases.ragged_case()

@@ -17,7 +17,10 @@ _Value = TypeVar("_Value", bound=np.generic)
 
 
 def targets_of(tokens: Sequence[tuple[Trace, NDArray[np.int64]]]) -> TeacherTargets:
-    """Targets of these tokens of these traces, at least one token in all; each has entries."""
+    """Targets of these tokens of these traces, at least one token in all.
+
+    Tokens without a distribution have themselves as the only entry, and k = 0.
+    """
     k, tails, target_ids, ids, logits = [], [], [], [], []
     for trace, valid in tokens:
         k.append(trace.k[valid])
@@ -27,13 +30,17 @@ def targets_of(tokens: Sequence[tuple[Trace, NDArray[np.int64]]]) -> TeacherTarg
         ids.append(trace.top_ids[entries])
         logits.append(trace.top_logits[entries])
     k_N = np.concatenate(k).astype(np.int64)
-    places, shape = _places(k_N), (len(k_N), int(k_N.max()))
+    targets_N = np.concatenate(target_ids).astype(np.int64)
+    width = max(1, int(k_N.max()))
+    places, shape = _places(k_N, width), (len(k_N), width)
+    top_ids_NK = _padded(np.concatenate(ids), places, shape)
+    top_ids_NK[k_N == 0, 0] = targets_N[k_N == 0]
     return TeacherTargets(
-        top_ids=torch.from_numpy(_padded(np.concatenate(ids), places, shape)),
+        top_ids=torch.from_numpy(top_ids_NK),
         top_logits=torch.from_numpy(_padded(np.concatenate(logits), places, shape)),
         k=torch.from_numpy(k_N),
         tail_logit=torch.from_numpy(np.concatenate(tails)),
-        target_ids=torch.from_numpy(np.concatenate(target_ids).astype(np.int64)),
+        target_ids=torch.from_numpy(targets_N),
     )
 
 
@@ -49,9 +56,9 @@ def _entries_of(trace: Trace, valid: NDArray[np.int64]) -> slice | NDArray[np.bo
     return np.repeat(is_valid, trace.k)
 
 
-def _places(k_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[E] index of each entry of ragged rows in the flat [N, K] that holds them."""
-    row_starts = np.arange(len(k_N)) * k_N.max()
+def _places(k_N: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+    """[E] index of each entry of ragged rows in the flat [N, width] that holds them."""
+    row_starts = np.arange(len(k_N)) * width
     places = np.repeat(row_starts - entry_offsets(k_N)[:-1], k_N)
     places += np.arange(len(places))
     return places

@@ -37,6 +37,8 @@ class MicroBatch:
     source: Tensor  # [N] int64, the token's cache, where a run has several
     num_positions: tuple[int, ...]  # of each trace that has a loss token
     num_absent: int  # kept entries whose id the student lacks; they are in the tail
+    num_hard_labels: int  # loss tokens without a distribution, of N
+    num_left_out: int  # tokens without one that are not in the loss, though selected
 
     @property
     def num_traces(self) -> int:
@@ -74,6 +76,7 @@ class _BatchItem:
     source: int
     valid: NDArray[np.int64]  # [n] tokens
     num_absent: int
+    num_left_out: int
 
     @property
     def length(self) -> int:
@@ -82,14 +85,34 @@ class _BatchItem:
 
 
 def valid_positions(
-    trace: Trace, selection: TokenSelection, mask: LossDropout | None = None
+    trace: Trace,
+    selection: TokenSelection,
+    mask: LossDropout | None = None,
+    *,
+    hard_labels: bool = False,
 ) -> NDArray[np.int64]:
-    """Tokens of a trace that enter the loss: selected, with a distribution, not masked."""
+    """Tokens of a trace that enter the loss: selected, with something to teach them, not masked.
+
+    That is a distribution, or in a response, with `hard_labels`, the token itself.
+    """
+    selected = _selected(trace, selection)
+    without = _without_distribution(trace)
+    valid = np.flatnonzero(selected & ((trace.k > 0) | (without if hard_labels else False)))
+    return valid if mask is None else valid[mask.kept(trace.trace_id, len(valid))]
+
+
+def _selected(trace: Trace, selection: TokenSelection) -> NDArray[np.bool_]:
     selected = np.zeros(len(trace.k), np.bool_)
     for first, end in selection.ranges(trace):
         selected[first:end] = True
-    valid = np.flatnonzero(selected & (trace.k > 0))
-    return valid if mask is None else valid[mask.kept(trace.trace_id, len(valid))]
+    return selected
+
+
+def _without_distribution(trace: Trace) -> NDArray[np.bool_]:
+    """Tokens of the response whose distribution is missing; prompts often have none by choice."""
+    without: NDArray[np.bool_] = trace.k == 0
+    without[: trace.cot_start] = False
+    return without
 
 
 def micro_batches(
@@ -100,6 +123,7 @@ def micro_batches(
     mask: LossDropout | None = None,
     layout: str = "alone",
     num_ids: int | None = None,
+    hard_labels: bool = False,
 ) -> list[MicroBatch]:
     """Cut a rank's part of a global batch into micro-batches, the longest traces first.
 
@@ -112,6 +136,8 @@ def micro_batches(
         mask: Dropout that leaves some of the selected tokens out of the loss.
         layout: How traces share rows; see `packing.LAYOUTS`.
         num_ids: Number of the student's ids, if it may have fewer than the teacher.
+        hard_labels: Whether tokens of a response without a distribution enter the loss, for
+            objectives with a cross entropy.
 
     Returns:
         Micro-batches whose loss, summed and divided by `normaliser`, is the batch's loss.
@@ -119,7 +145,7 @@ def micro_batches(
     Raises:
         CacheMismatchError: If a trace holds a token that the student lacks.
     """
-    parts = [_part(trace, mask, num_ids) for trace in traces]
+    parts = [_part(trace, mask, num_ids, hard_labels) for trace in traces]
     parts = [part for part in parts if len(part.valid)]
     plan = plan_micro_batches([part.length for part in parts], batch_tokens, layout)
     return [
@@ -132,25 +158,32 @@ def micro_batches(
     ]
 
 
-def one_micro_batch(traces: Sequence[SelectedTrace], *, num_ids: int | None = None) -> MicroBatch:
+def one_micro_batch(
+    traces: Sequence[SelectedTrace], *, num_ids: int | None = None, hard_labels: bool = False
+) -> MicroBatch:
     """Put all traces in one micro-batch, one per row whatever their length; every token weighs 1.
 
-    `num_ids` is as in `micro_batches`.
+    `num_ids` and `hard_labels` are as in `micro_batches`.
     """
-    parts = [_part(trace, None, num_ids) for trace in traces]
+    parts = [_part(trace, None, num_ids, hard_labels) for trace in traces]
     rows = [[part] for part in parts if len(part.valid)]
     rows.sort(key=lambda row: -row[0].length)
     return _collate(rows, per_trace=False, is_flat=False) if rows else empty_micro_batch()
 
 
-def _part(selected: SelectedTrace, mask: LossDropout | None, num_ids: int | None) -> _BatchItem:
-    trace = selected.trace
-    valid = valid_positions(trace, selected.selection, mask)
+def _part(
+    selected: SelectedTrace, mask: LossDropout | None, num_ids: int | None, hard_labels: bool
+) -> _BatchItem:
+    trace, selection = selected.trace, selected.selection
+    valid = valid_positions(trace, selection, mask, hard_labels=hard_labels)
+    num_left_out = 0
+    if not hard_labels:
+        num_left_out = int((_selected(trace, selection) & _without_distribution(trace)).sum())
     if num_ids is None:
-        return _BatchItem(trace, selected.source, valid, 0)
+        return _BatchItem(trace, selected.source, valid, 0, num_left_out)
     fitted = within_vocabulary(trace, num_ids)
     num_absent = trace.k[valid].sum(dtype=np.int64) - fitted.k[valid].sum(dtype=np.int64)
-    return _BatchItem(fitted, selected.source, valid, int(num_absent))
+    return _BatchItem(fitted, selected.source, valid, int(num_absent), num_left_out)
 
 
 def normaliser(num_valid: int, num_traces: int, loss_reduction: str) -> int:
@@ -179,6 +212,8 @@ def empty_micro_batch() -> MicroBatch:
         source=nothing,
         num_positions=(),
         num_absent=0,
+        num_hard_labels=0,
+        num_left_out=0,
     )
 
 
@@ -212,4 +247,6 @@ def _collate(rows: Sequence[Sequence[_BatchItem]], *, per_trace: bool, is_flat: 
         source=torch.from_numpy(np.concatenate(sources)),
         num_positions=tuple(part.length for part in parts),
         num_absent=sum(part.num_absent for part in parts),
+        num_hard_labels=sum(int((part.trace.k[part.valid] == 0).sum()) for part in parts),
+        num_left_out=sum(part.num_left_out for part in parts),
     )

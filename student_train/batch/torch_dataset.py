@@ -36,10 +36,12 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         num_lanes: int = 8,
         cursor: Cursor | None = None,
         num_ids: int | None = None,
+        hard_labels: bool = False,
     ) -> None:
         """Take the arguments of `TraceStream`; ranks are torch.distributed's where it runs.
 
-        A student that may have fewer ids than the teacher needs `num_ids`: see `micro_batches`.
+        `num_ids` (a student that may have fewer ids than the teacher) and `hard_labels` (an
+        objective with a cross entropy) are as in `micro_batches`.
         """
         super().__init__()
         self._data = data
@@ -50,6 +52,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         self._num_lanes = num_lanes
         self._cursor = cursor or Cursor()
         self._num_ids = num_ids
+        self._hard_labels = hard_labels
 
     def __len__(self) -> int:
         """Number of global batches from the cursor to the end."""
@@ -71,7 +74,9 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
             rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         with self._stream(rank=rank, num_ranks=num_ranks) as stream:
             for step in stream:
-                batch = one_micro_batch(step.traces, num_ids=self._num_ids)
+                batch = one_micro_batch(
+                    step.traces, num_ids=self._num_ids, hard_labels=self._hard_labels
+                )
                 labels = nn.functional.pad(batch.targets.target_ids, (1, 0), value=-100)
                 yield {"batch": batch, "labels": labels}
 

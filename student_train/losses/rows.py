@@ -172,11 +172,12 @@ def evaluate_rows(
     value, by_log_q = divergence_terms(objective, log_p, log_q)
     if objective.tail == "zero":  # the terms of the sum include + q - p, here 1 - P altogether
         value = value + torch.expm1(log_p.logsumexp(dim=1))
+    is_untaught = ~targets.has_distribution()
     results = RowResults(
-        kl=value * temperature**2,
+        kl=(value * temperature**2).masked_fill(is_untaught, 0.0),
         ce=-label_logprob,
-        student_mass=-torch.expm1(log_q1[:, -1]),
-        top1=_top1_agrees(targets, student),
+        student_mass=-torch.expm1(log_q1[:, -1]).masked_fill(is_untaught, 0.0),
+        top1=_top1_agrees(targets, student) & ~is_untaught,
     )
     if row_weight is None:
         return results, None
@@ -189,6 +190,7 @@ def evaluate_rows(
     ce_grad = others.clone()
     ce_grad[:, :-1].sub_(is_label * others.sum(dim=1, keepdim=True))
     kl_grad = kl_grad * (row_weight * (1 - objective.ce_weight))[:, None]
+    kl_grad = kl_grad.masked_fill(is_untaught[:, None], 0.0)
     ce_grad = ce_grad * (row_weight * objective.ce_weight)[:, None]
     return results, _assemble(objective, targets, student, num_vocab, kl_grad, ce_grad, row_weight)
 

@@ -36,6 +36,8 @@ class SparseKLOutput:
         student_mass: [N] the student's probability of the kept ids, at temperature 1.
         teacher_mass: [N] the teacher's, as stored.
         top1: [N] bool, True where the teacher's likeliest token is the student's.
+
+    Of a token without a distribution, kl and both masses are 0, and top1 is False.
     """
 
     loss: Tensor
@@ -147,7 +149,7 @@ def _wants(operand: Tensor) -> bool:
 
 def _output(loss: Tensor, parts: list[Tensor], targets: TeacherTargets) -> SparseKLOutput:
     kl, ce, student_mass, top1 = parts
-    teacher_mass = torch.sigmoid(-targets.tail_logit.detach())
+    teacher_mass = torch.sigmoid(-targets.tail_logit.detach()) * targets.has_distribution()
     return SparseKLOutput(loss, kl, ce, student_mass, teacher_mass, top1)
 
 

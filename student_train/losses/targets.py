@@ -16,13 +16,15 @@ class TeacherTargets:
 
     Only shapes, dtypes and devices are checked. Values are trusted, since reading them back would
     stall a GPU: the code that builds the batch must ensure that ids are distinct within a row and
-    in [0, V), and that 1 <= k <= K.
+    in [0, V), and that k <= K.
 
     Attributes:
-        top_ids: [N, K] int64 or int32; the first k[n] columns of row n are real.
+        top_ids: [N, K] int64 or int32; the first k[n] columns of row n are real. A row without a
+            distribution (k[n] = 0) has its target token in the first.
         top_logits: [N, K] float32 or float64, relative to the row's largest, in nats; ignored
-            beyond k[n].
-        k: [N] integer, kept entries per row.
+            beyond k[n], but finite.
+        k: [N] integer, kept entries per row; 0 where there is no distribution: the divergence and
+            its gradient are 0 there, and the cross entropy teaches alone.
         tail_logit: [N] float32 or float64, log(tail / (1 - tail)) of the teacher's probability
             mass outside the kept entries; ignored where k[n] = V.
         target_ids: [N] int64 or int32, the tokens that the trace holds: the labels of the cross
@@ -79,9 +81,13 @@ class TeacherTargets:
         )
 
     def kept(self) -> Tensor:
-        """[N, K] bool, True where a column is real."""
+        """[N, K] bool, True where a column is real; the first always is."""
         columns = torch.arange(self.top_ids.shape[1], device=self.top_ids.device)
-        return columns < self.k[:, None]
+        return columns < self.k.clamp(min=1)[:, None]
+
+    def has_distribution(self) -> Tensor:
+        """[N] bool."""
+        return self.k > 0
 
     def label_column(self) -> Tensor:
         """[N, K] bool, True where a column is the target token; nowhere if it is not kept."""

@@ -26,7 +26,7 @@ SUMS = ("kl", "ce", "student_mass", "teacher_mass", "top1_agreement")
 
 
 def sum_names(num_sources: int) -> tuple[str, ...]:
-    """`SUMS` and, where several caches are mixed, divergence and loss tokens of each."""
+    """`SUMS` and, where several caches are mixed, divergence and taught tokens of each."""
     if num_sources == 1:
         return SUMS
     numbers = range(1, num_sources + 1)
@@ -86,7 +86,7 @@ class StudentWithLoss(nn.Module):
     def _sums_by_source(self, batch: MicroBatch, kl_N: Tensor) -> Tensor:
         sums = kl_N.new_zeros(2, self._num_sources, dtype=torch.float64)
         sums[0].index_add_(0, batch.source, kl_N.double())
-        sums[1].index_add_(0, batch.source, torch.ones_like(kl_N, dtype=torch.float64))
+        sums[1].index_add_(0, batch.source, batch.targets.has_distribution().double())
         return sums.flatten()
 
     @torch.no_grad()

@@ -159,7 +159,8 @@ class TrainConfig:
         above=0,
     )
     ce_weight: float = _loss(
-        "Share w of the cross entropy: loss = (1 - w) D + w CE.",
+        "Share w of the cross entropy: loss = (1 - w) D + w CE. Tokens of a response without a "
+        "distribution have w CE alone.",
         default=Objective.ce_weight,
         basic=True,
         at_least=0,

@@ -103,6 +103,18 @@ def _log_counts(run: Run) -> None:
             "%s kept entries had ids that the student lacks; their mass was in the tail",
             f"{state.num_absent:,}",
         )
+    if state.num_hard_labels:
+        logger.info(
+            "%s of %s loss tokens had no distribution: the hard label alone taught them",
+            f"{state.num_hard_labels:,}",
+            f"{state.num_tokens:,}",
+        )
+    if state.num_left_out:
+        logger.warning(
+            "%s tokens without a distribution were left out of the loss: --ce-weight is 0, so "
+            "nothing teaches them",
+            f"{state.num_left_out:,}",
+        )
     if state.num_empty_traces:
         logger.warning(
             "%s times a trace had no loss token and taught nothing; %d of %d steps had only "

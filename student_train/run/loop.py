@@ -81,12 +81,15 @@ def _take_steps(run: Run) -> None:
                 mask=dropout if dropout.share else None,
                 layout=run.layout,
                 num_ids=run.num_ids,
+                hard_labels=config.ce_weight > 0,
             )
             counts = global_counts(accelerator, batches)
             state.advance(
                 item.cursor,
                 num_valid=counts.num_valid,
                 num_absent=counts.num_absent,
+                num_hard_labels=counts.num_hard_labels,
+                num_left_out=counts.num_left_out,
                 num_empty_traces=len(item.trace_ids) - counts.num_traces,
             )
 
@@ -121,7 +124,7 @@ def _take_steps(run: Run) -> None:
 
             # Every log_every steps, after the last, and where held-out traces were measured.
             if is_end or heldout or _is_turn(state.step, config.log_every):
-                line = figures.line(totals, counts.num_valid, grad_norm=grad_norm, lr=lr) | heldout
+                line = figures.line(totals, counts, grad_norm=grad_norm, lr=lr) | heldout
                 if accelerator.is_main_process:  # the main process alone
                     inputs.folder.append_metrics(line)
                 accelerator.log({k: v for k, v in line.items() if k != "step"}, step=state.step)

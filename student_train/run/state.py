@@ -18,6 +18,8 @@ class RunState:
     num_empty_steps: int = 0  # steps without a loss token
     num_empty_traces: int = 0  # times that a trace had none
     num_absent: int = 0  # kept entries trained on whose id the student lacks
+    num_hard_labels: int = 0  # loss tokens without a distribution
+    num_left_out: int = 0  # selected tokens that lacked one and were not in the loss
     num_tokens: int = 0  # loss tokens
     flops: int = 0  # by FlopFormula
     train_s: float = 0.0  # in the loop
@@ -25,13 +27,22 @@ class RunState:
     best_kl: float = math.inf  # on held-out traces, after that step
 
     def advance(
-        self, cursor: Cursor, *, num_valid: int, num_absent: int, num_empty_traces: int
+        self,
+        cursor: Cursor,
+        *,
+        num_valid: int,
+        num_absent: int,
+        num_hard_labels: int,
+        num_left_out: int,
+        num_empty_traces: int,
     ) -> None:
         """Begin the next step, with the counts of its global batch."""
         self.step += 1
         self.cursor = cursor
         self.num_tokens += num_valid
         self.num_absent += num_absent
+        self.num_hard_labels += num_hard_labels
+        self.num_left_out += num_left_out
         self.num_empty_traces += num_empty_traces
         self.num_empty_steps += num_valid == 0
 
