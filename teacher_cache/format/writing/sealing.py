@@ -7,6 +7,7 @@ from teacher_cache.format.commit import ShardCommit
 from teacher_cache.format.errors import CacheMismatchError
 from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Manifest, make_seal
+from teacher_cache.format.noise import read_noise
 from teacher_cache.format.records import (
     OnRecord,
     committed_names,
@@ -64,7 +65,8 @@ def seal_cache(
         store.remove_unpublished(folder)
     commits = read_commits(store, committed_names(store), manifest.header, on_record)
     _require_known(store, commits, known)
-    sealed = Manifest(manifest.header, manifest.config, make_seal(commits, manifest.header))
+    seal = make_seal(commits, manifest.header)
+    sealed = Manifest(manifest.header, manifest.config, seal, read_noise(store))
     store.publish(MANIFEST_NAME, sealed.to_bytes())
     return sealed
 
