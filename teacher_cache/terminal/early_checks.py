@@ -22,7 +22,7 @@ from teacher_cache.terminal.escape import printable
 
 _ANSWER_S = 5.0  # time for an address to answer
 _LEAST_FREE_BYTES = 8 << 20
-_OF_CACHE = {MANIFEST_NAME, SHARD_FOLDER, JOURNAL_FOLDER, PARTS_FOLDER, "removed"}
+_OF_CACHE = {MANIFEST_NAME, SHARD_FOLDER, JOURNAL_FOLDER, PARTS_FOLDER, "noise", "removed"}
 
 
 def check_file(path: Path, flag: str) -> None:
