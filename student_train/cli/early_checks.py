@@ -4,6 +4,7 @@ import os
 from itertools import islice
 from pathlib import Path
 
+from student_train.data.where import Where
 from student_train.evaluation.config import EvaluateConfig
 from student_train.evaluation.prompts import read_prompts
 from student_train.profile.config import ProfileConfig
@@ -32,6 +33,8 @@ def check_run(config: TrainConfig) -> None:
         InUseError: If another run is at work in its folder.
         OSError: If the disk is full.
     """
+    if config.where is not None:
+        Where.parse(config.where)
     for cache in config.cache:
         check_cache(cache, "--cache")
     if config.heldout_cache is not None:
@@ -42,7 +45,7 @@ def check_run(config: TrainConfig) -> None:
     if config.live_teacher is not None:
         check_model(config.live_teacher, "--live-teacher")
     check_out_folder(config.out)
-    RunFolder(config.out)
+    RunFolder(config.out).check_settings(config)
     _check_unused(config.out)
     if config.tracker == "wandb":
         check_wandb_login()
