@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 3.0
 MAX_LINES = 3
-_START_LIMIT_S = 180.0
+_START_LIMIT_S = 600.0
 _HELD_S = 1.0
 _LEAVING_S = 2.0  # for processes that notice the end of the command by themselves
 AT_THE_MOMENT = "at the moment"
@@ -364,7 +364,11 @@ def main(arguments: argparse.Namespace, folder: Path) -> int:
                 "command",
                 *(("child",) if moment.with_child and moment.needs_child else ()),
             ):
-                done = stop(moment, name, to, folder / f"stop-{len(stops)}")
+                try:
+                    done = stop(moment, name, to, folder / f"stop-{len(stops)}")
+                except RuntimeError as error:  # it never reached the moment
+                    words = (moment.command[0] + " " + moment.command[1], moment.name, name, to)
+                    done = Stop(*words, None, 0.0, (str(error),), 0, False, os.getloadavg()[0])
                 stops.append(done)
                 print(
                     f"{'' if done.is_right else 'WRONG '}{title:40} {name:4} {to:7} "

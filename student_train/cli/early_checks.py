@@ -24,6 +24,9 @@ from teacher_cache.terminal.early_checks import (
     near_path,
 )
 
+# Where launchers tell a process its number: torchrun, and MPI's.
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+
 
 def check_run(config: TrainConfig) -> None:
     """Check the paths and names of a run.
@@ -54,7 +57,8 @@ def check_run(config: TrainConfig) -> None:
 def _check_unused(folder: Path) -> None:
     """Refuse a folder in which another run is at work; of several processes, the first looks."""
     lock = folder / LOCK_NAME
-    if lock.exists() and os.environ.get("RANK", "0") == "0":
+    is_first = all(os.environ.get(name, "0") == "0" for name in _RANKS)
+    if lock.exists() and is_first:
         FolderLock(lock).close()  # what a dead process has left
 
 
