@@ -5,13 +5,16 @@ import random
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from fakes import make_cache, make_traces
 from students import make_student
 
 import student_train.run.loop as loop
 from student_train.errors import InterruptedRunError
+from student_train.run import checkpoint
 from student_train.run.config import TrainConfig
 from student_train.run.loop import train
 from teacher_cache.format.checksums import DamagedFileError, publish_record, read_record
@@ -166,6 +169,11 @@ def test_a_run_that_trains_a_damaged_student_further_is_refused(finished, tmp_pa
     config = replace(finished, student=str(finished.out / "model"), out=tmp_path / "next")
     with pytest.raises(DamagedFileError, match=r"model\.safetensors: damaged"):
         train(config)
+
+
+def test_a_checkpoint_on_a_full_disk_says_what_to_do():
+    with pytest.raises(OSError, match=r"/dev/full: the checkpoint cannot be written.*free some"):
+        checkpoint._save({"weight": torch.zeros(1 << 16)}, Path("/dev/full"))
 
 
 def test_a_record_is_read_as_it_was_written_and_no_other_way(tmp_path):

@@ -230,6 +230,19 @@ def test_a_log_file_holds_what_a_terminal_may_show(tmp_path):
     assert r"teacher_cache.x: \x1b]0;owned\x07 a\u202eb" in (tmp_path / "log").read_text()
 
 
+def test_a_log_file_on_a_full_disk_is_given_up_in_one_line():
+    code = (
+        "import logging\nfrom pathlib import Path\n"
+        "from teacher_cache.terminal import messages\n"
+        "messages.configure('x').set_log_file(Path('/dev/full'))\n"
+        "for text in ('one', 'two'):\n    logging.getLogger('teacher_cache.x').info(text)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert sorted(done.stderr.splitlines()) == [
+        "/dev/full: nothing more is logged there: [Errno 28] No space left on device", "one", "two",
+    ]  # fmt: skip
+
+
 ENDS = """
 from teacher_cache.terminal import entry, messages
 

@@ -20,6 +20,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import soak_stops
 
 ROOT = soak_stops.ROOT
 MAX_LINES = 6
-_LIMIT_S = 180
+_LIMIT_S = 600
 _PROGRAM = {
     "cache-teacher": "from teacher_cache.cli import program; program()",
     "train-student": "from student_train.cli import main; main()",
@@ -144,23 +145,11 @@ def prepare(folder: Path) -> dict[str, str]:
     for name, content in files.items():
         (parts / name).write_bytes(content)
     os.mkfifo(parts / "fifo")
-    cache, student = str(parts / "cache"), "tools/base-student"
-    names = {name.partition(".")[0]: str(parts / name) for name in files} | {
-        name: str(parts / name)
-        for name in ("notes", "fifo", "cache", "half", "run", "unfinished", "damaged", "teacher")
-    }
-    names |= {"parts": str(parts), "prompts": str(parts / "p.jsonl"), "student": student}
-    names |= {"others": str(parts / "others.jsonl"), "port": str(_free_port())}
-    names["generate"] = "cache-teacher generate --engine transformers " + (
-        "--model {teacher} --prompts {prompts}"
+    names = _names(parts)
+    good = (
+        "cache-teacher truncate {cache} {half} --lead-span 0.5",
+        "{train} --max-steps 2 --out {run}",
     )
-    names["generate_vllm"] = "cache-teacher generate --model {teacher} --prompts {prompts}"
-    names["train"] = "train-student run --cache {cache} --student {student} --tracker none"
-    names["sweep"] = "train-student sweep --cache {cache} --student {student} --out {out} " + (
-        "--eval-prompts {others}"
-    )
-    good = (f"cache-teacher truncate {cache} {{half}} --lead-span 0.5", "{train} --max-steps 2 "
-            "--out {run}")  # fmt: skip
     for number, command in enumerate(good):
         done = make(Mistake("", command, "", code=0), names, folder / f"good-{number}")
         if done.exit_code != 0:
@@ -172,6 +161,18 @@ def prepare(folder: Path) -> dict[str, str]:
     content[len(content) // 4] ^= 1
     shard.write_bytes(content)
     return names
+
+
+def _names(parts: Path) -> dict[str, str]:
+    names = {path.name.partition(".")[0]: str(path) for path in parts.iterdir()}
+    names |= {name: str(parts / name) for name in ("half", "run", "unfinished", "damaged")}
+    names |= {"parts": str(parts), "prompts": names["p"], "student": "tools/base-student"}
+    capture = "cache-teacher generate --model {teacher} --prompts {prompts}"
+    names |= {"generate_vllm": capture, "generate": f"{capture} --engine transformers"}
+    names["train"] = "train-student run --cache {cache} --student {student} --tracker none"
+    names["sweep"] = "train-student sweep --cache {cache} --student {student} --out {out}"
+    names["sweep"] += " --eval-prompts {others}"
+    return names | {"port": str(_free_port())}
 
 
 def _free_port() -> int:
@@ -213,23 +214,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of `soak.py mistakes`."""
     parser.add_argument("--only", default="", help="mistakes whose names hold this text")
     parser.add_argument("--table", type=Path, help="Markdown file to write")
+    parser.add_argument("--parallel", type=int, default=1, help="mistakes made at a time")
 
 
 def main(arguments: argparse.Namespace, folder: Path) -> int:
     """Make every mistake; returns how many were found wrongly."""
     names = prepare(folder)
+    chosen = [mistake for mistake in listed() if arguments.only in mistake.name]
+
+    def made(number: int) -> Found:
+        return make(chosen[number], names, folder / f"mistake-{number}")
+
     found: list[Found] = []
-    for number, mistake in enumerate(listed()):
-        if arguments.only not in mistake.name:
-            continue
-        found.append(make(mistake, names, folder / f"mistake-{number}"))
-        last = found[-1]
-        print(
-            f"{'' if last.is_right else 'WRONG '}{mistake.name:45} rc {last.exit_code} "
-            f"{last.cpu_s:5.2f} s {last.wall_s:6.2f} s {len(last.lines)} lines "
-            f"{last.lines[-1:] if last.is_right else last.lines[-8:]}",
-            flush=True,
-        )
+    with ThreadPoolExecutor(arguments.parallel) as pool:
+        for last in pool.map(made, range(len(chosen))):
+            found.append(last)
+            print(
+                f"{'' if last.is_right else 'WRONG '}{last.mistake.name:45} rc {last.exit_code} "
+                f"{last.cpu_s:5.2f} s {last.wall_s:6.2f} s {len(last.lines)} lines "
+                f"{last.lines[-1:] if last.is_right else last.lines[-8:]}",
+                flush=True,
+            )
     if arguments.table is not None:
         arguments.table.write_text(table(found))
     num_wrong = sum(not each.is_right for each in found)

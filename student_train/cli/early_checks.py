@@ -4,6 +4,7 @@ import os
 from itertools import islice
 from pathlib import Path
 
+from student_train.data.where import Where
 from student_train.evaluation.config import EvaluateConfig
 from student_train.evaluation.prompts import read_prompts
 from student_train.profile.config import ProfileConfig
@@ -23,6 +24,9 @@ from teacher_cache.terminal.early_checks import (
     near_path,
 )
 
+# Where launchers tell a process its number: torchrun, and MPI's.
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+
 
 def check_run(config: TrainConfig) -> None:
     """Check the paths and names of a run.
@@ -32,6 +36,8 @@ def check_run(config: TrainConfig) -> None:
         InUseError: If another run is at work in its folder.
         OSError: If the disk is full.
     """
+    if config.where is not None:
+        Where.parse(config.where)
     for cache in config.cache:
         check_cache(cache, "--cache")
     if config.heldout_cache is not None:
@@ -42,7 +48,7 @@ def check_run(config: TrainConfig) -> None:
     if config.live_teacher is not None:
         check_model(config.live_teacher, "--live-teacher")
     check_out_folder(config.out)
-    RunFolder(config.out)
+    RunFolder(config.out).check_settings(config)
     _check_unused(config.out)
     if config.tracker == "wandb":
         check_wandb_login()
@@ -51,7 +57,8 @@ def check_run(config: TrainConfig) -> None:
 def _check_unused(folder: Path) -> None:
     """Refuse a folder in which another run is at work; of several processes, the first looks."""
     lock = folder / LOCK_NAME
-    if lock.exists() and os.environ.get("RANK", "0") == "0":
+    is_first = all(os.environ.get(name, "0") == "0" for name in _RANKS)
+    if lock.exists() and is_first:
         FolderLock(lock).close()  # what a dead process has left
 
 

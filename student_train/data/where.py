@@ -2,6 +2,7 @@
 
 import ast
 import operator
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,8 @@ class Where:
         try:
             tree = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-            raise ValueError(f"where: {text!r} is not an expression: {error}") from error
+            hint = "; equality is written ==" if re.search(r"[^=!<>]=[^=]", text) else ""
+            raise ValueError(f"where: {text!r} is not an expression: {error}{hint}") from error
         _check(tree, text)
         return cls(text, tree)
 

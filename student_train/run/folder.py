@@ -150,13 +150,27 @@ class RunFolder:
             for name in ("cache_fingerprint", "student_fingerprint", "heldout_fingerprint")
             if self._before.get(name) != now[name]
         ]
+        self._refuse([*differences, *self._changed_settings(identity.config)])
+
+    def check_settings(self, config: TrainConfig) -> None:
+        """Refuse to resume a run of other settings, before anything is loaded.
+
+        Raises:
+            ValueError: If a setting differs that may not; it names every difference.
+        """
+        if self._before is not None and self._can_resume:
+            self._refuse(self._changed_settings(config))
+
+    def _changed_settings(self, config: TrainConfig) -> list[str]:
+        before = {} if self._before is None else self._before.get("config", {})
         changeable = changeable_names(TrainConfig)
-        before_config = self._before.get("config", {})
-        differences += [
-            f"{name}: {before_config.get(name)!r} before, {value!r} now"
-            for name, value in now["config"].items()
-            if name not in changeable and before_config.get(name) != value
+        return [
+            f"{name}: {before.get(name)!r} before, {value!r} now"
+            for name, value in config.to_json().items()
+            if name not in changeable and before.get(name) != value
         ]
+
+    def _refuse(self, differences: Sequence[str]) -> None:
         if differences:
             raise ValueError(
                 f"{self.path} holds another run ({'; '.join(differences)}). "

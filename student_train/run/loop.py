@@ -47,7 +47,8 @@ def train(config: TrainConfig) -> TrainResult:
     """
     accelerator = join_processes(config)
     with owned(config.out, accelerator):
-        inputs = open_inputs(config, accelerator)
+        with Progress("opening cache and student", enabled=accelerator.is_main_process):
+            inputs = open_inputs(config, accelerator)
         if inputs.folder.finished:
             return finished_before(inputs)
         run = prepare(inputs)

@@ -6,7 +6,7 @@ from teacher_cache.capture.configs import CaptureConfig, PreviewConfig
 from teacher_cache.capture.prepare import input_rows
 from teacher_cache.engines.start import check_engine_args_early
 from teacher_cache.format import read_manifest, require_same_capture, shown
-from teacher_cache.sources import Input
+from teacher_cache.sources import Input, SourceError
 from teacher_cache.terminal.early_checks import (
     check_file,
     check_hub_name,
@@ -62,7 +62,9 @@ def check_preview(config: PreviewConfig) -> None:
 
 
 def check_input(rows: Input) -> None:
-    """Refuse rows that are neither here nor on the hub; raises as `check_early`."""
+    """Refuse rows that are neither here nor on the hub, or cannot be read; as `check_early`."""
     rows.check_exists(near_path(rows.path))
+    if rows.path.exists() and next(iter(rows), None) is None:
+        raise SourceError(f"{rows.path}: expected at least one row, found none")
     if rows.may_be_hub_id:
         check_hub_name(str(rows.path), "prompts or traces", "datasets")

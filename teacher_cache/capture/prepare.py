@@ -17,6 +17,7 @@ from teacher_cache.sources import Input, InputTraces, Render, RowColumns, Source
 from teacher_cache.sources.marks import ThinkMarks
 from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer
 from teacher_cache.sources.turn_layout import GivenMarks, layout_lines
+from teacher_cache.terminal.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ def model_files(config: RowsConfig) -> ModelFiles:
 
 def teacher_tokenizer(config: RowsConfig, files: ModelFiles) -> TeacherTokenizer:
     """The teacher's tokenizer, with the user's marks and template arguments."""
-    return TeacherTokenizer(files, config.template_arg, _given_marks(config))
+    with Progress("loading the tokenizer"):
+        return TeacherTokenizer(files, config.template_arg, _given_marks(config))
 
 
 def _given_marks(config: RowsConfig) -> GivenMarks | None:
@@ -71,7 +73,8 @@ def prepare_job(
     worker, part = parse_worker(config.worker)
     if config.on_cluster:
         worker = "ray"  # the driver's name; the actors have their own
-    layout = tokenizer.layout()
+    with Progress("trying the chat template"):
+        layout = tokenizer.layout()
     for line in layout_lines(layout):
         logger.info("%s", line)
     marks = layout.marks or ThinkMarks("", "")

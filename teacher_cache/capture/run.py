@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 from teacher_cache.capture.job import Job, Survey, take_survey
@@ -76,7 +77,7 @@ def started(doing: str, start: Callable[[], Teacher]) -> Teacher:
     Raises:
         EngineError: If it does not start; the message has the last error of its process.
     """
-    with Progress(doing, hint="20 to 60 s for a small model"), others_into_log():
+    with Progress(doing, hint="small models: 20 to 60 s"), others_into_log():
         try:
             return start()
         except EngineStartError as error:
@@ -90,7 +91,7 @@ class Alone:
     def __init__(self, job: Job, longest: int) -> None:
         self._job = job
         engine, model = (job.config.get(name, "the teacher") for name in ("engine", "model"))
-        doing = f"starting {engine} for {model}"
+        doing = f"starting {engine} for {Path(str(model)).name}"  # a bar has 80 columns
         self._teacher = started(doing, lambda: job.start_teacher(longest))
         self.facts = self._teacher.facts
 
@@ -109,7 +110,8 @@ class Alone:
 
     def close(self) -> None:
         """Close the teacher."""
-        self._teacher.close()
+        with Progress("ending the engine"):
+            self._teacher.close()
 
 
 def capture(job: Job, start_crew: Callable[[Job, int], Crew] = Alone) -> CaptureReport:

@@ -267,8 +267,11 @@ def layout_lines(layout: TurnLayout) -> list[str]:
     unknown = "not known"
     opener = unknown if layout.opener is None else repr(layout.opener)
     joint = unknown if layout.joint is None else repr(layout.joint)
+    turn = f"{opener} ... {joint} answer {layout.end!r}"
+    if layout.opener is None and layout.joint is None:
+        turn = f"{layout.marks.open!r} ... {layout.marks.close!r}; end of turn {layout.end!r}"
     lines = [
-        f"chain of thought: {opener} ... {joint} answer {layout.end!r} (from {layout.source}); the "
-        f"generation prompt {layout.prompt.value}"
+        f"chain of thought: {turn} (from {layout.source}); the generation prompt "
+        f"{layout.prompt.value}"
     ]
     return lines + [f"  --template-arg {switch}" for switch in layout.switches]

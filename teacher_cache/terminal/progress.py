@@ -179,7 +179,7 @@ _shown: list[Progress] = []  # from the outermost to the innermost
 
 
 def _bar(progress: Progress) -> "RichProgress":
-    """The bar in one row and the figures in the next: side by side, the bar would have no room."""
+    """The bar in one row and the figures below: side by side, the bar would have no room."""
     from collections.abc import Iterable
 
     from rich.console import RenderableType
@@ -187,11 +187,11 @@ def _bar(progress: Progress) -> "RichProgress":
     from rich.progress import Progress as Rich
     from rich.text import Text
 
-    class TwoRows(Rich):
+    class Rows(Rich):
         def get_renderables(self) -> Iterable[RenderableType]:
             yield self.make_tasks_table(self.tasks)
             if progress._figures:
-                yield Text(f"  {progress._figures}", no_wrap=True, overflow="ellipsis")
+                yield Text(progress._figures, overflow="fold")
 
     class Counted(TextColumn):
         def render(self, task: object) -> Text:
@@ -200,6 +200,6 @@ def _bar(progress: Progress) -> "RichProgress":
     columns = [SpinnerColumn(), TextColumn(progress._doing, markup=False)]
     if progress._total is not None:
         columns.append(BarColumn())
-    bar = TwoRows(*columns, Counted(""), console=console(), transient=True, redirect_stdout=False)
+    bar = Rows(*columns, Counted(""), console=console(), transient=True, redirect_stdout=False)
     bar.add_task("", total=progress._total, completed=progress._done)
     return bar
