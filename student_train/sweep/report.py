@@ -115,6 +115,7 @@ def _page(
 {_running(cells, num_unfinished)}
 <p class="answer">{escape(sentence)}</p>
 {_failures(out)}
+{_seeds_alone(cells)}
 {tables.overview(groups, decide(groups))}
 <div class="panels">{_pictures(groups)}</div>
 <h2>What the words mean</h2>
@@ -156,6 +157,19 @@ def _failures(out: Path) -> str:
         f'<p class="failed">Cell {escape(file.parent.name)} failed: '
         f"{escape(file.read_text(encoding='utf-8').strip())}</p>"
         for file in sorted(out.glob("cells/*/failed.txt"))
+    )
+
+
+def _seeds_alone(cells: Sequence[CellResult]) -> str:
+    """Warn where answers cannot be compared prompt by prompt; the seeds then say it all."""
+    lacking = sorted(cell.result["cell"] for cell in cells if cell.right_P is None)
+    if not lacking:
+        return ""
+    return (
+        f'<p class="running">completions.jsonl is missing in {len(lacking)} of {len(cells)} cells '
+        f"(the first is {escape(lacking[0])}), so it is not known which prompts were answered: all "
+        "intervals and tests here rest on the seeds alone, and say nothing about other prompts. "
+        "Put the files back and run the same sweep again.</p>"
     )
 
 

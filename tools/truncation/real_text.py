@@ -1,0 +1,207 @@
+"""Parts of tools/truncation/real_text: its rows and student, and its measurements.
+
+    python tools/truncation/real_text.py student TEACHER FOLDER
+    python tools/truncation/real_text.py rows FILE NUM > rows.jsonl
+    python tools/truncation/real_text.py measure MODEL CACHE > measured.json
+    python tools/truncation/real_text.py table OUT > results.csv
+    python tools/truncation/real_text.py paired OUT > paired.csv
+    python tools/truncation/real_text.py picture OUT > curve.svg
+
+Letters: S seeds, P held-out traces.
+"""
+
+import csv
+import json
+import math
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LAYERS_PER_KEPT = 3  # the student keeps every third layer of the teacher
+LONGEST_ROW = 450  # characters of question and solution: half of GSM8K, and three times the rows
+_CALCULATION = re.compile(r"<<.*?>>")  # GSM8K's marks for a calculator; no language
+
+
+def write_student(teacher: str, folder: str) -> None:
+    """Copy the teacher without two of three layers; the first and the last stay."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    layers = model.model.layers
+    num_kept = len(layers) // LAYERS_PER_KEPT
+    kept = [round(place * (len(layers) - 1) / (num_kept - 1)) for place in range(num_kept)]
+    model.model.layers = torch.nn.ModuleList(layers[index] for index in kept)
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = index
+    model.config.num_hidden_layers = num_kept
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[index] for index in kept]
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
+
+
+def print_rows(file: str, num_rows: int) -> None:
+    """Print the first short questions of GSM8K with their solutions, as traces."""
+    num_left = num_rows
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines()):
+        row = json.loads(line)
+        solution = _CALCULATION.sub("", row["answer"])
+        if num_left and len(row["question"]) + len(solution) <= LONGEST_ROW:
+            asked = {"role": "user", "content": row["question"]}
+            messages = [asked, {"role": "assistant", "content": solution}]
+            print(json.dumps({"id": f"{Path(file).stem}-{number}", "messages": messages}))
+            num_left -= 1
+    if num_left:
+        sys.exit(f"{file}: expected {num_rows} rows of {LONGEST_ROW} characters, {num_left} lack")
+
+
+def print_measurements(name: str, path: str) -> None:
+    """Print a model's sums on every held-out trace, by section: KL and NLL in nats."""
+    import torch
+
+    from student_train.model.forward import StudentWithLoss
+    from student_train.model.heldout import heldout_sums
+    from student_train.model.load import head_of, load_model
+    from teacher_cache.format import SECTIONS, open_cache
+
+    model, tokenizer = load_model(name, dtype=torch.float32)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student = StudentWithLoss(model, head_of(model)).to(device).eval()
+    traces = []
+    for trace in open_cache(path):
+        sums = heldout_sums(student, [trace], device)
+        section = trace.section_of_token.copy()
+        section[0] = -1  # the first token has no distribution
+        for index, (num_tokens, kl, nll, top1) in enumerate(sums.tolist()):
+            text = tokenizer.decode(trace.token_ids[section == index])
+            row = {"trace_id": trace.trace_id, "section": SECTIONS[index]}
+            row |= {"num_tokens": int(num_tokens), "num_bytes": len(text.encode())}
+            traces.append(row | {"kl": kl, "nll": nll, "top1": top1})
+    print(json.dumps({"model": name, "traces": [row for row in traces if row["num_tokens"]]}))
+
+
+def _figures(measured: dict[str, Any], section: str | None) -> dict[str, float]:
+    """Means over a section of all traces, or over all of them."""
+    rows = [row for row in measured["traces"] if section in (None, row["section"])]
+    names = ("num_tokens", "num_bytes", "kl", "nll", "top1")
+    total = {name: sum(row[name] for row in rows) for name in names}
+    return {
+        "kl": total["kl"] / total["num_tokens"],
+        "bits_per_byte": total["nll"] / math.log(2) / total["num_bytes"],
+        "top1": total["top1"] / total["num_tokens"],
+    }
+
+
+def _runs(out: str) -> list[tuple[str, int | None, float, dict[str, Any]]]:
+    """Name, seed, FLOPs and measurements of the untrained student, every run and the teacher."""
+    found: list[tuple[str, int | None, float, dict[str, Any]]] = []
+    for file in sorted(Path(out).glob("runs/*/measured.json")):
+        name, seed = file.parent.name.rsplit("_seed-", 1)
+        result = json.loads((file.parent / "result.json").read_text(encoding="utf-8"))
+        found.append((name, int(seed), result["metrics"]["flops"], _read(file)))
+    ends = [
+        (name, None, 0.0, _read(Path(out, f"{name}.json"))) for name in ("untrained", "teacher")
+    ]
+    return [ends[0], *found, ends[1]]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    measured: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return measured
+
+
+def print_table(out: str) -> None:
+    """Print a row per run: its cost, and its figures on all held-out tokens and by section."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    names = ("kl", "bits_per_byte", "top1")
+    parts = {"": None, "_prompt": "prompt", "_answer": "answer"}
+    columns = [f"{name}{part}" for part in parts for name in names]
+    writer.writerow(["run", "seed", "gflop", *columns])
+    for name, seed, flops, measured in _runs(out):
+        figures = [_figures(measured, section) for section in parts.values()]
+        values = [f"{own[column]:.4f}" for own in figures for column in names]
+        writer.writerow([name, "" if seed is None else seed, f"{flops / 1e9:.0f}", *values])
+
+
+def _kl_SP(out: str, name: str) -> np.ndarray:
+    """[S, P] mean KL of each held-out trace, by seed."""
+    by_seed = []
+    for found, seed, _, measured in _runs(out):
+        if found != name or seed is None:
+            continue
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for row in measured["traces"]:
+            sums[row["trace_id"]][0] += row["kl"]
+            sums[row["trace_id"]][1] += row["num_tokens"]
+        by_seed.append([kl / num_tokens for kl, num_tokens in sums.values()])
+    return np.array(by_seed)
+
+
+def print_paired(out: str) -> None:
+    """Print every group's held-out KL less that of half the steps: same seeds, same traces."""
+    from student_train.evaluation.intervals import Mean
+
+    groups: dict[str, list[float]] = defaultdict(list)
+    for name, seed, flops, _ in _runs(out):
+        if seed is not None:
+            groups[name].append(flops)
+    whole = sum(groups["span-1"]) / len(groups["span-1"])
+    other_SP = _kl_SP(out, "half-steps")
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["run", "seeds", "flops_share", "kl", "less_half_steps", "low", "high"])
+    for name, flops in sorted(groups.items(), key=lambda pair: sum(pair[1]) / len(pair[1])):
+        own_SP = _kl_SP(out, name)
+        seeds = min(len(own_SP), len(other_SP))
+        row = [name, seeds, f"{sum(flops) / len(flops) / whole:.3f}", f"{own_SP.mean():.4f}"]
+        if name != "half-steps":
+            less = Mean.of(own_SP[:seeds] - other_SP[:seeds])
+            row += [f"{value:+.4f}" for value in (less.value, *less.interval)]
+        writer.writerow(row)
+
+
+def print_picture(out: str) -> None:
+    """Print held-out KL against FLOPs, a point for every run, as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for name, seed, flops, measured in _runs(out):
+        if seed is not None:
+            groups[name].append((flops / 1e9, _figures(measured, None)["kl"]))
+    for name, points in groups.items():
+        flops_of, kl_of = zip(*points, strict=True)
+        axes.plot(flops_of, kl_of, "o", label=name)
+    axes.set_xlabel("training, GFLOP")
+    axes.set_ylabel("KL to the teacher on held-out traces, nats per token")
+    axes.legend()
+    figure.savefig(sys.stdout.buffer, format="svg", metadata={"Date": None})
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["student", teacher, folder]:
+            write_student(teacher, folder)
+        case ["rows", file, num_rows]:
+            print_rows(file, int(num_rows))
+        case ["measure", model, cache]:
+            print_measurements(model, cache)
+        case ["table", out]:
+            print_table(out)
+        case ["paired", out]:
+            print_paired(out)
+        case ["picture", out]:
+            print_picture(out)
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
