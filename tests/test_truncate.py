@@ -193,3 +193,18 @@ def test_inspect_shows_what_a_truncated_cache_holds(tmp_path):
         "cot": sum(held) - sum(trace.cot_start for trace in traces),
         "answer": 0,
     }
+
+
+@pytest.mark.parametrize(
+    ("span", "said"),
+    [("0.375:4,1:1", "drawn from the seed of a run"), ("half", "proportion of every trace")],
+)
+def test_a_mixture_is_refused_with_the_way_to_train_on_one(tmp_path, span, said):
+    make_cache(tmp_path / "whole", make_traces(4))
+    words = ["truncate", str(tmp_path / "whole"), str(tmp_path / "part"), "--lead-span", span]
+
+    result = CliRunner().invoke(cli, words)
+
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
+    assert not (tmp_path / "part").exists()

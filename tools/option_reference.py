@@ -95,7 +95,9 @@ def value_text(field: "Field[Any]", kind: Any) -> str:  # noqa: ANN401  # a type
     if known.choices and item is None:
         return ", ".join(f"`{choice}`" for choice in known.choices)
     if item is None:
-        said = _KINDS[kind] if known.parse is None else "number, or numbers with weights"
+        # Values that are more than their kind have a name, as --lead-span SPAN of run.
+        is_mixture = known.parse is not None and known.metavar is not None
+        said = "number, or numbers with weights" if is_mixture else _KINDS[kind]
     else:
         said = "text, repeatable" if known.is_repeatable else "list with commas"
     if known.has_unit_letters:

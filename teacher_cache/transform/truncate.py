@@ -23,6 +23,20 @@ from teacher_cache.format.codec import is_clamped_tail
 from teacher_cache.terminal.option import check_options, option
 
 
+def _lead_span(text: str) -> float:
+    """Read a proportion; say why a mixture of them is none."""
+    try:
+        return float(text)
+    except ValueError:
+        if ":" not in text and "," not in text:
+            raise ValueError(f"expected a proportion of every trace, got {text!r}") from None
+        raise ValueError(
+            f"expected one proportion, got the mixture {text!r}: a truncated cache holds the same "
+            "part of every trace, while a mixture is drawn from the seed of a run. Leave the cache "
+            "whole and train with this --lead-span: a run reads only what its spans need"
+        ) from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class TruncateConfig:
     """`cache-teacher truncate`."""
@@ -30,7 +44,11 @@ class TruncateConfig:
     cache: CachePath = option("Folder or URI of the cache.", is_argument=True)
     out: CachePath = option("Folder or URI of the smaller cache.", is_argument=True)
     lead_span: float = option(
-        "Proportion of every trace to keep, from its start.", default=1.0, above=0, at_most=1
+        "Proportion of every trace to keep, from its start.",
+        default=1.0,
+        above=0,
+        at_most=1,
+        parse=_lead_span,
     )
     top_k: int | None = option(
         "Largest number of entries to keep per token.", default=None, at_least=1, unset="all"
