@@ -1,63 +1,23 @@
-"""Parts of tools/truncation/real_text: its rows and student, and its measurements.
+"""Runs compared by their distance from the teacher on held-out traces, token by token.
 
-    python tools/truncation/real_text.py student TEACHER FOLDER
-    python tools/truncation/real_text.py rows FILE NUM > rows.jsonl
-    python tools/truncation/real_text.py measure MODEL CACHE > measured.json
-    python tools/truncation/real_text.py table OUT > results.csv
-    python tools/truncation/real_text.py paired OUT > paired.csv
-    python tools/truncation/real_text.py picture OUT > curve.svg
+    python tools/truncation/heldout.py measure MODEL CACHE > measured.json
+    python tools/truncation/heldout.py table OUT > results.csv
+    python tools/truncation/heldout.py paired OUT > paired.csv
+    python tools/truncation/heldout.py picture OUT > curve.svg
 
-Letters: S seeds, P held-out traces.
+OUT holds untrained.json and teacher.json, and runs/NAME_seed-N/ with result.json of the run and
+measured.json. Letters: S seeds, P held-out traces.
 """
 
 import csv
 import json
 import math
-import re
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-LAYERS_PER_KEPT = 3  # the student keeps every third layer of the teacher
-LONGEST_ROW = 450  # characters of question and solution: half of GSM8K, and three times the rows
-_CALCULATION = re.compile(r"<<.*?>>")  # GSM8K's marks for a calculator; no language
-
-
-def write_student(teacher: str, folder: str) -> None:
-    """Copy the teacher without two of three layers; the first and the last stay."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model: Any = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    layers = model.model.layers
-    num_kept = len(layers) // LAYERS_PER_KEPT
-    kept = [round(place * (len(layers) - 1) / (num_kept - 1)) for place in range(num_kept)]
-    model.model.layers = torch.nn.ModuleList(layers[index] for index in kept)
-    for index, layer in enumerate(model.model.layers):
-        layer.self_attn.layer_idx = index
-    model.config.num_hidden_layers = num_kept
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[index] for index in kept]
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
-
-
-def print_rows(file: str, num_rows: int) -> None:
-    """Print the first short questions of GSM8K with their solutions, as traces."""
-    num_left = num_rows
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines()):
-        row = json.loads(line)
-        solution = _CALCULATION.sub("", row["answer"])
-        if num_left and len(row["question"]) + len(solution) <= LONGEST_ROW:
-            asked = {"role": "user", "content": row["question"]}
-            messages = [asked, {"role": "assistant", "content": solution}]
-            print(json.dumps({"id": f"{Path(file).stem}-{number}", "messages": messages}))
-            num_left -= 1
-    if num_left:
-        sys.exit(f"{file}: expected {num_rows} rows of {LONGEST_ROW} characters, {num_left} lack")
 
 
 def print_measurements(name: str, path: str) -> None:
@@ -187,10 +147,6 @@ def print_picture(out: str) -> None:
 
 def main() -> None:
     match sys.argv[1:]:
-        case ["student", teacher, folder]:
-            write_student(teacher, folder)
-        case ["rows", file, num_rows]:
-            print_rows(file, int(num_rows))
         case ["measure", model, cache]:
             print_measurements(model, cache)
         case ["table", out]:
