@@ -6,7 +6,7 @@ cut at 0.375, which keeps the ends of traces in training. Its numbers come from 
 (tools/results/truncation): a forecast to be tested by a sweep, not a finding.
 
 There the shares show where a gain begins, not how much of it a span keeps: before 0.4 lies 12 % of
-the divergence and runs kept 15 % of the gain, before 0.5 lies 23 % and runs kept 73 %, since a
+the divergence and runs kept 14 % of the gain, before 0.5 lies 23 % and runs kept 69 %, since a
 skill is learned from its first occurrences. The teacher's entropy is no guide: 54 % of it lies
 before 0.1, where runs lost.
 """
