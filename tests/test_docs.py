@@ -199,7 +199,11 @@ def test_the_snippet_of_the_readme_shows_a_trace(traces):
     assert logprobs is not None
 
 
-@pytest.mark.parametrize("script", ["tools/demo", "tools/truncation/experiment"])
+@pytest.mark.parametrize(
+    "script",
+    ["tools/demo", *(f"tools/truncation/{name}" for name in ("experiment", "mixtures"))]
+    + [f"tools/truncation/{name}" for name in ("real_text", "from_scratch")],
+)
 def test_the_commands_of_a_script_exist_with_their_options(script):
     text = (ROOT / script).read_text().replace("\\\n", " ")
     text = re.sub(r"^ *sweep ", "train-student sweep ", text, flags=re.MULTILINE)  # a function
@@ -216,6 +220,7 @@ def test_the_commands_of_a_script_exist_with_their_options(script):
         ("tools/demo.toml", TrainConfig),
         ("tools/paper.toml", TrainConfig),
         ("tools/truncation/run.toml", TrainConfig),
+        ("tools/truncation/real_text.toml", TrainConfig),
         ("tools/truncation/evaluate.toml", EvaluateConfig),
     ],
 )
