@@ -11,6 +11,7 @@ from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer
 
 _TAG = re.compile(
     r"<\|[^<>|\s]{1,40}\|>|</?[^<>\s'\"{}=%/]{1,40}>|<｜[^<>\s]{1,40}｜>|\[/?[A-Z_]+\]"
+    r"|\[\|[a-z]+\|\]|\[e~\[|\]~!?b[\[\]]"
 )
 
 

@@ -4,9 +4,10 @@
     python tools/check_real_model.py --questions gsm8k.jsonl --out real-model
 
 The questions are a JSONL file with `question` and `answer`. Each step is a command as a user types
-it: the model is unpacked, `generate` answers a few questions, `score` takes their solutions, both
-are verified, ten steps are trained, and the student is loaded in vLLM. It takes ten minutes on
-two cores; `--num-questions` and `--new-tokens` say how much is done.
+it: the model is unpacked, `generate` answers questions, `score` takes their solutions, both caches
+are verified, `audit` scores some tokens again with transformers, ten steps are trained, and the
+student is loaded in vLLM. It takes ten minutes on two cores; `--num-questions`, `--new-tokens` and
+`--audit-tokens` say how much is done.
 """
 
 import argparse
@@ -64,8 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--questions", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--num-questions", type=int, default=5)
-    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--num-questions", type=int, default=20)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--audit-tokens", type=int, default=400)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     model = options.out / "smollm2"
@@ -83,6 +85,7 @@ def main() -> None:
     run(*teach, "score", *teacher, "--traces", traces, "--out", scored)
     for cache in (generated, scored):
         run(*teach, "verify", cache)
+        run(*teach, "audit", cache, "--model", model, "--max-tokens", options.audit_tokens)
     student = options.out / "run"
     steps = ("--max-steps", 10, "--batch-traces", 2, "--trace-tokens", 128, "--tracker", "none")
     run(*learn, "run", "--cache", scored, "--student", model, "--out", student, *steps)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from teacher_cache.capture.noise import Repeats
 from teacher_cache.capture.worker_loop import Done, Work, run_requests
 from teacher_cache.engines import Teacher, TeacherFacts
 from teacher_cache.format import CacheHeader, CachePath, CacheWriter
@@ -80,6 +81,7 @@ class Replica:
         if self._writer is None:
             raise RuntimeError("call `open` before `work`")
         with closing(self._teacher), self._writer as writer:
+            repeats = Repeats()
             try:
                 while self._wait_for_claims():
                     run_requests(
@@ -89,7 +91,11 @@ class Replica:
                         self._tokenizer,
                         self._note,
                         self._hold,
+                        repeats,
                     )
+                noise = None if self._is_stopped else repeats.measure(self._teacher)
+                if noise is not None:
+                    writer.keep_noise(noise)
                 with self._hold():
                     writer.finish()
             except Stopped:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from teacher_cache.capture.job import Job, Survey, take_survey
+from teacher_cache.capture.noise import Repeats
 from teacher_cache.capture.worker_loop import Done, run_requests
 from teacher_cache.engines import EngineError, TeacherFacts
 from teacher_cache.format import (
@@ -87,8 +88,11 @@ class Alone:
         hold: Callable[[], AbstractContextManager[object]],
     ) -> None:
         """Run the requests one window after the other."""
-        job = self._job
-        run_requests(job.work(), self._teacher, writer, job.tokenizer, note, hold)
+        job, repeats = self._job, Repeats()
+        run_requests(job.work(), self._teacher, writer, job.tokenizer, note, hold, repeats)
+        noise = repeats.measure(self._teacher)
+        if noise is not None:
+            writer.keep_noise(noise)
 
     def close(self) -> None:
         """Close the teacher."""

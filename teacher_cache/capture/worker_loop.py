@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from teacher_cache.capture.noise import Repeats
 from teacher_cache.engines import EngineError, Teacher, TeacherRequest, TeacherRows
 from teacher_cache.engines.checks import looks_rounded
 from teacher_cache.format import (
@@ -39,6 +40,7 @@ def run_requests(
     tokenizer: TeacherTokenizer,
     note: Callable[[Done], None],
     hold: Callable[[], AbstractContextManager[object]],
+    repeats: Repeats,
 ) -> None:
     """Run every request that is missing from the cache.
 
@@ -49,6 +51,7 @@ def run_requests(
         tokenizer: The teacher's tokenizer.
         note: Called for every trace, once it is kept.
         hold: Protects keeping and noting a trace from interruption.
+        repeats: Remembers the first traces, for the noise floor.
 
     Raises:
         EngineError: From the teacher; finished traces are kept.
@@ -66,6 +69,7 @@ def run_requests(
     for number, rows in enumerate(teacher.run(map(begin, missing))):
         if number < _NUM_LOOKED_AT:
             _check_head(rows, writer.header)
+        repeats.keep(rows)
         with hold():
             source = in_flight.pop(rows.request_id)
             finished = finished_trace(rows, source, writer.header, tokenizer)

@@ -9,7 +9,7 @@ from teacher_cache.examine.audit import Audit, Spread
 from teacher_cache.examine.disk_estimate import MIN_TRACES, estimate_disk
 from teacher_cache.examine.inspection import Inspection, ShownToken
 from teacher_cache.examine.plan import Step
-from teacher_cache.format import Cache, InputShare
+from teacher_cache.format import Cache, InputShare, NoiseFloor
 from teacher_cache.format.checking.findings import Finding, Verification
 from teacher_cache.format.checking.repair import Repair
 from teacher_cache.terminal.escape import printable
@@ -46,6 +46,8 @@ def figures_lines(figures: Inspection, header: Mapping[str, Any], path: str) -> 
         f"{figures.tail_mass_p99:.2e}; {figures.num_clamped_tails:,} tails and "
         f"{figures.num_clamped_logits:,} logits clamped"
     )
+    if figures.noise is not None:
+        yield f"noise floor, KL: {_spread(figures.noise)} ({_repeated(figures.noise)})"
     if figures.retokenized is not None:
         yield f"carried over: {derived_line(figures.retokenized)}"
     yield f"kept entries per token: mean {figures.mean_k:.1f}"
@@ -196,6 +198,13 @@ def audit_lines(found: Audit) -> Iterator[str]:
     )
     yield f"KL, stored to live     {_spread(found.kl)}"
     yield f"KL, live to live again {_spread(found.noise)}  ({found.noise_from})"
+    floor = found.noise_floor
+    if floor is None:
+        yield "noise at the capture   not kept (it is measured at the end, and kept with the seal)"
+    else:
+        yield f"noise at the capture   {_spread(floor)}  ({_repeated(floor)})"
+    if found.times_the_noise is not None:
+        yield f"stored differs from live by {found.times_the_noise:.3g} times the larger noise"
     yield (
         f"mean KL to the rows before and after: {found.kl_if_moved[-1]:.3g}, "
         f"{found.kl_if_moved[1]:.3g}; worst: token {found.worst_token} of "
@@ -217,7 +226,11 @@ def audit_lines(found: Audit) -> Iterator[str]:
     yield f"{verdict}: mean KL {found.kl.mean:.2e}, at most {found.max_kl:g} allowed"
 
 
-def _spread(spread: Spread) -> str:
+def _repeated(floor: NoiseFloor) -> str:
+    return f"{floor.num_tokens:,} tokens of {floor.num_traces:,} traces in another batch"
+
+
+def _spread(spread: Spread | NoiseFloor) -> str:
     return f"mean {spread.mean:.2e}  99th percentile {spread.p99:.2e}  max {spread.max:.2e}"
 
 

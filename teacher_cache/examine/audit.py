@@ -22,6 +22,7 @@ from teacher_cache.format import (
     CacheHeader,
     CacheMismatchError,
     CachePath,
+    NoiseFloor,
     Trace,
     open_cache,
 )
@@ -63,6 +64,14 @@ class AuditConfig:
         default=32,
         group="Sample",
         at_least=1,
+    )
+    max_tokens: int | None = option(
+        "Most tokens to score again: traces are drawn until their tokens reach it, the last one "
+        "cut there.",
+        default=None,
+        unset="all tokens of the drawn traces",
+        group="Sample",
+        at_least=2,
     )
     seed: int = option("Seed for drawing the traces.", default=0, group="Sample", at_least=0)
     # Measured on tools/tiny-teacher, captured by vLLM in float32: 5e-6 (the grid of the cache
@@ -106,6 +115,7 @@ class Audit:
     kl: Spread  # stored || live
     noise: Spread  # live || live, scored in a second way
     noise_from: str  # description of that way
+    noise_floor: NoiseFloor | None  # as the capture measured it
     kl_if_moved: Mapping[int, float]  # mean KL to the row before (-1) and after (1)
     worst_trace: str
     worst_token: int
@@ -118,6 +128,17 @@ class Audit:
     vocab_size: int
     num_outside: int  # stored entries outside the engine's; compared with its least one
     max_kl: float
+
+    @property
+    def times_the_noise(self) -> float | None:
+        """Mean KL from stored to live, in units of the noise floor; None without one.
+
+        The larger of the capture's own and this engine's. Below 1, stored and live distributions
+        differ no more than those of the same engine in two batches.
+        """
+        floors = [self.noise.mean] + ([] if self.noise_floor is None else [self.noise_floor.mean])
+        floor = max(floors)
+        return self.kl.mean / floor if floor > 0 else None
 
     @property
     def passed(self) -> bool:
@@ -146,8 +167,9 @@ def audit(config: AuditConfig) -> Audit:
         )
     _require_teacher(cache.header, config)
     traces = sample_traces(cache, config.num_traces, config.seed)
+    lengths = lengths_within(traces, config.max_tokens)
     width = min(cache.header.vocab_size, LIVE_WIDTH)
-    longest = max(len(trace.token_ids) for trace in traces)
+    longest = max(lengths.values())
     num_reserved = int(config.engine == "vllm")  # which scores a trace as a prompt plus a token
     files = ModelFiles(config.model, config.revision)
     limit = files.context_length(longest, num_reserved=num_reserved)
@@ -168,7 +190,9 @@ def audit(config: AuditConfig) -> Audit:
                 f"{cache.path}: the cache's vocabulary has {cache.header.vocab_size} ids, the "
                 f"model's {teacher.facts.vocab_size}"
             )
-        compared, noise_from = _compare(traces, teacher, limit, cache.header)
+        lengths = {name: min(length, limit) for name, length in lengths.items()}
+        traces = [trace for trace in traces if trace.trace_id in lengths]
+        compared, noise_from = _compare(traces, teacher, lengths, cache.header)
         return _summary(cache, compared, noise_from, teacher, config.max_kl)
 
 
@@ -187,6 +211,29 @@ def sample_traces(cache: Cache, num_samples: int, seed: int) -> list[Trace]:
     return traces
 
 
+def lengths_within(traces: Sequence[Trace], max_tokens: int | None) -> dict[str, int]:
+    """Trace -> tokens of it to score, all of them together at most `max_tokens`.
+
+    Raises:
+        CacheError: If no token with a distribution is among them.
+    """
+    lengths, left = {}, max_tokens
+    has_any = False
+    for trace in traces:
+        length = len(trace.token_ids) if left is None else min(left, len(trace.token_ids))
+        if length < 2:
+            break
+        lengths[trace.trace_id] = length
+        left = None if left is None else left - length
+        has_any = has_any or bool((trace.k[:length] > 0).any())
+    if not has_any:
+        raise CacheError(
+            f"none of the first {max_tokens} tokens drawn has a distribution: they are the prompt "
+            "of the first trace. Give --max-tokens more"
+        )
+    return lengths
+
+
 def _require_teacher(header: CacheHeader, config: AuditConfig) -> None:
     load_tokenizer(header, config.model)
     found = ModelFiles(config.model, config.revision).weights_fingerprint()
@@ -199,14 +246,14 @@ def _require_teacher(header: CacheHeader, config: AuditConfig) -> None:
 
 
 def _compare(
-    traces: Sequence[Trace], teacher: Teacher, limit: int, header: CacheHeader
+    traces: Sequence[Trace], teacher: Teacher, lengths: Mapping[str, int], header: CacheHeader
 ) -> tuple[list[Compared], str]:
     from teacher_cache.engines.transformers import TransformersTeacher
 
     by_id = {trace.trace_id: trace for trace in traces}
     compared: dict[str, Compared] = {}
     with CaptureProgress(2 * len(traces), doing="scored") as progress:
-        for rows in teacher.run(_requests(traces, limit)):
+        for rows in teacher.run(_requests(traces, lengths)):
             trace = by_id[rows.request_id]
             compared[rows.request_id] = compare_trace(trace, rows, header)
             progress.add(len(rows.token_ids))
@@ -215,15 +262,15 @@ def _compare(
             teacher.chunk_tokens = OTHER_CHUNK_TOKENS
         else:
             noise_from = "in reverse order, so in other batches"
-        for rows in teacher.run(_requests(traces[::-1], limit)):
+        for rows in teacher.run(_requests(traces[::-1], lengths)):
             add_noise(compared[rows.request_id], by_id[rows.request_id], rows)
             progress.add(len(rows.token_ids))
     return list(compared.values()), noise_from
 
 
-def _requests(traces: Sequence[Trace], limit: int) -> Iterator[TeacherRequest]:
+def _requests(traces: Sequence[Trace], lengths: Mapping[str, int]) -> Iterator[TeacherRequest]:
     for trace in traces:
-        tokens = tuple(trace.token_ids[:limit].tolist())
+        tokens = tuple(trace.token_ids[: lengths[trace.trace_id]].tolist())
         yield TeacherRequest(trace.trace_id, tokens, max_new_tokens=0, seed=0, capture_prompt=True)
 
 
@@ -255,6 +302,7 @@ def _summary(
         kl=_spread(kl),
         noise=_spread(all_of(lambda one: one.noise)),
         noise_from=noise_from,
+        noise_floor=cache.manifest.noise,
         kl_if_moved=moved,
         worst_trace=worst.trace_id,
         worst_token=int(worst.tokens[worst.kl.argmax()]),

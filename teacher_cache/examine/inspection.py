@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.format import SECTIONS, Cache, CacheHeader, CachePath, Trace
+from teacher_cache.format import SECTIONS, Cache, CacheHeader, CachePath, NoiseFloor, Trace
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 from teacher_cache.terminal.option import check_options, option
 from teacher_cache.transform.retokenize.certificate import overall
@@ -51,6 +51,7 @@ class Inspection:
     tail_mass_p99: float
     num_clamped_tails: int
     num_clamped_logits: int
+    noise: NoiseFloor | None = None  # as the capture measured it
     retokenized: Mapping[str, float] | None = None  # certificates, if the cache is derived
 
 
@@ -88,6 +89,7 @@ def inspect_cache(cache: Cache, traces: Mapping[int, Trace]) -> Inspection:
         tail_mass_p99=float(np.quantile(tail, 0.99)) if len(tail) else 0.0,
         num_clamped_tails=sum(shard.num_clamped_tails for shard in cache.shards),
         num_clamped_logits=sum(shard.num_clamped_logits for shard in cache.shards),
+        noise=cache.manifest.noise,
         retokenized=None if cache.header.derived is None else overall(infos),
     )
 

@@ -18,6 +18,7 @@ from teacher_cache.format.errors import (
 )
 from teacher_cache.format.header import CacheHeader, content_hash, tokenizer_fingerprint
 from teacher_cache.format.manifest import Manifest, Seal, ShardList
+from teacher_cache.format.noise import NoiseFloor
 from teacher_cache.format.ragged import entry_offsets, row_of_entry, tail_mass
 from teacher_cache.format.reading.places import rows_by_shard
 from teacher_cache.format.reading.prefix_cache import PrefixCache
@@ -55,6 +56,7 @@ __all__ = [
     "KeepPolicy",
     "KeptEntries",
     "Manifest",
+    "NoiseFloor",
     "PrefixCache",
     "Seal",
     "ShardCommit",

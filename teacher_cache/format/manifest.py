@@ -14,6 +14,7 @@ from teacher_cache.format.header import (
     CacheHeader,
     content_hash,
 )
+from teacher_cache.format.noise import NoiseFloor, parse_noise
 
 MANIFEST_NAME = "cache.json"
 SHARD_FOLDER = "shards"
@@ -49,6 +50,7 @@ class Manifest:
     header: CacheHeader
     config: Mapping[str, Any]  # the resolved configuration of the capture that made the folder
     seal: Seal | None = None
+    noise: NoiseFloor | None = None  # measured at the capture; set with the seal
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -62,6 +64,8 @@ class Manifest:
         }
         if self.seal is not None:
             record["seal"] = {**asdict(self.seal), "fingerprint": self.seal.fingerprint}
+        if self.noise is not None:
+            record["noise"] = asdict(self.noise)
         record["checksum"] = content_hash(json.loads(json.dumps(record)))  # as a reader will see it
         return (json.dumps(record, indent=1) + "\n").encode()
 
@@ -89,7 +93,8 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         seal = None
         if record["complete"]:
             seal = _parse_seal(record["seal"], where)
-        return Manifest(header, record["config"], seal)
+        noise = parse_noise(record["noise"]) if "noise" in record else None
+        return Manifest(header, record["config"], seal, noise)
     except UNUSABLE_JSON as error:
         raise CacheFormatError(f"{where}: not a cache header: {error!r}") from error
 

@@ -55,17 +55,42 @@ class ChatTemplate:
     @cached_property
     def names_read(self) -> frozenset[str]:
         """Arguments that the template reads, besides those that every template gets."""
-        from jinja2 import Environment, TemplateSyntaxError, meta
+        from jinja2 import meta, nodes
         from jinja2.defaults import DEFAULT_NAMESPACE
+
+        own = set(self._tokenizer.special_tokens_map) | {"bos_token", "eos_token", "pad_token"}
+        read = meta.find_undeclared_variables(self._tree)
+        # A default that the template sets itself hides the argument there.
+        for test in self._tree.find_all(nodes.Test):
+            if test.name in ("defined", "undefined") and isinstance(test.node, nodes.Name):
+                read.add(test.node.name)
+        return frozenset(read - _GIVEN_NAMES - set(DEFAULT_NAMESPACE) - own)
+
+    @cached_property
+    def values_known(self) -> dict[str, tuple[object, ...]]:
+        """Name -> values that show its effect: true, false, and texts it is compared with."""
+        from jinja2 import nodes
+
+        texts: dict[str, list[str]] = {name: [] for name in sorted(self.names_read)}
+        for comparison in self._tree.find_all(nodes.Compare):
+            compared = {node.name for node in comparison.find_all(nodes.Name)} & texts.keys()
+            for name in compared:
+                for node in comparison.find_all(nodes.Const):
+                    one_or_more = (
+                        node.value if isinstance(node.value, list | tuple) else [node.value]
+                    )
+                    texts[name] += [text for text in one_or_more if text and isinstance(text, str)]
+        return {name: (True, False, *dict.fromkeys(found)) for name, found in texts.items()}
+
+    @cached_property
+    def _tree(self) -> Any:  # noqa: ANN401 (jinja's nodes; importing it is left to their users)
+        from jinja2 import Environment, TemplateSyntaxError
 
         environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # not HTML
         try:
-            tree = environment.parse(_ASSISTANT_MASK_TAG.sub("", self.source))
+            return environment.parse(_ASSISTANT_MASK_TAG.sub("", self.source))
         except TemplateSyntaxError as error:
             raise ValueError(f"the chat template cannot be read: {one_line(error)}") from error
-        own = set(self._tokenizer.special_tokens_map) | {"bos_token", "eos_token", "pad_token"}
-        read = meta.find_undeclared_variables(tree)
-        return frozenset(read - _GIVEN_NAMES - set(DEFAULT_NAMESPACE) - own)
 
     @cached_property
     def added_tokens(self) -> tuple[str, ...]:

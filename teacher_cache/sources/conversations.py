@@ -7,7 +7,7 @@ from typing import Any
 
 from teacher_cache.sources.chat_template import ChatTemplate, TemplateRefusesError
 from teacher_cache.sources.marks_in_text import foreign_thought
-from teacher_cache.sources.probes import FIELDS, IN_CONTENT, as_parts, common_length
+from teacher_cache.sources.probes import FIELDS, IN_CONTENT, as_parts, header_after
 from teacher_cache.sources.rejects import BadRow, Reason
 from teacher_cache.sources.turn_layout import TurnLayout
 
@@ -220,7 +220,8 @@ class Conversation:
             plain = self._text(self.messages, is_prompt=False)
         except TemplateRefusesError as error:
             raise BadRow(Reason.TEMPLATE_REFUSES, str(error)) from error
-        return prompt[common_length(plain, prompt, self.template.added_tokens) :]
+        last = self.messages[-1].get("content") or ""
+        return header_after(prompt, plain, last, self.template.added_tokens)
 
     def answered(self, *turns: Message) -> str | None:
         """The text with further turns, closed; None if the template refuses them."""

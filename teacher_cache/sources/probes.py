@@ -85,7 +85,7 @@ class Probe:
     def header_of(self, prompt: str, more: Mapping[str, object]) -> str:
         """Text that the generation prompt adds to a question."""
         plain = self._try([ASKED], more) or ""
-        return prompt[self.common(plain, prompt) :]
+        return header_after(prompt, plain, QUESTION, self.template.added_tokens)
 
     def common(self, one: str, other: str) -> int:
         """Length of the common start of two texts that splits no token of the tokenizer."""
@@ -109,8 +109,8 @@ class Probe:
         if self.earlier_header == lead:
             return [lead]
         found = [self.earlier_header]
-        for name in sorted(self.template.names_read):
-            for value in (True, False):
+        for name, values in self.template.values_known.items():
+            for value in values:
                 prompt = self.prompt_or_none({name: value})
                 found += [] if prompt is None else [self.header_of(prompt, {name: value})]
         return found
@@ -233,6 +233,21 @@ def _is_printed_as_data(text: str, start: int, end: int) -> bool:
     """Whether a template that does not support parts has printed a list of them."""
     around = text[max(0, start - 40) : max(start, end)]
     return any(quoted in around for quoted in ("'type':", '"type":', "'thinking':", '"thinking":'))
+
+
+def header_after(prompt: str, plain: str, last_content: str, tokens: Sequence[str]) -> str:
+    """Text that a generation prompt adds to a conversation.
+
+    Args:
+        prompt: Conversation with the generation prompt.
+        plain: The same without; equal if a template always opens the assistant's turn.
+        last_content: Content of the last message, which such a turn's header follows.
+        tokens: Texts that must not be split.
+    """
+    if prompt == plain:
+        found = last_content.strip()
+        return prompt.rpartition(found)[2] if found and found in prompt else ""
+    return prompt[common_length(plain, prompt, tokens) :]
 
 
 def common_length(one: str, other: str, tokens: Sequence[str]) -> int:

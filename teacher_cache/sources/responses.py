@@ -7,6 +7,7 @@ from typing import Any
 from teacher_cache.sources.columns import Exchange
 from teacher_cache.sources.conversations import Conversation, Message
 from teacher_cache.sources.marks_in_text import Thought, thought_in
+from teacher_cache.sources.probes import common_length
 from teacher_cache.sources.rejects import BadRow, Reason
 from teacher_cache.sources.turn_layout import Prompt, TurnLayout
 
@@ -78,6 +79,8 @@ def response_of(
         )
     if text is None:
         text = _put_together(thought, layout)
+        if conversation is not None and not thought.reasoning:
+            text = _answer_opener(conversation, turn, prompt, layout) + text
     if is_cut:
         return Response(_without_end(text, thought.answer, layout), True, bool(thought.reasoning))
     has_thought = bool(thought.reasoning) or _writes_thought(text, layout)
@@ -208,6 +211,24 @@ def _put_together(thought: Thought, layout: TurnLayout) -> str:
             + f", but the row's is empty{hint}",
         )
     return thought.answer + layout.end
+
+
+def _answer_opener(
+    conversation: Conversation, turn: Message, prompt: str, layout: TurnLayout
+) -> str:
+    """Text that opens an answer after a thought that the generation prompt has closed.
+
+    A finished turn without reasoning begins with it, if it has tokens of its own there: some
+    templates put a mark before every answer, which the model then writes itself.
+    """
+    whole, answer = conversation.answered(turn) or "", turn["content"].strip()
+    if layout.prompt is not Prompt.CLOSES or layout.marks is None or answer not in whole:
+        return ""
+    tokens = conversation.template.added_tokens
+    before = whole[: whole.rfind(answer)]
+    lead = before[common_length(before, prompt, tokens) :]
+    is_thought = any(mark in lead for mark in (layout.marks.open, layout.marks.close) if mark)
+    return lead if not is_thought and any(token in lead for token in tokens) else ""
 
 
 def _opened(layout: TurnLayout) -> str:

@@ -91,7 +91,8 @@ def read_layout(
     probe = Probe(template, arguments, pairs)
     shown, source = _ask(probe)
     if shown is not None:
-        opener = _opener(probe, shown, known)
+        # A template may make its tags from parts: then only its text shows them whole.
+        opener = _opener(probe, shown, [*known, *tags_in(shown.text)])
         joint = shown.joint
         close = _closing_mark(opener, joint, template.added_tokens)
         marks = ThinkMarks(opener.strip(), close, bool(joint.partition(close)[2].strip()))
@@ -120,9 +121,8 @@ def prompt_state(header: str, marks: ThinkMarks | None) -> Prompt:
     """
     if marks is None:
         return Prompt.LEAVES
-    if not marks.open:
-        return Prompt.OPENS
-    opened, closed = header.rfind(marks.open), header.rfind(marks.close)
+    opened = header.rfind(marks.open) if marks.open else 0  # then every turn begins in it
+    closed = header.rfind(marks.close)
     if opened > closed:
         return Prompt.OPENS
     return Prompt.CLOSES if closed >= 0 else Prompt.LEAVES
@@ -133,11 +133,11 @@ def _ask(probe: Probe) -> tuple[Shown | None, str]:
     shown = probe.find_shown({})
     if shown is not None:
         return shown, "the template"
-    for name in sorted(probe.template.names_read):
-        for value in (True, False):
+    for name, values in probe.template.values_known.items():
+        for value in values:
             shown = probe.find_shown({name: value})
             if shown is not None:
-                return shown, f"the template with {name}={str(value).lower()}"
+                return shown, f"the template with {_argument(name, value)}"
     return probe.find_before_call(), "the template, where a tool is called"
 
 
@@ -188,7 +188,9 @@ def _end(probe: Probe, found: TurnLayout, end_tokens: Sequence[str]) -> str:
     known = [after.find(token) + len(token) for token in end_tokens if token and token in after]
     if known:
         return after[: min(known)]
-    own = _first_token(after, probe.template.added_tokens)
+    # A token that also stands between reasoning and answer ends a channel, not the turn.
+    tokens = [token for token in probe.template.added_tokens if token not in (found.joint or "")]
+    own = _first_token(after, tokens)
     if own is not None:
         return after[: after.find(own) + len(own)]
     following = probe.after_answer(found.reads, found.reveal, goes_on=True).lstrip()
@@ -197,11 +199,11 @@ def _end(probe: Probe, found: TurnLayout, end_tokens: Sequence[str]) -> str:
 
 
 def _switches(probe: Probe, marks: ThinkMarks | None) -> tuple[str, ...]:
-    """Arguments that change the generation prompt when true or false."""
+    """Arguments that change the generation prompt."""
     found = []
     default = probe.prompt({})
-    for name in sorted(probe.template.names_read):
-        for value in (True, False):
+    for name, values in probe.template.values_known.items():
+        for value in values:
             prompt = probe.prompt_or_none({name: value})
             if prompt is None or prompt == default:
                 continue
@@ -210,8 +212,13 @@ def _switches(probe: Probe, marks: ThinkMarks | None) -> tuple[str, ...]:
             if is_same and not _OF_THINKING.search(name):
                 continue
             effect = "changes the prompt" if is_same else f"the generation prompt {state.value}"
-            found.append(f"{name}={str(value).lower()}: {effect}")
+            found.append(f"{_argument(name, value)}: {effect}")
     return tuple(found)
+
+
+def _argument(name: str, value: object) -> str:
+    """An argument as `--template-arg` takes it."""
+    return f"{name}={value if isinstance(value, str) else str(value).lower()}"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from teacher_cache.format.errors import CacheMismatchError
 from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Manifest, make_seal
+from teacher_cache.format.noise import read_noise
 from teacher_cache.format.records import committed_names, read_commits, require_manifest
 from teacher_cache.format.shares import require_all_parts
 from teacher_cache.format.store import CachePath, open_store
@@ -48,7 +49,8 @@ def seal_cache(
     for folder in ("", SHARD_FOLDER):
         store.remove_unpublished(folder)
     commits = read_commits(store, committed_names(store), manifest.header)
-    sealed = Manifest(manifest.header, manifest.config, make_seal(commits, manifest.header))
+    seal = make_seal(commits, manifest.header)
+    sealed = Manifest(manifest.header, manifest.config, seal, read_noise(store))
     store.publish(MANIFEST_NAME, sealed.to_bytes())
     return sealed
 

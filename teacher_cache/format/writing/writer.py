@@ -17,6 +17,7 @@ from typing import Any, Self
 from teacher_cache.format.errors import CacheMismatchError
 from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Manifest
+from teacher_cache.format.noise import NoiseFloor, publish_noise
 from teacher_cache.format.records import committed_names, read_commits, read_manifest
 from teacher_cache.format.store import CachePath, open_store
 from teacher_cache.format.trace import MAX_K
@@ -242,6 +243,10 @@ class CacheWriter:
         finally:
             self._compactor.shutdown()
             self._lock.close()
+
+    def keep_noise(self, noise: NoiseFloor) -> None:
+        """Keep this worker's noise floor; the seal carries those of all."""
+        publish_noise(self._store, self._worker, noise)
 
     def finish(self) -> None:
         """Compact the rest of the journal, so that readers see every trace; then close."""
