@@ -125,6 +125,15 @@ def test_only_the_teacher_may_audit_its_cache(captured, live, tmp_path):
     assert audit(replace(captured, model=str(other), any_model=True)).passed
 
 
+def test_a_cap_on_tokens_cuts_the_sample_there(captured, live):
+    whole = audit(captured)
+    capped = audit(replace(captured, max_tokens=30))
+    assert 1 <= capped.num_traces < whole.num_traces
+    assert capped.num_tokens < 30 < whole.num_tokens
+    assert capped.passed
+    assert audit(replace(captured, max_tokens=10**6)).num_tokens == whole.num_tokens
+
+
 def test_a_sample_is_drawn_by_its_seed(captured):
     cache = open_cache(captured.cache)
 

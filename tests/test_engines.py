@@ -432,6 +432,32 @@ def test_vllm_rows_while_scoring_equal_the_reference(vllm_teacher, reference, ge
         assert_rows_agree(rows, full_logprobs(reference, rows))
 
 
+@pytest.mark.slow
+def test_whatever_the_sampling_the_rows_are_raw(vllm_teacher, reference, monkeypatch):
+    harsh = Sampling(temperature=0.3, top_p=0.8, top_k=5, min_p=0.1, repetition_penalty=1.5)
+    monkeypatch.setattr(vllm_teacher, "_sampling", harsh)
+    for rows in run(vllm_teacher, generation("a"), generation("b", seed=1)).values():
+        assert_rows_agree(rows, full_logprobs(reference, rows))
+
+
+@pytest.mark.slow
+def test_rows_depend_on_no_batch_order_or_prefix_cache(vllm_teacher, generated, monkeypatch):
+    """The rest is the noise floor: far below what a cache's grid rounds."""
+    traces = [scoring(rows.request_id, rows.token_ids) for rows in generated]
+    together, reversed_ = run(vllm_teacher, *traces), run(vllm_teacher, *traces[::-1])
+    alone = run_alone(vllm_teacher, traces, monkeypatch)
+    for rows in generated:
+        own = rows.row_logprobs[:, 0]
+        for other in (together, reversed_, alone):
+            again = other[rows.request_id].row_logprobs[rows.first_row - 1 :]
+            assert np.abs(again[:, 0] - own).max() < 1e-4
+            assert np.abs(again - rows.row_logprobs).max() < 1e-4
+    long = [generation(name, seed=9, length=150, max_new_tokens=20) for name in ("cold", "warm")]
+    cold, warm = (run(vllm_teacher, request)[request.request_id] for request in long)
+    assert cold.token_ids.tolist() == warm.token_ids.tolist()  # the second reads the prefix cache
+    assert np.abs(cold.row_logprobs - warm.row_logprobs).max() < 1e-4
+
+
 def run_alone(teacher, requests, monkeypatch):
     """One request at a time, so that no batch differs from run to run."""
     with monkeypatch.context() as patch:

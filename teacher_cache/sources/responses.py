@@ -66,7 +66,8 @@ def response_of(
     _check_prompt(thought, layout)
     is_cut = is_cut or thought.is_cut
     if is_cut and not thought.answer.strip():
-        return Response(_opened(layout) + thought.reasoning, is_cut=True, has_thought=True)
+        begun = _opener_left(prompt, layout)
+        return Response(begun + thought.reasoning, is_cut=True, has_thought=True)
     text = None
     if conversation is not None:
         turn = _as_message(thought, exchange.tool_calls)
@@ -78,7 +79,7 @@ def response_of(
             "the prompt; give that text as its content",
         )
     if text is None:
-        text = _put_together(thought, layout)
+        text = _put_together(thought, prompt, layout)
         if conversation is not None and not thought.reasoning:
             text = _answer_opener(conversation, turn, prompt, layout) + text
     if is_cut:
@@ -192,10 +193,10 @@ def _without_end(text: str, answer: str, layout: TurnLayout) -> str:
     return text[: place + len(answer.strip())] if place >= 0 else text.removesuffix(layout.end)
 
 
-def _put_together(thought: Thought, layout: TurnLayout) -> str:
+def _put_together(thought: Thought, prompt: str, layout: TurnLayout) -> str:
     if thought.reasoning:
         return (
-            _opened(layout)
+            _opener_left(prompt, layout)
             + thought.reasoning
             + (layout.joint or "")
             + thought.answer.lstrip("\n")
@@ -231,8 +232,13 @@ def _answer_opener(
     return lead if not is_thought and any(token in lead for token in tokens) else ""
 
 
-def _opened(layout: TurnLayout) -> str:
-    return "" if layout.prompt is Prompt.OPENS else layout.opener or ""
+def _opener_left(prompt: str, layout: TurnLayout) -> str:
+    """The part of the opener that a prompt leaves to the model, such as a line break."""
+    opener = layout.opener or ""
+    if layout.prompt is not Prompt.OPENS:
+        return opener
+    written = next((n for n in range(len(opener), 0, -1) if prompt.endswith(opener[:n])), None)
+    return "" if written is None else opener[written:]
 
 
 def _writes_thought(text: str, layout: TurnLayout) -> bool:
