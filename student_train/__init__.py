@@ -7,7 +7,8 @@
 - Whole runs: `train`, `evaluate` and `run_sweep`, each with its configuration and result; they do
   what the commands `train-student run`, `evaluate` and `sweep` do.
 - A training loop of your own: `open_data` chooses the traces, `TokenSelection` the tokens,
-  `DistillationDataset` streams batches of them, and `sparse_kl` (or `sparse_kl_per_token`) is the
+  `DistillationDataset` streams batches of them (`collate_traces` makes them of rows, where a
+  trainer has its own loader), and `sparse_kl` (or `sparse_kl_per_token`) is the
   loss under an `Objective`.
 - Errors: `InterruptedRunError`, `NonFiniteLossError`, `OutOfMemoryError`, and those of
   `teacher_cache`.
@@ -20,6 +21,7 @@ TYPE_CHECKING = False  # as type checkers know it, without importing typing for 
 if TYPE_CHECKING:
     from student_train.batch.micro_batch import MicroBatch
     from student_train.batch.torch_dataset import DistillationDataset
+    from student_train.batch.trace_rows import collate_traces
     from student_train.data.stream import Cursor
     from student_train.data.tokens import TokenSelection
     from student_train.data.traces import TrainingData, open_data
@@ -61,6 +63,7 @@ __all__ = [
     "TrainResult",
     "TrainingData",
     "__version__",
+    "collate_traces",
     "evaluate",
     "open_data",
     "run_sweep",
@@ -85,6 +88,7 @@ _MODULES = {
     "TrainConfig": "student_train.run.config",
     "TrainResult": "student_train.run.finish",
     "TrainingData": "student_train.data.traces",
+    "collate_traces": "student_train.batch.trace_rows",
     "evaluate": "student_train.evaluation.evaluate",
     "open_data": "student_train.data.traces",
     "run_sweep": "student_train.sweep.protocol",

@@ -1,11 +1,14 @@
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 
 import numpy as np
 import pytest
 from caches import assert_same
+from exchanges import queue_exchanges
 from fakes import make_cache, make_header, make_traces
 
+from student_train.data.heldout import heldout_part
 from student_train.data.stream import TraceStream
 from student_train.data.tokens import TokenSelection
 from student_train.data.traces import is_heldout, open_data
@@ -39,10 +42,18 @@ def test_heldout_traces_are_whole_and_never_trained_on(path):
 def test_ranks_share_the_heldout_traces(path):
     data = open_data([path], heldout_share=0.3)
     whole = [trace.trace_id for trace in data.heldout_traces()]
-    ranks = [[t.trace_id for t in data.heldout_traces(rank=r, num_ranks=3)] for r in range(3)]
+    exchanges = queue_exchanges(3)
 
-    assert sorted(chain.from_iterable(ranks)) == sorted(whole)
-    assert [trace.trace_id for trace in data.heldout_traces(limit=5)] == whole[:5]
+    def part(rank):
+        mine = heldout_part(data, rank=rank, num_ranks=3, exchange=exchanges[rank], limit=9)
+        return [trace.trace_id for trace in mine]
+
+    with ThreadPoolExecutor(3) as pool:
+        ranks = list(pool.map(part, range(3)))
+    assert sorted(chain.from_iterable(ranks)) == sorted(whole[:9])
+    assert min(len(part) for part in ranks) >= 2
+    alone = heldout_part(data, rank=0, num_ranks=1, exchange=None, limit=5)
+    assert [trace.trace_id for trace in alone] == whole[:5]
 
 
 def test_reading_heldout_traces_does_not_count_as_training(path):

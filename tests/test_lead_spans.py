@@ -47,7 +47,7 @@ def many(tmp_path_factory):
 
 
 def steps_of(data, selection=MIXED, **changes):
-    arguments = {"batch_traces": 4, "num_epochs": 2, "seed": 3, "num_lanes": 4} | changes
+    arguments = {"batch_traces": 4, "num_epochs": 2, "seed": 3} | changes
     with TraceStream(data, selection, **arguments) as stream:
         return list(stream)
 

@@ -652,7 +652,7 @@ def test_a_loss_that_is_no_number_stops_the_run_naming_its_traces(config, cache)
         train(settings)
 
     num_done = len(metrics_of(settings))
-    order = data_order(open_data([cache]), seed=0, epoch=0, num_lanes=8)
+    order = data_order(open_data([cache]), seed=0, epoch=0)
     first = num_done * 4
     places = zip(order.shard[first : first + 4], order.row[first : first + 4], strict=True)
     names = [open_cache(cache).shards[shard].traces[row].trace_id for shard, row in places]
@@ -710,7 +710,7 @@ def test_a_shard_lost_while_training_is_named_with_what_verify_says(
     """Kept to the end of the run: the stream reads a shard when it is first needed."""
     cache = make_cache(tmp_path / "cache", make_traces(40))
     settings = config(cache=cache, save_every=1)
-    last = data_order(open_data([cache]), seed=0, epoch=0, num_lanes=8).shard[-1]
+    last = data_order(open_data([cache]), seed=0, epoch=0).shard[-1]
     file = tmp_path / f"cache/shards/{open_cache(cache).shards[last].name}.arrow"
     content = file.read_bytes()
     real = loop.open_stream

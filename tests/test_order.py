@@ -4,7 +4,7 @@ from fakes import make_cache, make_traces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.data.order import MIN_MIXED_SHARDS, check_ranks, data_order, epoch_order
+from student_train.data.order import MIN_MIXED_SHARDS, data_order, epoch_order
 from student_train.data.traces import open_data
 from teacher_cache.format import open_cache
 
@@ -30,16 +30,6 @@ def test_every_trace_comes_exactly_once(sizes, num_lanes, epoch):
 
     expected = [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
     assert sorted(places(order)) == expected
-
-
-@given(shard_sizes, st.integers(1, 8))
-def test_ranks_divide_the_order_and_no_two_need_the_same_shard(sizes, num_ranks):
-    order = order_of(sizes, num_lanes=8)
-
-    parts = [order.of_rank(rank, num_ranks) for rank in range(num_ranks)]
-    assert (np.sum(parts, axis=0) == 1).all()
-    shards = [set(order.shard[part].tolist()) for part in parts]
-    assert sum(len(part) for part in shards) == len(sizes)
 
 
 @given(shard_sizes)
@@ -84,35 +74,8 @@ def test_few_shards_are_shuffled_as_a_whole():
     assert counts.min() > 30  # of 50 expected
 
 
-def test_every_batch_holds_a_fair_part_for_every_rank():
-    order = order_of([40] * 16, num_lanes=8)
-
-    for start in range(0, len(order), 16):
-        lanes = order.lane[start : start + 16]
-        assert np.bincount(lanes % 4, minlength=4).tolist() == [4, 4, 4, 4]
-
-
-def test_lanes_are_balanced_by_tokens():
-    sizes = np.random.default_rng(0).integers(5, 40, 64).tolist()
-    order = order_of(sizes, num_lanes=4)
-
-    per_lane = np.bincount(order.lane, minlength=4)
-    assert per_lane.max() < 1.2 * per_lane.min()
-
-
-def test_more_ranks_than_lanes_are_refused_and_uneven_ones_said(caplog):
-    check_ranks(8, 4)
-    assert not caplog.text
-    check_ranks(8, 3, rank=2)
-    assert not caplog.text  # one process says it for all
-    check_ranks(8, 3)
-    assert "3 processes share 8 lanes unevenly" in caplog.text
-    with pytest.raises(ValueError, match="9 processes cannot share 8 lanes"):
-        check_ranks(8, 9)
-
-
 def test_order_of_a_cache_holds_its_traces(tmp_path):
     path = make_cache(tmp_path / "cache", make_traces(10))
-    order = data_order(open_data([path]), seed=0, epoch=0, num_lanes=2)
+    order = data_order(open_data([path]), seed=0, epoch=0)
 
     assert sorted(places(order)) == sorted(open_cache(path).traces)

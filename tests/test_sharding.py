@@ -1,35 +1,16 @@
 """FSDP2 over two gloo processes: the same run as one process alone."""
 
-import json
-import socket
 from dataclasses import replace
 
 import pytest
 import torch
-import train_multiprocess
 from fakes import make_cache, make_trace, make_traces
+from processes import metrics_of, run_processes
 from students import make_student
-from torch import multiprocessing
 from transformers import AutoModelForCausalLM
 
 from student_train.run.config import TrainConfig
 from student_train.run.loop import train
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def run_sharded(config, *, stop_at=None):
-    multiprocessing.spawn(
-        train_multiprocess.sharded_run, (2, free_port(), config, stop_at), nprocs=2
-    )
-
-
-def metrics_of(config):
-    return [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -54,9 +35,9 @@ def test_a_sharded_run_equals_one_process_and_is_gone_on_with_by_one(
     moved = replace(sharded, sharding="none")
     train(whole)
     if not stops:  # to the end by two, or five steps by two and the rest by one
-        run_sharded(sharded)
+        run_processes(2, sharded)
     else:
-        run_sharded(sharded, stop_at=5)
+        run_processes(2, sharded, stop_at=5)
         assert len(metrics_of(sharded)) == 5
         train(moved)
 
@@ -88,7 +69,7 @@ def test_sharded_bf16_stays_near_float32(tmp_path):
     )  # fmt: skip
     train(whole)
     half = replace(whole, out=tmp_path / "half", sharding="full", dtype="bfloat16")
-    run_sharded(half)
+    run_processes(2, half)
 
     one, other = metrics_of(whole), metrics_of(half)
     for left, right in zip(one, other, strict=True):

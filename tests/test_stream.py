@@ -1,11 +1,14 @@
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 
 import numpy as np
 import pytest
+from caches import assert_same
+from exchanges import queue_exchanges
 from fakes import make_cache, make_trace, make_traces
 
-import student_train.data.stream as stream_module
+import student_train.data.prefetch as prefetch
 from student_train.data.stream import Cursor, TraceStream
 from student_train.data.tokens import TokenSelection
 from student_train.data.traces import open_data
@@ -84,11 +87,77 @@ def test_resuming_with_another_number_of_ranks_goes_on_in_the_same_order(cache_p
     assert [step.trace_ids for step in rest[0]] == [step.trace_ids for step in whole[3:]]
 
 
-def test_ranks_together_read_the_bytes_of_one(cache_path):
-    one = steps_of(cache_path, num_epochs=1)[-1].bytes_read
-    ranks = [steps_of(cache_path, num_epochs=1, rank=rank, num_ranks=4) for rank in range(4)]
+def on_ranks(num_ranks, work):
+    """The results of `work(rank, exchange)` in one thread per rank; the first error is raised."""
+    exchanges = queue_exchanges(num_ranks)
+    with ThreadPoolExecutor(num_ranks) as pool:
+        return list(pool.map(work, range(num_ranks), exchanges))
 
-    assert sum(rank[-1].bytes_read for rank in ranks) == one
+
+@pytest.mark.parametrize("num_ranks", [2, 5])
+def test_ranks_that_exchange_traces_read_each_shard_once(cache_path, num_ranks):
+    half = TokenSelection(lead_span=0.5)
+    (whole,) = on_ranks(1, lambda rank, exchange: steps_of(cache_path, half))
+    ranks = on_ranks(
+        num_ranks,
+        lambda rank, exchange: steps_of(
+            cache_path, half, rank=rank, num_ranks=num_ranks, exchange=exchange
+        ),
+    )
+    assert sum(rank[-1].bytes_read for rank in ranks) == whole[-1].bytes_read
+    for step, *parts in zip(whole, *ranks, strict=True):
+        together = {item.trace.trace_id: item for part in parts for item in part.traces}
+        assert len(together) == sum(len(part.traces) for part in parts) == len(step.traces)
+        for item in step.traces:
+            received = together[item.trace.trace_id]
+            assert_same(received.trace, item.trace)
+            assert (received.selection, received.source) == (item.selection, item.source)
+
+
+def test_ranks_with_more_shards_than_they_or_fewer_are_dealt_equally_many_tokens(tmp_path):
+    """7 shards on 8 ranks, of traces as uneven as reasoning traces."""
+    lengths = np.exp(np.random.default_rng(0).normal(4.0, 0.8, 128)).astype(int) + 8
+    traces = [make_trace(f"t{n}", int(length), seed=n) for n, length in enumerate(lengths)]
+    path = make_cache(tmp_path / "cache", traces, traces_per_shard=19)
+    data = open_data([path])
+    assert data.num_shards == 7
+    settings = {"data": data, "num_ranks": 8, "batch_traces": 64, "num_epochs": 1}
+    ranks = [steps_of(path, rank=rank, **settings) for rank in range(8)]
+    tokens = np.array([[sum(len(t.trace) for t in s.traces) for s in rank] for rank in ranks])
+    assert tokens.mean(axis=0).sum() / tokens.max(axis=0).sum() > 0.97
+
+
+def test_a_rank_that_cannot_read_tells_the_others(tmp_path):
+    path = make_cache(tmp_path / "cache", make_traces(24))
+    shard = tmp_path / "cache/shards/w003-00000.arrow"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    raised = []
+
+    def work(rank, exchange):
+        with pytest.raises((CacheFormatError, ConnectionError)) as error:
+            steps_of(path, rank=rank, num_ranks=3, exchange=exchange, num_epochs=1)
+        raised.append(error.value)
+
+    on_ranks(3, work)
+    reasons = [error for error in raised if isinstance(error, CacheFormatError)]
+    assert len(reasons) == 1
+    assert len(raised) == 3
+    assert "w003-00000" in str(reasons[0])
+
+
+def test_ranks_that_stop_together_leave_no_thread_waiting(cache_path):
+    def work(rank, exchange):
+        settings = {"rank": rank, "num_ranks": 3, "exchange": exchange, "num_epochs": 1000}
+        with stream_of(cache_path, **settings) as stream:
+            for number, _ in enumerate(stream):
+                threading.Event().wait(0.01 * rank)  # ranks are never at the same point
+                if number == 3:
+                    break
+
+    on_ranks(3, work)
+    assert not stream_threads()
 
 
 @pytest.fixture(scope="module")
@@ -117,18 +186,6 @@ def test_a_run_that_changes_its_number_of_ranks_sees_the_same_batches(many_shard
     assert done == [step.trace_ids for step in whole]
     for epoch in (done[:9], done[9:]):
         assert sorted(chain.from_iterable(epoch)) == sorted(f"t{n}" for n in range(60))
-
-
-@pytest.mark.parametrize("num_ranks", [3, 8])
-def test_many_ranks_read_hardly_more_than_one(many_shards, num_ranks):
-    half = TokenSelection(lead_span=0.5)
-    one = steps_of(many_shards, half, num_epochs=1)[-1].bytes_read
-    ranks = [
-        steps_of(many_shards, half, num_epochs=1, rank=rank, num_ranks=num_ranks)
-        for rank in range(num_ranks)
-    ]
-
-    assert sum(rank[-1].bytes_read for rank in ranks) <= 1.1 * one
 
 
 def test_truncation_changes_neither_order_nor_what_a_step_holds(cache_path):
@@ -208,7 +265,7 @@ def test_an_error_of_the_consumer_ends_the_thread(cache_path):
 
 
 def test_leaving_does_not_wait_for_a_store_that_does_not_answer(cache_path, monkeypatch):
-    monkeypatch.setattr(stream_module, "CLOSE_S", 0.1)
+    monkeypatch.setattr(prefetch, "CLOSE_S", 0.1)
     data = open_data([cache_path])
     answer = threading.Event()
     data.sources[0].cache.read = lambda *args: answer.wait(60) and {}

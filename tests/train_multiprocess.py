@@ -1,4 +1,4 @@
-"""Processes of a training run on gloo; started by test_sharding."""
+"""Processes of a training run on gloo; started by test_sharding and test_processes."""
 
 import os
 import signal
@@ -11,8 +11,8 @@ import student_train.run.setup as setup
 from student_train.errors import InterruptedRunError
 
 
-def sharded_run(rank, world_size, port, config, stop_at):
-    """Train with `fully_shard`, and be asked to stop while a step is worked on."""
+def run(rank, world_size, port, config, stop_at):
+    """Train as one of several processes, and be asked to stop while a step is worked on."""
     torch.set_num_threads(1)
     os.environ |= {
         "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -23,6 +23,8 @@ def sharded_run(rank, world_size, port, config, stop_at):
 
     def checked_place(*args):
         placed = place(*args)
+        if config.sharding == "none":
+            return placed
         for name, parameter in placed.named_parameters():
             assert isinstance(parameter, dist.tensor.DTensor), name
             local, whole = parameter.to_local().numel(), parameter.numel()

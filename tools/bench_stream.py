@@ -276,7 +276,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             "bytes_on_disk": whole[name],
             "peak_rss_bytes": median["peak_rss_bytes"],
         }
-    order = data_order(open_data([folder / "cache"]), seed=0, epoch=0, num_lanes=8)
+    order = data_order(open_data([folder / "cache"]), seed=0, epoch=0)
     waits = run_child("wait", folder, arguments)
     ours = results[OURS]
     return {
@@ -336,7 +336,7 @@ def order_of(num_shards: int) -> EpochOrder:
     """The order of a cache of this many shards of 100 traces."""
     shard, row = np.divmod(np.arange(num_shards * 100), 100)
     lengths = np.random.default_rng(0).integers(500, 9000, len(shard))
-    return epoch_order(shard, row, lengths, seed=0, epoch=0, fingerprint="bench", num_lanes=8)
+    return epoch_order(shard, row, lengths, seed=0, epoch=0, fingerprint="bench")
 
 
 def show(found: dict[str, Any]) -> None:

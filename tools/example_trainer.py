@@ -2,7 +2,6 @@
 
 import sys
 
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from student_train import DistillationDataset, TokenSelection, open_data, sparse_kl
@@ -12,7 +11,7 @@ class DistillationTrainer(Trainer):
     """The stream instead of a sampler, the sparse KL instead of the model's own loss."""
 
     def get_train_dataloader(self):
-        return DataLoader(self.train_dataset, batch_size=None)  # has this process's part already
+        return self.train_dataset.loader()  # which has this process's part already
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = inputs["batch"].to(self.args.device)
@@ -28,7 +27,7 @@ class DistillationTrainer(Trainer):
 if __name__ == "__main__":
     cache, student, out, *resume = sys.argv[1:]
     dataset = DistillationDataset(open_data([cache]), TokenSelection(lead_span=0.5), batch_traces=4)
-    arguments = TrainingArguments(out, max_steps=len(dataset), save_steps=5, logging_steps=1)
+    arguments = TrainingArguments(out, num_train_epochs=3, save_steps=5, logging_steps=1)
     model = AutoModelForCausalLM.from_pretrained(student)
     trainer = DistillationTrainer(model=model, args=arguments, train_dataset=dataset)
     trainer.train(resume_from_checkpoint=bool(resume))

@@ -1,12 +1,10 @@
-"""The order of an epoch: a pure function of seed, epoch, chosen traces and number of lanes.
+"""The order of an epoch: a pure function of seed, epoch and chosen traces.
 
 Shards are dealt to lanes, balanced by tokens; each lane shuffles its traces through a window of
-shards; the lanes are interleaved into one sequence. Ranks take whole lanes, so the sequence does
-not depend on their number, and every shard is read by one rank.
+shards; the lanes are interleaved into one sequence. Ranks do not enter it: see `dealing`.
 """
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,9 +14,8 @@ from numpy.typing import NDArray
 from student_train.data.mixture import drawn
 from student_train.data.traces import TrainingData
 
-logger = logging.getLogger(__name__)
-
 MIN_MIXED_SHARDS = 10
+NUM_LANES = 8  # another number would be another order
 
 
 @dataclass(frozen=True)
@@ -29,18 +26,12 @@ class EpochOrder:
     # mixed cache, since its shards are then read again.
     shard: NDArray[np.int64]
     row: NDArray[np.int64]  # [n] its row there
-    lane: NDArray[np.int64]  # [n]
 
     def __len__(self) -> int:
         return len(self.shard)
 
-    def of_rank(self, rank: int, num_ranks: int) -> NDArray[np.bool_]:
-        """[n] True for a rank's traces: those of lanes rank, rank + num_ranks, ..."""
-        mine: NDArray[np.bool_] = self.lane % num_ranks == rank
-        return mine
 
-
-def data_order(data: TrainingData, *, seed: int, epoch: int, num_lanes: int) -> EpochOrder:
+def data_order(data: TrainingData, *, seed: int, epoch: int) -> EpochOrder:
     """The order of an epoch over the traces that are trained on; reads nothing."""
     shard, row = _epoch_places(data, seed, epoch)
     infos = (
@@ -48,15 +39,7 @@ def data_order(data: TrainingData, *, seed: int, epoch: int, num_lanes: int) -> 
     )
     # Whole traces, whatever the lead span: truncation must not change what a step holds.
     num_tokens = np.array([info.n_total for info in infos], np.int64)
-    return epoch_order(
-        shard,
-        row,
-        num_tokens,
-        seed=seed,
-        epoch=epoch,
-        fingerprint=data.fingerprint,
-        num_lanes=num_lanes,
-    )
+    return epoch_order(shard, row, num_tokens, seed=seed, epoch=epoch, fingerprint=data.fingerprint)
 
 
 def _epoch_places(
@@ -85,7 +68,7 @@ def epoch_order(
     seed: int,
     epoch: int,
     fingerprint: str,
-    num_lanes: int,
+    num_lanes: int = NUM_LANES,
 ) -> EpochOrder:
     """Shuffle traces so that at least MIN_MIXED_SHARDS shards are mixed at any time.
 
@@ -96,7 +79,7 @@ def epoch_order(
         seed: Seed of the run.
         epoch: Number of the epoch, from 0.
         fingerprint: Fingerprint of the data.
-        num_lanes: Number of lanes; every rank takes whole ones.
+        num_lanes: Number of lanes.
 
     Returns:
         Every trace exactly once; the same for the same arguments, on every machine.
@@ -130,27 +113,7 @@ def epoch_order(
     sorted_lane = lane_of_trace[by_lane]
     times = (place_in_lane + offsets[sorted_lane]) / lengths[sorted_lane]
     order = by_lane[np.argsort(times, kind="stable")]
-    return EpochOrder(shard[order], row[order], lane_of_trace[order])
-
-
-def check_ranks(num_lanes: int, num_ranks: int, *, rank: int = 0) -> None:
-    """Refuse more ranks than lanes; rank 0 warns where ranks get unequal numbers of lanes.
-
-    Raises:
-        ValueError: If a rank would never have a trace.
-    """
-    if num_ranks > num_lanes:
-        raise ValueError(
-            f"lanes: {num_ranks} processes cannot share {num_lanes} lanes; use a multiple of "
-            f"{num_ranks} for --shuffle-lanes from the start of the run"
-        )
-    if num_lanes % num_ranks and rank == 0:
-        most = -(-num_lanes // num_ranks)
-        logger.warning(
-            "%d processes share %d lanes unevenly: some have %d of a step's traces for %d of "
-            "others; a multiple of %d for --shuffle-lanes from the start of a run would be even",
-            num_ranks, num_lanes, most, most - 1, num_ranks,
-        )  # fmt: skip
+    return EpochOrder(shard[order], row[order])
 
 
 def _generator(text: str) -> np.random.Generator:

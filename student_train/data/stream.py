@@ -1,12 +1,10 @@
 """Traces of a cache in training order, cut to the tokens trained on, from any cursor.
 
-order -> shards read when first needed -> global batches -> a bounded prefetch thread.
+order -> shards read when first needed -> global batches, shared by ranks -> a bounded prefetch
+thread.
 """
 
 import math
-import threading
-import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -14,13 +12,16 @@ from typing import Any, Self
 
 import numpy as np
 
+from student_train.data.dealing import Dealing, deal
 from student_train.data.draw import draw_spans
-from student_train.data.order import check_ranks, data_order
+from student_train.data.exchange import TraceExchange, handed_over
+from student_train.data.order import EpochOrder, data_order
+from student_train.data.prefetch import Prefetch
 from student_train.data.tokens import SelectedTrace, TokenSelection
 from student_train.data.traces import TrainingData
+from teacher_cache.format import CacheError, Trace
 
 PREFETCH_STEPS = 4
-CLOSE_S = 10.0  # far more than reading a shard takes
 
 
 def steps_per_epoch(num_traces: int, batch_traces: int) -> int:
@@ -57,7 +58,7 @@ class StreamStep:
 
     cursor: Cursor  # after this batch
     epoch: int  # that this batch belongs to
-    traces: list[SelectedTrace]  # of this rank, cut; perhaps none where there are several ranks
+    traces: list[SelectedTrace]  # that this rank trains on, cut; of several ranks some have none
     trace_ids: tuple[str, ...]  # of the whole global batch, in its order
     bytes_read: int  # from shards by this rank, up to and with this batch
 
@@ -65,7 +66,8 @@ class StreamStep:
 class TraceStream:
     """Global batches of `batch_traces` traces; iterate it once, inside a `with` block.
 
-    The last batch of an epoch may be smaller. Every trace is seen exactly once per epoch.
+    The last batch of an epoch may be smaller. Every trace is seen exactly once per epoch. Ranks
+    share every batch by the tokens of its traces, whatever shards they are in.
     """
 
     def __init__(
@@ -76,9 +78,9 @@ class TraceStream:
         batch_traces: int,
         num_epochs: int,
         seed: int = 0,
-        num_lanes: int = 8,
         rank: int = 0,
         num_ranks: int = 1,
+        exchange: TraceExchange | None = None,
         cursor: Cursor = Cursor(),
     ) -> None:
         """Describe a stream; nothing is read before it is entered.
@@ -90,26 +92,25 @@ class TraceStream:
             batch_traces: Traces of a global batch, over all ranks.
             num_epochs: Epochs after which the stream ends.
             seed: Seed for the order, and for the lead spans of a mixture.
-            num_lanes: Number of lanes; at least `num_ranks`, best a multiple of it.
             rank: Rank whose part is yielded.
             num_ranks: Number of ranks that share every global batch.
+            exchange: Transport of traces among them, with which each shard is read once. Without
+                it each rank reads what it trains on: up to `num_ranks` times the bytes.
             cursor: Position to begin at; the batches are those of an uninterrupted stream.
 
         Raises:
-            ValueError: If there are more ranks than lanes.
             CacheMismatchError: If more is selected than a truncated cache holds.
         """
-        check_ranks(num_lanes, num_ranks, rank=rank)
         self._data = data
         self._drawn = [draw_spans(source, selection, seed) for source in data.sources]
         self._batch_traces = batch_traces
         self._num_epochs = num_epochs
         self._seed = seed
-        self._num_lanes = num_lanes
         self._rank = rank
         self._num_ranks = num_ranks
+        self._exchange = exchange
         self._cursor = cursor
-        self._prefetch: _Prefetch | None = None
+        self._prefetch: Prefetch[StreamStep] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -122,7 +123,9 @@ class TraceStream:
         return self._prefetch.wait_s if self._prefetch else 0.0
 
     def __enter__(self) -> Self:
-        self._prefetch = _Prefetch(self._steps(), PREFETCH_STEPS)
+        self._prefetch = Prefetch(
+            self._steps(), PREFETCH_STEPS, is_shared=self._exchange is not None
+        )
         return self
 
     def __exit__(
@@ -152,92 +155,69 @@ class TraceStream:
             yield from self._epoch_steps(epoch, first)
 
     def _epoch_steps(self, epoch: int, first_step: int) -> Iterator[StreamStep]:
-        order = data_order(self._data, seed=self._seed, epoch=epoch, num_lanes=self._num_lanes)
-        mine = order.of_rank(self._rank, self._num_ranks)
+        order = data_order(self._data, seed=self._seed, epoch=epoch)
         begin = min(first_step * self._batch_traces, len(order))
-        ahead = np.flatnonzero(mine[begin:]) + begin
-        rows_of_shard: dict[int, list[int]] = {}  # still to come, of this rank
-        for place in ahead:
+        dealing = self._dealt(order, begin)
+        rows_of_shard: dict[int, list[int]] = {}  # still to be read by this rank
+        for place in dealing.reads(self._rank) + begin:
             rows_of_shard.setdefault(int(order.shard[place]), []).append(int(order.row[place]))
-        open_shards: dict[int, dict[int, SelectedTrace]] = {}
+        open_shards: dict[int, dict[int, Trace]] = {}
         for step in range(first_step, self.steps_per_epoch):
-            places = range(
-                step * self._batch_traces, min((step + 1) * self._batch_traces, len(order))
-            )
-            traces, ids = [], []
-            for place in places:
-                shard, row = int(order.shard[place]), int(order.row[place])
-                ids.append(self._data.info(shard % self._data.num_shards, row).trace_id)
-                if not mine[place]:
+            batch = slice(step * self._batch_traces, (step + 1) * self._batch_traces)
+            places = list(zip(order.shard[batch].tolist(), order.row[batch].tolist(), strict=True))
+            infos = [self._data.info(shard % self._data.num_shards, row) for shard, row in places]
+            here = slice(batch.start - begin, batch.stop - begin)
+            reader, trainer = dealing.reader[here].tolist(), dealing.trainer[here].tolist()
+            read: dict[int, Trace] = {}
+            for index, (shard, row) in enumerate(places):
+                if reader[index] != self._rank:
                     continue
                 if shard not in open_shards:
                     open_shards[shard] = self._read(shard, rows_of_shard.pop(shard))
-                traces.append(open_shards[shard].pop(row))
+                read[index] = open_shards[shard].pop(row)
                 if not open_shards[shard]:
                     del open_shards[shard]
+            mine = handed_over(
+                read, infos, reader=reader, trainer=trainer,
+                rank=self._rank, num_ranks=self._num_ranks, exchange=self._exchange,
+            )  # fmt: skip
+            traces = [self._selected(trace, *places[index]) for index, trace in mine.items()]
             is_last = step + 1 == self.steps_per_epoch
             cursor = Cursor(epoch + 1, 0) if is_last else Cursor(epoch, step + 1)
-            yield StreamStep(cursor, epoch, traces, tuple(ids), self._data.bytes_read)
+            ids = tuple(info.trace_id for info in infos)
+            yield StreamStep(cursor, epoch, traces, ids, self._data.bytes_read)
 
-    def _read(self, shard: int, rows: list[int]) -> dict[int, SelectedTrace]:
+    def _dealt(self, order: EpochOrder, begin: int) -> Dealing:
+        """Who reads and who trains on each trace of the order from `begin` on."""
+        shard, row = order.shard[begin:], order.row[begin:]
+        if self._num_ranks == 1:
+            alone = np.zeros(len(shard), np.int64)
+            return Dealing(alone, alone)
+        num_tokens = np.empty(len(shard), np.int64)
+        for index, place in enumerate(zip(shard.tolist(), row.tolist(), strict=True)):
+            info = self._data.info(place[0] % self._data.num_shards, place[1])
+            num_tokens[index] = self._selection(*place).num_read(info)
+        return deal(
+            shard, num_tokens, batch_traces=self._batch_traces, num_ranks=self._num_ranks,
+            can_exchange=self._exchange is not None,
+        )  # fmt: skip
+
+    def _selection(self, shard: int, row: int) -> TokenSelection:
+        number, shard_of_cache = self._data.locate(shard % self._data.num_shards)
+        return self._drawn[number].of(shard_of_cache, row)
+
+    def _selected(self, trace: Trace, shard: int, row: int) -> SelectedTrace:
+        number, _ = self._data.locate(shard % self._data.num_shards)
+        return SelectedTrace(trace, self._selection(shard, row), number)
+
+    def _read(self, shard: int, rows: list[int]) -> dict[int, Trace]:
         number, shard_of_cache = self._data.locate(shard % self._data.num_shards)
         source, drawn = self._data.sources[number], self._drawn[number]
         infos = source.cache.shards[shard_of_cache].traces
-        selections = {row: drawn.of(shard_of_cache, row) for row in rows}
-        keep = {row: selection.num_read(infos[row]) for row, selection in selections.items()}
-        traces = source.cache.read(shard_of_cache, keep, source.view)
-        return {row: SelectedTrace(trace, selections[row], number) for row, trace in traces.items()}
-
-
-class _Prefetch(Iterator[StreamStep]):
-    """Runs an iterator in one thread, at most `depth` items ahead."""
-
-    def __init__(self, source: Iterator[StreamStep], depth: int) -> None:
-        self.wait_s = 0.0
-        self._source = source
-        self._depth = depth
-        self._items: deque[StreamStep] = deque()
-        self._changed = threading.Condition()
-        self._ended = False
-        self._closed = False
-        self._error: BaseException | None = None
-        # A daemon, so that a consumer that dies without closing cannot keep the process alive.
-        self._thread = threading.Thread(target=self._work, name="trace-stream", daemon=True)
-        self._thread.start()
-
-    def _work(self) -> None:
+        keep = {row: drawn.of(shard_of_cache, row).num_read(infos[row]) for row in rows}
         try:
-            for item in self._source:
-                with self._changed:
-                    self._items.append(item)
-                    self._changed.notify_all()
-                    self._changed.wait_for(lambda: self._closed or len(self._items) < self._depth)
-                    if self._closed:
-                        return
-        except BaseException as error:  # every error is the consumer's: it is raised there
-            self._error = error
-        finally:
-            with self._changed:
-                self._ended = True
-                self._changed.notify_all()
-
-    def __next__(self) -> StreamStep:
-        started_s = time.perf_counter()
-        with self._changed:
-            self._changed.wait_for(lambda: self._items or self._ended)
-            self.wait_s += time.perf_counter() - started_s
-            if self._items:
-                self._changed.notify_all()
-                return self._items.popleft()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        raise StopIteration
-
-    def close(self) -> None:
-        """End the thread, dropping what it had read ahead."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        # An unresponsive store is retried for minutes; closing does not wait for that.
-        self._thread.join(CLOSE_S)
+            return source.cache.read(shard_of_cache, keep, source.view)
+        except (CacheError, OSError):
+            if self._exchange is not None:
+                self._exchange.give_up()  # or the others would wait for these traces
+            raise

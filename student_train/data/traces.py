@@ -125,32 +125,20 @@ class TrainingData:
         number, shard_of_cache = self.locate(shard)
         return self.sources[number].cache.shards[shard_of_cache].traces[row]
 
-    def heldout_traces(
-        self, *, rank: int = 0, num_ranks: int = 1, limit: int | None = None
-    ) -> Iterator[Trace]:
+    def heldout_traces(self) -> Iterator[Trace]:
         """Read the held-out traces, whole and with all entries that their cache holds.
 
         A yardstick that no option moves: always the same traces in the same order. This may run
         during a stream over the same data; its reads do not count in `bytes_read`. A trace costs
         its whole shard, so keep the traces in memory if you use them often.
 
-        Args:
-            rank: Rank whose part is read; ranks take whole shards, some perhaps none.
-            num_ranks: Number of ranks that share the traces.
-            limit: Largest number of traces, over all ranks.
-
         Raises:
             CacheFormatError: If a shard is missing or damaged.
             ConnectionError: If a shard lies elsewhere and cannot be reached.
         """
-        places = [(i, *place) for i, source in enumerate(self.sources) for place in source.heldout]
-        rows_of_shard: dict[tuple[int, int], list[int]] = {}
-        for number, shard, row in places[:limit]:
-            rows_of_shard.setdefault((number, shard), []).append(row)
-        for (number, shard), rows in list(rows_of_shard.items())[rank::num_ranks]:
-            source = self.sources[number]
+        for source in self.sources:
             cache = replace(source.cache, bytes_read=0)  # with a count of its own
-            yield from cache.read_held((shard, row) for row in rows)
+            yield from cache.read_held(source.heldout)
 
 
 def open_data(

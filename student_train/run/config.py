@@ -72,12 +72,6 @@ class TrainConfig:
         at_least=0,
         below=1,
     )
-    shuffle_lanes: int = _data(
-        "Number of lanes of the shuffled order, fixed for a run; make it a multiple of the number "
-        "of processes.",
-        default=8,
-        at_least=1,
-    )
     seed: int = _data(
         "Seed for the order of traces, the lead spans of a mixture, loss dropout and adapters.",
         default=0,

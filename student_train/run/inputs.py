@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from student_train.batch.gloo_exchange import GlooExchange
 from student_train.data.draw import DrawnSpans, SpanFigures, described, draw_spans
 from student_train.data.traces import TrainingData, open_data
 from student_train.model.load import check_student, load_model, student_fingerprint
@@ -30,6 +31,7 @@ class RunInputs:
     folder: RunFolder
     identity: RunIdentity
     accelerator: Accelerator
+    exchange: GlooExchange | None  # of traces among processes; None where there is one
     memory: PeakMemory
     data: TrainingData
     heldout: TrainingData | None
@@ -87,9 +89,11 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
         data.snapshots,
     )
     folder.check_identity(identity)
+    exchange = GlooExchange() if accelerator.num_processes > 1 else None
     return RunInputs(
-        config, drawn, folder, identity, accelerator, memory, data, heldout, model, tokenizer
-    )
+        config, drawn, folder, identity, accelerator, exchange, memory, data, heldout, model,
+        tokenizer,
+    )  # fmt: skip
 
 
 def _require_one_template(data: TrainingData) -> None:

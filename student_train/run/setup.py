@@ -89,7 +89,9 @@ def prepare(inputs: RunInputs) -> Run:
     student.train()
     validation = None
     if inputs.heldout is not None:
-        validation = Validation(with_loss, inputs.heldout, accelerator, limit=config.heldout_traces)
+        validation = Validation(
+            with_loss, inputs.heldout, accelerator, inputs.exchange, limit=config.heldout_traces
+        )
     num_ids = output_layer(model).weight.shape[0]
     teacher = None
     if config.live_teacher is not None:
@@ -123,9 +125,9 @@ def open_stream(run: Run) -> TraceStream:
         batch_traces=config.batch_traces,
         num_epochs=config.epochs if run.state.step < run.num_steps else 0,
         seed=config.seed,
-        num_lanes=config.shuffle_lanes,
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
+        exchange=run.inputs.exchange,
         cursor=run.state.cursor,
     )
 

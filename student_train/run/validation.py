@@ -8,6 +8,8 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from student_train.data.exchange import TraceExchange
+from student_train.data.heldout import heldout_part
 from student_train.data.traces import TrainingData, open_data
 from student_train.errors import NonFiniteLossError
 from student_train.model.forward import StudentWithLoss
@@ -64,6 +66,7 @@ class Validation:
         student: StudentWithLoss,
         heldout: TrainingData,
         accelerator: Accelerator,
+        exchange: TraceExchange | None,
         *,
         limit: int,
     ) -> None:
@@ -73,6 +76,7 @@ class Validation:
             student: Student on its devices, see `place`.
             heldout: Data whose held-out traces are read.
             accelerator: Accelerator of the run.
+            exchange: Transport of traces among its processes.
             limit: Largest number of traces to measure on.
 
         Raises:
@@ -81,7 +85,7 @@ class Validation:
         self._student = student
         self._accelerator = accelerator
         rank, num_ranks = accelerator.process_index, accelerator.num_processes
-        mine = list(heldout.heldout_traces(rank=rank, num_ranks=num_ranks, limit=limit))
+        mine = heldout_part(heldout, rank=rank, num_ranks=num_ranks, exchange=exchange, limit=limit)
         num_tokens = sum(int((trace.k > 0).sum()) for trace in mine)
         local = torch.tensor([[len(mine), num_tokens]], device=accelerator.device)
         counts_R2 = accelerator.gather(local)
