@@ -10,12 +10,11 @@ from student_train.sweep.decisions import Answer, Decision
 from student_train.sweep.groups import Group
 from student_train.sweep.labels import (
     label,
-    percent,
-    quantity,
     whole_percent,
     with_interval,
 )
 from teacher_cache.format.checksums import read_record
+from teacher_cache.pages.numbers import percent, quantity
 from teacher_cache.terminal.progress import duration
 
 _UNKNOWN = "-"

@@ -52,7 +52,7 @@ def inspect_command(config: InspectConfig, as_json: bool) -> None:
         click.echo(line)
     if trace is None:
         return
-    tokenizer = _tokenizer_to_show(opened.header, config.model)
+    tokenizer = tokenizer_to_show(opened.header, config.model)
     fields = printable(json.dumps(dict(trace.fields)), 1000)
     click.echo(f"\ntrace {printable(trace.trace_id)} ({trace.finish_reason}) {fields}")
     for token in inspection.show_tokens(trace, tokenizer):
@@ -117,7 +117,7 @@ def retokenize_command(config: RetokenizeConfig) -> None:
         sys.exit(128 + report.stopped_by)
 
 
-def _tokenizer_to_show(header: CacheHeader, model: str | None) -> "TeacherTokenizer | None":
+def tokenizer_to_show(header: CacheHeader, model: str | None) -> "TeacherTokenizer | None":
     """The teacher's tokenizer; without one, ids are shown instead of text."""
     from teacher_cache.sources.tokenizer import load_tokenizer
 
