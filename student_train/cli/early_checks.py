@@ -11,8 +11,8 @@ from student_train.profile.config import ProfileConfig
 from student_train.run.config import TrainConfig
 from student_train.run.folder import RunFolder, student_of
 from student_train.sweep.config import SweepConfig
-from teacher_cache.format.folder_lock import LOCK_NAME, FolderLock
 from student_train.view.config import StudentViewConfig
+from teacher_cache.format.folder_lock import LOCK_NAME, FolderLock
 from teacher_cache.sources.files import Input
 from teacher_cache.terminal.early_checks import (
     check_cache,
