@@ -37,12 +37,13 @@ class ComparedRun:
         return next((float(line[name]) for line in reversed(self.metrics) if name in line), None)
 
 
-def read_run(folder: Path, completions: Path | None = None) -> ComparedRun:
+def read_run(folder: Path, completions: Path | None = None, name: str | None = None) -> ComparedRun:
     """Read a run's folder, or a cell's of a sweep.
 
     Args:
         folder: The folder.
         completions: File of its evaluated answers, if not where they usually are.
+        name: What to call it; the folder's if None.
 
     Raises:
         ValueError: If it is neither, or a line of the metrics is not JSON.
@@ -60,7 +61,7 @@ def read_run(folder: Path, completions: Path | None = None) -> ComparedRun:
             f"{'neither' if folder.is_dir() else 'no such folder'}"
         )
     answers = None if file is None else EvaluatedAnswers(file, *read_completions(file))
-    name = printable(folder)
+    name = printable(name or folder)
     if not has_run:
         return ComparedRun(name, {}, (), is_finished=True, answers=answers)
     remedy = "Restore it from a copy, or leave this run out."

@@ -1,4 +1,4 @@
-"""Charts as geometry in the units of an SVG; `charts.html` draws them, colours are the style's.
+"""Charts as geometry in the units of an SVG; `parts.html` draws them, colours are the style's.
 
 Charts are small (400 units wide), so that their labels can be read on a phone: a page sets several
 beside each other.

@@ -17,6 +17,7 @@ from teacher_cache.pages.numbers import byte_count, percent, quantity
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 _FOLDER = Path(__file__).parent
 
@@ -54,6 +55,18 @@ def render(
     return found.render(title=title, policy=policy, **own, **values).encode()
 
 
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> "Markup":
+    """A table that scrolls on its own on a narrow screen, for a template; all text is escaped."""
+    made: Markup = _parts().table(columns, rows)
+    return made
+
+
+def words(text: str) -> "Markup":
+    """A paragraph for a template, escaped; nothing for an empty text."""
+    made: Markup = _parts().words(text)
+    return made
+
+
 def json_for_script(value: object) -> str:
     r"""JSON that may stand in a script element: `<` and the like are written as `\u003c`."""
     text = json.dumps(value, separators=(",", ":"))
@@ -69,6 +82,10 @@ def _text(name: str) -> str:
 def _hash(text: str) -> str:
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+def _parts() -> Any:  # noqa: ANN401  # the macros of a template
+    return _environment(_FOLDER).get_template("parts.html").module
 
 
 @cache
