@@ -11,7 +11,9 @@ from fakes import make_cache, make_trace, make_traces
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
+from sweeps import costs, curve, make_sweep
 
+from student_train.sweep.report import write_report
 from teacher_cache.format import Trace, open_cache
 from teacher_cache.pages.packing import StudentView
 from teacher_cache.pages.traces import ShownTrace, trace_page
@@ -238,3 +240,36 @@ def test_a_long_trace_shows_quickly_and_scrolls_with_few_rows(browser, tmp_path)
     assert figures["page_bytes"] < 2e6
     assert figures["wheel_ms"] < 50  # far above what it takes where nothing else runs
     assert complaints(browser) == []
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    out = make_sweep(tmp_path_factory.mktemp("sweep"), curve({0.5: 0.7, 1.0: 0.8}))
+    write_report(out, {"teacher": STRANGER}, costs)
+    return out
+
+
+@pytest.mark.parametrize(("width", "dark"), WIDTHS)
+def test_a_sweep_and_its_comparison_fit_every_screen(browser, sweep, width, dark):
+    resize(browser, width, dark=dark)
+    for page in ("report.html", "compare.html"):
+        complaints(browser), requested(browser)
+        open_page(browser, sweep / page)
+        browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+
+        assert complaints(browser) == []
+        assert requested(browser) == []
+        assert width_of(browser) == width
+
+
+def test_a_flipped_answer_is_opened_and_read(browser, sweep):
+    resize(browser, 1280)
+    open_page(browser, sweep / "report.html")
+    browser.find_element(By.LINK_TEXT, "Runs beside each other").click()
+    for selector in ("details.flips > summary", "details.flip > summary"):
+        browser.find_element(By.CSS_SELECTOR, selector).click()
+    before, after = browser.find_elements(By.CSS_SELECTOR, "details.flip[open] .completion")
+
+    assert before.text.startswith("span-1_seed-0: ")
+    assert after.text.split(": ")[1] == before.text.split(": ")[1]
+    assert "whole traces: right" in text_of(browser, "details.flip[open]")

@@ -62,7 +62,6 @@ def trace_page(
         "traces": [facts(one.trace, one.student) for one in shown],
         "bytes_before": bytes_before(cache),
     }
-    header = cache.header.to_json()
     worst = worst_disagreements(shown, text_of)
     return render(
         _TEMPLATE,
@@ -73,7 +72,7 @@ def trace_page(
         sealed=cache.sealed,
         chosen=chosen,
         student=None if student is None else printable(student),
-        header={name: _readable(value) for name, value in header.items()},
+        header=header_rows(cache),
         data=json_for_script(data),
         packed=[pack(one.trace, known_ids, one.student) for one in shown],
         worst={name: [one for one in worst if one.section == name] for name in SECTIONS},
@@ -141,6 +140,11 @@ def bytes_before(cache: Cache) -> list[int | None]:
             size_bytes += shard.prefix_bytes(int(bands.max()))
         sizes.append(size_bytes)
     return sizes
+
+
+def header_rows(cache: Cache) -> dict[str, str]:
+    """A cache's provenance in words, printable."""
+    return {name: _readable(value) for name, value in cache.header.to_json().items()}
 
 
 def _readable(value: Any) -> str:  # noqa: ANN401  # a value of a header
