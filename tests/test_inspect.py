@@ -87,7 +87,7 @@ def test_histograms_leave_out_empty_ends_alone():
         "2-3": 1, "4-7": 0, "8-15": 1,
     }  # fmt: skip
     assert histogram(np.array([0.0, 5.0]), (0, 0.1, 1, np.inf)) == {
-        "< 0.1": 1, "0.1 to 1": 0, ">= 1": 1,
+        "< 0.1": 1, ">= 0.1": 0, ">= 1": 1,
     }  # fmt: skip
     assert histogram(np.zeros(0), (0, 1)) == {}
 

@@ -83,13 +83,14 @@ def _measured_lines(figures: Inspection, *, can_draw: bool) -> Iterator[str]:
         f"entropy: mean {found.mean_entropy:.3f} nats; tail mass: mean {found.tail_mass_mean:.2e}, "
         f"99th percentile {found.tail_mass_p99:.2e}"
     )
-    yield f"measured on {which}\n"
+    yield f"measured on {which}"
     lengths = figures.section_lengths
     for left, right in (
         (("entropy, nats", found.entropy_histogram), ("kept entries", found.k_histogram)),
         (("tail mass", found.tail_histogram), ("prompt, tokens of a trace", lengths["prompt"])),
         (("cot, tokens", lengths["cot"]), ("answer, tokens", lengths["answer"])),
     ):
+        yield ""
         columns = (bar_lines(*left, can_draw=can_draw), bar_lines(*right, can_draw=can_draw))
         for one, other in itertools.zip_longest(*columns, fillvalue=""):
             yield f"{one:<39} {other}".rstrip()

@@ -89,7 +89,10 @@ def section_lengths(cache: Cache) -> dict[str, dict[str, int]]:
 def histogram(
     values: NDArray[Any], edges: Sequence[float], *, integers: bool = False
 ) -> dict[str, int]:
-    """Counts between edges, by label; empty bins at either end are left out."""
+    """Counts between edges, by label; empty bins at either end are left out.
+
+    Labels are "65-128" for integers, else the value at which a bin begins: ">= 0.05".
+    """
     counts = np.histogram(values, bins=np.array(edges))[0].tolist()
     labels = [_label(low, high, integers=integers) for low, high in itertools.pairwise(edges)]
     filled = [number for number, count in enumerate(counts) if count]
@@ -100,9 +103,8 @@ def histogram(
 def _label(low: float, high: float, *, integers: bool) -> str:
     if integers:
         return f"{low}" if high == low + 1 else f"{low}-{int(high) - 1}"
-    if high == np.inf:
-        return f">= {low:g}"
-    return f"< {high:g}" if low == 0 else f"{low:g} to {high:g}"
+    bound = high if low == 0 else low
+    return f"{'<' if low == 0 else '>='} {bound:g}".replace("e-0", "e-")
 
 
 def _mean(values: NDArray[Any]) -> float:
