@@ -70,7 +70,8 @@ def _describe_run(writer: Any, config: TrainConfig) -> None:  # noqa: ANN401  # 
         for name, value in settings.items()
         if value is not None
     }
-    for summary in hparams(values, dict.fromkeys(_COMPARED_BY, 0.0)):
+    summaries = hparams(values, dict.fromkeys(_COMPARED_BY, 0.0))  # type: ignore[no-untyped-call]  # torch's
+    for summary in summaries:
         writer.file_writer.add_summary(summary)
     rows = (f"| {name} | {_in_table(value)} |" for name, value in settings.items())
     writer.add_text("settings", "\n".join(["| setting | value |", "| --- | --- |", *rows]))

@@ -44,7 +44,9 @@ def measure_entries(cache: Cache, num_shards: int) -> Measured:
     count = len(cache.shards)
     wanted = min(count, num_shards or count)
     chosen = np.unique(np.linspace(0, count - 1, wanted).round().astype(int)).tolist()
-    k, entropy, tail = ([np.zeros(0)] for _ in range(3))
+    k: list[NDArray[Any]] = [np.zeros(0)]
+    entropy: list[NDArray[Any]] = [np.zeros(0)]
+    tail: list[NDArray[Any]] = [np.zeros(0)]
     num_traces = 0
     for shard in chosen:
         infos = cache.shards[shard].traces
@@ -55,7 +57,7 @@ def measure_entries(cache: Cache, num_shards: int) -> Measured:
             k.append(trace.k[has_entries])
             entropy.append(trace.entropy[has_entries].astype(np.float32))
             tail.append(trace.tail[has_entries].astype(np.float32))
-    all_k, all_entropy, all_tail = map(np.concatenate, (k, entropy, tail))
+    all_k, all_entropy, all_tail = (np.concatenate(parts) for parts in (k, entropy, tail))
     return Measured(
         num_shards=len(chosen),
         num_traces=num_traces,
