@@ -1,9 +1,8 @@
 """Folders of finished sweeps, made up."""
 
-import json
-
 import numpy as np
 
+from student_train.evaluation.completions import Completion, Sample, completion_log
 from teacher_cache.format.checksums import publish_record, sha256_of
 
 FACTS = {
@@ -37,9 +36,12 @@ def add_cell(out, group, kind, seed, options, accuracy, *, num_prompts=200):
     noise = np.random.default_rng([len(name), seed or 0]).normal(0, 0.5, num_prompts)
     difficulty = np.random.default_rng(0).normal(0, 1, num_prompts) + noise
     right = difficulty.argsort().argsort() < round(accuracy * num_prompts)
-    with (folder / "completions.jsonl").open("w") as file:
+    settings = {"num_prompts": num_prompts, "samples_per_prompt": 1, "prompts": "0" * 64}
+    with completion_log(folder / "completions.jsonl", settings, force=True) as log:
         for prompt, is_right in enumerate(right.tolist()):
-            file.write(json.dumps({"prompt": prompt, "right": is_right}) + "\n")
+            answer = Completion(f"{name}: {prompt}", num_tokens=90, finished=True)
+            verdict = {"right": is_right, "compared_as": "number", "closed": True}
+            log.add(Sample(prompt, 0, group=None, found="7", completion=answer, **verdict))
     answers = {
         "num_prompts": num_prompts, "num_samples": 1, "num_right": int(right.sum()),
         "accuracy": float(right.mean()), "accuracy_low": 0.0, "accuracy_high": 1.0,

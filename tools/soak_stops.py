@@ -274,7 +274,7 @@ def moments(parts: Path) -> list[Moment]:
         Moment(("cache-teacher", "verify", cache), "verify",
                "teacher_cache.format.checking.verify:broken_shard"),
         Moment(("cache-teacher", "inspect", cache), "inspect",
-               "teacher_cache.examine.inspection:read_first_shard"),
+               "teacher_cache.examine.measured:measure_entries"),
         Moment(("cache-teacher", "export", cache, "{out}.jsonl"), "export",
                "teacher_cache.transform.export:_row"),
         Moment(("cache-teacher", "truncate", cache, "{out}"), "truncate",

@@ -9,8 +9,9 @@ from student_train.evaluation.config import EvaluateConfig
 from student_train.evaluation.prompts import read_prompts
 from student_train.profile.config import ProfileConfig
 from student_train.run.config import TrainConfig
-from student_train.run.folder import RunFolder
+from student_train.run.folder import RunFolder, student_of
 from student_train.sweep.config import SweepConfig
+from student_train.view.config import StudentViewConfig
 from teacher_cache.format.folder_lock import LOCK_NAME, FolderLock
 from teacher_cache.sources.files import Input
 from teacher_cache.terminal.early_checks import (
@@ -70,6 +71,13 @@ def check_profile(config: ProfileConfig) -> None:
         check_file(config.trace_fields, "--trace-fields")
     check_model(config.student, "--student")
     check_out_folder(config.out)
+
+
+def check_view(config: StudentViewConfig) -> None:
+    """Check the paths and names of a view; raises as `check_run`."""
+    check_cache(config.cache)
+    check_model(student_of(config.student), "--student")
+    check_out_file(config.out, "--out", force=config.force)
 
 
 def check_evaluate(config: EvaluateConfig) -> None:

@@ -2,10 +2,12 @@
 
 import click
 
+from student_train.cli.comparing import compare_command
 from student_train.cli.evaluating import evaluate_command
 from student_train.cli.profiling import profile_command
 from student_train.cli.running import run_command
 from student_train.cli.sweeping import sweep_command
+from student_train.cli.viewing import view_command
 from teacher_cache.terminal.group import Program
 
 
@@ -19,5 +21,12 @@ def cli() -> None:
     """
 
 
-for _command in (profile_command, run_command, evaluate_command, sweep_command):
+for _command in (
+    profile_command,
+    run_command,
+    evaluate_command,
+    view_command,
+    compare_command,
+    sweep_command,
+):
     cli.add_command(_command)

@@ -76,20 +76,36 @@ class CompletionLog:
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                record = json.loads(line)
-                is_whole = record.pop(_CHECKSUM) == content_hash(record)
-                sample = Sample.from_json(record)
-            except UNUSABLE_JSON as error:
-                raise DamagedFileError(
-                    f"{path}:{number}: damaged ({error!r}). {_REMEDY}"
-                ) from error
-            if not is_whole:
-                raise DamagedFileError(f"{path}:{number}: damaged since it was written. {_REMEDY}")
+        for sample in _samples(whole, path):
             self.samples[sample.prompt, sample.sample] = sample
         self._file.truncate(len(whole))
         self._file.seek(0, os.SEEK_END)
+
+
+def read_completions(path: Path) -> tuple[dict[str, Any], list[Sample]]:
+    """Settings and samples of an evaluation's file, by prompt; an incomplete last line is left out.
+
+    Raises:
+        DamagedFileError: If a sample or the settings are damaged.
+        OSError: If either file cannot be read.
+    """
+    content = path.read_bytes()
+    found = _samples(content[: content.rfind(b"\n") + 1], path)
+    samples = {(sample.prompt, sample.sample): sample for sample in found}
+    return read_record(_settings_file(path), _REMEDY), [samples[key] for key in sorted(samples)]
+
+
+def _samples(lines: bytes, path: Path) -> Iterator[Sample]:
+    for number, line in enumerate(lines.splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            is_whole = record.pop(_CHECKSUM) == content_hash(record)
+            sample = Sample.from_json(record)
+        except UNUSABLE_JSON as error:
+            raise DamagedFileError(f"{path}:{number}: damaged ({error!r}). {_REMEDY}") from error
+        if not is_whole:
+            raise DamagedFileError(f"{path}:{number}: damaged since it was written. {_REMEDY}")
+        yield sample
 
 
 @contextlib.contextmanager

@@ -2,12 +2,14 @@
 
 `sparse_kl` is the loss, `sparse_kl_per_token` the same per token; `TeacherTargets` is their input
 from a cache, `SparseKLOutput` their result, and `VocabShard` is for a head whose vocabulary is
-split over processes. `target_ranks` only measures. Imports torch and nothing else.
+split over processes. `target_ranks` and `outcome_logprobs` only measure. Imports torch and nothing
+else.
 
 Shape letters in this package: N loss tokens, C rows of one chunk, D hidden size, V vocabulary,
 K kept entries of the widest row; J = K + 1 outcomes, the kept entries and, last, the tail.
 """
 
+from student_train.losses.outcomes import outcome_logprobs
 from student_train.losses.ranks import target_ranks
 from student_train.losses.sparse_kl import SparseKLOutput, sparse_kl, sparse_kl_per_token
 from student_train.losses.targets import TeacherTargets
@@ -22,6 +24,7 @@ __all__ = [
     "SparseKLOutput",
     "TeacherTargets",
     "VocabShard",
+    "outcome_logprobs",
     "sparse_kl",
     "sparse_kl_per_token",
     "target_ranks",

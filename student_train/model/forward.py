@@ -15,6 +15,7 @@ from student_train.losses import (
     DEFAULT_OBJECTIVE,
     Objective,
     SparseKLOutput,
+    outcome_logprobs,
     sparse_kl,
     sparse_kl_per_token,
     target_ranks,
@@ -117,6 +118,17 @@ class StudentWithLoss(nn.Module):
             bias=output.bias, largest=largest_rank,
         )  # fmt: skip
         return self._loss_per_token(hidden_ND, batch, self._objective), rank_N
+
+    @torch.no_grad()
+    def per_token_and_outcomes(
+        self, batch: MicroBatch, ids_NK: Tensor, is_kept_NK: Tensor
+    ) -> tuple[SparseKLOutput, Tensor]:
+        """Forward KL of each token [N], and logprobs [N, K + 1] of some ids and of all others."""
+        output, hidden_ND = output_layer(self.model), self._hidden(batch)
+        logprobs_NJ = outcome_logprobs(
+            hidden_ND, output.weight, ids_NK, is_kept_NK, self._yardstick, bias=output.bias
+        )
+        return self._loss_per_token(hidden_ND, batch, self._yardstick), logprobs_NJ
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         """[N, D] hidden states at the positions that predict the loss tokens."""

@@ -78,16 +78,7 @@ def _measures(
         divergence_N=result.kl.double().cpu().numpy(),
         nll_N=result.ce.double().cpu().numpy(),
         rank_N=rank.cpu().numpy(),
-        entropy_N=_entropies(trace)[token_N],
+        entropy_N=trace.entropy[token_N],
         tail_N=trace.tail[token_N],
         k_N=trace.k[token_N].astype(np.int64),
     )
-
-
-def _entropies(trace: Trace) -> NDArray[np.float64]:
-    """Entropy of every token, over kept entries and the tail as one more outcome."""
-    terms_E = -np.exp(trace.top_logprobs) * trace.top_logprobs
-    kept = np.bincount(trace.token_of_entry, weights=terms_E, minlength=len(trace))
-    log_tail = -np.logaddexp(0.0, -trace.tail_logit.astype(np.float64))
-    entropies: NDArray[np.float64] = kept - trace.tail * log_tail
-    return entropies

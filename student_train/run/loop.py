@@ -24,6 +24,7 @@ from student_train.run.step import (
     all_reduced,
     global_counts,
 )
+from student_train.run.trackers import grouped
 from teacher_cache.terminal.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ def _take_steps(run: Run) -> None:
                 line = figures.line(totals, counts, grad_norm=grad_norm, lr=lr) | heldout
                 if accelerator.is_main_process:  # the main process alone
                     inputs.folder.append_metrics(line)
-                accelerator.log({k: v for k, v in line.items() if k != "step"}, step=state.step)
+                accelerator.log(grouped(line), step=state.step)
                 shown.set(state.step, describe(line))
 
             # Every save_every steps, after the last, when asked to stop, and after a best step.

@@ -1,9 +1,7 @@
 """Setup of a run from checked inputs, ready for its first step or the next after a stop."""
 
-import hashlib
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 from accelerate.utils import set_seed
 from torch import nn
@@ -24,13 +22,13 @@ from student_train.run.checkpoint import (
     restore_random_state,
     whole_checkpoint,
 )
-from student_train.run.config import TrainConfig
 from student_train.run.inputs import RunInputs, log_inputs
 from student_train.run.memory import advice_when_out_of_memory
 from student_train.run.optimizers import make_optimizer, make_schedule
 from student_train.run.processes import decided_by_main
 from student_train.run.sharding import place, restore_state
 from student_train.run.state import RunState
+from student_train.run.trackers import start_trackers
 from student_train.run.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -173,20 +171,5 @@ def _restored(
     if accelerator.is_main_process:
         folder.begin(inputs.identity, mark)
     accelerator.wait_for_everyone()
-    accelerator.init_trackers(
-        "tensorboard" if config.tracker == "tensorboard" else "leadspan",
-        init_kwargs=_tracker_settings(config, state.step),
-    )
+    start_trackers(accelerator, config, state.step)
     return state
-
-
-def _tracker_settings(config: TrainConfig, done_steps: int) -> dict[str, dict[str, Any]]:
-    """Arguments that make a tracker continue a run instead of starting another."""
-    name = hashlib.sha256(str(config.out.resolve()).encode()).hexdigest()[:16]
-    return {
-        "tensorboard": {"purge_step": done_steps + 1},
-        "wandb": {
-            "id": name, "name": config.out.name, "resume": "allow", "dir": str(config.out),
-            "config": config.to_json(),
-        },
-    }  # fmt: skip

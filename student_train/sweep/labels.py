@@ -6,6 +6,7 @@ from typing import Any
 from student_train.data.lead_spans import LeadSpans
 from student_train.sweep.cells import FULL
 from student_train.sweep.groups import Estimate, Group
+from teacher_cache.pages.numbers import percent
 
 _KINDS = {
     "base": "untrained student",
@@ -16,7 +17,6 @@ _KINDS = {
 }
 _PARTS = {"lead": "first", "middle": "middle", "last": "last"}
 _SECTIONS = {"prompt": "prompt", "cot": "reasoning", "answer": "answer"}
-_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 def label(group: Group) -> str:
@@ -68,11 +68,6 @@ def _mixture(lengths: str, name: Callable[[float], str]) -> str:
     return f"mixture: {', '.join(named)}"
 
 
-def percent(share: float) -> str:
-    """`50 %`, `37.5 %`; never `-0 %`."""
-    return f"{round(100 * share, 1) + 0.0:g} %"
-
-
 def whole_percent(share: float) -> str:
     """Whole percent such as `93 %`; an infinite share is written in words."""
     if share in (float("inf"), float("-inf")):
@@ -84,12 +79,3 @@ def with_interval(estimate: Estimate) -> str:
     """`93 % (90 % to 96 %)`."""
     low, high = whole_percent(estimate.low), whole_percent(estimate.high)
     return f"{whole_percent(estimate.value)} ({low} to {high})"
-
-
-def quantity(value: float, unit: str) -> str:
-    """Three digits with a prefix: `120 MB`, `103 GFLOP`."""
-    prefix = 0
-    while abs(value) >= 999.5 and prefix < len(_PREFIXES) - 1:
-        value, prefix = value / 1000, prefix + 1
-    digits = 0 if value >= 99.95 or prefix == 0 else 1 if value >= 9.995 else 2
-    return f"{value:.{digits}f} {_PREFIXES[prefix]}{unit}"

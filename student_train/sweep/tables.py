@@ -1,8 +1,8 @@
 """The tables of a sweep's report."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from student_train.sweep.cells import FULL
 from student_train.sweep.conclusion import share_of_full
@@ -10,30 +10,21 @@ from student_train.sweep.decisions import Answer, Decision
 from student_train.sweep.groups import Group
 from student_train.sweep.labels import (
     label,
-    percent,
-    quantity,
     whole_percent,
     with_interval,
 )
 from teacher_cache.format.checksums import read_record
+from teacher_cache.pages.numbers import percent, quantity
+from teacher_cache.pages.page import table, words
 from teacher_cache.terminal.progress import duration
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 _UNKNOWN = "-"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """HTML of a table that scrolls on its own on a narrow screen; all text is escaped."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return (
-        f'<div class="table"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def overview(groups: Sequence[Group], decisions: Mapping[str, Decision]) -> str:
+def overview(groups: Sequence[Group], decisions: Mapping[str, Decision]) -> "Markup":
     """Overview of the groups by accuracy: the figures behind the answer."""
     full = next((group for group in groups if group.name == FULL), None)
     rows = []
@@ -71,7 +62,7 @@ def _enough(decision: Decision | None) -> str:
     return f"{decision.answer}" + (f"; about {' or '.join(ways)} would" if ways else "")
 
 
-def answers(groups: Sequence[Group]) -> str:
+def answers(groups: Sequence[Group]) -> "Markup":
     """Properties of the answers beside right or wrong."""
     figures = ("unfinished_share", "unclosed_share", "mean_tokens", "num_beyond_limits")
     rows = []
@@ -85,11 +76,11 @@ def answers(groups: Sequence[Group]) -> str:
     return table([*columns, "tokens per answer", "too costly to compare"], rows)
 
 
-def by_problem_group(groups: Sequence[Group]) -> str:
+def by_problem_group(groups: Sequence[Group]) -> "Markup":
     """Accuracy by the field that --group-by named."""
     names = sorted({n for g in groups for c in g.cells for n in c.result["evaluation"]["groups"]})
     if not names:
-        return "<p>The prompts are not told apart (--group-by).</p>"
+        return words("The prompts are not told apart (--group-by).")
     rows = [
         [label(group)]
         + [_share(group.mean("evaluation", "groups", name, "accuracy")) for name in names]
@@ -98,7 +89,7 @@ def by_problem_group(groups: Sequence[Group]) -> str:
     return table(["right answers to", *names], rows)
 
 
-def costs(groups: Sequence[Group]) -> str:
+def costs(groups: Sequence[Group]) -> "Markup":
     """Costs of training, absolute and relative to whole traces."""
     full = next((group for group in groups if group.name == FULL), None)
     rows = []
@@ -132,10 +123,10 @@ def costs(groups: Sequence[Group]) -> str:
     return table(columns, rows)
 
 
-def flops(file: Path) -> str:
+def flops(file: Path) -> "Markup":
     """The formula's FLOPs beside PyTorch's count; empty where they were not counted."""
     if not file.exists():
-        return ""
+        return words("")
     rows = [
         [
             percent(row["lead_span"]),
@@ -145,10 +136,10 @@ def flops(file: Path) -> str:
         for row in read_record(file, "Remove it: it is created again.")["rows"]
     ]
     columns = ["of one trace", "positions", "FLOP by formula", "by PyTorch's counter", "ratio"]
-    return table(columns, rows) + "<p>PyTorch counts the masked half of attention too.</p>"
+    return table(columns, rows) + words("PyTorch counts the masked half of attention too.")
 
 
-def heldout(groups: Sequence[Group]) -> str:
+def heldout(groups: Sequence[Group]) -> "Markup":
     """Distance from the teacher on held-out traces, by section."""
     sections = {"prompt": "prompt", "cot": "reasoning", "answer": "answer", "all": "all"}
     rows = []
@@ -160,7 +151,7 @@ def heldout(groups: Sequence[Group]) -> str:
         if set(row[1:]) != {_UNKNOWN}:
             rows.append(row)
     if not rows:
-        return "<p>Not measured (--heldout-cache).</p>"
+        return words("Not measured (--heldout-cache).")
     columns = [f"{name} {section}" for section in sections.values() for name in ("KL", "NLL")]
     return table(["nats per token", *columns], rows)
 

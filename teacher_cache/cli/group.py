@@ -2,7 +2,7 @@
 
 import click
 
-from teacher_cache.cli import capturing, checking, planning, previewing, reading
+from teacher_cache.cli import capturing, checking, planning, previewing, reading, viewing
 from teacher_cache.terminal.group import Program
 
 
@@ -28,5 +28,6 @@ for _command in (
     reading.export_command,
     reading.truncate_command,
     reading.retokenize_command,
+    viewing.view_command,
 ):
     cli.add_command(_command)

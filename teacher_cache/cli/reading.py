@@ -10,8 +10,10 @@ from teacher_cache.capture.early_checks import check_input
 from teacher_cache.cli import report_text
 from teacher_cache.engines import EngineError
 from teacher_cache.examine import inspection
+from teacher_cache.examine.figures_page import figures_page
 from teacher_cache.examine.inspection import InspectConfig
 from teacher_cache.format import CacheError, CacheHeader, open_cache, shown
+from teacher_cache.format.files import publish
 from teacher_cache.sources import Input
 from teacher_cache.terminal.commands import config_command, json_option
 from teacher_cache.terminal.early_checks import (
@@ -26,6 +28,8 @@ from teacher_cache.transform.export import ExportConfig, export
 from teacher_cache.transform.retokenize.configs import RetokenizeConfig
 from teacher_cache.transform.truncate import TruncateConfig, truncate_cache
 
+_FEW_CHARACTERS = 1500  # of each section of a trace that nobody asked for
+
 if TYPE_CHECKING:
     from teacher_cache.sources.tokenizer import TeacherTokenizer
 
@@ -37,26 +41,39 @@ def inspect_command(config: InspectConfig, as_json: bool) -> None:
 
     \b
     cache-teacher inspect cache --trace gsm8k-17
+    cache-teacher inspect cache --trace gsm8k-17 --tokens 100:140
+    cache-teacher inspect cache --shards 0 --html cache.html
     """
     check_cache(config.cache)
+    if config.html is not None:
+        check_out_file(config.html, "--html", force=config.force)
     opened = open_cache(config.cache, allow_unsealed=True)
-    traces = inspection.read_first_shard(opened)
-    figures = inspection.inspect_cache(opened, traces)
+    # Before anything is shown: it may be misspelt.
+    trace = None if config.trace is None else opened[config.trace]
+    with Progress(f"inspecting {shown(config.cache)}"):
+        figures = inspection.inspect_cache(opened, config.shards)
+    if config.html is not None:
+        publish(config.html, figures_page(opened, figures))
     if as_json:
         click.echo(json.dumps(inspection.to_json(figures, opened.header)))
         return
-    trace = traces.get(0)
-    if config.trace is not None:  # before anything is shown: it may be misspelt
-        trace = opened[config.trace]
-    for line in report_text.figures_lines(figures, opened.header.to_json(), opened.path):
+    header = opened.header.to_json()
+    can_draw = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
+    for line in report_text.figures_lines(figures, header, opened.path, can_draw=can_draw):
         click.echo(line)
     if trace is None:
+        trace = next(opened.read_held(opened.traces[:1]), None)
+    if trace is None:
         return
-    tokenizer = _tokenizer_to_show(opened.header, config.model)
-    fields = printable(json.dumps(dict(trace.fields)), 1000)
-    click.echo(f"\ntrace {printable(trace.trace_id)} ({trace.finish_reason}) {fields}")
-    for token in inspection.show_tokens(trace, tokenizer):
-        click.echo(report_text.token_line(token))
+    tokenizer = tokenizer_to_show(opened.header, config.model)
+    limit = _FEW_CHARACTERS if config.trace is None else None
+    texts = inspection.section_texts(trace, tokenizer)
+    for line in report_text.trace_lines(trace, texts, limit=limit):
+        click.echo(line)
+    if config.tokens is not None:
+        click.echo()
+        for token in inspection.show_tokens(trace, tokenizer, config.tokens):
+            click.echo(report_text.token_line(token))
 
 
 @config_command("export", ExportConfig)
@@ -117,7 +134,7 @@ def retokenize_command(config: RetokenizeConfig) -> None:
         sys.exit(128 + report.stopped_by)
 
 
-def _tokenizer_to_show(header: CacheHeader, model: str | None) -> "TeacherTokenizer | None":
+def tokenizer_to_show(header: CacheHeader, model: str | None) -> "TeacherTokenizer | None":
     """The teacher's tokenizer; without one, ids are shown instead of text."""
     from teacher_cache.sources.tokenizer import load_tokenizer
 

@@ -1,29 +1,38 @@
 """Output of cache-teacher: figures, traces and reports as lines of text."""
 
+import itertools
+import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from teacher_cache.capture.run import CaptureReport
 from teacher_cache.examine.audit import Audit, Spread
 from teacher_cache.examine.disk_estimate import MIN_TRACES, estimate_disk
 from teacher_cache.examine.inspection import Inspection, ShownToken
+from teacher_cache.examine.journalled import Journalled
 from teacher_cache.examine.plan import Step
-from teacher_cache.format import Cache, InputShare, NoiseFloor
+from teacher_cache.format import SECTIONS, Cache, InputShare, NoiseFloor, Trace
 from teacher_cache.format.checking.findings import Finding, Verification
 from teacher_cache.format.checking.repair import Repair
-from teacher_cache.terminal.escape import printable
+from teacher_cache.pages.numbers import quantity
+from teacher_cache.terminal.escape import printable, printable_lines
 from teacher_cache.terminal.progress import duration
 
 if TYPE_CHECKING:
     from teacher_cache.transform.retokenize.run import RetokenizeReport
 
+_BAR_COLUMNS = 16  # of a histogram beside another, on a terminal of 80
 # Facts of a header too long to print, and their units.
 _LONG = {"chat_template": "characters or templates", "added_tokens": "tokens"}
 
 
-def figures_lines(figures: Inspection, header: Mapping[str, Any], path: str) -> Iterator[str]:
-    """Lines of `inspect` about a cache as a whole."""
+def figures_lines(
+    figures: Inspection, header: Mapping[str, Any], path: str, *, can_draw: bool
+) -> Iterator[str]:
+    """Lines of `inspect` about a cache as a whole; see `bar_lines` for `can_draw`."""
     state = "sealed" if figures.sealed else "not complete"
     yield f"{path}: {state}, fingerprint {figures.fingerprint}"
     for name, value in header.items():
@@ -41,20 +50,87 @@ def figures_lines(figures: Inspection, header: Mapping[str, Any], path: str) -> 
     )
     parts = (f"{name} {count:,}" for name, count in figures.num_tokens_of.items())
     yield f"tokens by section: {', '.join(parts)}"
+    if figures.journalled is not None:
+        yield _journalled_line(figures.journalled)
     yield (
-        f"tail mass: mean {figures.tail_mass_mean:.2e}, 99th percentile "
-        f"{figures.tail_mass_p99:.2e}; {figures.num_clamped_tails:,} tails and "
-        f"{figures.num_clamped_logits:,} logits clamped"
+        f"clamped to what the format holds: {figures.num_clamped_tails:,} tails, "
+        f"{figures.num_clamped_logits:,} logits"
     )
     if figures.noise is not None:
         yield f"noise floor, KL: {_spread(figures.noise)} ({_repeated(figures.noise)})"
     if figures.retokenized is not None:
         yield f"carried over: {derived_line(figures.retokenized)}"
-    yield f"kept entries per token: mean {figures.mean_k:.1f}"
-    most = max(figures.k_histogram.values(), default=0)
-    for label, count in figures.k_histogram.items():
+    yield from _measured_lines(figures, can_draw=can_draw)
+
+
+def _journalled_line(found: Journalled) -> str:
+    return (
+        f"not counted above: {found.num_traces:,} finished traces ({found.num_tokens:,} tokens) in "
+        f"the journals of {found.num_workers:,} workers, in no shard yet"
+    )
+
+
+def _measured_lines(figures: Inspection, *, can_draw: bool) -> Iterator[str]:
+    found = figures.measured
+    which = "every token that has a distribution"
+    if not found.is_all:
+        which = (
+            f"a sample, {found.num_shards:,} of {figures.num_shards:,} shards with "
+            f"{found.num_traces:,} traces (--shards 0 for all)"
+        )
+    yield f"kept entries per token: mean {found.mean_k:.1f}"
+    yield (
+        f"entropy: mean {found.mean_entropy:.3f} nats; tail mass: mean {found.tail_mass_mean:.2e}, "
+        f"99th percentile {found.tail_mass_p99:.2e}"
+    )
+    yield f"measured on {which}"
+    lengths = figures.section_lengths
+    for left, right in (
+        (("entropy, nats", found.entropy_histogram), ("kept entries", found.k_histogram)),
+        (("tail mass", found.tail_histogram), ("prompt, tokens of a trace", lengths["prompt"])),
+        (("cot, tokens", lengths["cot"]), ("answer, tokens", lengths["answer"])),
+    ):
+        yield ""
+        columns = (bar_lines(*left, can_draw=can_draw), bar_lines(*right, can_draw=can_draw))
+        for one, other in itertools.zip_longest(*columns, fillvalue=""):
+            yield f"{one:<39} {other}".rstrip()
+
+
+def bar_lines(title: str, counts: Mapping[str, int], *, can_draw: bool) -> list[str]:
+    """A histogram of at most 39 columns: a title, then a bar for each label.
+
+    Args:
+        title: Its heading.
+        counts: Label -> count.
+        can_draw: Whether the terminal has block characters; # stands for them elsewhere.
+    """
+    most = max(counts.values(), default=0)
+    lines = [title]
+    for label, count in counts.items():
+        eighths = max(1, round(8 * _BAR_COLUMNS * count / most)) if count else 0
+        bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+        if not can_draw:
+            bar = "#" * -(-eighths // 8)
+        number = f"{count:,}" if count < 1e8 else quantity(count, "")
+        lines.append(f"{label:>11} {number:>10} {bar}".rstrip())
+    return lines
+
+
+def trace_lines(trace: Trace, texts: Mapping[str, str], *, limit: int | None) -> Iterator[str]:
+    """A trace as text, section by section.
+
+    Args:
+        trace: The trace.
+        texts: Section -> text.
+        limit: Largest number of characters of a section; longer ones lose their middle.
+    """
+    fields = printable(json.dumps(dict(trace.fields)), 1000)
+    yield f"\ntrace {printable(trace.trace_id)} ({trace.finish_reason}) {fields}"
+    counts = np.bincount(trace.section_of_token, minlength=len(SECTIONS)).tolist()
+    for (name, text), count in zip(texts.items(), counts, strict=True):
         if count:
-            yield f"  {label:>8} {count:>10,} {'#' * max(1, round(40 * count / most))}"
+            yield f"\n-- {name}, {count:,} tokens"
+            yield printable_lines(text, limit or len(text))
 
 
 def token_line(token: ShownToken) -> str:

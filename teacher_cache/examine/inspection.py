@@ -3,17 +3,35 @@
 import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from teacher_cache.examine.journalled import Journalled, journalled
+from teacher_cache.examine.measured import Measured, measure_entries, section_lengths
 from teacher_cache.format import SECTIONS, Cache, CacheHeader, CachePath, NoiseFloor, Trace
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 from teacher_cache.terminal.option import check_options, option
 from teacher_cache.transform.retokenize.certificate import overall
 
-_HISTOGRAM_EDGES = (1, 2, 3, 5, 9, 17, 33, 65, 129, 256)
+_TO_THE_END = 2**31
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """First token and end of `100:140`; either may be left out.
+
+    Raises:
+        ValueError: If it is no range.
+    """
+    first, colon, end = text.partition(":")
+    try:
+        found = (int(first or 0), int(end or _TO_THE_END))
+    except ValueError:
+        found = (-1, -1)
+    if not colon or not 0 <= found[0] < found[1]:
+        raise ValueError(f"expected a range of tokens such as 100:140, got {text!r}")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +39,22 @@ class InspectConfig:
     """`cache-teacher inspect`."""
 
     cache: CachePath = option("Folder or URI of the cache, sealed or not.", is_argument=True)
-    trace: str | None = option("Id of the trace to show.", default=None, unset="the first trace")
+    trace: str | None = option(
+        "Id of the trace to show as text.", default=None, unset="the beginning of the first trace"
+    )
+    tokens: tuple[int, int] | None = option(
+        "Range of the trace's tokens to list with their alternatives, such as 100:140; `:` is all.",
+        default=None,
+        metavar="FIRST:END",
+        parse=parse_range,
+    )
+    shards: int = option(
+        "Number of shards to measure entries on, evenly spaced over the cache; 0 for all.",
+        default=4,
+        at_least=0,
+    )
+    html: Path | None = option("Also write the figures as a page.", default=None)
+    force: bool = option("Overwrite the page if it exists.", default=False)
     model: str | None = option(
         "Folder or hub id of the teacher, whose tokenizer turns ids into text.",
         default=None,
@@ -34,7 +67,7 @@ class InspectConfig:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Figures of a whole cache; the histogram is of one shard."""
+    """Figures of a whole cache, and of the entries of some shards."""
 
     sealed: bool
     fingerprint: str
@@ -45,22 +78,24 @@ class Inspection:
     num_tokens_of: Mapping[str, int]  # section -> tokens
     shard_bytes: int
     bytes_per_token: float
-    mean_k: float  # over tokens with a distribution, in the shard examined
-    k_histogram: Mapping[str, int]  # "5-8" -> tokens
-    tail_mass_mean: float
-    tail_mass_p99: float
+    section_lengths: Mapping[str, Mapping[str, int]]  # section -> "65-128" -> traces
+    measured: Measured
+    journalled: Journalled | None  # None if sealed, or where journals are elsewhere
     num_clamped_tails: int
     num_clamped_logits: int
     noise: NoiseFloor | None = None  # as the capture measured it
     retokenized: Mapping[str, float] | None = None  # certificates, if the cache is derived
 
 
-def inspect_cache(cache: Cache, traces: Mapping[int, Trace]) -> Inspection:
-    """Count from the commit records, and measure entries on some traces.
+def inspect_cache(cache: Cache, num_shards: int) -> Inspection:
+    """Count from the commit records, and measure entries on some shards.
 
     Args:
         cache: An open cache.
-        traces: Whole traces of the cache; `read_first_shard` gives those of one shard.
+        num_shards: Number of shards to measure on; 0 for all.
+
+    Raises:
+        CacheFormatError: If one of them, or a journal, is damaged.
     """
     infos = cache.infos
     held = [cache.num_held(info) for info in infos]
@@ -70,9 +105,6 @@ def inspect_cache(cache: Cache, traces: Mapping[int, Trace]) -> Inspection:
     sections = dict(zip(SECTIONS, counts, strict=True))
     num_tokens = sum(sections.values())
     shard_bytes = sum(shard.size_bytes for shard in cache.shards)
-    k = _concatenated([trace.k for trace in traces.values()])
-    tail = _concatenated([trace.tail for trace in traces.values()])[k > 0]
-    kept = k[k > 0]
     return Inspection(
         sealed=cache.sealed,
         fingerprint=cache.fingerprint,
@@ -83,23 +115,14 @@ def inspect_cache(cache: Cache, traces: Mapping[int, Trace]) -> Inspection:
         num_tokens_of=sections,
         shard_bytes=shard_bytes,
         bytes_per_token=shard_bytes / max(1, sum(shard.num_tokens for shard in cache.shards)),
-        mean_k=float(kept.mean()) if len(kept) else 0.0,
-        k_histogram=_histogram(kept),
-        tail_mass_mean=float(tail.mean()) if len(tail) else 0.0,
-        tail_mass_p99=float(np.quantile(tail, 0.99)) if len(tail) else 0.0,
+        section_lengths=section_lengths(cache),
+        measured=measure_entries(cache, num_shards),
+        journalled=None if cache.sealed else journalled(cache),
         num_clamped_tails=sum(shard.num_clamped_tails for shard in cache.shards),
         num_clamped_logits=sum(shard.num_clamped_logits for shard in cache.shards),
         noise=cache.manifest.noise,
         retokenized=None if cache.header.derived is None else overall(infos),
     )
-
-
-def read_first_shard(cache: Cache) -> dict[int, Trace]:
-    """Every trace of the first shard, as far as held; none if the cache is empty."""
-    if not cache.shards:
-        return {}
-    infos = cache.shards[0].traces
-    return cache.read(0, {row: cache.num_held(info) for row, info in enumerate(infos)})
 
 
 @dataclass(frozen=True)
@@ -115,15 +138,18 @@ class ShownToken:
 
 
 def show_tokens(
-    trace: Trace, tokenizer: TeacherTokenizer | None, num_alternatives: int = 3
+    trace: Trace,
+    tokenizer: TeacherTokenizer | None,
+    tokens: tuple[int, int],
+    num_alternatives: int = 3,
 ) -> list[ShownToken]:
-    """Every token of a trace with its probability and the teacher's alternatives."""
+    """A range of a trace's tokens with their probabilities and the teacher's alternatives."""
 
     def text(token_id: int) -> str:
         return str(token_id) if tokenizer is None else tokenizer.decode([token_id])
 
     shown = []
-    for t, token_id in enumerate(trace.token_ids.tolist()):
+    for t, token_id in itertools.islice(enumerate(trace.token_ids.tolist()), *tokens):
         entries = trace.logprobs(t)
         ids, p = entries.ids.tolist(), np.exp(entries.logprobs).tolist()
         others = [(text(i), q) for i, q in zip(ids, p, strict=True) if i != token_id]
@@ -146,14 +172,10 @@ def to_json(inspection: Inspection, header: CacheHeader) -> dict[str, Any]:
     return {"header": header.to_json(), **asdict(inspection)}
 
 
-def _concatenated(parts: list[NDArray[Any]]) -> NDArray[Any]:
-    return np.concatenate(parts) if parts else np.zeros(0)
-
-
-def _histogram(kept: NDArray[np.uint8]) -> dict[str, int]:
-    counts, _ = np.histogram(kept, bins=_HISTOGRAM_EDGES)
-    edges = itertools.pairwise(_HISTOGRAM_EDGES)
-    return {
-        (f"{low}" if high == low + 1 else f"{low}-{high - 1}"): int(count)
-        for (low, high), count in zip(edges, counts, strict=True)
-    }
+def section_texts(trace: Trace, tokenizer: TeacherTokenizer | None) -> dict[str, str]:
+    """Section -> its text, or its ids; as far as the trace is held."""
+    texts = {}
+    for number, name in enumerate(SECTIONS):
+        ids = trace.token_ids[trace.section_of_token == number].tolist()
+        texts[name] = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
+    return texts

@@ -120,6 +120,14 @@ class Trace:
         bounds = np.array([self.cot_start, self.answer_start])
         return np.searchsorted(bounds, np.arange(len(self)), side="right")
 
+    @cached_property
+    def entropy(self) -> NDArray[np.float64]:
+        """[m] entropy in nats, the tail counted as one outcome; 0 without a distribution."""
+        terms_E = -np.exp(self.top_logprobs) * self.top_logprobs
+        kept = np.bincount(self.token_of_entry, weights=terms_E, minlength=len(self))
+        log_tail = -np.logaddexp(0.0, -self.tail_logit.astype(np.float64))
+        return np.where(self.k > 0, kept - np.exp(log_tail) * log_tail, 0.0)
+
     # The following are [E], several times the trace itself, so each access computes them again.
 
     @property

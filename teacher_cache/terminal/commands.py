@@ -148,14 +148,17 @@ def _parameter(item: "Field[Any]", kind: object) -> click.Parameter:
     has_default = item.default is not MISSING
     required = not has_default and item.default_factory is MISSING
     if known.is_argument:
-        return click.Argument([item.name], type=_click_type(known, kind), required=required)
+        nargs = -1 if known.is_repeatable else 1
+        type_ = _click_type(known, kind)
+        return click.Argument([item.name], type=type_, required=required, nargs=nargs)
     flag = flag_of(item)
     if kind is bool and item.default is False:
         return click.Option([flag, item.name], is_flag=True, default=False, help=_help(item, kind))
     # An explicit default of None would count as a value of a required option.
     default: dict[str, Any] = {"default": item.default} if has_default else {}
+    letters = [] if known.letter is None else [f"-{known.letter}"]
     return click.Option(
-        [f"{flag}/--no-{flag[2:]}" if kind is bool else flag, item.name],
+        [*letters, f"{flag}/--no-{flag[2:]}" if kind is bool else flag, item.name],
         type=_click_type(known, kind),
         required=required,
         multiple=is_mapping(kind) or known.is_repeatable,
@@ -173,6 +176,8 @@ def _click_type(known: Option, kind: Any) -> click.ParamType:  # type: ignore[ty
         return NamedValue()
     if item is not None and not known.is_repeatable:
         return Parsed("a,b,...", lambda text: split_list(text, item))
+    if item is Path:
+        kind = item
     if known.has_unit_letters:
         return Parsed("count", parse_count)
     if known.choices:

@@ -43,6 +43,7 @@ class Option:
         below: Number that it must stay below.
         unset: Text in --help instead of the default, for example the effect of None.
         metavar: Name of its value in --help.
+        letter: Short form, such as `o` for `-o`.
         changeable: Whether a run may be resumed with another value.
         is_argument: Whether it is positional on the command line.
         is_repeatable: Whether a tuple is given by repeating the option, without commas.
@@ -62,6 +63,7 @@ class Option:
     below: float | None = None
     unset: str | None = None
     metavar: str | None = None
+    letter: str | None = None
     changeable: bool = False
     is_argument: bool = False
     is_repeatable: bool = False

@@ -1,0 +1,1 @@
+"""Finished or running runs beside each other, as a page."""

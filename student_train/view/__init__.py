@@ -1,0 +1,1 @@
+"""A student beside its teacher, token by token, as a page."""

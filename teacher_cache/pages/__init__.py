@@ -1,0 +1,1 @@
+"""Self-contained HTML pages of both stages: one style, charts as SVG, traces token by token."""

@@ -1,0 +1,152 @@
+"""The page that shows traces token by token: what teacher, and maybe student, say of each."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from teacher_cache.format import SECTIONS, Cache, Trace
+from teacher_cache.pages.packing import StudentView, facts, pack, texts_index
+from teacher_cache.pages.page import json_for_script, render
+from teacher_cache.terminal.escape import printable
+
+_TEMPLATE = Path(__file__).with_name("traces.html")
+_SCRIPTS = ("trace_data.js", "trace_text.js", "trace_detail.js", "trace_page.js")
+_NUM_WORST = 50
+
+
+@dataclass(frozen=True, eq=False)
+class ShownTrace:
+    """A trace of a page."""
+
+    trace: Trace
+    student: StudentView | None = None
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A token on which teacher and student differ."""
+
+    trace: int  # number on the page
+    trace_id: str
+    token: int
+    section: str
+    kl: float  # nats
+    text: str  # printable
+
+
+def trace_page(
+    cache: Cache,
+    shown: Sequence[ShownTrace],
+    text_of: Callable[[int], str],
+    *,
+    chosen: str,
+    student: str | None = None,
+) -> bytes:
+    """Make the page.
+
+    Args:
+        cache: The cache that the traces are of.
+        shown: The traces.
+        text_of: Gives the text of a token id.
+        chosen: Says in words which traces of the cache these are.
+        student: Name of the student, if the traces have its view.
+    """
+    known_ids = texts_index(one.trace for one in shown)
+    data = {
+        "texts": [text_of(token_id) for token_id in known_ids.tolist()],
+        "ids": known_ids.tolist(),
+        "traces": [facts(one.trace, one.student) for one in shown],
+        "bytes_before": bytes_before(cache),
+    }
+    worst = worst_disagreements(shown, text_of)
+    return render(
+        _TEMPLATE,
+        title=f"Traces of {cache.header.teacher}",
+        scripts=_SCRIPTS,
+        cache=printable(cache.path),
+        num_traces=len(cache),
+        sealed=cache.sealed,
+        chosen=chosen,
+        student=None if student is None else printable(student),
+        header=header_rows(cache),
+        data=json_for_script(data),
+        packed=[pack(one.trace, known_ids, one.student) for one in shown],
+        worst={name: [one for one in worst if one.section == name] for name in SECTIONS},
+        mean_kl=_mean_kl(shown),
+    )
+
+
+def worst_disagreements(
+    shown: Sequence[ShownTrace], text_of: Callable[[int], str]
+) -> list[Disagreement]:
+    """The tokens with the largest KL of all traces, the worst first; none without a student."""
+    found = []
+    for number, one in enumerate(shown):
+        if one.student is None:
+            continue
+        kl = np.nan_to_num(one.student.kl, nan=-1.0)
+        for token in np.argsort(-kl, kind="stable")[:_NUM_WORST].tolist():
+            if kl[token] > 0:
+                found.append(
+                    Disagreement(
+                        trace=number,
+                        trace_id=printable(one.trace.trace_id, 60),
+                        token=token,
+                        section=one.trace.section(token),
+                        kl=float(kl[token]),
+                        text=printable(repr(text_of(int(one.trace.token_ids[token]))), 60),
+                    )
+                )
+    return sorted(found, key=lambda one: -one.kl)[:_NUM_WORST]
+
+
+def _mean_kl(shown: Sequence[ShownTrace]) -> Mapping[str, tuple[int, float]]:
+    """Tokens with a distribution, and their mean KL, by section."""
+    found = {}
+    for number, name in enumerate(SECTIONS):
+        parts = [
+            one.student.kl[(one.trace.section_of_token == number) & (one.trace.k > 0)]
+            for one in shown
+            if one.student is not None
+        ]
+        kl = np.concatenate(parts) if parts else np.zeros(0)
+        found[name] = (len(kl), float(kl.mean()) if len(kl) else 0.0)
+    return found
+
+
+def bytes_before(cache: Cache) -> list[int | None]:
+    """Bytes that a reader of the whole cache takes at lead spans of 1 to 100 %; None if not held.
+
+    As `lead_span_length` and `num_bands_needed`, for all traces of a shard at once.
+    """
+    sizes: list[int | None] = []
+    totals = [np.array([info.n_total for info in shard.traces], np.int64) for shard in cache.shards]
+    held = [
+        np.array([cache.num_held(info) for info in shard.traces], np.int64)
+        for shard in cache.shards
+    ]
+    for percent in range(1, 101):
+        if percent / 100 > cache.header.max_lead_span:
+            sizes.append(None)
+            continue
+        size_bytes = 0
+        for shard, n_total, num_held in zip(cache.shards, totals, held, strict=True):
+            keep = np.maximum(1, n_total * percent // 100)
+            bands = -(-keep * len(shard.blocks) // num_held)
+            size_bytes += shard.prefix_bytes(int(bands.max()))
+        sizes.append(size_bytes)
+    return sizes
+
+
+def header_rows(cache: Cache) -> dict[str, str]:
+    """A cache's provenance in words, printable."""
+    return {name: _readable(value) for name, value in cache.header.to_json().items()}
+
+
+def _readable(value: Any) -> str:  # noqa: ANN401  # a value of a header
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return printable(text, 4000)
