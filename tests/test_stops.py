@@ -27,7 +27,7 @@ STOPS = {
     "run first step": ["INT group"],
     "run checkpoint": ["TERM command"],
     "evaluate generating": ["INT group"],
-    "sweep cells": ["INT group"],
+    "sweep cells": ["INT group", "KILL command"],
 }
 
 

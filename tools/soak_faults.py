@@ -26,7 +26,7 @@ import soak_stops
 ROOT = soak_stops.ROOT
 DISK_BYTES = 64 << 20
 _FREE_BYTES = 12 << 20  # at the start of a command, which wants 8 MB
-_LIMIT_S = 400
+_LIMIT_S = 1200
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ LIMIT_S = 3.0
 MAX_LINES = 3
 _START_LIMIT_S = 600.0
 _HELD_S = 1.0
-_LEAVING_S = 2.0  # for processes that notice the end of the command by themselves
+# For processes that notice the end of the command by themselves; a sweep's write a checkpoint.
+_LEAVING_S = 15.0
 AT_THE_MOMENT = "at the moment"
 
 # Holds one of our functions until the signal has come; late imports are held late.

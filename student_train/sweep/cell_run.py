@@ -24,6 +24,7 @@ from student_train.evaluation.config import EvaluateConfig
 from student_train.run.config import TrainConfig
 from student_train.sweep.cells import Cell
 from student_train.sweep.config import SweepConfig
+from student_train.sweep.guard import Guard
 from teacher_cache.format.checksums import DamagedFileError, publish_record, read_record, sha256_of
 from teacher_cache.format.files import publish
 from teacher_cache.format.folder_lock import LOCK_NAME, FolderLock, InUseError
@@ -76,13 +77,17 @@ def _config_words(options: Path | None) -> list[str]:
 
 
 class Children:
-    """The processes of a sweep: SIGINT and SIGTERM end them, and no others start."""
+    """The processes of a sweep: SIGINT and SIGTERM end them, and no others start.
+
+    If the sweep is killed, a guard ends them.
+    """
 
     def __init__(self) -> None:
         self.stopped_by: int | None = None
         self._open = contextlib.ExitStack()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
+        self._guard = Guard()
 
     def run(self, arguments: Sequence[str], *, stdout: int, stderr: int, lock: int) -> int:
         """Run `train-student` with arguments and open files.
@@ -102,9 +107,11 @@ class Children:
                 start_new_session=True,  # a Ctrl-C would reach it twice
             )
             self._running.add(child)
+            self._guard.watch(each.pid for each in self._running)
         code = child.wait()
         with self._lock:
             self._running.discard(child)
+            self._guard.watch(each.pid for each in self._running)
         return code
 
     def _stop(self, signum: int, *, insists: bool) -> None:
@@ -125,6 +132,7 @@ class Children:
 
     def __exit__(self, *error: object) -> None:
         self._open.close()
+        self._guard.close()
 
 
 def run_cell(config: SweepConfig, cell: Cell, children: Children) -> str:

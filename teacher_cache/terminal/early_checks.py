@@ -71,7 +71,7 @@ def check_out_folder(path: CachePath, flag: str = "--out") -> None:
     free_bytes = shutil.disk_usage(nearest).free
     if free_bytes < _LEAST_FREE_BYTES:
         text = f"{flag}: {printable(folder)}: its disk has {free_bytes / 1e6:.1f} MB left"
-        raise OSError(errno.ENOSPC, text, str(folder))
+        raise OSError(errno.ENOSPC, text)
 
 
 def check_out_cache(path: CachePath, flag: str = "--out") -> None:
