@@ -287,6 +287,9 @@ def test_a_misspelt_folder_is_known_as_one(tmp_path, monkeypatch):
     (run / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=re.escape(f"its student is {run}")):
         early_checks.check_model(str(run.parent), "--student")
+    (run.parent / "config.json").write_text('{"leadspan_run": 1}')  # a run's own, not a model's
+    with pytest.raises(ValueError, match=re.escape(f"is a run's; its student is {run}")):
+        early_checks.check_model(str(run.parent), "--student")
 
 
 def test_folders_and_files_to_write_are_looked_at_first(tmp_path):

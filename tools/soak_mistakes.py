@@ -140,7 +140,8 @@ def prepare(folder: Path) -> dict[str, str]:
         "badline.jsonl": rows.encode() + b'{"messages": \n',
         "long.jsonl": b'{"id": "long", "prompt": "%s"}\n' % (b"Sum of $47 $24? " * 2000),
         "unanswered.jsonl": rows.replace('"answer"', '"anser"').encode(),
-        "badconfig.toml": b"batch-trace = 1\nmodle = 'x'\n",
+        "captureconfig.toml": b"modle = 'x'\n",
+        "badconfig.toml": b"batch-trace = 1\n",
     }
     for name, content in files.items():
         (parts / name).write_bytes(content)
@@ -157,9 +158,9 @@ def prepare(folder: Path) -> dict[str, str]:
     shutil.copytree(parts / "run", parts / "unfinished", ignore=shutil.ignore_patterns("model"))
     shutil.copytree(parts / "cache", parts / "damaged")
     (shard,) = (parts / "damaged" / "shards").glob("*.arrow")
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 4] ^= 1
-    shard.write_bytes(content)
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 4] ^= 1
+    shard.write_bytes(damaged)
     return names
 
 

@@ -110,9 +110,13 @@ def check_model(name: str, flag: str) -> None:
     """Refuse a name that is neither a model folder nor on the hub; recognises misspelt folders."""
     folder = expanded(name)
     if folder.is_dir():
+        inner = folder / "model"
+        has_student = (inner / "config.json").is_file()
+        if _is_run(folder):
+            hint = f"its student is {printable(inner)}" if has_student else "it has no student yet"
+            raise ValueError(f"{flag}: {printable(name)}: the folder is a run's; {hint}")
         if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
-            inner = folder / "model"
-            hint = f"; its student is {inner}" if (inner / "config.json").is_file() else ""
+            hint = f"; its student is {printable(inner)}" if has_student else ""
             raise ValueError(f"{flag}: {printable(name)}: the folder holds no config.json{hint}")
         return
     is_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
@@ -122,6 +126,13 @@ def check_model(name: str, flag: str) -> None:
             f"{near_path(folder)}"
         )
     check_hub_name(name, flag, "models")
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder's config.json is that of `train-student run`, not of a model."""
+    with contextlib.suppress(OSError):
+        return b'"leadspan_run"' in (folder / "config.json").read_bytes()
+    return False
 
 
 def check_hub_name(name: str, flag: str, kind: str) -> None:
