@@ -158,6 +158,7 @@ entry.run_program(entry.CommandLine("cache-teacher", "", ("teacher", "cpu")))
             r"in a checkout of leadspan: pip install '\.\[teacher",
         ),
         ("MemoryError", "cache-teacher: out of memory"),
+        ('RuntimeError("can\'t start new thread")', "out of memory: can't start new thread"),
         (r"ValueError('\x1b[31m red')", r"\\x1b\[31m red"),
     ],
 )

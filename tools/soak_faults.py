@@ -115,7 +115,7 @@ def faults() -> list[Fault]:
         Fault("spaces and letters: capture", capture + "'{out} é ü/x'", code=0),
         Fault("spaces and letters: run", run + "'{out} é ü/x'", code=0),
         Fault(
-            "400 MB of memory: compaction", "cache-teacher seal {unsealed}", "out of memory",
+            "700 MB of memory: compaction", "cache-teacher seal {unsealed}", "out of memory",
             setting=_little_memory, then="cache-teacher verify {unsealed}",
         ),
     ]  # fmt: skip
@@ -126,7 +126,7 @@ def _few_files(environment: dict[str, str]) -> None:
 
 
 def _little_memory(environment: dict[str, str]) -> None:
-    environment["SOAK_LIMIT"] = "AS 400000000"
+    environment["SOAK_LIMIT"] = "AS 700000000"
 
 
 def _no_home(environment: dict[str, str]) -> None:

@@ -85,11 +85,12 @@ def publish_folder(folder: Path) -> Iterator[Path]:
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
-    for path in [*temporary.rglob("*"), temporary]:
-        fsync(path)
-    temporary.rename(folder)
-    fsync(folder.parent)
+    with naming(folder):
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            fsync(path)
+        temporary.rename(folder)
+        fsync(folder.parent)
 
 
 def remove_folder(folder: Path) -> None:

@@ -114,7 +114,7 @@ def _line(messages: Messages | None, error: BaseException, extras: tuple[str, ..
     """Message for an error, and where to read more."""
     if isinstance(error, ModuleNotFoundError) and not is_ours(error.name or ""):
         return f"{error.name} is not installed; {_advice(error.name or '', extras)}"
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or str(error) == "can't start new thread":
         return f"out of memory: {' '.join(str(error).split()) or 'this machine has no more'}"
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in _MEND_AND_REPEAT:
