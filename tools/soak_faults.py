@@ -238,7 +238,7 @@ def _mounted(folder: Path) -> Iterator[None]:
 
 def _fill(file: Path, num_bytes: int) -> None:
     """Make a file grow to a size, or to the end of its disk."""
-    with file.open("ab") as opened, suppress(OSError):
+    with suppress(OSError), file.open("ab") as opened:
         while (left := num_bytes - opened.tell()) > 0:
             opened.write(bytes(min(left, 1 << 16)))
             opened.flush()
