@@ -12,7 +12,7 @@ from teacher_cache.capture.generate import generate
 from teacher_cache.cli.group import cli
 from teacher_cache.engines import TeacherRows
 from teacher_cache.examine import audit as audit_module
-from teacher_cache.examine.audit import AuditConfig, audit, sample_traces
+from teacher_cache.examine.audit import AuditConfig, audit, lengths_within, sample_traces
 from teacher_cache.examine.fidelity import LiveRows, cut_loss, divergence, logprobs_at, tails
 from teacher_cache.format import CacheError, CacheMismatchError, open_cache
 from teacher_cache.transform.truncate import truncate_cache
@@ -132,6 +132,17 @@ def test_a_cap_on_tokens_cuts_the_sample_there(captured, live):
     assert capped.num_tokens < 30 < whole.num_tokens
     assert capped.passed
     assert audit(replace(captured, max_tokens=10**6)).num_tokens == whole.num_tokens
+
+
+def test_a_trace_that_is_cut_in_its_prompt_is_left_out():
+    from fakes import make_trace
+
+    traces = [make_trace(name, 10, without_entries=range(1, 6)) for name in "abc"]
+    assert lengths_within(traces, None) == dict.fromkeys("abc", 10)
+    assert lengths_within(traces, 29) == {"a": 10, "b": 10, "c": 9}
+    assert lengths_within(traces, 25) == {"a": 10, "b": 10}
+    with pytest.raises(CacheError, match="Give --max-tokens more"):
+        lengths_within(traces, 5)
 
 
 def test_a_sample_is_drawn_by_its_seed(captured):
