@@ -376,7 +376,8 @@ def test_the_guide_says_what_is_read_off_the_templates(teachers):
 
 # Kinds of templates beyond those of trl, in the fewest words.
 TAGS_FROM_PARTS = (
-    "{% set k = ':x' %}{% if not effort is defined %}{% set effort = 'none' %}{% endif %}"
+    "{% set k = ':x' %}{% if again %}{% set add_generation_prompt = false %}{% endif %}"
+    "{% if not effort is defined %}{% set effort = 'none' %}{% endif %}"
     "{% for m in messages %}{{ '<|' ~ m.role ~ '|>' }}"
     "{% if m.role == 'assistant' %}{{ '<think{}>'.format(k) ~ (m.reasoning_content or '') }}"
     "{{ '</think{}>'.format(k) }}{% endif %}{{ m.content }}<|end|>{% endfor %}"
