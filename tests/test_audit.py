@@ -69,6 +69,7 @@ def test_a_cache_of_this_teacher_passes_at_the_error_of_its_grid(captured, live)
     assert found.passed
     assert 0 < found.kl.mean < found.kl.p99 <= found.kl.max < 1e-3
     assert found.noise.max < 1e-12
+    assert found.times_the_floor == pytest.approx(1, abs=0.01)  # all of it is the grid's
     assert found.top1_agreement == 1
     assert found.nll_stored == pytest.approx(found.nll_live, abs=0.02)
     assert found.num_traces == 6
@@ -84,6 +85,7 @@ def test_another_distribution_fails(captured, live):
     live.teacher = lambda asked: teacher_with(asked, sharpness=1.2)
     found = audit(captured)
     assert not found.passed
+    assert found.times_the_floor > 100
     assert found.top1_agreement == 1  # of which this alone would say nothing
 
 

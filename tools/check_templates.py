@@ -26,7 +26,10 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from families import make_tokenizer, trl_templates  # noqa: E402 (it lies beside the tests)
+from families import (  # type: ignore[import-untyped]  # noqa: E402 (it lies beside the tests)
+    make_tokenizer,
+    trl_templates,
+)
 
 from teacher_cache.capture.preview import difference  # noqa: E402
 from teacher_cache.engines import EngineError  # noqa: E402
@@ -172,11 +175,11 @@ def cases_of(teacher: TeacherTokenizer) -> dict[str, Case]:
     several = CASES["several turns"]
     default = own_rendering(teacher, several)
     for name, values in teacher.template.values_known.items():
-        for value in values[:2]:
-            kept = Case(several.messages, arguments={name: value})
+        for switch_value in values[:2]:
+            kept = Case(several.messages, arguments={name: switch_value})
             text = own_rendering(teacher, kept)
             if text is not None and default is not None and "Hm." in text and "Hm." not in default:
-                cases[f"history kept by {name}={str(value).lower()}"] = kept
+                cases[f"history kept by {name}={str(switch_value).lower()}"] = kept
     return cases
 
 
@@ -193,7 +196,7 @@ def own_rendering(teacher: TeacherTokenizer, case: Case) -> str | None:
         named.append(as_parts(rest) if layout.in_parts else rest)
     try:
         return teacher.template.render(
-            named, tools=case.tools, arguments=arguments | layout.reveal, is_prompt=False
+            named, tools=case.tools, arguments={**arguments, **layout.reveal}, is_prompt=False
         )
     except TemplateRefusesError:
         return None

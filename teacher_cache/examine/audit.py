@@ -114,6 +114,7 @@ class Audit:
     num_traces: int
     num_tokens: int  # with a stored distribution
     kl: Spread  # stored || live
+    rounding: Spread  # live as it would be stored || live
     noise: Spread  # live || live, scored in a second way
     noise_from: str  # description of that way
     noise_floor: NoiseFloor | None  # as the capture measured it
@@ -131,15 +132,15 @@ class Audit:
     max_kl: float
 
     @property
-    def times_the_noise(self) -> float | None:
-        """Mean KL from stored to live, in units of the noise floor; None without one.
+    def times_the_floor(self) -> float:
+        """Mean KL from stored to live, in units of what alone would be found.
 
-        The larger of the capture's own and this engine's. Below 1, stored and live distributions
-        differ no more than those of the same engine in two batches.
+        That is what storing rounds, and the larger of the capture's noise floor and this engine's
+        noise. About 1 for a cache of this teacher.
         """
-        floors = [self.noise.mean] + ([] if self.noise_floor is None else [self.noise_floor.mean])
-        floor = max(floors)
-        return self.kl.mean / floor if floor > 0 else None
+        captured = 0.0 if self.noise_floor is None else self.noise_floor.mean
+        floor = self.rounding.mean + max(self.noise.mean, captured)
+        return self.kl.mean / floor if floor > 0 else float(self.kl.mean > 0)
 
     @property
     def passed(self) -> bool:
@@ -304,6 +305,7 @@ def _summary(
         num_traces=len(compared),
         num_tokens=len(kl),
         kl=_spread(kl),
+        rounding=_spread(all_of(lambda one: one.rounding)),
         noise=_spread(all_of(lambda one: one.noise)),
         noise_from=noise_from,
         noise_floor=cache.manifest.noise,
