@@ -77,7 +77,7 @@ def read_noise(store: Store) -> NoiseFloor | None:
         if not file.endswith(".json"):
             continue
         try:
-            found.append(parse_noise(json.loads(store.read(f"{NOISE_FOLDER}/{file}"))))
+            found.append(parse_noise(json.loads(store.read(f"{NOISE_FOLDER}/{file}").decode())))
         except UNUSABLE_JSON as error:
             raise CacheFormatError(
                 f"{store.where}/{NOISE_FOLDER}/{file}: not a noise floor: {error!r}; delete it, "
