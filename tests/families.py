@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer
 
-_TAG = re.compile(
+TAG = re.compile(
     r"<\|[^<>|\s]{1,40}\|>|</?[^<>\s'\"{}=%/]{1,40}>|<｜[^<>\s]{1,40}｜>|\[/?[A-Z_]+\]"
     r"|\[\|[a-z]+\|\]|\[e~\[|\]~!?b[\[\]]"
 )
@@ -29,7 +29,7 @@ def make_tokenizer(template, end, extra_tokens=()):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token=end)
-    fast.add_tokens(list(dict.fromkeys([*_TAG.findall(template), *extra_tokens])))
+    fast.add_tokens(list(dict.fromkeys([*TAG.findall(template), *extra_tokens])))
     fast.chat_template = template
     return fast
 

@@ -12,7 +12,7 @@ from teacher_cache.capture.generate import generate
 from teacher_cache.cli.group import cli
 from teacher_cache.engines import TeacherRows
 from teacher_cache.examine import audit as audit_module
-from teacher_cache.examine.audit import AuditConfig, audit, sample_traces
+from teacher_cache.examine.audit import AuditConfig, audit, lengths_within, sample_traces
 from teacher_cache.examine.fidelity import LiveRows, cut_loss, divergence, logprobs_at, tails
 from teacher_cache.format import CacheError, CacheMismatchError, open_cache
 from teacher_cache.transform.truncate import truncate_cache
@@ -69,6 +69,7 @@ def test_a_cache_of_this_teacher_passes_at_the_error_of_its_grid(captured, live)
     assert found.passed
     assert 0 < found.kl.mean < found.kl.p99 <= found.kl.max < 1e-3
     assert found.noise.max < 1e-12
+    assert found.times_the_floor == pytest.approx(1, abs=0.01)  # all of it is the grid's
     assert found.top1_agreement == 1
     assert found.nll_stored == pytest.approx(found.nll_live, abs=0.02)
     assert found.num_traces == 6
@@ -84,6 +85,7 @@ def test_another_distribution_fails(captured, live):
     live.teacher = lambda asked: teacher_with(asked, sharpness=1.2)
     found = audit(captured)
     assert not found.passed
+    assert found.times_the_floor > 100
     assert found.top1_agreement == 1  # of which this alone would say nothing
 
 
@@ -132,6 +134,17 @@ def test_a_cap_on_tokens_cuts_the_sample_there(captured, live):
     assert capped.num_tokens < 30 < whole.num_tokens
     assert capped.passed
     assert audit(replace(captured, max_tokens=10**6)).num_tokens == whole.num_tokens
+
+
+def test_a_trace_that_is_cut_in_its_prompt_is_left_out():
+    from fakes import make_trace
+
+    traces = [make_trace(name, 10, without_entries=range(1, 6)) for name in "abc"]
+    assert lengths_within(traces, None) == dict.fromkeys("abc", 10)
+    assert lengths_within(traces, 29) == {"a": 10, "b": 10, "c": 9}
+    assert lengths_within(traces, 25) == {"a": 10, "b": 10}
+    with pytest.raises(CacheError, match="Give --max-tokens more"):
+        lengths_within(traces, 5)
 
 
 def test_a_sample_is_drawn_by_its_seed(captured):

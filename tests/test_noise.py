@@ -76,9 +76,11 @@ def test_the_floor_is_the_kl_of_the_same_tokens_and_audit_speaks_in_it(
     config = AuditConfig(cache=cache.path, model=capture_config.model)
     found = audit(config)
     assert found.noise.mean < noise.mean
-    assert found.times_the_noise == pytest.approx(found.kl.mean / noise.mean)
+    assert found.times_the_floor == pytest.approx(
+        found.kl.mean / (found.rounding.mean + noise.mean)
+    )
     said = CliRunner().invoke(cli, ["audit", cache.path, "--model", capture_config.model])
-    assert f"stored differs from live by {found.times_the_noise:.3g} times" in said.output
+    assert f"stored to live is {found.times_the_floor:.3g} times what storing" in said.output
 
 
 def test_workers_measure_each_for_itself_and_the_seal_pools_them(capture_config, asked):

@@ -4,6 +4,9 @@ The templates come with the package trl and were written by nobody here. The tru
 transformers makes of the same messages, with the reasoning under the name that the family uses.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 from families import make_teacher, trl_templates
 
@@ -293,8 +296,13 @@ def test_channels_in_messages_of_their_own_are_one_turn(teachers):
     ]
     assert render(teacher, {"messages": [user("2+3?"), *channels]}).token_ids == expected.token_ids
     two = [{"role": "assistant", "content": "5"}, {"role": "assistant", "content": "6"}]
-    with pytest.raises(BadRow, match="more than one answers"):
-        render(teacher, {"messages": [user("2+3?"), *two]})
+    for later in ([], [user("why?"), answer()]):
+        with pytest.raises(BadRow, match="more than one answers"):
+            render(teacher, {"messages": [user("2+3?"), *two, *later]})
+    later = [user("why?"), answer()]
+    earlier = render(teacher, {"messages": [user("2+3?"), *channels, *later]})
+    whole = [user("2+3?"), answer(), *later]
+    assert earlier.token_ids == render(teacher, {"messages": whole}).token_ids
 
 
 @pytest.mark.parametrize("family", ["qwen3", "glm4moe", "qwen3_5_think"])
@@ -342,6 +350,80 @@ def test_layouts_are_read_off_the_template(tmp_path, family):
     arguments = FAMILIES[family][2] if family in FAMILIES else {}
     layout = make_teacher(tmp_path, TEMPLATES[family], end, **arguments).layout()
     assert (layout.opener, layout.joint, layout.end) == (opener, joint, end)
+
+
+def guide_rows():
+    """Template -> cells of the guide's table of families, as Python writes the texts."""
+    guide = Path(__file__).parent.parent / "teacher_cache" / "sources" / "FAMILIES.md"
+    rows = {}
+    for line in guide.read_text().splitlines():
+        if line.startswith("| ") and " (trl) |" in line:
+            name, *cells = re.split(r"(?<!\\) ?\| ", line[2:])
+            rows[name.removesuffix(" (trl)")] = [cell.replace("\\|", "|") for cell in cells]
+    return rows
+
+
+def test_the_guide_says_what_is_read_off_the_templates(teachers):
+    rows = guide_rows()
+    assert rows.keys() >= FAMILIES.keys() | set(STRIPPING)
+    for family in FAMILIES:
+        layout = teachers(family).layout()
+        shown = [f"`{text!r}`".replace("'", "") for text in (layout.opener, layout.joint)]
+        assert rows[family][:2] == shown
+        num_same, num_cases = map(int, rows[family][5].split(" of "))
+        assert num_cases - num_same <= 1  # a prompt that opens a thought, and a row without one
+
+
+# Kinds of templates beyond those of trl, in the fewest words.
+TAGS_FROM_PARTS = (
+    "{% set k = ':x' %}{% if again %}{% set add_generation_prompt = false %}{% endif %}"
+    "{% if not effort is defined %}{% set effort = 'none' %}{% endif %}"
+    "{% for m in messages %}{{ '<|' ~ m.role ~ '|>' }}"
+    "{% if m.role == 'assistant' %}{{ '<think{}>'.format(k) ~ (m.reasoning_content or '') }}"
+    "{{ '</think{}>'.format(k) }}{% endif %}{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' ~ '<think{}>'.format(k) }}"
+    "{% if effort not in ['low', 'high'] %}{{ '</think{}>'.format(k) }}{% endif %}{% endif %}"
+)
+MARKED_ANSWER = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}<|answer|>{% endif %}"
+    "{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+    "{% if not enable_thinking %}<|START_THINKING|><|END_THINKING|>{% endif %}"
+)
+SHORT_PROMPT = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}<think>\n"
+    "{{ m.reasoning_content }}\n</think>\n{% endif %}{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+)
+
+
+def test_tags_made_from_parts_and_a_default_of_the_templates_own(tmp_path):
+    """As Hunyuan 3 does, which thinks only if asked to."""
+    teacher = make_teacher(tmp_path, TAGS_FROM_PARTS, "<|end|>")
+    layout = teacher.layout()
+    assert (layout.opener, layout.joint) == ("<think:x>", "</think:x>")
+    assert layout.prompt is Prompt.CLOSES
+    row = {"messages": [user("2+3?"), answer()]}
+    with pytest.raises(BadRow, match=r"closes the chain of thought.*--template-arg effort=low"):
+        render(teacher, row)
+    high = make_teacher(tmp_path, TAGS_FROM_PARTS, "<|end|>", effort="high")
+    text = high.decode(render(high, row).token_ids)
+    assert text == f"<|user|>2+3?<|end|><|assistant|><think:x>{REASONING}</think:x>{ANSWER}<|end|>"
+
+
+def test_a_mark_before_every_answer_is_written_after_a_closed_thought(tmp_path):
+    """As Command R7B does, whose template always opens the assistant's turn."""
+    teacher = make_teacher(tmp_path, MARKED_ANSWER, "<|end|>")
+    assert teacher.layout().prompt is Prompt.CLOSES
+    trace = render(teacher, {"messages": [user("a"), {"role": "assistant", "content": ANSWER}]})
+    end = "<|assistant|><|START_THINKING|><|END_THINKING|><|answer|>" + ANSWER + "<|end|>"
+    assert teacher.decode(trace.token_ids).endswith(end)
+
+
+def test_a_cut_thought_has_the_line_break_that_the_prompt_left_out(tmp_path):
+    """As Laguna XS does."""
+    teacher = make_teacher(tmp_path, SHORT_PROMPT, "<|end|>")
+    trace = render(teacher, {"messages": [user("a"), answer(content="")]})
+    assert teacher.decode(trace.token_ids).endswith(f"<|assistant|><think>\n{REASONING}")
 
 
 def test_what_switches_thinking_is_found(teachers):

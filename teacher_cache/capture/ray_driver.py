@@ -183,7 +183,8 @@ class Cluster:
 
     def _opened(self, worker: _Worker) -> None:
         for request_id in self._get(worker.opening):  # kept, but not reported before the death
-            self._finished(worker, Done(request_id, 0, False))  # its length is in the journal
+            # Its length and sections are in the journal.
+            self._finished(worker, Done(request_id, 0, cut_by_length=False, has_thought=True))
         worker.opening = None
         worker.working = worker.actor.work.remote()
         # Requests that a predecessor left come first.

@@ -189,8 +189,11 @@ def _run(job: Job, survey: Survey, crew: Crew, writer: CacheWriter) -> CaptureRe
     if job.part is not None:
         publish_share(open_store(job.out), job.part, _record(survey, finished=False))
     with CaptureProgress(survey.num_missing) as progress, stop_signals() as switch:
+        num_thoughts = 0
 
         def note(done: Done) -> None:
+            nonlocal num_thoughts
+            num_thoughts += done.has_thought
             progress.add(done.num_tokens, cut_by_length=done.cut_by_length)
 
         try:
@@ -209,6 +212,14 @@ def _run(job: Job, survey: Survey, crew: Crew, writer: CacheWriter) -> CaptureRe
         seconds=progress.seconds,
         stopped_by=switch.signum,
     )
+    if report.num_traces and not num_thoughts and writer.header.mode == "generate":
+        # Given traces were looked at before the engine started.
+        logger.warning(
+            "%s: none of the %d traces captured now has a chain of thought; if the teacher should "
+            "write one, run cache-teacher preview on the prompts: its chat template may leave "
+            "thinking off, or its marks are not known",
+            shown(job.out), report.num_traces,
+        )  # fmt: skip
     return report if report.stopped_by else _finish(job, writer, report)
 
 

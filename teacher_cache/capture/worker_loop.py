@@ -31,6 +31,7 @@ class Done:
     request_id: str
     num_tokens: int
     cut_by_length: bool
+    has_thought: bool
 
 
 def run_requests(
@@ -74,8 +75,15 @@ def run_requests(
             source = in_flight.pop(rows.request_id)
             finished = finished_trace(rows, source, writer.header, tokenizer)
             writer.append(finished)
-            cut = finished.trace.finish_reason == "length"
-            note(Done(rows.request_id, len(rows.token_ids), cut))
+            trace = finished.trace
+            note(
+                Done(
+                    rows.request_id,
+                    len(rows.token_ids),
+                    cut_by_length=trace.finish_reason == "length",
+                    has_thought=trace.cot_start < trace.answer_start,
+                )
+            )
 
 
 def _check_head(rows: TeacherRows, header: CacheHeader) -> None:

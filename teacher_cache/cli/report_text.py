@@ -273,14 +273,17 @@ def audit_lines(found: Audit) -> Iterator[str]:
         f"by {found.engine} {found.engine_version} ({found.dtype}); nats per token"
     )
     yield f"KL, stored to live     {_spread(found.kl)}"
+    yield f"of it, by storing      {_spread(found.rounding)}"
     yield f"KL, live to live again {_spread(found.noise)}  ({found.noise_from})"
     floor = found.noise_floor
     if floor is None:
         yield "noise at the capture   not kept (it is measured at the end, and kept with the seal)"
     else:
         yield f"noise at the capture   {_spread(floor)}  ({_repeated(floor)})"
-    if found.times_the_noise is not None:
-        yield f"stored differs from live by {found.times_the_noise:.3g} times the larger noise"
+    yield (
+        f"stored to live is {found.times_the_floor:.3g} times what storing and the larger noise "
+        "account for"
+    )
     yield (
         f"mean KL to the rows before and after: {found.kl_if_moved[-1]:.3g}, "
         f"{found.kl_if_moved[1]:.3g}; worst: token {found.worst_token} of "

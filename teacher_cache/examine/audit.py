@@ -54,6 +54,7 @@ class AuditConfig:
     )
     dtype: str = same_option(CaptureConfig, "dtype")
     engine_arg: Mapping[str, object] = same_option(CaptureConfig, "engine_arg")
+    trust_remote_code: bool = same_option(CaptureConfig, "trust_remote_code")
     any_model: bool = option(
         "Accept weights other than the capture's; the tokenizer must still match.",
         default=False,
@@ -113,6 +114,7 @@ class Audit:
     num_traces: int
     num_tokens: int  # with a stored distribution
     kl: Spread  # stored || live
+    rounding: Spread  # live as it would be stored || live
     noise: Spread  # live || live, scored in a second way
     noise_from: str  # description of that way
     noise_floor: NoiseFloor | None  # as the capture measured it
@@ -130,15 +132,15 @@ class Audit:
     max_kl: float
 
     @property
-    def times_the_noise(self) -> float | None:
-        """Mean KL from stored to live, in units of the noise floor; None without one.
+    def times_the_floor(self) -> float:
+        """Mean KL from stored to live, in units of what alone would be found.
 
-        The larger of the capture's own and this engine's. Below 1, stored and live distributions
-        differ no more than those of the same engine in two batches.
+        That is what storing rounds, and the larger of the capture's noise floor and this engine's
+        noise. About 1 for a cache of this teacher.
         """
-        floors = [self.noise.mean] + ([] if self.noise_floor is None else [self.noise_floor.mean])
-        floor = max(floors)
-        return self.kl.mean / floor if floor > 0 else None
+        captured = 0.0 if self.noise_floor is None else self.noise_floor.mean
+        floor = self.rounding.mean + max(self.noise.mean, captured)
+        return self.kl.mean / floor if floor > 0 else float(self.kl.mean > 0)
 
     @property
     def passed(self) -> bool:
@@ -172,7 +174,7 @@ def audit(config: AuditConfig) -> Audit:
     width = min(cache.header.vocab_size, LIVE_WIDTH)
     longest = max(lengths.values())
     num_reserved = int(config.engine == "vllm")  # which scores a trace as a prompt plus a token
-    files = ModelFiles(config.model, config.revision)
+    files = ModelFiles(config.model, config.revision, config.trust_remote_code)
     limit = files.context_length(longest, num_reserved=num_reserved)
     start = partial(
         start_teacher,
@@ -184,6 +186,7 @@ def audit(config: AuditConfig) -> Audit:
         max_model_len=limit + num_reserved,
         sampling=None,
         engine_args=config.engine_arg,
+        trust_remote_code=config.trust_remote_code,
     )
     teacher = started(f"starting {config.engine} for {config.model}", start)
     with closing(teacher):
@@ -216,19 +219,18 @@ def sample_traces(cache: Cache, num_samples: int, seed: int) -> list[Trace]:
 def lengths_within(traces: Sequence[Trace], max_tokens: int | None) -> dict[str, int]:
     """Trace -> tokens of it to score, all of them together at most `max_tokens`.
 
+    A trace that would be cut before its first distribution is left out.
+
     Raises:
-        CacheError: If no token with a distribution is among them.
+        CacheError: If no trace is left.
     """
-    lengths, left = {}, max_tokens
-    has_any = False
+    lengths, left = dict[str, int](), max_tokens
     for trace in traces:
         length = len(trace.token_ids) if left is None else min(left, len(trace.token_ids))
-        if length < 2:
-            break
-        lengths[trace.trace_id] = length
         left = None if left is None else left - length
-        has_any = has_any or bool((trace.k[:length] > 0).any())
-    if not has_any:
+        if (trace.k[:length] > 0).any():
+            lengths[trace.trace_id] = length
+    if not lengths:
         raise CacheError(
             f"none of the first {max_tokens} tokens drawn has a distribution: they are the prompt "
             "of the first trace. Give --max-tokens more"
@@ -237,8 +239,9 @@ def lengths_within(traces: Sequence[Trace], max_tokens: int | None) -> dict[str,
 
 
 def _require_teacher(header: CacheHeader, config: AuditConfig) -> None:
-    load_tokenizer(header, config.model)
-    found = ModelFiles(config.model, config.revision).weights_fingerprint()
+    trusted = config.trust_remote_code
+    load_tokenizer(header, config.model, trust_remote_code=trusted)
+    found = ModelFiles(config.model, config.revision, trusted).weights_fingerprint()
     if found != header.teacher_fingerprint and not config.any_model:
         raise CacheMismatchError(
             f"model {config.model!r} has other weights ({found}) than the cache's teacher had "
@@ -302,6 +305,7 @@ def _summary(
         num_traces=len(compared),
         num_tokens=len(kl),
         kl=_spread(kl),
+        rounding=_spread(all_of(lambda one: one.rounding)),
         noise=_spread(all_of(lambda one: one.noise)),
         noise_from=noise_from,
         noise_floor=cache.manifest.noise,

@@ -18,7 +18,15 @@ from teacher_cache.engines.distance import (
     logprobs_at,
     tails,
 )
-from teacher_cache.format import CacheHeader, Trace, entry_offsets
+from teacher_cache.format import (
+    CacheHeader,
+    KeepPolicy,
+    Trace,
+    entry_offsets,
+    keep_entries,
+    stored_logprobs,
+    tail_mass,
+)
 
 _Floats = NDArray[np.float64]
 
@@ -84,6 +92,7 @@ class Compared:
     nll_live: NDArray[np.float64]
     cut_by_top_k: NDArray[np.float64]
     cut_by_both: NDArray[np.float64]
+    rounding: NDArray[np.float64]  # KL from the engine's rows as they would be stored, to them
     num_outside: int
     noise: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
@@ -129,8 +138,17 @@ def compare_trace(trace: Trace, rows: TeacherRows, header: CacheHeader) -> Compa
         nll_live=-live.logprobs[:, 0].astype(np.float64),
         cut_by_top_k=cut_loss(live, header.top_k, 1.0, header.vocab_size),
         cut_by_both=cut_loss(live, header.top_k, header.mass, header.vocab_size),
+        rounding=_rounding(live, header),
         num_outside=int((~is_there).sum()),
     )
+
+
+def _rounding(live: LiveRows, header: CacheHeader) -> _Floats:
+    """[R] KL in nats from rows that were stored and read back, to the rows themselves."""
+    kept = keep_entries(live.ids, live.logprobs, KeepPolicy(header.top_k, header.mass))
+    stored = stored_logprobs(kept.k, kept.top_logits, kept.tail_logit)
+    exact, _ = logprobs_at(live, kept.k, kept.top_ids)
+    return divergence(kept.k, stored, tail_mass(kept.tail_logit), exact, tails(kept.k, exact))
 
 
 def add_noise(compared: Compared, trace: Trace, rows: TeacherRows) -> None:

@@ -45,8 +45,11 @@ def parse_noise(values: Mapping[str, Any]) -> NoiseFloor:
         LookupError: If one is missing.
     """
     found = NoiseFloor(
-        *(float(values[name]) for name in ("mean", "p99", "max")),
-        *(int(values[name]) for name in ("num_traces", "num_tokens")),
+        mean=float(values["mean"]),
+        p99=float(values["p99"]),
+        max=float(values["max"]),
+        num_traces=int(values["num_traces"]),
+        num_tokens=int(values["num_tokens"]),
     )
     if not all(math.isfinite(value) for value in asdict(found).values()) or found.num_tokens < 1:
         raise ValueError(f"not a noise floor: {values!r}")
@@ -74,7 +77,7 @@ def read_noise(store: Store) -> NoiseFloor | None:
         if not file.endswith(".json"):
             continue
         try:
-            found.append(parse_noise(json.loads(store.read(f"{NOISE_FOLDER}/{file}"))))
+            found.append(parse_noise(json.loads(store.read(f"{NOISE_FOLDER}/{file}").decode())))
         except UNUSABLE_JSON as error:
             raise CacheFormatError(
                 f"{store.where}/{NOISE_FOLDER}/{file}: not a noise floor: {error!r}; delete it, "

@@ -9,7 +9,7 @@ from teacher_cache.sources.conversations import (
     REASONING_NAMES,
     Message,
     messages_of,
-    with_one_last_turn,
+    with_joined_turns,
     with_system,
 )
 from teacher_cache.sources.rejects import BadRow, Reason
@@ -97,7 +97,7 @@ def read_trace(row: Mapping[str, Any], layout: RowColumns) -> Exchange:
                 Reason.NO_ASSISTANT_TURN,
                 f"the last message must be the assistant's, got role {last['role']!r}",
             )
-        before, last = with_one_last_turn(prompt)
+        *before, last = prompt
         if not before:
             raise BadRow(Reason.EMPTY_PROMPT, "no message comes before the assistant's")
         return Exchange(
@@ -277,7 +277,8 @@ def _asked(
             f"`{column}` must be text or a list of messages, got {type(value).__name__}",
         )
     system = next((row[name] for name in SYSTEM_COLUMNS if row.get(name) is not None), None)
-    messages = with_system(messages_of(value, column), system, drop=layout.drop_system)
+    messages = with_joined_turns(messages_of(value, column))
+    messages = with_system(messages, system, drop=layout.drop_system)
     if not messages:
         raise BadRow(Reason.EMPTY_PROMPT, "the system prompt is the only message")
     return messages, (column, *SYSTEM_COLUMNS, "tools", TEMPLATE_ARGS_COLUMN)

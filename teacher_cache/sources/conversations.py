@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 from teacher_cache.sources.chat_template import ChatTemplate, TemplateRefusesError
@@ -153,31 +154,36 @@ def with_system(messages: list[Message], system: object, *, drop: bool) -> list[
     return [{"role": "system", "content": system}, *messages]
 
 
-def with_one_last_turn(messages: list[Message]) -> tuple[list[Message], Message]:
-    """The messages before the assistant's last turn, and that turn as one message.
+def with_joined_turns(messages: Sequence[Message]) -> list[Message]:
+    """The messages with each turn of the assistant as one.
 
-    Channels are separate messages: those before the last that only think are its
+    Channels are separate messages: those that only think, before the one that answers, are its
     reasoning.
 
     Raises:
-        BadRow: If more than one message of the turn contains an answer.
+        BadRow: If several messages of one turn contain an answer.
     """
-    first = len(messages) - 1
-    while first > 0 and messages[first - 1]["role"] == "assistant":
-        first -= 1
-    *thinking, last = messages[first:]
+    joined: list[Message] = []
+    for role, group in groupby(messages, key=lambda message: message["role"]):
+        turns = list(group)
+        joined += [_one_turn(turns)] if role == "assistant" else turns
+    return joined
+
+
+def _one_turn(messages: Sequence[Message]) -> Message:
+    *thinking, last = messages
     thoughts = [_only_thought(message) for message in thinking]
     if any(thought is None for thought in thoughts):
         raise BadRow(
             Reason.BAD_MESSAGES,
-            f"the last {len(thinking) + 1} messages are all the assistant's, and more than one "
-            "answers; only messages that think may come before the last one",
+            f"{len(messages)} messages in a row are the assistant's, and more than one answers; "
+            "only messages that think may come before one that does",
         )
     if last.get("channel") == "analysis":
         last = {**last, "content": "", "reasoning_content": last["content"]}
     own = last.get("reasoning_content")
     reasoning = "\n".join([*filter(None, thoughts), *([own] if own else [])])
-    return messages[:first], {**last, "reasoning_content": reasoning} if thoughts else last
+    return {**last, "reasoning_content": reasoning} if thoughts else last
 
 
 def _only_thought(message: Message) -> str | None:

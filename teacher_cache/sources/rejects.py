@@ -44,6 +44,7 @@ class Reason(StrEnum):
     MARKS_OUT_OF_ORDER = "marks-out-of-order"
     BAD_TOKEN_IDS = "bad-token-ids"
     BAD_BOUNDS = "bad-bounds"
+    SECOND_BEGIN_TOKEN = "second-begin-token"
     TOKEN_OUTSIDE_VOCABULARY = "token-outside-vocabulary"
     PROMPT_TOO_LONG = "prompt-too-long"
     TRACE_TOO_SHORT = "trace-too-short"

@@ -38,7 +38,7 @@ class PromptRenderer:
                 f"prompt of {len(ids)} tokens; {self.max_tokens} fit together with the answer "
                 "(the teacher's context, or --stop-at-tokens)",
             )
-        _check_vocabulary(ids, self.vocab_size)
+        _check_ids(ids, self.vocab_size, self.tokenizer)
         return SourceTrace(
             _trace_id(row, self.columns.id_field, ids),
             tuple(ids),
@@ -83,7 +83,7 @@ class TraceRenderer:
             raise BadRow(
                 Reason.TRACE_TOO_SHORT, "one token; the first of a sequence has no distribution"
             )
-        _check_vocabulary(trace.token_ids, self.vocab_size)
+        _check_ids(trace.token_ids, self.vocab_size, self.tokenizer)
         if len(trace.token_ids) > self.max_tokens:
             raise BadRow(
                 Reason.TRACE_TOO_LONG,
@@ -260,7 +260,15 @@ def _conversation(
     return Conversation(template, layout, messages, exchange.tools, arguments)
 
 
-def _check_vocabulary(ids: Sequence[int], vocab_size: int) -> None:
+def _check_ids(ids: Sequence[int], vocab_size: int, tokenizer: TeacherTokenizer) -> None:
+    begin = tokenizer.begin_id
+    # Some models have one token for the begin and the end.
+    if begin is not None and begin != tokenizer.end_id and list(ids[:2]) == [begin, begin]:
+        raise BadRow(
+            Reason.SECOND_BEGIN_TOKEN,
+            f"it begins with {tokenizer.decode([begin])} twice, which no teacher has seen: one is "
+            "in the row's text, one comes from the tokenizer or the chat template",
+        )
     if min(ids) < 0 or max(ids) >= vocab_size:
         outside = next(i for i in ids if not 0 <= i < vocab_size)
         raise BadRow(

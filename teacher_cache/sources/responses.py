@@ -9,7 +9,7 @@ from teacher_cache.sources.conversations import Conversation, Message
 from teacher_cache.sources.marks_in_text import Thought, thought_in
 from teacher_cache.sources.probes import common_length
 from teacher_cache.sources.rejects import BadRow, Reason
-from teacher_cache.sources.turn_layout import Prompt, TurnLayout
+from teacher_cache.sources.turn_layout import Prompt, TurnLayout, names_thinking
 
 _HOW_TO_SAY = (
     "give what the teacher writes there with --think-open and --think-close, white space included "
@@ -114,7 +114,8 @@ def _check_prompt(thought: Thought, layout: TurnLayout) -> None:
         return
     if layout.prompt is Prompt.CLOSES:
         allow = (Prompt.OPENS.value, Prompt.LEAVES.value)
-        opens = [s for s in layout.switches if s.endswith(allow)]
+        opens = [switch for switch in layout.switches if switch.endswith(allow)]
+        opens.sort(key=lambda switch: (not names_thinking(switch), switch.endswith(allow[1])))
         hint = f" (--template-arg {opens[0].partition(':')[0]})" if opens else ""
         raise BadRow(
             Reason.THINKING_IS_OFF,

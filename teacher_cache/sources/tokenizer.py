@@ -195,6 +195,12 @@ class TeacherTokenizer:
         return end_id
 
     @property
+    def begin_id(self) -> int | None:
+        """The beginning-of-sequence token."""
+        begin_id: int | None = self._tokenizer.bos_token_id
+        return begin_id
+
+    @property
     def fingerprint(self) -> str:
         """Fingerprint, equal for tokenizers whose ids mean the same."""
         return tokenizer_fingerprint(self._tokenizer.get_vocab())
@@ -308,12 +314,15 @@ class TeacherTokenizer:
         return self._marks.instead_of(found, self.template, arguments)
 
 
-def load_tokenizer(header: CacheHeader, model: str | None) -> TeacherTokenizer:
+def load_tokenizer(
+    header: CacheHeader, model: str | None, *, trust_remote_code: bool = False
+) -> TeacherTokenizer:
     """The tokenizer of a cache's teacher, or of the student it was retokenised for.
 
     Args:
         header: Header of the cache.
         model: The teacher's current location, if not the one at capture.
+        trust_remote_code: Whether code that comes with it may run.
 
     Raises:
         EngineError: If it is missing.
@@ -322,7 +331,7 @@ def load_tokenizer(header: CacheHeader, model: str | None) -> TeacherTokenizer:
     known, revision = header.teacher, header.teacher_revision
     if header.derived is not None:
         known, revision = str(header.derived.get("student")), None
-    files = ModelFiles(model or known, revision if model is None else None)
+    files = ModelFiles(model or known, revision if model is None else None, trust_remote_code)
     tokenizer = TeacherTokenizer(files, {})
     if tokenizer.fingerprint != header.tokenizer_fingerprint:
         raise CacheMismatchError(

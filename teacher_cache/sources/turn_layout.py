@@ -209,11 +209,16 @@ def _switches(probe: Probe, marks: ThinkMarks | None) -> tuple[str, ...]:
                 continue
             state = prompt_state(probe.header_of(prompt, {name: value}), marks)
             is_same = state is prompt_state(probe.turn_header, marks)
-            if is_same and not _OF_THINKING.search(name):
+            if is_same and not names_thinking(name):
                 continue
             effect = "changes the prompt" if is_same else f"the generation prompt {state.value}"
             found.append(f"{_argument(name, value)}: {effect}")
     return tuple(found)
+
+
+def names_thinking(argument: str) -> bool:
+    """Whether an argument's name, with or without a value, is one of thinking."""
+    return _OF_THINKING.search(argument.partition("=")[0]) is not None
 
 
 def _argument(name: str, value: object) -> str:
