@@ -48,10 +48,18 @@ def global_counts(accelerator: Accelerator, batches: Sequence[MicroBatch]) -> Gl
     ]  # fmt: skip
     local = torch.tensor(counts, dtype=torch.int64, device=accelerator.device).reshape(-1, 7)
     counts_R7 = accelerator.gather(local.sum(dim=0, keepdim=True))
-    names = ("num_valid", "num_traces", "num_absent", "num_distributions", "num_hard_labels",
-             "num_left_out")  # fmt: skip
-    totals = dict(zip(names, counts_R7.sum(dim=0).tolist(), strict=False))
-    return GlobalCounts(**totals, num_batches=int(counts_R7[:, -1].max()))
+    num_valid, num_traces, num_absent, num_distributions, num_hard_labels, num_left_out, _ = (
+        counts_R7.sum(dim=0).tolist()
+    )
+    return GlobalCounts(
+        num_valid,
+        num_traces,
+        num_absent,
+        num_distributions,
+        num_hard_labels,
+        num_left_out,
+        int(counts_R7[:, -1].max()),
+    )
 
 
 def add_gradients(run: Run, batches: Sequence[MicroBatch], counts: GlobalCounts) -> Tensor:
