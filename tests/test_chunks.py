@@ -206,6 +206,8 @@ def test_a_run_minimises_what_the_formula_says(cache, tmp_path, caplog, ce_weigh
     assert (counts[0] > 0, counts[1] > 0) == (ce_weight > 0, ce_weight == 0)
     assert "without a chunk of known likelihood" in caplog.text or ce_weight
     assert found["kl"] > 0  # the divergence over tokens is still shown
+    card = (tmp_path / "run/model/README.md").read_text()
+    assert f"{1 - ce_weight:g} divergence of chunk likelihoods at temperature 20" in card
 
 
 def test_chunks_are_refused_where_there_are_none(tmp_path):

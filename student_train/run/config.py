@@ -386,6 +386,16 @@ class TrainConfig:
             return None
         return CHUNK_TEMPERATURE if self.chunk_temperature is None else self.chunk_temperature
 
+    @property
+    def loss_text(self) -> str:
+        """The loss in words."""
+        if self.matched_chunks_at is None:
+            return str(self.objective)
+        return (
+            f"{1 - self.ce_weight:g} divergence of chunk likelihoods at temperature "
+            f"{self.matched_chunks_at:g}, + {self.ce_weight:g} cross entropy"
+        )
+
     def packs_on(self, device_type: str) -> bool:
         """Whether traces may share rows on such a device."""
         if self.live_teacher is not None:  # reads rows of one trace
