@@ -114,7 +114,14 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
 
         For trainers that make loader and batches themselves: they divide it among processes, and
         each of these reads all of it. Rows are those of `trace_rows`, for `collate_traces`.
+
+        Raises:
+            ValueError: If something else than distributions is to teach, which rows do not hold.
         """
+        if self._teaching != DISTRIBUTIONS:
+            raise ValueError(
+                f"as_hf_dataset: rows hold distributions alone, got {self._teaching}; use loader()"
+            )
         import datasets
 
         return datasets.IterableDataset.from_generator(
