@@ -3,12 +3,14 @@ import torch
 from fakes import make_trace, make_traces
 from students import segments_of
 
-from student_train.batch.micro_batch import empty_micro_batch, micro_batches, valid_positions
+from student_train.batch.loss_tokens import Teaching, valid_positions
+from student_train.batch.micro_batch import empty_micro_batch, micro_batches
 from student_train.batch.packing import LAYOUTS
 from student_train.data.tokens import TokenSelection
 from teacher_cache.format import TraceInfo
 
 WHOLE = TokenSelection()
+HARD = Teaching(hard_labels=True)
 
 
 def batches_of(
@@ -61,9 +63,9 @@ def test_hard_labels_teach_where_a_response_has_no_distribution():
     trace = make_trace("t", 40, without_entries=(5, 20, 39))  # the response begins at 10
     selection = TokenSelection(sections=("prompt", "answer"))
 
-    assert set(range(40)) - set(valid_positions(trace, WHOLE, hard_labels=True)) == {0, 5}
+    assert set(range(40)) - set(valid_positions(trace, WHOLE, teaching=HARD)) == {0, 5}
     (hard,) = micro_batches(
-        WHOLE.selected([trace]), batch_tokens=99, loss_reduction="sequence", hard_labels=True
+        WHOLE.selected([trace]), batch_tokens=99, loss_reduction="sequence", teaching=HARD
     )
     assert (hard.num_valid, hard.num_hard_labels, hard.num_left_out) == (38, 2, 0)
     torch.testing.assert_close(hard.token_weight, torch.full((38,), 1 / 38))

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from student_train.batch import torch_dataset
-from student_train.batch.micro_batch import empty_micro_batch, valid_positions
+from student_train.batch.loss_tokens import valid_positions
+from student_train.batch.micro_batch import empty_micro_batch
 from student_train.batch.torch_dataset import DistillationDataset
 from student_train.batch.trace_rows import collate_traces
 from student_train.data.stream import Cursor, TraceStream

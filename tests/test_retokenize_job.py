@@ -1,6 +1,10 @@
 """`cache-teacher retokenize`: a whole job on a small teacher, from rows to a trained student."""
 
+import errno
 import json
+import os
+import resource
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -54,10 +58,10 @@ ROWS = [
 ]
 
 
-def make_model(folder, style, vocab_size, *, template="qwen3", end="<|im_end|>", pad=0):
+def make_model(folder, style, vocab_size, *, template="qwen3", end="<|im_end|>", pad=0, **special):
     """A folder with a small model, a trained tokenizer, and a real chat template."""
     backend = Tokenizer.from_str(train([*WORDS, *(w * 2 for w in WORDS)], vocab_size, style))
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end)
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, **special)
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     fast.add_tokens(["<think>", "</think>"])
     fast.chat_template = trl_templates()[template]
@@ -70,6 +74,9 @@ def make_model(folder, style, vocab_size, *, template="qwen3", end="<|im_end|>",
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
+
+
+COLUMNS = ("token_ids", "k", "top_ids", "top_logits", "tail_logit", "chunk_logprob")
 
 
 def invoke(group, *args):
@@ -173,6 +180,32 @@ def test_its_certificate_is_stored_shown_and_usable_as_a_condition(made, student
     assert "chain-rule error" in invoke(cli, "inspect", out).output
 
 
+def test_chunks_hold_the_teachers_likelihood_of_the_text(made, source, teacher, student):
+    theirs, ours = (TeacherTokenizer(ModelFiles(f, None), {}) for f in (teacher, student))
+    before = traces_of(source)
+    for name, trace in traces_of(made[1]).items():
+        old = before[name]
+        own = old.top_logprobs[old.top_ids == old.token_ids[old.token_of_entry]]
+        assert len(own) == len(old) - old.cot_start
+        ends = np.flatnonzero(~np.isnan(trace.chunk_logprob))
+        values = trace.chunk_logprob[ends]
+        assert (ends[0], values[0]) == (trace.cot_start - 1, 1)
+        assert (values[1:] <= 0).all()
+        assert ends[-1] == len(trace) - 1
+        assert values[1:].sum() == pytest.approx(own.sum(), rel=1e-5)
+        for end, summed in zip(ends[1:-1], np.cumsum(values[1:-1]), strict=True):
+            text = ours.decode(trace.token_ids[trace.cot_start : end + 1])
+            if "\ufffd" in text:  # ends inside a character
+                continue
+            places = [
+                n
+                for n in range(1, len(own) + 1)
+                if theirs.decode(old.token_ids[old.cot_start : old.cot_start + n]) == text
+            ]
+            assert len(places) == 1  # a joint of both
+            assert summed == pytest.approx(own[: places[0]].sum(), rel=1e-5)
+
+
 def test_audit_refuses_it_and_says_what_to_do(made, teacher):
     done = invoke(cli, "audit", made[1], "--model", teacher)
     assert isinstance(done.exception, CacheMismatchError)
@@ -185,6 +218,7 @@ def test_a_student_trains_on_it(made, student, tmp_path):
         training, "run", "--cache", made[1], "--student", student, "--out",
         tmp_path / "run", "--lead-span", "0.5", "--max-steps", "2", "--batch-traces", "4",
         "--where", "retokenized['chain_rule_error'] < 0.05", "--dtype", "float32",
+        "--match", "chunks",
     )  # fmt: skip
     assert done.exit_code == 0, (done.output, done.exception)
 
@@ -232,6 +266,66 @@ def test_a_stopped_job_goes_on_and_ends_like_one_that_was_not(
     assert retokenize(config).num_traces == 0
 
 
+def in_child(work):
+    """Run `work` in a forked process; return how that ended, as `os.waitstatus_to_exitcode`."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except OSError as error:
+            os._exit(error.errno)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_job_killed_again_and_again_ends_like_one_that_was_not(
+    source, student, rows, made, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(job, "_CHUNK_ENTRIES", 2000)
+    append, config = CacheWriter.append, configured(source, tmp_path / "out", student, rows)
+    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
+        calls = []
+
+        def append_and_die(writer, finished, number=number, calls=calls):
+            append(writer, finished)
+            calls.append(finished)
+            if len(calls) == 3:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(CacheWriter, "append", append_and_die)
+        ended = in_child(lambda: os._exit(retokenize(config).stopped_by or 0))
+        assert ended == (-number if number == signal.SIGKILL else number)
+    monkeypatch.setattr(CacheWriter, "append", append)
+    report = retokenize(config)
+    assert (report.num_present, report.num_traces) == (9, 3)
+    assert not verify_cache(config.out).errors
+    whole, again = traces_of(made[1]), traces_of(config.out)
+    assert whole.keys() == again.keys()
+    for name, trace in whole.items():
+        assert again[name].fields == trace.fields
+        for column in COLUMNS:
+            assert getattr(again[name], column).tobytes() == getattr(trace, column).tobytes()
+
+
+def test_a_full_disk_stops_a_job_that_goes_on_where_there_is_room(
+    source, student, rows, made, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(job, "_CHUNK_ENTRIES", 2000)
+    config = configured(source, tmp_path / "out", student, rows)
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, resource.RLIM_INFINITY))
+        retokenize(config)
+
+    assert in_child(limited) == errno.EFBIG
+    report = retokenize(config)
+    assert report.num_present > 0
+    assert report.num_present + report.num_traces == 12
+    whole, again = traces_of(made[1]), traces_of(config.out)
+    for name, trace in whole.items():
+        assert again[name].top_ids.tobytes() == trace.top_ids.tobytes()
+
+
 @pytest.mark.slow
 def test_several_processes_make_what_one_makes(source, student, rows, made, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "_CHUNK_ENTRIES", 2000)
@@ -261,6 +355,28 @@ def test_a_cache_truncated_inside_a_character_keeps_the_whole_ones(source, stude
             )
             assert len(trace.token_ids) == header.num_held(trace.n_total)
             assert trace.answer_start <= trace.n_total
+
+
+def test_a_student_of_another_family_gets_its_own_marks_and_ends(source, rows, tmp_path):
+    student = make_model(
+        tmp_path / "student", "llama2", 400, template="llama3", end="<|eot_id|>", pad=3,
+        bos_token="<|begin_of_text|>",
+    )  # fmt: skip
+    config = configured(source, tmp_path / "out", student, rows)
+    report = retokenize(
+        replace(config, think_open="<thought>\\n", think_close="\\n</thought>\\n\\n")
+    )
+    assert (report.num_traces, report.rejects.total) == (12, 0)
+    theirs = TeacherTokenizer(ModelFiles(student, None), {})
+    assert open_cache(config.out).header.vocab_size == theirs.size + 3
+    for row in ROWS:
+        trace = traces_of(config.out)[row["id"]]
+        turn = row["messages"][1]
+        written = theirs.decode(trace.token_ids[trace.cot_start :])
+        thought = f"<thought>\n{turn['reasoning_content']}\n</thought>"
+        assert written == f"{thought}\n\n{turn['content']}<|eot_id|>"
+        assert (trace.token_ids < theirs.size).all()
+        assert (trace.top_ids < theirs.size).all()
 
 
 def test_an_unsealed_source_is_refused_unless_asked(source, student, rows, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from fakes import make_trace
 
-from student_train.batch.micro_batch import valid_positions
+from student_train.batch.loss_tokens import valid_positions
 from student_train.data.tokens import LossDropout, TokenSelection
 
 TRACE = make_trace("t", 40)  # prompt to 10, chain of thought to 30, answer to 40

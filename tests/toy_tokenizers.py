@@ -13,7 +13,7 @@ GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-STYLES = ("gpt2", "gpt4", "qwen", "no-words", "sentencepiece")
+STYLES = ("gpt2", "gpt4", "qwen", "no-words", "sentencepiece", "llama2", "unigram")
 PIECES = (
     "the cat", " sat", " on the mat", "12345", " 3.14", "x += f(y[0])\n", "    return", "\t\t",
     "naïve", "e\u0301", "日本語", "漢字", " ", "  \n", "\n\n", "😀", "👩\u200d👩", "'s", "don't",
@@ -24,8 +24,10 @@ TEXTS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=14).map("".join)
 
 def train(texts, vocab_size, style):
     """The tokenizer.json of a BPE tokenizer."""
-    if style == "sentencepiece":
-        return _sentencepiece(texts, vocab_size)
+    if style in ("sentencepiece", "llama2"):
+        return _sentencepiece(texts, vocab_size, prepends=style == "llama2")
+    if style == "unigram":
+        return _unigram(texts, vocab_size)
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=style == "gpt2")
     if style in ("gpt4", "qwen"):
@@ -46,9 +48,13 @@ def train(texts, vocab_size, style):
     return tokenizer.to_str()
 
 
-def _sentencepiece(texts, vocab_size):
+def _sentencepiece(texts, vocab_size, *, prepends):
+    """BPE as SentencePiece has it; Llama 2's writes a space before every text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    spaces = normalizers.Replace(" ", "\u2581")
+    tokenizer.normalizer = spaces
+    if prepends:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
@@ -61,6 +67,22 @@ def _sentencepiece(texts, vocab_size):
     vocab = parts["model"]["vocab"]
     for byte in range(256):
         vocab[f"<0x{byte:02X}>"] = len(vocab)
+    return json.dumps(parts)
+
+
+def _unigram(texts, vocab_size):
+    """A unigram model with bytes for what it lacks, and words that begin with a space."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    trainer = trainers.UnigramTrainer(
+        vocab_size=max(vocab_size - 256, 60), show_progress=False, unk_token="<unk>",
+        special_tokens=["<|end|>", "<unk>"],
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    parts = json.loads(tokenizer.to_str())
+    parts["model"]["vocab"] += [[f"<0x{byte:02X}>", -30.0] for byte in range(256)]
+    parts["model"]["byte_fallback"] = True
     return json.dumps(parts)
 
 

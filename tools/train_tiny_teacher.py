@@ -15,7 +15,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +68,8 @@ TEACHER = Recipe("tiny-teacher", True, 128, 4, 2400, 2560, 3e-3)
 STUDENT = Recipe("base-student", False, 96, 3, 1500, 2560, 3e-3)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a byte-level tokenizer in which the marks and the task's words are single tokens."""
+def build_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
+    """Build a byte-level tokenizer in which the marks and some words are single tokens."""
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(marks + alphabet)}
@@ -77,7 +77,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(mark, special=True) for mark in marks[:3]])
-    plain = [AddedToken(word, normalized=False) for word in (*marks[3:], *WORDS)]
+    plain = [AddedToken(word, normalized=False) for word in (*marks[3:], *words)]
     core.add_tokens(plain)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

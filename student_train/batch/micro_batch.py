@@ -9,15 +9,15 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from student_train.batch.dense_targets import targets_of
+from student_train.batch.loss_tokens import LossTokens, Teaching
 from student_train.batch.packing import plan_micro_batches
-from student_train.batch.vocabulary import within_vocabulary
-from student_train.data.tokens import LossDropout, SelectedTrace, TokenSelection
-from student_train.losses import TeacherTargets
-from teacher_cache.format import Trace
+from student_train.data.tokens import LossDropout, SelectedTrace
+from student_train.losses import ChunkTargets, TeacherTargets
+
+DISTRIBUTIONS = Teaching()  # and nothing else
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ class MicroBatch:
     source: Tensor  # [N] int64, the token's cache, where a run has several
     num_positions: tuple[int, ...]  # of each trace that has a loss token
     num_absent: int  # kept entries whose id the student lacks; they are in the tail
-    num_hard_labels: int  # loss tokens without a distribution, of N
-    num_left_out: int  # tokens without one that are not in the loss, though selected
+    chunks: ChunkTargets | None  # None where distributions teach
+    num_distributions: int  # loss tokens that have one, of N
+    num_hard_labels: int  # loss tokens that their label alone teaches, of N
+    num_left_out: int  # selected tokens that nothing teaches, and so not in the loss
 
     @property
     def num_traces(self) -> int:
@@ -65,54 +67,8 @@ class MicroBatch:
             targets=TeacherTargets(**targets),
             token_weight=self.token_weight.to(device),
             source=self.source.to(device),
+            chunks=None if self.chunks is None else self.chunks.to(device),
         )
-
-
-@dataclass(frozen=True)
-class _BatchItem:
-    """A trace and its tokens that enter the loss."""
-
-    trace: Trace
-    source: int
-    valid: NDArray[np.int64]  # [n] tokens
-    num_absent: int
-    num_left_out: int
-
-    @property
-    def length(self) -> int:
-        """Positions needed: up to the one that predicts the last loss token."""
-        return int(self.valid[-1])
-
-
-def valid_positions(
-    trace: Trace,
-    selection: TokenSelection,
-    mask: LossDropout | None = None,
-    *,
-    hard_labels: bool = False,
-) -> NDArray[np.int64]:
-    """Tokens of a trace that enter the loss: selected, with something to teach them, not masked.
-
-    That is a distribution, or in a response, with `hard_labels`, the token itself.
-    """
-    selected = _selected(trace, selection)
-    without = _without_distribution(trace)
-    valid = np.flatnonzero(selected & ((trace.k > 0) | (without if hard_labels else False)))
-    return valid if mask is None else valid[mask.kept(trace.trace_id, len(valid))]
-
-
-def _selected(trace: Trace, selection: TokenSelection) -> NDArray[np.bool_]:
-    selected = np.zeros(len(trace.k), np.bool_)
-    for first, end in selection.ranges(trace):
-        selected[first:end] = True
-    return selected
-
-
-def _without_distribution(trace: Trace) -> NDArray[np.bool_]:
-    """Tokens of the response whose distribution is missing; prompts often have none by choice."""
-    without: NDArray[np.bool_] = trace.k == 0
-    without[: trace.cot_start] = False
-    return without
 
 
 def micro_batches(
@@ -123,7 +79,7 @@ def micro_batches(
     mask: LossDropout | None = None,
     layout: str = "alone",
     num_ids: int | None = None,
-    hard_labels: bool = False,
+    teaching: Teaching = DISTRIBUTIONS,
 ) -> list[MicroBatch]:
     """Cut a rank's part of a global batch into micro-batches, the longest traces first.
 
@@ -136,8 +92,7 @@ def micro_batches(
         mask: Dropout that leaves some of the selected tokens out of the loss.
         layout: How traces share rows; see `packing.LAYOUTS`.
         num_ids: Number of the student's ids, if it may have fewer than the teacher.
-        hard_labels: Whether tokens of a response without a distribution enter the loss, for
-            objectives with a cross entropy.
+        teaching: What the objective learns from.
 
     Returns:
         Micro-batches whose loss, summed and divided by `normaliser`, is the batch's loss.
@@ -145,7 +100,7 @@ def micro_batches(
     Raises:
         CacheMismatchError: If a trace holds a token that the student lacks.
     """
-    parts = [_part(trace, mask, num_ids, hard_labels) for trace in traces]
+    parts = [LossTokens.of(trace, teaching, mask, num_ids) for trace in traces]
     parts = [part for part in parts if len(part.valid)]
     plan = plan_micro_batches([part.length for part in parts], batch_tokens, layout)
     return [
@@ -159,31 +114,19 @@ def micro_batches(
 
 
 def one_micro_batch(
-    traces: Sequence[SelectedTrace], *, num_ids: int | None = None, hard_labels: bool = False
+    traces: Sequence[SelectedTrace],
+    *,
+    num_ids: int | None = None,
+    teaching: Teaching = DISTRIBUTIONS,
 ) -> MicroBatch:
     """Put all traces in one micro-batch, one per row whatever their length; every token weighs 1.
 
-    `num_ids` and `hard_labels` are as in `micro_batches`.
+    `num_ids` and `teaching` are as in `micro_batches`.
     """
-    parts = [_part(trace, None, num_ids, hard_labels) for trace in traces]
+    parts = [LossTokens.of(trace, teaching, None, num_ids) for trace in traces]
     rows = [[part] for part in parts if len(part.valid)]
     rows.sort(key=lambda row: -row[0].length)
     return _collate(rows, per_trace=False, is_flat=False) if rows else empty_micro_batch()
-
-
-def _part(
-    selected: SelectedTrace, mask: LossDropout | None, num_ids: int | None, hard_labels: bool
-) -> _BatchItem:
-    trace, selection = selected.trace, selected.selection
-    valid = valid_positions(trace, selection, mask, hard_labels=hard_labels)
-    num_left_out = 0
-    if not hard_labels:
-        num_left_out = int((_selected(trace, selection) & _without_distribution(trace)).sum())
-    if num_ids is None:
-        return _BatchItem(trace, selected.source, valid, 0, num_left_out)
-    fitted = within_vocabulary(trace, num_ids)
-    num_absent = trace.k[valid].sum(dtype=np.int64) - fitted.k[valid].sum(dtype=np.int64)
-    return _BatchItem(fitted, selected.source, valid, int(num_absent), num_left_out)
 
 
 def normaliser(num_valid: int, num_traces: int, loss_reduction: str) -> int:
@@ -212,12 +155,14 @@ def empty_micro_batch() -> MicroBatch:
         source=nothing,
         num_positions=(),
         num_absent=0,
+        chunks=None,
+        num_distributions=0,
         num_hard_labels=0,
         num_left_out=0,
     )
 
 
-def _collate(rows: Sequence[Sequence[_BatchItem]], *, per_trace: bool, is_flat: bool) -> MicroBatch:
+def _collate(rows: Sequence[Sequence[LossTokens]], *, per_trace: bool, is_flat: bool) -> MicroBatch:
     width = max(sum(part.length for part in row) for row in rows)
     input_ids_BT = np.zeros((len(rows), width), np.int64)
     position_ids_BT = np.zeros((len(rows), width), np.int64)
@@ -230,8 +175,7 @@ def _collate(rows: Sequence[Sequence[_BatchItem]], *, per_trace: bool, is_flat: 
             position_ids_BT[number, begin:] = np.arange(width - begin)
             # Entry t is predicted at t - 1.
             hidden_index.append(number * width + begin + part.valid - 1)
-            weight = 1 / len(part.valid) if per_trace else 1.0
-            weights.append(np.full(len(part.valid), weight, np.float32))
+            weights.append(np.full(len(part.valid), _weight(part, per_trace), np.float32))
             sources.append(np.full(len(part.valid), part.source))
             begin = end
     parts = [part for row in rows for part in row]
@@ -247,6 +191,31 @@ def _collate(rows: Sequence[Sequence[_BatchItem]], *, per_trace: bool, is_flat: 
         source=torch.from_numpy(np.concatenate(sources)),
         num_positions=tuple(part.length for part in parts),
         num_absent=sum(part.num_absent for part in parts),
-        num_hard_labels=sum(int((part.trace.k[part.valid] == 0).sum()) for part in parts),
+        chunks=_chunk_targets(parts, per_trace=per_trace),
+        num_distributions=sum(int((part.trace.k[part.valid] > 0).sum()) for part in parts),
+        num_hard_labels=sum(part.num_hard_labels for part in parts),
         num_left_out=sum(part.num_left_out for part in parts),
+    )
+
+
+def _weight(part: LossTokens, per_trace: bool) -> float:
+    return 1 / len(part.valid) if per_trace else 1.0
+
+
+def _chunk_targets(parts: Sequence[LossTokens], *, per_trace: bool) -> ChunkTargets | None:
+    """The chunks of all traces; None where distributions teach. A chunk weighs like a token."""
+    num_chunks = sum(len(part.chunks.logprob) for part in parts if part.chunks is not None)
+    chunk_of, logprobs, weights = [], [], []
+    first = 0
+    for part in parts:
+        if part.chunks is None:
+            return None
+        own = part.chunks.of_token
+        chunk_of.append(np.where(own < 0, num_chunks, own + first))
+        logprobs.append(part.chunks.logprob)
+        size = len(part.chunks.logprob)
+        weights.append(np.full(size, _weight(part, per_trace), np.float32))
+        first += size
+    return ChunkTargets(
+        *(torch.from_numpy(np.concatenate(values)) for values in (chunk_of, logprobs, weights))
     )

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from student_train.batch.gloo_exchange import GlooExchange
-from student_train.batch.micro_batch import one_micro_batch
+from student_train.batch.loss_tokens import Teaching
+from student_train.batch.micro_batch import DISTRIBUTIONS, one_micro_batch
 from student_train.batch.trace_rows import trace_rows
 from student_train.data.stream import Cursor, TraceStream
 from student_train.data.tokens import TokenSelection
@@ -48,12 +49,12 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         seed: int = 0,
         cursor: Cursor | None = None,
         num_ids: int | None = None,
-        hard_labels: bool = False,
+        teaching: Teaching = DISTRIBUTIONS,
     ) -> None:
         """Take the arguments of `TraceStream`; ranks are torch.distributed's where it runs.
 
-        `num_ids` (a student that may have fewer ids than the teacher) and `hard_labels` (an
-        objective with a cross entropy) are as in `micro_batches`.
+        `num_ids` (for a student that may have fewer ids than the teacher) and `teaching` are as in
+        `micro_batches`.
         """
         super().__init__()
         self._data = data
@@ -65,7 +66,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         self._end_epoch = num_epochs
         self._reached = self._first
         self._num_ids = num_ids
-        self._hard_labels = hard_labels
+        self._teaching = teaching
         self._exchange: GlooExchange | None = None  # made where processes are known
 
     def __len__(self) -> int:
@@ -113,7 +114,14 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
 
         For trainers that make loader and batches themselves: they divide it among processes, and
         each of these reads all of it. Rows are those of `trace_rows`, for `collate_traces`.
+
+        Raises:
+            ValueError: If something else than distributions is to teach, which rows do not hold.
         """
+        if self._teaching != DISTRIBUTIONS:
+            raise ValueError(
+                f"as_hf_dataset: rows hold distributions alone, got {self._teaching}; use loader()"
+            )
         import datasets
 
         return datasets.IterableDataset.from_generator(
@@ -149,9 +157,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
                 self._exchange = GlooExchange()
         with self._stream(rank=rank, num_ranks=num_ranks) as stream:
             for step in stream:
-                batch = one_micro_batch(
-                    step.traces, num_ids=self._num_ids, hard_labels=self._hard_labels
-                )
+                batch = one_micro_batch(step.traces, num_ids=self._num_ids, teaching=self._teaching)
                 labels = nn.functional.pad(batch.targets.target_ids, (1, 0), value=-100)
                 self._reached = step.cursor
                 yield {"batch": batch, "labels": labels}

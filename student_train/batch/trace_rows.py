@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from student_train.batch.micro_batch import one_micro_batch, valid_positions
+from student_train.batch.loss_tokens import valid_positions
+from student_train.batch.micro_batch import one_micro_batch
 from student_train.data.stream import Cursor, TraceStream
 from student_train.data.tokens import SelectedTrace, TokenSelection
 from student_train.data.traces import TrainingData

@@ -2,13 +2,19 @@
 
 `sparse_kl` is the loss, `sparse_kl_per_token` the same per token; `TeacherTargets` is their input
 from a cache, `SparseKLOutput` their result, and `VocabShard` is for a head whose vocabulary is
-split over processes. `target_ranks` and `outcome_logprobs` only measure. Imports torch and nothing
-else.
+split over processes. `chunk_likelihood_loss` matches whole chunks of text instead, for a student
+with another tokenizer. `target_ranks` and `outcome_logprobs` only measure. Imports torch and
+nothing else.
 
 Shape letters in this package: N loss tokens, C rows of one chunk, D hidden size, V vocabulary,
 K kept entries of the widest row; J = K + 1 outcomes, the kept entries and, last, the tail.
 """
 
+from student_train.losses.chunk_likelihood import (
+    ChunkTargets,
+    chunk_divergence,
+    chunk_likelihood_loss,
+)
 from student_train.losses.outcomes import outcome_logprobs
 from student_train.losses.ranks import target_ranks
 from student_train.losses.sparse_kl import SparseKLOutput, sparse_kl, sparse_kl_per_token
@@ -20,10 +26,13 @@ __all__ = [
     "DEFAULT_OBJECTIVE",
     "DIVERGENCES",
     "TAILS",
+    "ChunkTargets",
     "Objective",
     "SparseKLOutput",
     "TeacherTargets",
     "VocabShard",
+    "chunk_divergence",
+    "chunk_likelihood_loss",
     "outcome_logprobs",
     "sparse_kl",
     "sparse_kl_per_token",

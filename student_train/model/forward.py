@@ -15,6 +15,7 @@ from student_train.losses import (
     DEFAULT_OBJECTIVE,
     Objective,
     SparseKLOutput,
+    chunk_likelihood_loss,
     outcome_logprobs,
     sparse_kl,
     sparse_kl_per_token,
@@ -44,6 +45,7 @@ class StudentWithLoss(nn.Module):
         objective: Objective = DEFAULT_OBJECTIVE,
         *,
         num_sources: int = 1,
+        matched_chunks_at: float | None = None,
     ) -> None:
         """Add the loss to a model.
 
@@ -52,6 +54,8 @@ class StudentWithLoss(nn.Module):
             head: Scaling of its logits, which replaces the objective's softcap and logit_scale.
             objective: Objective to minimise.
             num_sources: Number of caches whose divergences are summed separately.
+            matched_chunks_at: Temperature at which the likelihoods of chunks are matched instead
+                of the objective's divergence; None for the divergence.
         """
         super().__init__()
         self.model = model
@@ -61,6 +65,7 @@ class StudentWithLoss(nn.Module):
             DEFAULT_OBJECTIVE, softcap=head.softcap, logit_scale=head.logit_scale
         )
         self._num_sources = num_sources
+        self._matched_chunks_at = matched_chunks_at
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Run one micro-batch.
@@ -69,20 +74,32 @@ class StudentWithLoss(nn.Module):
             The loss [], weighted and summed over loss tokens, and the detached sums over loss
             tokens, float64, of `sum_names`.
         """
-        output = output_layer(self.model)
-        result = sparse_kl(
-            self._hidden(batch),
-            output.weight,
-            batch.targets,
-            batch.token_weight,
-            self._objective,
-            bias=output.bias,
-        )
+        if self._matched_chunks_at is None:
+            output = output_layer(self.model)
+            result = sparse_kl(
+                self._hidden(batch),
+                output.weight,
+                batch.targets,
+                batch.token_weight,
+                self._objective,
+                bias=output.bias,
+            )
+            loss = result.loss
+        else:
+            label_alone = replace(self._objective, ce_weight=1.0)
+            result = self._loss_per_token(self._hidden(batch), batch, label_alone)
+            loss = chunk_likelihood_loss(
+                result.loss,
+                batch.token_weight,
+                batch.chunks,
+                ce_weight=self._objective.ce_weight,
+                temperature=self._matched_chunks_at,
+            )
         parts = (result.kl, result.ce, result.student_mass, result.teacher_mass, result.top1)
         sums = torch.stack([part.double().sum() for part in parts])
         if self._num_sources > 1:
             sums = torch.cat([sums, self._sums_by_source(batch, result.kl)])
-        return result.loss, sums
+        return loss, sums
 
     def _sums_by_source(self, batch: MicroBatch, kl_N: Tensor) -> Tensor:
         sums = kl_N.new_zeros(2, self._num_sources, dtype=torch.float64)

@@ -1,10 +1,11 @@
 """Configuration of a run, checked without loading torch."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from student_train.batch.loss_tokens import Teaching
 from student_train.data.lead_spans import LeadSpans, in_json
 from student_train.data.tokens import TokenSelection
 from student_train.model.lora import Lora
@@ -20,6 +21,8 @@ SELECTIONS = ("last", "heldout")
 TRACKERS = ("tensorboard", "wandb", "none")
 DTYPES = ("float32", "bfloat16")
 LORA_OUTPUTS = ("merged", "adapter")
+MATCHES = ("tokens", "chunks")
+CHUNK_TEMPERATURE = 100.0  # that of arXiv 2503.20083
 
 _data = partial(option, group="Data")
 _student = partial(option, group="Student")
@@ -159,6 +162,19 @@ class TrainConfig:
         basic=True,
         at_least=0,
         at_most=1,
+    )
+    match: str = _loss(
+        "What is matched with the teacher's: distributions over tokens, or the likelihoods of "
+        "chunks of text that both tokenizers write in whole tokens (approximate likelihood "
+        "matching, for caches from `cache-teacher retokenize`).",
+        default="tokens",
+        choices=MATCHES,
+    )
+    chunk_temperature: float | None = _loss(
+        "Temperature of the chunks' likelihoods, with --match chunks.",
+        default=None,
+        at_least=1,
+        unset="100",
     )
     loss_reduction: str = _loss(
         "Unit that weighs the same in a step: every loss token, or every trace (sequence).",
@@ -311,6 +327,7 @@ class TrainConfig:
             raise ValueError("--trace-fields: expected a --where that uses them, got none")
         _ = self.selection  # refuses a lead span beside a budget
         _ = self.objective  # refuses what is no divergence or cannot be known from a cache
+        self._check_match()
         if self.sharding == "full" and self.optimizer == "adafactor":
             raise ValueError(
                 "--sharding full: adafactor works on whole matrices; use --optimizer adamw, or "
@@ -329,6 +346,20 @@ class TrainConfig:
         if self.packing and self.live_teacher is not None:
             raise ValueError("--packing: a live teacher reads rows of one trace; leave it out")
 
+    def _check_match(self) -> None:
+        if self.match == "tokens":
+            if self.chunk_temperature is not None:
+                raise ValueError("--chunk-temperature: it is that of --match chunks; add this")
+            return
+        names = ("divergence", "mix", "tail", "loss_temperature", "live_teacher")
+        defaults = {item.name: item.default for item in fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: it belongs to distributions over tokens, which "
+                    "--match chunks does not use; leave one of them out"
+                )
+
     @property
     def selection(self) -> TokenSelection:
         """Selection of the tokens of a trace that are trained on."""
@@ -341,6 +372,28 @@ class TrainConfig:
         """Objective to minimise."""
         return Objective(
             self.divergence, self.mix, self.tail, self.loss_temperature, self.ce_weight
+        )
+
+    @property
+    def teaching(self) -> Teaching:
+        """What the objective learns from."""
+        return Teaching(hard_labels=self.ce_weight > 0, chunks=self.match == "chunks")
+
+    @property
+    def matched_chunks_at(self) -> float | None:
+        """Temperature of the chunks' likelihoods; None where distributions are matched."""
+        if self.match == "tokens":
+            return None
+        return CHUNK_TEMPERATURE if self.chunk_temperature is None else self.chunk_temperature
+
+    @property
+    def loss_text(self) -> str:
+        """The loss in words."""
+        if self.matched_chunks_at is None:
+            return str(self.objective)
+        return (
+            f"{1 - self.ce_weight:g} divergence of chunk likelihoods at temperature "
+            f"{self.matched_chunks_at:g}, + {self.ce_weight:g} cross entropy"
         )
 
     def packs_on(self, device_type: str) -> bool:

@@ -96,6 +96,9 @@ def _check_weights(weights: Mapping[str, Tensor]) -> None:
             )
 
 
+_TAUGHT_BY = {"tokens": "distribution", "chunks": "chunk of known likelihood"}
+
+
 def _log_counts(run: Run) -> None:
     state = run.state
     if state.num_absent:
@@ -105,15 +108,17 @@ def _log_counts(run: Run) -> None:
         )
     if state.num_hard_labels:
         logger.info(
-            "%s of %s loss tokens had no distribution: the hard label alone taught them",
+            "%s of %s loss tokens had no %s: the hard label alone taught them",
             f"{state.num_hard_labels:,}",
             f"{state.num_tokens:,}",
+            _TAUGHT_BY[run.inputs.config.match],
         )
     if state.num_left_out:
         logger.warning(
-            "%s tokens without a distribution were left out of the loss: --ce-weight is 0, so "
-            "nothing teaches them",
+            "%s tokens without a %s were left out of the loss: --ce-weight is 0, so nothing "
+            "teaches them",
             f"{state.num_left_out:,}",
+            _TAUGHT_BY[run.inputs.config.match],
         )
     if state.num_empty_traces:
         logger.warning(

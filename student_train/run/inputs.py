@@ -18,6 +18,7 @@ from student_train.run.config import TrainConfig
 from student_train.run.folder import RunFolder, RunIdentity
 from student_train.run.memory import PeakMemory
 from student_train.run.validation import check_positions, heldout_data, num_trained_too
+from teacher_cache.format import CacheMismatchError
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     for header in headers:
         add_missing_tokens(config.student, tokenizer, header)
         check_student(config.student, model, tokenizer, header)
+    if config.match == "chunks":
+        _require_chunks(data)
     make_savable(config.student, model)
     if config.chat_template == "cache":
         _require_one_template(data)
@@ -94,6 +97,21 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
         config, drawn, folder, identity, accelerator, exchange, memory, data, heldout, model,
         tokenizer,
     )  # fmt: skip
+
+
+def _require_chunks(data: TrainingData) -> None:
+    """Refuse caches without likelihoods of chunks.
+
+    Raises:
+        CacheMismatchError: If there is one.
+    """
+    for source in data.sources:
+        if not source.cache.header.has_chunks:
+            raise CacheMismatchError(
+                f"{source.cache.path}: it holds no likelihoods of chunks, which --match chunks "
+                "needs: those are of text that two tokenizers write. Give a cache made by "
+                "`cache-teacher retokenize`, or leave --match out"
+            )
 
 
 def _require_one_template(data: TrainingData) -> None:

@@ -83,7 +83,7 @@ def _take_steps(run: Run) -> None:
                 mask=dropout if dropout.share else None,
                 layout=run.layout,
                 num_ids=run.num_ids,
-                hard_labels=config.ce_weight > 0,
+                teaching=config.teaching,
             )
             counts = global_counts(accelerator, batches)
             state.advance(

@@ -51,7 +51,7 @@ Trained with leadspan on a cache of the teacher's top-k logits; no teacher was i
 - lead spans: {metrics["mean_lead_span"]:.3f} of a trace on average,
   {metrics["whole_trace_share"]:.1%} of the traces whole
 - traces: {data.summary}{f", where `{config.where}`" if config.where else ""}
-- loss: {config.objective},
+- loss: {config.loss_text},
   averaged over every {config.loss_reduction}
 - weights trained: {weights}
 - optimizer: {config.optimizer}, lr {config.lr:g} ({config.schedule}, warm-up {config.warmup:g}),

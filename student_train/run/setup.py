@@ -73,7 +73,13 @@ def prepare(inputs: RunInputs) -> Run:
     head = head_of(model)  # while the model is as it was loaded
     layout = _change_model(inputs)
     formula = FlopFormula.of(model)  # before its parameters are split
-    with_loss = StudentWithLoss(model, head, config.objective, num_sources=len(inputs.data.sources))
+    with_loss = StudentWithLoss(
+        model,
+        head,
+        config.objective,
+        num_sources=len(inputs.data.sources),
+        matched_chunks_at=config.matched_chunks_at,
+    )
     with advice_when_out_of_memory(config):
         student = place(with_loss, accelerator, config.sharding)
     # Neither is prepared by accelerate, which would advance the schedule once per rank.

@@ -18,8 +18,8 @@ class RunState:
     num_empty_steps: int = 0  # steps without a loss token
     num_empty_traces: int = 0  # times that a trace had none
     num_absent: int = 0  # kept entries trained on whose id the student lacks
-    num_hard_labels: int = 0  # loss tokens without a distribution
-    num_left_out: int = 0  # selected tokens that lacked one and were not in the loss
+    num_hard_labels: int = 0  # loss tokens that their label alone taught
+    num_left_out: int = 0  # selected tokens that nothing taught
     num_tokens: int = 0  # loss tokens
     flops: int = 0  # by FlopFormula
     train_s: float = 0.0  # in the loop

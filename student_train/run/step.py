@@ -23,8 +23,9 @@ class GlobalCounts:
     num_valid: int  # tokens that enter the loss
     num_traces: int  # with such a token
     num_absent: int  # kept entries whose id the student lacks
-    num_hard_labels: int  # tokens of the loss without a distribution
-    num_left_out: int  # selected tokens that lack one and are not in the loss
+    num_distributions: int  # loss tokens that have one
+    num_hard_labels: int  # loss tokens that their label alone teaches
+    num_left_out: int  # selected tokens that nothing teaches
     num_batches: int  # the most micro-batches of one process
 
 
@@ -41,13 +42,24 @@ class StepTotals:
 def global_counts(accelerator: Accelerator, batches: Sequence[MicroBatch]) -> GlobalCounts:
     """Count all processes' micro-batches of a step; every process calls it."""
     counts = [
-        (b.num_valid, b.num_traces, b.num_absent, b.num_hard_labels, b.num_left_out, 1)
+        (b.num_valid, b.num_traces, b.num_absent, b.num_distributions, b.num_hard_labels,
+         b.num_left_out, 1)
         for b in batches
-    ]
-    local = torch.tensor(counts, dtype=torch.int64, device=accelerator.device).reshape(-1, 6)
-    counts_R6 = accelerator.gather(local.sum(dim=0, keepdim=True))
-    *totals, _ = counts_R6.sum(dim=0).tolist()
-    return GlobalCounts(*totals, num_batches=int(counts_R6[:, -1].max()))
+    ]  # fmt: skip
+    local = torch.tensor(counts, dtype=torch.int64, device=accelerator.device).reshape(-1, 7)
+    counts_R7 = accelerator.gather(local.sum(dim=0, keepdim=True))
+    num_valid, num_traces, num_absent, num_distributions, num_hard_labels, num_left_out, _ = (
+        counts_R7.sum(dim=0).tolist()
+    )
+    return GlobalCounts(
+        num_valid,
+        num_traces,
+        num_absent,
+        num_distributions,
+        num_hard_labels,
+        num_left_out,
+        int(counts_R7[:, -1].max()),
+    )
 
 
 def add_gradients(run: Run, batches: Sequence[MicroBatch], counts: GlobalCounts) -> Tensor:
@@ -122,14 +134,13 @@ class StepFigures:
     ) -> dict[str, Any]:
         """The figures of the last step, and rates since the line before."""
         run, state = self._run, self._run.state
-        num_taught = counts.num_valid - counts.num_hard_labels  # by a distribution
         elapsed_s = self._step_ended_s - self._line_began_s
         waited_s = self._stream.wait_s - self._wait_began_s
         figures = {
             "step": state.step,
             "epoch": state.step / run.steps_per_epoch,
             "loss": totals.sums["loss"],
-            **{name: totals.sums[name] / max(1, num_taught) for name in SUMS},
+            **{name: totals.sums[name] / max(1, counts.num_distributions) for name in SUMS},
             "ce": totals.sums["ce"] / max(1, counts.num_valid),
             **_of_each_cache(totals.sums),
             "grad_norm": grad_norm,

@@ -57,6 +57,11 @@ class CacheHeader:
     turn_layout: Mapping[str, Any] | None = None  # how the template lays out a turn
     derived: Mapping[str, Any] | None = None  # source and settings of `retokenize`
 
+    @property
+    def has_chunks(self) -> bool:
+        """Whether traces have the likelihoods of chunks that both tokenizers write."""
+        return self.derived is not None and self.derived.get("chunks") is True
+
     def num_held(self, n_total: int) -> int:
         """Number of leading tokens of a trace that the cache holds: all, unless truncated."""
         if self.max_lead_span == 1.0:

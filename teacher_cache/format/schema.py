@@ -29,6 +29,8 @@ def shard_schema(header: CacheHeader, *, wide_ids: bool) -> pa.Schema:
         "top_logits": pa.list_(pa.dictionary(pa.uint8(), pa.float32())),
         "tail_logit": pa.list_(pa.float32()),
     }
+    if header.has_chunks:
+        columns["chunk_logprob"] = pa.list_(pa.float32())
     about = {
         "format": FORMAT_NAME,
         "format_version": FORMAT_VERSION,

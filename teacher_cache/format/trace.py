@@ -52,6 +52,10 @@ class Trace:
     top_ids: NDArray[np.int32]  # [E], flat, k[t] per token
     top_logits: NDArray[np.float32]  # [E], relative to the token's largest: 0, -0.47, ...
     tail_logit: NDArray[np.float32]  # [m], log(tail / (1 - tail)); 0 if k is 0
+    # [m], in caches made for another tokenizer. A chunk is a shortest piece of the response's text
+    # that both tokenizers write in whole tokens, or the whole prompt: where one ends, the teacher's
+    # logprob of it, or 1 if that is unknown; NaN elsewhere.
+    chunk_logprob: NDArray[np.float32] | None = None
     finish_reason: str = "stop"
     fields: Mapping[str, Any] = field(default_factory=dict)  # the user's own, JSON values
 
@@ -97,6 +101,7 @@ class Trace:
             top_ids=self.top_ids[:entries],
             top_logits=self.top_logits[:entries],
             tail_logit=self.tail_logit[:end],
+            chunk_logprob=None if self.chunk_logprob is None else self.chunk_logprob[:end],
         )
 
     @property
@@ -185,6 +190,10 @@ class Trace:
             raise ValueError(
                 f"{where}: expected {m} values in k and tail_logit, "
                 f"got {len(self.k)} and {len(self.tail_logit)}"
+            )
+        if self.chunk_logprob is not None and len(self.chunk_logprob) != m:
+            raise ValueError(
+                f"{where}: expected {m} values in chunk_logprob, got {len(self.chunk_logprob)}"
             )
         num_entries = int(self.k.sum(dtype=np.int64))
         if len(self.top_ids) != num_entries or len(self.top_logits) != num_entries:

@@ -209,6 +209,9 @@ def _encode(finished: FinishedTrace) -> bytes:
     }
     if finished.messages is not None:
         head["messages"] = finished.messages
+    chunks = trace.chunk_logprob
+    if chunks is not None:
+        head["has_chunks"] = True
     text = json.dumps(head).encode()
     columns = (
         trace.token_ids.astype("<i4"),
@@ -216,6 +219,7 @@ def _encode(finished: FinishedTrace) -> bytes:
         trace.top_ids.astype("<i4"),
         logit_codes(trace.top_logits),
         trace.tail_logit.astype("<f4"),
+        *(() if chunks is None else (chunks.astype("<f4"),)),
     )
     return b"".join([_HEAD_LENGTH.pack(len(text)), text, *(c.tobytes() for c in columns)])
 
@@ -225,16 +229,19 @@ def _decode(payload: bytes) -> FinishedTrace:
     position = _HEAD_LENGTH.size + length
     head: dict[str, Any] = json.loads(payload[_HEAD_LENGTH.size : position])
     num_tokens, num_entries = head.pop("num_tokens"), head.pop("num_entries")
-    if len(payload) - position != 9 * num_tokens + 5 * num_entries or num_tokens < 1:
+    has_chunks = head.pop("has_chunks", False)
+    kinds = [
+        ("<i4", num_tokens), ("u1", num_tokens), ("<i4", num_entries), ("u1", num_entries),
+        ("<f4", num_tokens), *([("<f4", num_tokens)] if has_chunks else []),
+    ]  # fmt: skip
+    expected = sum(np.dtype(kind).itemsize * count for kind, count in kinds)
+    if len(payload) - position != expected or num_tokens < 1:
         raise ValueError(f"{len(payload) - position} bytes for {num_tokens} tokens")
     columns = []
-    for kind, count in (
-        ("<i4", num_tokens), ("u1", num_tokens), ("<i4", num_entries), ("u1", num_entries),
-        ("<f4", num_tokens),
-    ):  # fmt: skip
+    for kind, count in kinds:
         columns.append(np.frombuffer(payload, kind, count, position))
         position += columns[-1].nbytes
-    token_ids, k, top_ids, codes, tail_logit = columns
+    token_ids, k, top_ids, codes, tail_logit, *chunks = columns
     counts = {name: head.pop(name) for name in ("num_clamped_tails", "num_clamped_logits")}
     source_hash, messages = head.pop("source_hash"), head.pop("messages", None)
     trace = Trace(
@@ -243,6 +250,7 @@ def _decode(payload: bytes) -> FinishedTrace:
         top_ids=top_ids,
         top_logits=LOGIT_GRID[codes],
         tail_logit=tail_logit,
+        chunk_logprob=chunks[0] if has_chunks else None,
         **head,
     )
     trace.validate()

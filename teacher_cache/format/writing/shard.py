@@ -144,9 +144,20 @@ class _Columns:
             ),
             "tail_logit": _lists(per_token, [t.tail_logit for t in traces], tokens),
         }
+        if "chunk_logprob" in self.schema.names:
+            arrays["chunk_logprob"] = _lists(per_token, _chunk_logprobs(traces), tokens)
         return pa.RecordBatch.from_arrays(
             [pa.array(arrays[name]) for name in self.schema.names], schema=self.schema
         )
+
+
+def _chunk_logprobs(traces: Sequence[Trace]) -> list[NDArray[np.float32]]:
+    columns = []
+    for trace in traces:
+        if trace.chunk_logprob is None:
+            raise ValueError(f"trace {trace.trace_id!r}: expected chunk_logprob, got none")
+        columns.append(trace.chunk_logprob)
+    return columns
 
 
 def _offsets(slices: Sequence[slice]) -> pa.Array:

@@ -5,6 +5,7 @@ Letters: N tokens of the teacher, M of the student, E kept entries, in all respo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,22 @@ class Batch:
     depth: NDArray[np.int64]  # [M] bytes of that token before it
     last: NDArray[np.int64]  # [M] the teacher's token that contains its last byte
     ends_on: NDArray[np.bool_]  # [M] whether it ends together with that token
+
+    @cached_property
+    def _log_sums(self) -> NDArray[np.int64]:
+        """[N + 1] sums of the target tokens' logprobs before each token."""
+        return np.concatenate([[0], exact_cumsum(np.log(self.realised))])
+
+    def log_realised(
+        self, first: NDArray[np.int64], behind: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Logprob of the text of some of the teacher's tokens, whatever else is in the batch.
+
+        Args:
+            first: [R] first token of each stretch.
+            behind: [R] the token behind it.
+        """
+        return (self._log_sums[behind] - self._log_sums[first]) / FIXED_POINT
 
 
 def align(responses: Sequence[Response], lengths: NDArray[np.int64]) -> Batch:
@@ -120,6 +137,18 @@ def _teacher_part(response: Response) -> tuple[NDArray[np.generic], ...]:
         trace.top_ids[entries].astype(np.int64),
         np.exp(logprobs),
     )
+
+
+FIXED_POINT = float(1 << 36)  # of running sums: 1.5e-11, and room for 2^27
+
+
+def exact_cumsum(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """[R] running sums, in units of 1 / FIXED_POINT.
+
+    Differences of rounded sums would depend on what stands before, and so on which traces are
+    converted together: a job that was stopped would end with other bytes.
+    """
+    return np.cumsum(np.rint(values * FIXED_POINT).astype(np.int64))
 
 
 def expand(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

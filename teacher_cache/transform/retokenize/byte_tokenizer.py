@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from teacher_cache.transform.retokenize.token_bytes import (
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 _CONTINUATION = range(0x80, 0xC0)  # bytes of UTF-8 that begin no character
 _STRAY_BYTE = re.compile("[\udc80-\udcff]")  # a decoded byte that belongs to no character
 _RUNS = re.compile("[\udc80-\udcff]+|[^\udc80-\udcff]+")
+# Between a letter or digit and a space every splitter of words has a border, and neither side's
+# words depend on the other. A vocabulary may still have tokens that reach across.
+_WORD_ENDS = re.compile("(?<=[A-Za-z0-9])(?= )")
+_REACHES_ACROSS = re.compile(b"[A-Za-z0-9] ")
+_MAX_WORDS = 1 << 18  # kept with their ids: some 60 MB
 _FILLERS = (0xA0, 0x80, 0x90)  # one of these continues any started character
 
 
@@ -34,6 +40,7 @@ class ByteTokenizer:
             UnsupportedTokenizerError: If its tokens are not bytes of the text.
         """
         self._definition = definition
+        self._ids_of_word: dict[str, list[int]] = {}
         self.tokens: TokenBytes = token_bytes(definition, where)
 
     @cached_property
@@ -58,10 +65,21 @@ class ByteTokenizer:
         return len(self.tokens.of_id)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
-        (found,) = self._backend.encode_batch_fast([text], add_special_tokens=False)  # no offsets
-        ids: list[int] = found.ids
-        return ids
+        """Token ids of a text; most of its words have been seen before."""
+        words = _WORD_ENDS.split(text) if self._has_separate_words else [text]
+        known = self._ids_of_word
+        if not all(map(known.__contains__, words)):
+            new = [word for word in dict.fromkeys(words) if word not in known]
+            if len(known) + len(new) > _MAX_WORDS:
+                known.clear()
+                new = list(dict.fromkeys(words))
+            found = self._backend.encode_batch_fast(new, add_special_tokens=False)  # no offsets
+            known.update((word, one.ids) for word, one in zip(new, found, strict=True))
+        return list(chain.from_iterable(map(known.__getitem__, words)))
+
+    @cached_property
+    def _has_separate_words(self) -> bool:
+        return not any(token and _REACHES_ACROSS.search(token) for token in self.tokens.of_id)
 
     def encode_all(self, pieces: Sequence[bytes]) -> list[list[int]]:
         """Token ids of each of many short pieces, which need not be whole characters."""

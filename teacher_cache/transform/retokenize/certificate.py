@@ -73,8 +73,7 @@ def certify(
     is_whole &= np.concatenate(
         [batch.ends_on[np.flatnonzero(is_start)[1:] - 1], batch.ends_on[-1:]]
     )
-    log_teacher = np.concatenate([[0.0], np.cumsum(np.log(batch.realised))])
-    teacher = np.where(is_whole, log_teacher[last + 1] - log_teacher[first], 0.0)
+    teacher = np.where(is_whole, batch.log_realised(first, last + 1), 0.0)
 
     counted = is_whole[stretch]
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -19,6 +19,7 @@ from teacher_cache.sources.tokenizer import TeacherTokenizer
 from teacher_cache.transform.retokenize.alignment import Response, align
 from teacher_cache.transform.retokenize.byte_tokenizer import ByteTokenizer
 from teacher_cache.transform.retokenize.certificate import FIELD, Certificate, certify
+from teacher_cache.transform.retokenize.chunks import chunk_logprobs, of_prompt
 from teacher_cache.transform.retokenize.distribution import Derivation
 from teacher_cache.transform.retokenize.joints import Joints
 from teacher_cache.transform.retokenize.response import ResponseWriter
@@ -87,10 +88,14 @@ class Converter:
         found = self._derive(batch)
         rows = keep(found, batch.student_ids, self._policy)
         certificates = certify(batch, found, rows.realised, len(responses))
+        chunks = chunk_logprobs(batch)
         for number, (task, prompt, response) in enumerate(usable):
             tokens = np.flatnonzero(batch.student_response == number)
-            part = _part(rows, slice(int(tokens[0]), int(tokens[-1]) + 1))
-            results.append(self._finished(task, prompt, response, part, certificates[number]))
+            own = slice(int(tokens[0]), int(tokens[-1]) + 1)
+            part = _part(rows, own)
+            results.append(
+                self._finished(task, prompt, response, part, chunks[own], certificates[number])
+            )
         return results
 
     def _prepared(self, task: Task) -> tuple[Task, SourceTrace, Response]:
@@ -114,6 +119,7 @@ class Converter:
         prompt: SourceTrace,
         response: Response,
         rows: Rows,
+        chunks: NDArray[np.float32],
         certificate: Certificate,
     ) -> FinishedTrace:
         source = task.trace
@@ -129,6 +135,7 @@ class Converter:
             top_ids=rows.top_ids,
             top_logits=rows.top_logits,
             tail_logit=np.concatenate([np.zeros(num_prompt, np.float32), rows.tail_logit]),
+            chunk_logprob=np.concatenate([of_prompt(num_prompt), chunks]),
             finish_reason=source.finish_reason,
             fields={**source.fields, FIELD: certificate.to_json()},
         )

@@ -105,8 +105,7 @@ class Derivation:
         moves = self._moves_from_next(batch)
         stays = np.ones(num_rows)
         stays[moves] = 1.0 - excluded[moves + 1]
-        log_realised = np.concatenate([[0.0], np.cumsum(np.log(batch.realised))])
-        reach = np.exp(log_realised[batch.last + 1] - log_realised[batch.level])
+        reach = np.exp(batch.log_realised(batch.level, batch.last + 1))
 
         token = np.where(level.is_realised, batch.student_ids[level.row], level.token)
         own = np.maximum(reach * stays, np.finfo(np.float64).tiny)  # it is always kept
@@ -121,7 +120,7 @@ class Derivation:
         masses.append(reach[before] * probs[taken])
 
         tail = unknown
-        inner = self._inner_levels(batch, has_row, log_realised)
+        inner = self._inner_levels(batch, has_row)
         if inner is not None:
             rows.append(inner.row)
             tokens.append(inner.token)
@@ -218,9 +217,7 @@ class Derivation:
             position += 1
         return alike, lengths > depth
 
-    def _inner_levels(
-        self, batch: Batch, has_row: NDArray[np.bool_], log_realised: NDArray[np.float64]
-    ) -> "_Inner | None":
+    def _inner_levels(self, batch: Batch, has_row: NDArray[np.bool_]) -> "_Inner | None":
         """Levels after the first that a token lies in."""
         rows = np.flatnonzero(has_row & (batch.last > batch.level))
         if not len(rows):
@@ -228,7 +225,7 @@ class Derivation:
         of_row, step = expand((batch.last - batch.level)[rows])
         row = rows[of_row]
         level = batch.level[row] + 1 + step
-        reach = np.exp(log_realised[level] - log_realised[batch.level[row]])
+        reach = np.exp(batch.log_realised(batch.level[row], level))
         tail = summed(row, reach * batch.tail[level], len(has_row))
         num_bytes = batch.teacher_starts[level] - batch.student_starts[row]
         pairs = zip(batch.student_ids[row].tolist(), num_bytes.tolist(), strict=True)

@@ -112,9 +112,8 @@ class Joints:
         missing, place = np.unique(keys[~known], return_inverse=True)
         pairs = zip((missing >> 32).tolist(), (missing & 0xFFFFFFFF).tolist(), strict=True)
         texts = [self._left.strings[x] + self._right.strings[y] for x, y in pairs]
-        found = np.full((len(texts), 2), NONE, np.int32)
-        for row, ids in zip(found, self._student.encode_all(texts), strict=True):
-            row[: len(ids)] = ids[:2]
+        written = self._student.encode_all(texts)
+        found = np.array([(*ids[:2], NONE, NONE)[:2] for ids in written], np.int32)
         tokens[~known] = found[place]
         self._memo.insert(missing, found)
         return tokens

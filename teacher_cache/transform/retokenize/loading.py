@@ -62,6 +62,7 @@ def student_header(config: RetokenizeConfig, source: Cache) -> CacheHeader:
             "tokenizer_fingerprint": before.tokenizer_fingerprint,
             "vocab_size": before.vocab_size,
             "student": files.name,
+            "chunks": True,
         },
     )
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from teacher_cache.format import LOGIT_GRID, TAIL_FLOOR, KeepPolicy
 from teacher_cache.format.codec import MAX_GAP, logit_codes, round_to_bfloat16
-from teacher_cache.transform.retokenize.alignment import summed
+from teacher_cache.transform.retokenize.alignment import FIXED_POINT, exact_cumsum, summed
 from teacher_cache.transform.retokenize.distribution import Contributions
 
 _PLACE_BITS, _TOKEN_BITS = 25, 20
@@ -61,8 +61,8 @@ def keep(found: Contributions, realised: NDArray[np.int64], policy: KeepPolicy) 
     token, mass, codes, gaps = token[order], mass[order], codes[order], gaps[order]
 
     number = np.arange(len(row)) - firsts[group]
-    before = np.cumsum(mass) - mass
-    before -= before[firsts][group]
+    sums = np.concatenate([[0], exact_cumsum(mass)[:-1]])
+    before = (sums - sums[firsts][group]) / FIXED_POINT
     is_own = token == realised[row]
     is_kept = (number < policy.top_k) & (found.is_plain[row] | (before < policy.mass))
     is_kept |= is_own

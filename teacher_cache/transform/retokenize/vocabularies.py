@@ -1,5 +1,6 @@
 """The text of each of the teacher's tokens in a text that the student writes."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,19 +57,27 @@ def share_vocabularies(
             texts[token] = student_bytes[names[name]]
 
     layout = chat.layout()
-    end_text = b"".join(student_bytes[token] for token in chat.encode(layout.end))
+    end_text = _written(student, layout.end)
     for token in header.terminal_token_ids:
         texts[token] = end_text or None
     marks = layout.marks or _own_marks(teacher, header)
     open_text, problem = b"", None
     if marks is not None:
-        open_text, close_text = (
-            b"".join(student_bytes[token] for token in chat.encode(mark))
-            for mark in (marks.open, marks.close)
-        )
+        open_text, close_text = _written(student, marks.open), _written(student, marks.close)
         problem = _translate_mark(texts, header.think_open_ids, open_text)
         problem = _translate_mark(texts, header.think_close_ids, close_text) or problem
     return Vocabularies(texts, student_bytes, marks, open_text, end_text, problem)
+
+
+def _written(student: ByteTokenizer, text: str) -> bytes:
+    """Bytes of a template's text, with stand-ins for the student's special tokens in it.
+
+    Its tokenizer is not asked: many write a space before a text that stands alone.
+    """
+    names = sorted(student.tokens.special_ids, key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+    ids = student.tokens.special_ids
+    return b"".join(stand_in(ids[part]) if part in ids else part.encode() for part in parts)
 
 
 def _own_marks(teacher: ByteTokenizer, header: CacheHeader) -> ThinkMarks | None:
