@@ -19,6 +19,7 @@ SHARDINGS = ("none", "full")
 SELECTIONS = ("last", "heldout")
 TRACKERS = ("tensorboard", "wandb", "none")
 DTYPES = ("float32", "bfloat16")
+SAVE_DTYPES = (*DTYPES, "float16")
 LORA_OUTPUTS = ("merged", "adapter")
 
 _data = partial(option, group="Data")
@@ -209,11 +210,12 @@ class TrainConfig:
         at_least=1,
         changeable=True,
     )
-    dtype: str = _speed(
-        "Precision of the matrix products; bfloat16 is faster on a GPU. Weights are float32.",
-        default="float32",
+    dtype: str | None = _speed(
+        "Precision of the matrix products; weights that are trained are float32 in any case.",
+        default=None,
         basic=True,
         choices=DTYPES,
+        unset="as accelerate is configured; else bfloat16 on a GPU, float32 on a CPU",
     )
     packing: bool | None = _speed(
         "Let short traces share a row, where the student's attention can keep them apart: few "
@@ -225,8 +227,8 @@ class TrainConfig:
     attention: str | None = _speed(
         "Attention backend by its name in transformers: sdpa, eager, flash_attention_2, ...",
         default=None,
-        unset="FlashAttention where it is installed and --dtype is bfloat16, else the student's "
-        "own",
+        unset="FlashAttention (3 on Hopper, or 2) where it is installed and --dtype is bfloat16, "
+        "else the student's own",
         changeable=True,
     )
     gradient_checkpointing: bool = _speed(
@@ -288,6 +290,13 @@ class TrainConfig:
     out: Path = _output("Folder of the run; run again to resume.", basic=True, changeable=True)
     save_every: int = _output(
         "Steps between checkpoints.", default=500, at_least=1, changeable=True
+    )
+    save_dtype: str | None = _output(
+        "Dtype of the weights in RUN/model; checkpoints keep float32.",
+        default=None,
+        choices=SAVE_DTYPES,
+        changeable=True,
+        unset="that of the student it began with",
     )
     keep_last: int = _output(
         "Number of checkpoints to keep; a run falls back on the one before a damaged one.",

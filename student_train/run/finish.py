@@ -11,9 +11,10 @@ from torch import Tensor
 
 from student_train.errors import NonFiniteLossError
 from student_train.model.adapters import with_trained_adapters
-from student_train.model.load import load_model
+from student_train.model.load import load_model, stored_dtype
 from student_train.model.save import make_savable, save_student
 from student_train.run.checkpoint import check_best, read_state
+from student_train.run.config import TrainConfig
 from student_train.run.inputs import RunInputs
 from student_train.run.model_card import model_card
 from student_train.run.processes import decided_by_main
@@ -125,6 +126,13 @@ def _log_counts(run: Run) -> None:
         )
 
 
+def _save_dtype(config: TrainConfig) -> torch.dtype:
+    if config.save_dtype is None:
+        return stored_dtype(config.student, revision=config.student_revision) or torch.float32
+    dtype: torch.dtype = getattr(torch, config.save_dtype)
+    return dtype
+
+
 def _write_student(run: Run, weights: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:
     """Publish the model folder under its name; adapters are merged first, if asked for."""
     inputs, config = run.inputs, run.inputs.config
@@ -140,6 +148,7 @@ def _write_student(run: Run, weights: Mapping[str, Tensor], metrics: Mapping[str
         inputs.tokenizer,
         inputs.folder.model,
         weights=weights,
+        dtype=_save_dtype(config),
         terminal_token_ids=inputs.data.terminal_token_ids
         if config.chat_template == "cache"
         else (),

@@ -13,6 +13,7 @@ from student_train.run.config import TrainConfig
 from student_train.run.finish import TrainResult, finish, finished_before
 from student_train.run.inputs import open_inputs
 from student_train.run.memory import advice_when_out_of_memory
+from student_train.run.precision import with_precision
 from student_train.run.processes import join_processes, owned
 from student_train.run.progress import describe, stop_after_step
 from student_train.run.setup import Run, open_stream, prepare
@@ -46,6 +47,7 @@ def train(config: TrainConfig) -> TrainResult:
         NonFiniteLossError: If the loss diverges; the last checkpoint stays.
         InterruptedRunError: After SIGINT or SIGTERM, once a checkpoint has been written.
     """
+    config = with_precision(config)
     accelerator = join_processes(config)
     with owned(config.out, accelerator):
         with Progress("opening cache and student", enabled=accelerator.is_main_process):

@@ -25,6 +25,7 @@ from student_train.run.checkpoint import (
 from student_train.run.inputs import RunInputs, log_inputs
 from student_train.run.memory import advice_when_out_of_memory
 from student_train.run.optimizers import make_optimizer, make_schedule
+from student_train.run.precision import halve_frozen_layers
 from student_train.run.processes import decided_by_main
 from student_train.run.sharding import place, restore_state
 from student_train.run.state import RunState
@@ -143,6 +144,8 @@ def _change_model(inputs: RunInputs) -> str:
         logger.info("%s would mix traces in one row: each trace gets its own", type(model).__name__)
     if config.lora is not None:
         add_adapters(model, config.lora)
+        if config.dtype == "bfloat16":
+            halve_frozen_layers(model)
         if accelerator.is_main_process:
             logger.info("%s of %s weights are trained", *map("{:,}".format, count_trained(model)))
     if config.compile:
