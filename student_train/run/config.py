@@ -257,7 +257,8 @@ class TrainConfig:
     )
     lora_alpha: int = _lora("Adapters are multiplied by alpha / rank.", default=32, at_least=1)
     lora_targets: tuple[str, ...] = _lora(
-        "Layers to adapt, such as q_proj,v_proj; all-linear is all but the head.",
+        "Layers to adapt, such as q_proj,v_proj; all-linear is all but the head and the routers of "
+        "experts.",
         default=("all-linear",),
     )
     lora_output: str = _lora(
@@ -271,6 +272,13 @@ class TrainConfig:
         default=None,
         at_least=1,
         unset="once, at the end",
+    )
+    patience: int | None = _measuring(
+        "End the run when so many measurements in turn have not lowered the held-out KL.",
+        default=None,
+        at_least=1,
+        unset="runs to its last step",
+        changeable=True,
     )
     heldout_cache: CachePath | None = _measuring(
         "Cache whose traces are the held-out ones, instead of --heldout-share.",
@@ -335,6 +343,8 @@ class TrainConfig:
             raise ValueError(
                 f"{flag}: expected held-out traces, from --heldout-share or --heldout-cache"
             )
+        if self.patience is not None and self.eval_every is None:
+            raise ValueError("--patience: expected --eval-every, how often to measure")
         if self.packing and self.live_teacher is not None:
             raise ValueError("--packing: a live teacher reads rows of one trace; leave it out")
 

@@ -63,13 +63,13 @@ def finish(run: Run) -> TrainResult:
         _write_student(run, weights, chosen)
     inputs.accelerator.wait_for_everyone()
     inputs.accelerator.end_training()  # and its processes' group
-    return TrainResult(folder.model, run.num_steps, metrics, was_finished=False)
+    return TrainResult(folder.model, run.state.step, metrics, was_finished=False)
 
 
 def _choose_student(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     """Restore the best step's weights if asked to; return the metrics of the chosen step."""
     folder, state, accelerator = run.inputs.folder, run.state, run.inputs.accelerator
-    if run.inputs.config.select != "heldout" or state.best_step == run.num_steps:
+    if run.inputs.config.select != "heldout" or state.best_step == state.step:
         return metrics
     decided_by_main(accelerator, lambda: check_best(folder, state))
     best = folder.checkpoint_of(state.best_step)
@@ -122,7 +122,7 @@ def _log_counts(run: Run) -> None:
             "such traces and changed nothing",
             f"{state.num_empty_traces:,}",
             state.num_empty_steps,
-            run.num_steps,
+            state.step,
         )
 
 
@@ -152,5 +152,5 @@ def _write_student(run: Run, weights: Mapping[str, Tensor], metrics: Mapping[str
         terminal_token_ids=inputs.data.terminal_token_ids
         if config.chat_template == "cache"
         else (),
-        card=model_card(config, inputs.data, metrics, run.num_steps),
+        card=model_card(config, inputs.data, metrics, run.state.step),
     )

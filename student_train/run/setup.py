@@ -53,6 +53,14 @@ class Run:
     spans: SpanFigures
     state: RunState
 
+    @property
+    def is_over(self) -> bool:
+        """Whether no step follows: after the last one, or when patience has ended."""
+        patience = self.inputs.config.patience
+        return self.state.step >= self.num_steps or (
+            patience is not None and self.state.num_worse >= patience
+        )
+
 
 def prepare(inputs: RunInputs) -> Run:
     """Place the student, create its optimizer, and restore the last checkpoint if there is one.
@@ -122,7 +130,7 @@ def open_stream(run: Run) -> TraceStream:
         run.inputs.data,
         config.selection,
         batch_traces=config.batch_traces,
-        num_epochs=config.epochs if run.state.step < run.num_steps else 0,
+        num_epochs=0 if run.is_over else config.epochs,
         seed=config.seed,
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
@@ -170,6 +178,13 @@ def _restored(
         restore_random_state(path, accelerator.process_index)
         if accelerator.is_main_process:
             logger.info("resuming after step %s of %s", f"{state.step:,}", f"{last_step:,}")
+    num_warmup_steps = round(config.warmup * last_step)
+    if folder.extends(config) and 0 < state.step < num_warmup_steps:
+        raise ValueError(
+            f"--epochs, --max-steps: {num_warmup_steps:,} of {last_step:,} steps would be warm-up, "
+            f"and the rate has reached its peak in {state.step:,}: extend the run by less, or "
+            "begin another"
+        )
     accelerator.wait_for_everyone()  # nobody may look for a checkpoint any more
     if accelerator.is_main_process:
         folder.begin(inputs.identity, mark)
