@@ -299,6 +299,11 @@ class TrainConfig:
     save_every: int = _output(
         "Steps between checkpoints.", default=500, at_least=1, changeable=True
     )
+    estimate: bool = _output(
+        "Print the memory that each device will need, and stop; nothing is loaded or written.",
+        default=False,
+        changeable=True,
+    )
     save_dtype: str | None = _output(
         "Dtype of the weights in RUN/model; checkpoints keep float32.",
         default=None,

@@ -24,6 +24,7 @@ from student_train.run.checkpoint import (
 )
 from student_train.run.inputs import RunInputs, log_inputs
 from student_train.run.memory import advice_when_out_of_memory
+from student_train.run.memory_estimate import estimate_run
 from student_train.run.optimizers import make_optimizer, make_schedule
 from student_train.run.precision import halve_frozen_layers
 from student_train.run.processes import decided_by_main
@@ -77,6 +78,8 @@ def prepare(inputs: RunInputs) -> Run:
     spans = SpanFigures.of(inputs.drawn)
     if accelerator.is_main_process:
         log_inputs(inputs, spans)
+        if accelerator.device.type == "cuda":
+            _log_estimate(config)
 
     set_seed(config.seed, device_specific=True)
     head = head_of(model)  # while the model is as it was loaded
@@ -121,6 +124,13 @@ def prepare(inputs: RunInputs) -> Run:
         spans=spans,
         state=state,
     )
+
+
+def _log_estimate(config: TrainConfig) -> None:
+    try:
+        logger.info("memory: %s", estimate_run(config))
+    except ValueError as error:
+        logger.info("memory: %s", error)
 
 
 def open_stream(run: Run) -> TraceStream:
