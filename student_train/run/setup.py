@@ -22,6 +22,7 @@ from student_train.run.checkpoint import (
     restore_random_state,
     whole_checkpoint,
 )
+from student_train.run.config import TrainConfig
 from student_train.run.inputs import RunInputs, log_inputs
 from student_train.run.memory import advice_when_out_of_memory
 from student_train.run.memory_estimate import estimate_run
