@@ -10,8 +10,8 @@
   `DistillationDataset` streams batches of them (`collate_traces` makes them of rows, where a
   trainer has its own loader), and `sparse_kl` (or `sparse_kl_per_token`) is the
   loss under an `Objective`.
-- Errors: `InterruptedRunError`, `NonFiniteLossError`, `OutOfMemoryError`, and those of
-  `teacher_cache`.
+- Errors: `DivergedLossError`, `InterruptedRunError`, `NonFiniteLossError`, `OutOfMemoryError`, and
+  those of `teacher_cache`.
 
 Each name is loaded when it is first used: importing this package loads nothing else.
 """
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from student_train.data.stream import Cursor
     from student_train.data.tokens import TokenSelection
     from student_train.data.traces import TrainingData, open_data
-    from student_train.errors import InterruptedRunError, NonFiniteLossError, OutOfMemoryError
+    from student_train.errors import (
+        DivergedLossError,
+        InterruptedRunError,
+        NonFiniteLossError,
+        OutOfMemoryError,
+    )
     from student_train.evaluation.config import EvaluateConfig
     from student_train.evaluation.evaluate import evaluate
     from student_train.evaluation.figures import Evaluation
@@ -47,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Cursor",
     "DistillationDataset",
+    "DivergedLossError",
     "EvaluateConfig",
     "Evaluation",
     "InterruptedRunError",
@@ -76,6 +82,7 @@ __all__ = [
 _MODULES = {
     "Cursor": "student_train.data.stream",
     "DistillationDataset": "student_train.batch.torch_dataset",
+    "DivergedLossError": "student_train.errors",
     "EvaluateConfig": "student_train.evaluation.config",
     "Evaluation": "student_train.evaluation.figures",
     "InterruptedRunError": "student_train.errors",

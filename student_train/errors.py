@@ -5,6 +5,10 @@ class NonFiniteLossError(Exception):
     """The loss or its gradient is no longer finite; the message names the step's traces."""
 
 
+class DivergedLossError(Exception):
+    """The loss has grown tenfold and stayed there; the message says what to change."""
+
+
 class OutOfMemoryError(Exception):
     """The device or the machine has no memory left; the message says what to lower."""
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from fakes import make_cache, make_traces
 from peft import PeftModel
-from students import make_model, make_student
+from students import make_family, make_model, make_student
 from transformers import AutoModelForCausalLM
 
 from student_train.model.adapters import add_adapters
@@ -125,3 +125,14 @@ def test_frozen_weights_cost_no_product_for_a_gradient_of_their_own():
     add_adapters(model, Lora(1, 1, ("all-linear",), seed=0))
 
     assert 0.6 * whole < FlopFormula.of(model).flops([50], 49) < 0.8 * whole
+
+
+def test_routers_of_experts_are_left_alone_unless_named():
+    adapted = {}
+    for targets in (("all-linear",), ("q_proj",)):
+        model = make_family("qwen3 moe")
+        add_adapters(model, Lora(2, 4, targets, 0))
+        adapted[targets] = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("experts" in name for name in adapted["all-linear",])
+    assert not any(".gate." in name for name in adapted["all-linear",])
+    assert all("q_proj" in name for name in adapted["q_proj",])

@@ -39,6 +39,11 @@ RULES = [
     ("student_train.losses", LOSSES, {"torch"}),
     ("student_train.data", {"student_train.data", FORMAT, TERMINAL}, set()),
     (
+        "student_train.batch.torch_dataset",
+        {"student_train", *SHARED},
+        {"torch", "accelerate", "datasets"},
+    ),
+    (
         "student_train.evaluation.generation_vllm",
         {"student_train", *SHARED},
         {"torch", "transformers", "vllm"},

@@ -61,11 +61,12 @@ def test_a_sharded_run_equals_one_process_and_is_gone_on_with_by_one(
 
 
 @pytest.mark.slow
-def test_sharded_bf16_stays_near_float32(tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}], ids=["all", "adapters"])
+def test_sharded_bf16_stays_near_float32(tmp_path, changes):
     cache = make_cache(tmp_path / "cache", make_traces(40))
     whole = TrainConfig(
         cache=(cache,), student=make_student(tmp_path / "student-tied"), out=tmp_path / "whole",
-        lr=3e-3, batch_traces=4, max_steps=5,
+        lr=3e-3, batch_traces=4, max_steps=5, **changes,
     )  # fmt: skip
     train(whole)
     half = replace(whole, out=tmp_path / "half", sharding="full", dtype="bfloat16")

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed
@@ -106,7 +107,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
             DataLoader(self, batch_size=None), num_processes=1, process_index=0,
             put_on_device=False, dispatch_batches=False,
         )  # fmt: skip
-        loader.iteration = self._first.epoch  # type: ignore[attr-defined]  # accelerate's own
+        loader.iteration = self._first.epoch
         return loader
 
     def as_hf_dataset(self) -> "datasets.IterableDataset":
@@ -182,7 +183,7 @@ def _refuse_other_loaders() -> None:
     Only the callers' frames tell: a loader says nothing to its dataset, and what comes of it is an
     error about dtypes, or a process that waits for others that never read.
     """
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         reader = type(frame.f_locals.get("self")).__name__
         if reader == "_IterableDatasetFetcher" and frame.f_locals.get("auto_collation"):

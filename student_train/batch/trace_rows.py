@@ -27,8 +27,9 @@ def trace_rows(
         `input_ids` [m]; and, as in `Trace`, `k` and `tail_logit` [m], `top_ids` and `top_logits`
         [E], with entries for the tokens that enter the loss alone.
     """
-    settings = {"num_epochs": num_epochs, "seed": seed, "cursor": first}
-    with TraceStream(data, selection, batch_traces=1, **settings) as stream:
+    with TraceStream(
+        data, selection, batch_traces=1, num_epochs=num_epochs, seed=seed, cursor=first
+    ) as stream:
         for step in stream:
             for item in step.traces:
                 yield _row(item)

@@ -20,6 +20,12 @@ def run_command(config: TrainConfig) -> None:
     `accelerate launch -m student_train.cli run ...` to use several devices.
     """
     check_run(config)
+    if config.estimate:
+        with Progress("loading torch"):
+            from student_train.run.memory_estimate import estimate_run
+
+        click.echo(estimate_run(config))
+        return
     with Progress("loading torch"):
         from student_train.run.loop import train
 

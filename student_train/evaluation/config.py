@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from student_train.run.config import SAVE_DTYPES
 from teacher_cache.format import CachePath
 from teacher_cache.terminal.option import check_options, option
 
@@ -52,6 +53,12 @@ class EvaluateConfig:
         default="transformers",
         basic=True,
         choices=ENGINES,
+    )
+    dtype: str | None = _sampling(
+        "Dtype of weights and products while answers are generated.",
+        default=None,
+        choices=SAVE_DTYPES,
+        unset="as stored; bfloat16 on a GPU where float32 is stored",
     )
     samples_per_prompt: int = _sampling(
         "Answers per prompt, for avg@n; needs a temperature.", default=1, basic=True, at_least=1

@@ -1,7 +1,7 @@
 """Evaluation of a student: answers generated and checked, and its distance from the teacher."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -64,6 +64,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             from student_train.model.save import check_saved
 
         check_saved(config.model)
+        config = replace(config, dtype=config.dtype or _usual_dtype(config.model))
         end_ids = () if cache is None else tuple(cache.header.terminal_token_ids)
         tokenizer = load_tokenizer(config.model)
         requests = make_requests(tokenizer, prompts, config)
@@ -121,10 +122,13 @@ def _completions(task: _Task, done: set[tuple[int, int]]) -> Iterator[tuple[int,
         from student_train.evaluation.generation_vllm import generate_with_vllm
 
         return generate_with_vllm(task.tokenizer, task.requests, task.config, task.end_ids, done)
+    import torch
+
     from student_train.evaluation.generation import generate
     from student_train.model.load import load_model
 
-    model, _ = load_model(task.config.model)
+    dtype = None if task.config.dtype is None else getattr(torch, task.config.dtype)
+    model, _ = load_model(task.config.model, dtype=dtype)
     model.to(_device()).eval()
     return generate(model, task.tokenizer, task.requests, task.config, task.end_ids, done)
 
@@ -147,6 +151,18 @@ def _checked(
         closed=not marks.is_open(asked + completion.text),
         completion=completion,
     )
+
+
+def _usual_dtype(name: str) -> str | None:
+    """Name of the dtype in which a model answers; None where nothing but its weights says."""
+    import torch
+
+    from student_train.model.load import stored_dtype
+
+    dtype = stored_dtype(name)
+    if dtype == torch.float32 and _device().type == "cuda":
+        dtype = torch.bfloat16
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _device() -> "torch.device":

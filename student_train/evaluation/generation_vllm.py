@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from student_train.evaluation.completions import Completion
 from student_train.evaluation.config import EvaluateConfig
@@ -43,10 +43,7 @@ def generate_with_vllm(
 
     settings: dict[str, Any] = {
         "max_model_len": max(len(each.ids) + each.num_new_tokens for each in requests),
-        # The stored dtype; vLLM's "auto" would halve float32.
-        "dtype": str(AutoConfig.from_pretrained(config.model).dtype or "auto").removeprefix(
-            "torch."
-        ),
+        "dtype": config.dtype or "auto",
         "seed": config.seed,
     }
     if not torch.cuda.is_available():  # compiling takes longer than small models run

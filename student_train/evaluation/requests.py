@@ -76,7 +76,15 @@ def settings_of(
         "checker": checker,
         "end_ids": sorted(end_ids),
     }
-    names = ["engine", "samples_per_prompt", "max_new_tokens", "temperature", "top_p", "seed"]
+    names = [
+        "engine",
+        "dtype",
+        "samples_per_prompt",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "seed",
+    ]
     names += ["think_open", "think_close"]
     if config.engine == "transformers":
         names.append("batch_size")  # draws and rounding depend on it

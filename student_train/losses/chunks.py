@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Many rows at a time let the matrix products run at full speed: a GPU needs 1024 or more with a
 # vocabulary of 152k. On a CPU more than 100 to 200 gain nothing.
-_CUDA_CHUNK_BYTES = 640 * 2**20
-_CHUNK_BYTES = 96 * 2**20
+CUDA_CHUNK_BYTES = 640 * 2**20
+CHUNK_BYTES = 96 * 2**20
 _CUDA_ROW_MULTIPLE = 128
 _COLUMN_MULTIPLE = 16
 _HALF_HEADROOM = 8  # float16 gradients are scaled to about 2**8, of at most 2**16
@@ -183,7 +183,7 @@ def rows_per_chunk(num_rows: int, row_bytes: int, chunk_bytes: int | None, devic
     """Number of rows per chunk: as many as the bound allows, about the same for every chunk."""
     on_cuda = device_type == "cuda"
     if chunk_bytes is None:
-        chunk_bytes = _CUDA_CHUNK_BYTES if on_cuda else _CHUNK_BYTES
+        chunk_bytes = CUDA_CHUNK_BYTES if on_cuda else CHUNK_BYTES
     most = max(chunk_bytes // row_bytes, 1)
     rows = math.ceil(max(num_rows, 1) / math.ceil(max(num_rows, 1) / most))
     if on_cuda and most >= _CUDA_ROW_MULTIPLE:

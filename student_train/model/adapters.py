@@ -15,7 +15,10 @@ from student_train.model.lora import Lora
 if TYPE_CHECKING:
     from peft import PeftModel
 
-ALL_LINEAR = "all-linear"  # every linear layer but the head
+ALL_LINEAR = "all-linear"  # every linear layer but the head and routers
+# The routers of mixtures of experts: adapting them without a loss that balances the experts lets
+# a few of them take every token.
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 def add_adapters(model: PreTrainedModel, lora: Lora) -> "PeftModel":
@@ -43,7 +46,11 @@ def add_adapters(model: PreTrainedModel, lora: Lora) -> "PeftModel":
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(lora.seed)
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if not _ROUTERS.isdisjoint(name.split(".")):
+            parameter.requires_grad = False  # an adapter begins as nothing, and stays that
+    return adapted
 
 
 def with_trained_adapters(

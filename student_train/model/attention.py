@@ -4,7 +4,7 @@ import inspect
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 # Chunks are counted from a row's first token, whatever its positions are: a probe shorter than a
 # chunk would not notice.
@@ -34,7 +34,7 @@ def prepare_attention(
     # Before FlashAttention is set, which runs on a GPU alone.
     layout = "packed" if packing and keeps_traces_apart(model) else "alone"
     if wanted is None and half_precision and model._supports_flash_attn:
-        wanted = "flash_attention_2" if is_flash_attn_2_available() else None
+        wanted = _installed_flash_attention()
     if wanted is None:
         return layout
     is_flash = "flash" in wanted
@@ -51,6 +51,14 @@ def prepare_attention(
         reason = " ".join(str(error).split())
         raise ValueError(f"attention {wanted!r} cannot be used here: {reason}") from error
     return "flat" if is_flash and layout == "packed" else layout
+
+
+def _installed_flash_attention() -> str | None:
+    """The fastest FlashAttention that is installed for the GPU there is."""
+    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    if is_hopper and is_flash_attn_3_available():
+        return "flash_attention_3"
+    return "flash_attention_2" if is_flash_attn_2_available() else None
 
 
 def caps_scores(model: PreTrainedModel) -> bool:

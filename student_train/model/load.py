@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -72,6 +74,25 @@ def load_model(
     if caps_scores(model) and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")  # sdpa leaves the cap out, without a word
     return model, tokenizer
+
+
+def stored_dtype(name: str, *, revision: str | None = None) -> torch.dtype | None:
+    """Dtype of the weights of a stored model by its config; None where that does not say.
+
+    For adapters, that of the model below them.
+
+    Raises:
+        ValueError: If its config cannot be read, saying why in one line.
+    """
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.is_file():
+        name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    try:
+        dtype = AutoConfig.from_pretrained(name, revision=revision).dtype
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:

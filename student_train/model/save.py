@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +55,7 @@ def save_student(
     folder: Path,
     *,
     weights: Mapping[str, Tensor],
+    dtype: torch.dtype,
     terminal_token_ids: tuple[int, ...],
     card: str,
 ) -> None:
@@ -64,6 +66,7 @@ def save_student(
         tokenizer: Tokenizer of the student.
         folder: Folder to write; must not exist.
         weights: Whole weights of the model.
+        dtype: Dtype in which a model is written; adapters stay as they are.
         terminal_token_ids: Ids that end a generation; the model's own where empty.
         card: Model card, Markdown.
 
@@ -74,15 +77,31 @@ def save_student(
         # Base models often name another end token, and would then never end as the traces do.
         model.generation_config.eos_token_id = list(terminal_token_ids)
         model.config.eos_token_id = list(terminal_token_ids)
+    is_adapter = not isinstance(model, PreTrainedModel)
+    if not is_adapter:
+        weights = _in_dtype(weights, dtype)
     with publish_folder(folder) as temporary, no_bars():
         try:
             model.save_pretrained(str(temporary), state_dict=dict(weights))
         except SafetensorError as error:
             raise OSError(f"{folder}: the student cannot be written: {error}") from error
+        if not is_adapter:  # which took the dtype of the model in memory
+            model.config.dtype = dtype
+            model.config.save_pretrained(temporary)
         model.generation_config.save_pretrained(temporary)  # beside adapters there would be none
         tokenizer.save_pretrained(temporary)
         (temporary / _CARD).write_text(card, encoding="utf-8")
         write_checksums(temporary, leave_out=[_CARD])  # which people edit
+
+
+def _in_dtype(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in a dtype; what is one tensor under several names stays one."""
+    cast: dict[tuple[int, torch.Size], Tensor] = {}
+    for weight in weights.values():
+        key = weight.data_ptr(), weight.shape
+        if key not in cast:
+            cast[key] = weight.to(dtype) if weight.is_floating_point() else weight
+    return {name: cast[weight.data_ptr(), weight.shape] for name, weight in weights.items()}
 
 
 def check_saved(name: str) -> None:

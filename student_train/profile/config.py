@@ -49,7 +49,7 @@ class ProfileConfig:
     mix: float | None = _run("mix")
     tail: str = _run("tail")
     loss_temperature: float = _run("loss_temperature")
-    dtype: str = _run("dtype")
+    dtype: str | None = _run("dtype")
     out: Path = option(
         "Folder for profile.json, profile.png and traces.jsonl.", group="Output", basic=True
     )

@@ -28,6 +28,7 @@ from student_train.profile.figures import (
 )
 from student_train.profile.measure import TraceMeasures, measured
 from student_train.profile.picture import draw
+from student_train.run.precision import usual_dtype
 from teacher_cache.format import shown
 from teacher_cache.format.files import publish
 
@@ -64,7 +65,8 @@ def profile(config: ProfileConfig) -> ProfileResult:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = StudentWithLoss(model, head_of(model), config.objective).to(device).eval()
     by_cache: list[list[TraceMeasures]] = []
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+    is_half = (config.dtype or usual_dtype()) == "bfloat16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=is_half):
         for number in range(len(data.sources)):
             by_cache.append(_measured_cache(config, data, number, student, device))
     tables, advice = _tables(config, data, by_cache)

@@ -20,6 +20,7 @@ SHARDINGS = ("none", "full")
 SELECTIONS = ("last", "heldout")
 TRACKERS = ("tensorboard", "wandb", "none")
 DTYPES = ("float32", "bfloat16")
+SAVE_DTYPES = (*DTYPES, "float16")
 LORA_OUTPUTS = ("merged", "adapter")
 MATCHES = ("tokens", "chunks")
 CHUNK_TEMPERATURE = 100.0  # that of arXiv 2503.20083
@@ -225,11 +226,12 @@ class TrainConfig:
         at_least=1,
         changeable=True,
     )
-    dtype: str = _speed(
-        "Precision of the matrix products; bfloat16 is faster on a GPU. Weights are float32.",
-        default="float32",
+    dtype: str | None = _speed(
+        "Precision of the matrix products; weights that are trained are float32 in any case.",
+        default=None,
         basic=True,
         choices=DTYPES,
+        unset="as accelerate is configured; else bfloat16 on a GPU, float32 on a CPU",
     )
     packing: bool | None = _speed(
         "Let short traces share a row, where the student's attention can keep them apart: few "
@@ -241,8 +243,8 @@ class TrainConfig:
     attention: str | None = _speed(
         "Attention backend by its name in transformers: sdpa, eager, flash_attention_2, ...",
         default=None,
-        unset="FlashAttention where it is installed and --dtype is bfloat16, else the student's "
-        "own",
+        unset="FlashAttention (3 on Hopper, or 2) where it is installed and --dtype is bfloat16, "
+        "else the student's own",
         changeable=True,
     )
     gradient_checkpointing: bool = _speed(
@@ -271,7 +273,8 @@ class TrainConfig:
     )
     lora_alpha: int = _lora("Adapters are multiplied by alpha / rank.", default=32, at_least=1)
     lora_targets: tuple[str, ...] = _lora(
-        "Layers to adapt, such as q_proj,v_proj; all-linear is all but the head.",
+        "Layers to adapt, such as q_proj,v_proj; all-linear is all but the head and the routers of "
+        "experts.",
         default=("all-linear",),
     )
     lora_output: str = _lora(
@@ -285,6 +288,13 @@ class TrainConfig:
         default=None,
         at_least=1,
         unset="once, at the end",
+    )
+    patience: int | None = _measuring(
+        "End the run when so many measurements in turn have not lowered the held-out KL.",
+        default=None,
+        at_least=1,
+        unset="runs to its last step",
+        changeable=True,
     )
     heldout_cache: CachePath | None = _measuring(
         "Cache whose traces are the held-out ones, instead of --heldout-share.",
@@ -304,6 +314,18 @@ class TrainConfig:
     out: Path = _output("Folder of the run; run again to resume.", basic=True, changeable=True)
     save_every: int = _output(
         "Steps between checkpoints.", default=500, at_least=1, changeable=True
+    )
+    estimate: bool = _output(
+        "Print the memory that each device will need, and stop; nothing is loaded or written.",
+        default=False,
+        changeable=True,
+    )
+    save_dtype: str | None = _output(
+        "Dtype of the weights in RUN/model; checkpoints keep float32.",
+        default=None,
+        choices=SAVE_DTYPES,
+        changeable=True,
+        unset="that of the student it began with",
     )
     keep_last: int = _output(
         "Number of checkpoints to keep; a run falls back on the one before a damaged one.",
@@ -343,6 +365,8 @@ class TrainConfig:
             raise ValueError(
                 f"{flag}: expected held-out traces, from --heldout-share or --heldout-cache"
             )
+        if self.patience is not None and self.eval_every is None:
+            raise ValueError("--patience: expected --eval-every, how often to measure")
         if self.packing and self.live_teacher is not None:
             raise ValueError("--packing: a live teacher reads rows of one trace; leave it out")
 

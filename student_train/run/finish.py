@@ -11,9 +11,10 @@ from torch import Tensor
 
 from student_train.errors import NonFiniteLossError
 from student_train.model.adapters import with_trained_adapters
-from student_train.model.load import load_model
+from student_train.model.load import load_model, stored_dtype
 from student_train.model.save import make_savable, save_student
 from student_train.run.checkpoint import check_best, read_state
+from student_train.run.config import TrainConfig
 from student_train.run.inputs import RunInputs
 from student_train.run.model_card import model_card
 from student_train.run.processes import decided_by_main
@@ -62,13 +63,13 @@ def finish(run: Run) -> TrainResult:
         _write_student(run, weights, chosen)
     inputs.accelerator.wait_for_everyone()
     inputs.accelerator.end_training()  # and its processes' group
-    return TrainResult(folder.model, run.num_steps, metrics, was_finished=False)
+    return TrainResult(folder.model, run.state.step, metrics, was_finished=False)
 
 
 def _choose_student(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     """Restore the best step's weights if asked to; return the metrics of the chosen step."""
     folder, state, accelerator = run.inputs.folder, run.state, run.inputs.accelerator
-    if run.inputs.config.select != "heldout" or state.best_step == run.num_steps:
+    if run.inputs.config.select != "heldout" or state.best_step == state.step:
         return metrics
     decided_by_main(accelerator, lambda: check_best(folder, state))
     best = folder.checkpoint_of(state.best_step)
@@ -126,8 +127,15 @@ def _log_counts(run: Run) -> None:
             "such traces and changed nothing",
             f"{state.num_empty_traces:,}",
             state.num_empty_steps,
-            run.num_steps,
+            state.step,
         )
+
+
+def _save_dtype(config: TrainConfig) -> torch.dtype:
+    if config.save_dtype is None:
+        return stored_dtype(config.student, revision=config.student_revision) or torch.float32
+    dtype: torch.dtype = getattr(torch, config.save_dtype)
+    return dtype
 
 
 def _write_student(run: Run, weights: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:
@@ -145,8 +153,9 @@ def _write_student(run: Run, weights: Mapping[str, Tensor], metrics: Mapping[str
         inputs.tokenizer,
         inputs.folder.model,
         weights=weights,
+        dtype=_save_dtype(config),
         terminal_token_ids=inputs.data.terminal_token_ids
         if config.chat_template == "cache"
         else (),
-        card=model_card(config, inputs.data, metrics, run.num_steps),
+        card=model_card(config, inputs.data, metrics, run.state.step),
     )

@@ -11,6 +11,7 @@ lock             held by the main process while it is at work; see folder_lock
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -164,11 +165,14 @@ class RunFolder:
     def _changed_settings(self, config: TrainConfig) -> list[str]:
         before = {} if self._before is None else self._before.get("config", {})
         changeable = changeable_names(TrainConfig)
-        return [
+        changed = [
             f"{name}: {before.get(name)!r} before, {value!r} now"
             for name, value in config.to_json().items()
-            if name not in changeable and before.get(name) != value
+            if name not in {*changeable, "epochs", "max_steps"}
+            and before.get(name) != value
+            and not (name == "dtype" and value is None)  # not decided yet
         ]
+        return changed + self._different_length(config, before)
 
     def _refuse(self, differences: Sequence[str]) -> None:
         if differences:
@@ -176,6 +180,28 @@ class RunFolder:
                 f"{self.path} holds another run ({'; '.join(differences)}). "
                 "Name another --out, or repeat that run's settings."
             )
+
+    def _different_length(self, config: TrainConfig, before: Mapping[str, Any]) -> list[str]:
+        """Differences in the length of the run, but for one that extends it as it may be."""
+        now = {"epochs": config.epochs, "max_steps": config.max_steps}
+        found = [name for name, value in now.items() if before.get(name) != value]
+        is_longer = config.epochs >= before.get("epochs", 0) and (
+            config.max_steps is None or (before.get("max_steps") or math.inf) <= config.max_steps
+        )
+        if not found or (is_longer and config.schedule == "constant"):
+            return []
+        reason = ""
+        if is_longer:
+            reason = (
+                f" (--schedule {config.schedule} is laid out over all steps of a run from its "
+                "start; only one of --schedule constant can be extended)"
+            )
+        return [f"{name}: {before.get(name)!r} before, {now[name]!r} now{reason}" for name in found]
+
+    def extends(self, config: TrainConfig) -> bool:
+        """Whether these settings are those of a longer run than the one that is here."""
+        before = (self._before or {}).get("config", {})
+        return (before.get("epochs"), before.get("max_steps")) != (config.epochs, config.max_steps)
 
     def begin(self, identity: RunIdentity, mark: MetricsMark | None) -> None:
         """Make the folder ready: write the configuration, cut metrics back to the checkpoint.
@@ -187,6 +213,9 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         remove_unpublished(self.path)
         remove_unpublished(self.checkpoints)
+        if self.finished:  # the run goes on: its student so far stays under another name
+            step = read_record(self.result_file, "It belongs to the student.")["metrics"]["step"]
+            self.model.rename(self.path / f"model-step-{step:09d}")
         publish_record(self.config_file, identity.to_json())
         self.checkpoints.mkdir(exist_ok=True)  # second: without config.json they are a stranger's
         with self.metrics_file.open("ab") as file:

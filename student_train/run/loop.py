@@ -7,16 +7,18 @@ import signal
 from student_train.batch.micro_batch import micro_batches
 from student_train.data.stream import StreamStep
 from student_train.data.tokens import LossDropout
-from student_train.errors import InterruptedRunError, NonFiniteLossError
+from student_train.errors import DivergedLossError, InterruptedRunError, NonFiniteLossError
 from student_train.run.checkpoint import write_checkpoint
 from student_train.run.config import TrainConfig
 from student_train.run.finish import TrainResult, finish, finished_before
 from student_train.run.inputs import open_inputs
 from student_train.run.memory import advice_when_out_of_memory
+from student_train.run.precision import with_precision
 from student_train.run.processes import join_processes, owned
 from student_train.run.progress import describe, stop_after_step
 from student_train.run.setup import Run, open_stream, prepare
 from student_train.run.sharding import clip_gradients, gathered_state
+from student_train.run.state import RunState
 from student_train.run.step import (
     StepFigures,
     StepTotals,
@@ -43,14 +45,16 @@ def train(config: TrainConfig) -> TrainResult:
         CacheError: If the cache cannot be read, or does not fit the student.
         ValueError: If the settings do not fit the cache, the student, or the run's folder.
         InUseError: If another process is at work in that folder.
-        NonFiniteLossError: If the loss diverges; the last checkpoint stays.
+        DivergedLossError: If the loss grows tenfold; the last checkpoint stays.
+        NonFiniteLossError: If the loss is no longer a number; the last checkpoint stays.
         InterruptedRunError: After SIGINT or SIGTERM, once a checkpoint has been written.
     """
+    config = with_precision(config)
     accelerator = join_processes(config)
     with owned(config.out, accelerator):
         with Progress("opening cache and student", enabled=accelerator.is_main_process):
             inputs = open_inputs(config, accelerator)
-        if inputs.folder.finished:
+        if inputs.folder.finished and not inputs.folder.extends(config):
             return finished_before(inputs)
         run = prepare(inputs)
         _take_steps(run)
@@ -114,15 +118,20 @@ def _take_steps(run: Run) -> None:
             state.bytes_read = bytes_before + totals.bytes_read
             state.flops += totals.flops
             state.train_s += figures.end_step(counts.num_valid)
-            is_end = state.step == run.num_steps
+            if counts.num_valid:
+                state.note_loss(totals.sums["loss"])
+            if state.has_diverged:
+                raise DivergedLossError(_diverged(state))
 
             # Every eval_every steps and after the last.
             heldout: dict[str, float] = {}
+            is_end = run.is_over
             if run.validation is not None and (is_end or _is_turn(state.step, config.eval_every)):
                 heldout = run.validation.measure()
                 state.note_heldout(heldout["heldout_kl"])
                 if accelerator.is_main_process:
                     logger.info("step %d: held-out KL %.4f", state.step, heldout["heldout_kl"])
+                is_end = run.is_over  # the last one, if it has not fallen for long enough
 
             # Every log_every steps, after the last, and where held-out traces were measured.
             if is_end or heldout or _is_turn(state.step, config.log_every):
@@ -164,6 +173,14 @@ def _save_checkpoint(run: Run) -> None:
     }
     write_checkpoint(
         inputs.folder, run.state, tensors, inputs.accelerator, keep_last=inputs.config.keep_last
+    )
+
+
+def _diverged(state: RunState) -> str:
+    return (
+        f"step {state.step}: the loss is {state.mean_loss:.3g} over the last steps, and was "
+        f"{state.lowest_mean_loss:.3g} before: the run diverges. Start over in another --out with "
+        "a lower --lr or a longer --warmup. The last checkpoint stays."
     )
 
 

@@ -10,8 +10,14 @@ from typing import TypeVar, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 
+from student_train.batch.gloo_exchange import TIMEOUT
 from student_train.run.config import TrainConfig
 from teacher_cache.format.folder_lock import LOCK_NAME, FolderLock
 
@@ -24,6 +30,9 @@ _T = TypeVar("_T")
 def join_processes(config: TrainConfig) -> Accelerator:
     """Find the other processes of this run; every process calls it before anything else.
 
+    Args:
+        config: Configuration, with its precision decided.
+
     Raises:
         ValueError: If a launcher started several that do not find each other (each would train
             alone, and all of them into one folder), or if the tracker is not installed.
@@ -33,11 +42,18 @@ def join_processes(config: TrainConfig) -> Accelerator:
     num_started = max(int(os.environ.get(name) or 1) for name in _SIZES)
     num_started = max(num_started, int(os.environ.get("LOCAL_RANK") or 0) + 1)
     if num_started > 1 and not torch.accelerator.is_available():
-        PartialState(cpu=True)  # which accelerate does on its own with ACCELERATE_USE_CPU alone
+        PartialState(
+            cpu=True, timeout=TIMEOUT
+        )  # which accelerate does on its own with ACCELERATE_USE_CPU alone
     accelerator = Accelerator(
         mixed_precision="bf16" if config.dtype == "bfloat16" else "no",
         log_with=None if config.tracker == "none" else config.tracker,
         project_config=ProjectConfiguration(project_dir=config.out, logging_dir=config.out),
+        kwargs_handlers=[
+            # A rank waits for the main one while it writes: a large checkpoint takes long.
+            InitProcessGroupKwargs(timeout=TIMEOUT),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # or both are in memory
+        ],
     )
     if accelerator.num_processes < num_started:
         raise ValueError(

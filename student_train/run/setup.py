@@ -22,9 +22,12 @@ from student_train.run.checkpoint import (
     restore_random_state,
     whole_checkpoint,
 )
+from student_train.run.config import TrainConfig
 from student_train.run.inputs import RunInputs, log_inputs
 from student_train.run.memory import advice_when_out_of_memory
+from student_train.run.memory_estimate import estimate_run
 from student_train.run.optimizers import make_optimizer, make_schedule
+from student_train.run.precision import halve_frozen_layers
 from student_train.run.processes import decided_by_main
 from student_train.run.sharding import place, restore_state
 from student_train.run.state import RunState
@@ -52,6 +55,14 @@ class Run:
     spans: SpanFigures
     state: RunState
 
+    @property
+    def is_over(self) -> bool:
+        """Whether no step follows: after the last one, or when patience has ended."""
+        patience = self.inputs.config.patience
+        return self.state.step >= self.num_steps or (
+            patience is not None and self.state.num_worse >= patience
+        )
+
 
 def prepare(inputs: RunInputs) -> Run:
     """Place the student, create its optimizer, and restore the last checkpoint if there is one.
@@ -68,6 +79,8 @@ def prepare(inputs: RunInputs) -> Run:
     spans = SpanFigures.of(inputs.drawn)
     if accelerator.is_main_process:
         log_inputs(inputs, spans)
+        if accelerator.device.type == "cuda":
+            _log_estimate(config)
 
     set_seed(config.seed, device_specific=True)
     head = head_of(model)  # while the model is as it was loaded
@@ -120,6 +133,13 @@ def prepare(inputs: RunInputs) -> Run:
     )
 
 
+def _log_estimate(config: TrainConfig) -> None:
+    try:
+        logger.info("memory: %s", estimate_run(config))
+    except ValueError as error:
+        logger.info("memory: %s", error)
+
+
 def open_stream(run: Run) -> TraceStream:
     """This process' part of every remaining global batch."""
     config, accelerator = run.inputs.config, run.inputs.accelerator
@@ -127,7 +147,7 @@ def open_stream(run: Run) -> TraceStream:
         run.inputs.data,
         config.selection,
         batch_traces=config.batch_traces,
-        num_epochs=config.epochs if run.state.step < run.num_steps else 0,
+        num_epochs=0 if run.is_over else config.epochs,
         seed=config.seed,
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
@@ -149,6 +169,8 @@ def _change_model(inputs: RunInputs) -> str:
         logger.info("%s would mix traces in one row: each trace gets its own", type(model).__name__)
     if config.lora is not None:
         add_adapters(model, config.lora)
+        if config.dtype == "bfloat16":
+            halve_frozen_layers(model)
         if accelerator.is_main_process:
             logger.info("%s of %s weights are trained", *map("{:,}".format, count_trained(model)))
     if config.compile:
@@ -173,6 +195,13 @@ def _restored(
         restore_random_state(path, accelerator.process_index)
         if accelerator.is_main_process:
             logger.info("resuming after step %s of %s", f"{state.step:,}", f"{last_step:,}")
+    num_warmup_steps = round(config.warmup * last_step)
+    if folder.extends(config) and 0 < state.step < num_warmup_steps:
+        raise ValueError(
+            f"--epochs, --max-steps: {num_warmup_steps:,} of {last_step:,} steps would be warm-up, "
+            f"and the rate has reached its peak in {state.step:,}: extend the run by less, or "
+            "begin another"
+        )
     accelerator.wait_for_everyone()  # nobody may look for a checkpoint any more
     if accelerator.is_main_process:
         folder.begin(inputs.identity, mark)

@@ -7,6 +7,10 @@ from typing import Any
 
 from student_train.data.stream import Cursor
 
+_NEW_LOSS_SHARE = 0.1
+_LARGEST_GROWTH = 10.0
+_SMALL_LOSS = 0.01  # nats; below it, steps differ by any factor
+
 
 @dataclass
 class RunState:
@@ -25,6 +29,9 @@ class RunState:
     train_s: float = 0.0  # in the loop
     best_step: int = 0  # 0: not evaluated yet
     best_kl: float = math.inf  # on held-out traces, after that step
+    num_worse: int = 0  # measurements on held-out traces since then
+    mean_loss: float = math.nan  # moving average over about 1 / _NEW_LOSS_SHARE steps
+    lowest_mean_loss: float = math.inf
 
     def advance(
         self,
@@ -48,8 +55,21 @@ class RunState:
 
     def note_heldout(self, kl: float) -> None:
         """Remember this step if no step before it had so low a held-out KL."""
+        self.num_worse += 1
         if kl < self.best_kl:
-            self.best_step, self.best_kl = self.step, kl
+            self.best_step, self.best_kl, self.num_worse = self.step, kl, 0
+
+    def note_loss(self, loss: float) -> None:
+        """Add a step's loss to the moving average."""
+        if math.isnan(self.mean_loss):
+            self.mean_loss = loss
+        self.mean_loss += _NEW_LOSS_SHARE * (loss - self.mean_loss)
+        self.lowest_mean_loss = min(self.lowest_mean_loss, self.mean_loss)
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the loss is ten times as high as it was, over some steps and not in one."""
+        return self.mean_loss > _LARGEST_GROWTH * max(self.lowest_mean_loss, _SMALL_LOSS)
 
     def to_json(self) -> dict[str, Any]:
         """Every count as a JSON value."""
