@@ -220,6 +220,8 @@ def test_the_commands_of_a_script_exist_with_their_options(script):
         ("tools/demo.toml", TrainConfig),
         ("tools/paper.toml", TrainConfig),
         ("tools/truncation/run.toml", TrainConfig),
+        ("tools/truncation/run_short.toml", TrainConfig),
+        ("tools/truncation/evaluate_short.toml", EvaluateConfig),
         ("tools/truncation/real_text.toml", TrainConfig),
         ("tools/truncation/evaluate.toml", EvaluateConfig),
     ],

@@ -33,6 +33,8 @@ def group(name, kind, options):
          "mixture: 80 % of the traces cut at 37.5 %, 20 % whole", "mixture"),
         ("x", "mixture", {"trace_tokens": "64:1,128:1"},
          "mixture: 50 % of the traces cut at 64 tokens, 50 % cut at 128 tokens", "mixture"),
+        ("x", "mixture", {"lead_span": "0.1:1,0.3:1,0.5:1,0.7:1,0.9:1"},
+         "random lengths: 5 from 10 % to 90 %, mean 50 %", "random lengths"),
         ("half-steps", "half-steps", {"max_steps": 5}, "whole traces, half the steps",
          "half the steps"),
         ("base", "base", None, "untrained student", "untrained"),

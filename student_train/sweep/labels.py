@@ -17,6 +17,7 @@ _KINDS = {
 }
 _PARTS = {"lead": "first", "middle": "middle", "last": "last"}
 _SECTIONS = {"prompt": "prompt", "cot": "reasoning", "answer": "answer"}
+_MOST_NAMED = 3  # lengths of a mixture; more do not fit beside a bar
 
 
 def label(group: Group) -> str:
@@ -62,6 +63,12 @@ def _length(options: Mapping[str, Any]) -> str:
 def _mixture(lengths: str, name: Callable[[float], str]) -> str:
     """Turn `0.375:4,1:1` into `mixture: 80 % of the traces cut at 37.5 %, 20 % whole`."""
     spans = LeadSpans.parse(lengths)
+    if len(spans.lengths) > _MOST_NAMED:
+        first, last, mean = (
+            name(length).removeprefix("cut at ")
+            for length in (spans.lengths[0], spans.lengths[-1], spans.mean)
+        )
+        return f"random lengths: {len(spans.lengths)} from {first} to {last}, mean {mean}"
     shares = [percent(share) for share in spans.shares]
     shares[0] += " of the traces"
     named = [f"{share} {name(length)}" for share, length in zip(shares, spans.lengths, strict=True)]

@@ -79,7 +79,8 @@ def print_table(out: str) -> None:
     """Print a row per run: its cost, and its figures on all held-out tokens and by section."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     names = ("kl", "bits_per_byte", "top1")
-    parts = {"": None, "_prompt": "prompt", "_answer": "answer"}
+    sections = {row["section"]: None for row in _runs(out)[0][3]["traces"]}
+    parts = {"": None, **{f"_{section}": section for section in sections}}
     columns = [f"{name}{part}" for part in parts for name in names]
     writer.writerow(["run", "seed", "gflop", *columns])
     for name, seed, flops, measured in _runs(out):
