@@ -76,6 +76,13 @@ def test_a_packed_trace_is_the_trace_to_the_last_bit():
     np.testing.assert_array_equal(found["k"], trace.k)
 
 
+def test_logits_that_no_cache_holds_are_refused():
+    trace = make_trace("t", 60)
+    trace = replace(trace, top_logits=np.linspace(-9, 0, trace.num_entries, dtype=np.float32))
+    with pytest.raises(ValueError, match="at most 256 different logits"):
+        pack(trace, texts_index([trace]), None)
+
+
 def test_a_student_is_packed_beside_the_teacher_with_its_own_logprobs(student):
     trace = make_trace("t", 40, without_entries=[3])
     view = student_view(student, trace, torch.device("cpu"))
