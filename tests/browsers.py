@@ -46,7 +46,7 @@ def resize(browser, width, height=900, *, dark=False):
 def open_page(browser, path, ready="body"):
     """Load a file, and wait for an element."""
     browser.get(path.as_uri())
-    WebDriverWait(browser, 15).until(lambda page: page.find_elements(By.CSS_SELECTOR, ready))
+    WebDriverWait(browser, 60).until(lambda page: page.find_elements(By.CSS_SELECTOR, ready))
 
 
 def complaints(browser):

@@ -102,6 +102,13 @@ def test_the_wheel_holds_types_guides_and_the_format(distributions):
     }
     assert {"teacher_cache/py.typed", "student_train/py.typed"} <= names
     assert "teacher_cache/format/SPEC.md" in guides <= names
+    of_pages = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for kind in ("html", "css", "js")
+        for path in ROOT.glob(f"{package}/**/*.{kind}")
+    }
+    assert "teacher_cache/pages/style.css" in of_pages <= names
     assert not any(name.startswith(("tests/", "tools/")) for name in names)
     (metadata,) = (wheel.read(name).decode() for name in names if name.endswith("/METADATA"))
     assert "Author: The leadspan authors\n" in metadata

@@ -200,6 +200,17 @@ def test_a_colour_is_chosen_and_the_worst_tokens_are_jumped_to(browser, viewed):
     assert active == f"token-{token}"
 
 
+def test_a_damaged_page_says_so(browser, viewed, tmp_path):
+    page = tmp_path / "page.html"
+    text = viewed[0].read_text()
+    begin = text.index('id="trace-0">') + 200
+    page.write_text(text[:begin] + "AAAAAAAA" + text[begin + 8 :])
+    open_page(browser, page, "#failure:not([hidden])")
+
+    assert "the page is damaged" in text_of(browser, "#failure")
+    assert complaints(browser) != []
+
+
 def test_a_long_trace_shows_quickly_and_scrolls_with_few_rows(browser, tmp_path):
     trace = long_trace()
     cache = open_cache(make_cache(tmp_path / "cache", make_traces(1)))

@@ -76,6 +76,13 @@ def test_a_packed_trace_is_the_trace_to_the_last_bit():
     np.testing.assert_array_equal(found["k"], trace.k)
 
 
+def test_logits_that_no_cache_holds_are_refused():
+    trace = make_trace("t", 60)
+    trace = replace(trace, top_logits=np.linspace(-9, 0, trace.num_entries, dtype=np.float32))
+    with pytest.raises(ValueError, match="at most 256 different logits"):
+        pack(trace, texts_index([trace]), None)
+
+
 def test_a_student_is_packed_beside_the_teacher_with_its_own_logprobs(student):
     trace = make_trace("t", 40, without_entries=[3])
     view = student_view(student, trace, torch.device("cpu"))
@@ -124,7 +131,16 @@ def test_the_worst_disagreements_are_those_of_all_traces_by_falling_kl(student):
     assert [one.kl for one in worst] == sorted(everything, reverse=True)[:50]
     for one in worst:
         assert shown[one.trace].student.kl[one.token] == one.kl
-        assert shown[one.trace].trace.section(one.token) == one.section
+        trace = shown[one.trace].trace
+        assert trace.section(one.token) == one.section
+        entries = trace.logprobs(one.token)
+        own = entries.ids.tolist().index(trace.token_ids[one.token])
+        assert one.teacher == pytest.approx(np.exp(entries.logprobs[own]))
+        own += trace.entry_offsets[one.token]
+        assert one.student == pytest.approx(np.exp(shown[one.trace].student.entry_logprobs[own]))
+        assert one.before == "".join(
+            TOKENS[i] for i in trace.token_ids[max(0, one.token - 8) : one.token]
+        )
 
 
 @pytest.mark.parametrize("max_lead_span", [1.0, 0.5])

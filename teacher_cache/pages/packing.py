@@ -48,9 +48,17 @@ def pack(trace: Trace, known_ids: NDArray[np.int64], student: StudentView | None
         trace: The trace.
         known_ids: Ids of the page's texts, in rising order.
         student: What a student says of it.
+
+    Raises:
+        ValueError: If its logits have more values than the format has codes.
     """
     index_type = "<u4" if len(known_ids) > 1 << 16 else "<u2"
-    _, codes = np.unique(trace.top_logits, return_inverse=True)
+    values, codes = np.unique(trace.top_logits, return_inverse=True)
+    if len(values) > 256:
+        raise ValueError(
+            f"trace {trace.trace_id!r}: expected at most 256 different logits, as a cache holds "
+            f"them, found {len(values):,}"
+        )
     columns: list[NDArray[Any]] = [trace.tail_logit.astype("<f4")]
     if student is not None:
         columns += [student.kl.astype("<f4"), student.tail_logprob.astype("<f4")]

@@ -10,7 +10,14 @@ text.onPoint = (t) => showDetail(at("detail"), trace, t);
 text.onScroll = (first, end) => strip.showWindow(first, end);
 
 async function openTrace(number, token = 0) {
-  trace = await unpackTrace(number);
+  try {
+    trace = await unpackTrace(number);
+  } catch (error) {
+    at("failure").hidden = false;
+    at("failure").textContent =
+      `This trace cannot be unpacked (${error.message}): the page is damaged, or the browser is older than 2023.`;
+    throw error;
+  }
   at("trace").value = number;
   const fields = JSON.stringify({ finish_reason: trace.finish_reason, ...trace.fields }, null, 1);
   at("fields").textContent = fields.split("\n").map(visible).join("\n");

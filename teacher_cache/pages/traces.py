@@ -16,6 +16,7 @@ from teacher_cache.terminal.escape import printable
 _TEMPLATE = Path(__file__).with_name("traces.html")
 _SCRIPTS = ("trace_data.js", "trace_text.js", "trace_detail.js", "trace_page.js")
 _NUM_WORST = 50
+_NUM_BEFORE = 8  # tokens of context
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,10 @@ class Disagreement:
     token: int
     section: str
     kl: float  # nats
+    before: str  # text of the tokens before, printable
     text: str  # printable
+    teacher: float  # probability of the token
+    student: float
 
 
 def trace_page(
@@ -89,19 +93,35 @@ def worst_disagreements(
         if one.student is None:
             continue
         kl = np.nan_to_num(one.student.kl, nan=-1.0)
-        for token in np.argsort(-kl, kind="stable")[:_NUM_WORST].tolist():
-            if kl[token] > 0:
-                found.append(
-                    Disagreement(
-                        trace=number,
-                        trace_id=printable(one.trace.trace_id, 60),
-                        token=token,
-                        section=one.trace.section(token),
-                        kl=float(kl[token]),
-                        text=printable(repr(text_of(int(one.trace.token_ids[token]))), 60),
-                    )
-                )
-    return sorted(found, key=lambda one: -one.kl)[:_NUM_WORST]
+        worst = np.argsort(-kl, kind="stable")[:_NUM_WORST]
+        found += [(float(kl[token]), number, token) for token in worst.tolist() if kl[token] > 0]
+    found.sort(key=lambda place: -place[0])
+    return [
+        _disagreement(shown[number], number, token, text_of)
+        for _, number, token in found[:_NUM_WORST]
+    ]
+
+
+def _disagreement(
+    one: ShownTrace, number: int, token: int, text_of: Callable[[int], str]
+) -> Disagreement:
+    trace, student = one.trace, one.student
+    assert student is not None  # noqa: S101  # the caller has looked
+    ids = trace.token_ids.tolist()
+    entries = trace.logprobs(token)
+    own = entries.ids.tolist().index(ids[token])
+    before = "".join(text_of(token_id) for token_id in ids[max(0, token - _NUM_BEFORE) : token])
+    return Disagreement(
+        trace=number,
+        trace_id=printable(trace.trace_id, 60),
+        token=token,
+        section=trace.section(token),
+        kl=float(student.kl[token]),
+        before=printable(before, 60),
+        text=printable(repr(text_of(ids[token])), 60),
+        teacher=float(np.exp(entries.logprobs[own])),
+        student=float(np.exp(student.entry_logprobs[trace.entry_offsets[token] + own])),
+    )
 
 
 def _mean_kl(shown: Sequence[ShownTrace]) -> Mapping[str, tuple[int, float]]:
