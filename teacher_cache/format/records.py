@@ -70,8 +70,8 @@ def read_commits(
     names: Collection[str],
     header: CacheHeader,
     on_record: OnRecord = lambda done, total: None,
-) -> list[ShardCommit]:
-    """The commit records of these shards, checked against the cache's header.
+) -> Iterator[ShardCommit]:
+    """Yield the commit records of these shards, checked against the cache's header.
 
     Args:
         store: The cache.
@@ -104,9 +104,10 @@ def read_commits(
             yield commit
 
     if store.folder is not None:
-        return list(counted(map(read, names)))
+        yield from counted(map(read, names))
+        return
     with ThreadPoolExecutor(_NUM_READERS) as pool:  # fetching one by one would be mostly latency
-        return list(counted(pool.map(read, names)))
+        yield from counted(pool.map(read, names))
 
 
 def commit_file(name: str) -> str:
