@@ -61,7 +61,7 @@ class DrawnSpans:
         self, figure: Callable[[TokenSelection, TraceBounds], NDArray[np.int64]]
     ) -> NDArray[np.int64]:
         """[n] A figure of every trace that is trained on, from its own selection."""
-        choice = self.choice[self.source.train.index]
+        choice = self.choice[self.source.train.catalog_rows]
         found = np.zeros(len(choice), np.int64)
         for number, selection in enumerate(self.selection.choices):
             is_it = choice == number
@@ -92,7 +92,7 @@ class DrawnSpans:
     def bytes_read(self) -> int:
         """Bytes read in an epoch: each shard's leading bands, as far as one of its traces needs."""
         cache, train = self.source.cache, self.source.train
-        held, num_bands = cache.catalog.num_held[train.index], cache.header.num_bands
+        held, num_bands = cache.catalog.num_held[train.catalog_rows], cache.header.num_bands
         needed = np.zeros(cache.catalog.num_shards, np.int64)
         np.maximum.at(needed, train.shard, -(-self.num_read * num_bands // held))
         return int(cache.catalog.band_ends[np.arange(len(needed)), needed].sum())
@@ -123,13 +123,13 @@ def draw_spans(source: CacheTraces, selection: TokenSelection, seed: int) -> Dra
     is_by_shard = len(shards) * min(lengths.shares) >= MIN_SHARDS_PER_SPAN
     choice = np.zeros(catalog.num_rows, np.int16)
     if len(lengths.lengths) > 1:
-        num_tokens = catalog.numbers("n_total")[train.index]
-        names = catalog.trace_ids(train.index)
+        num_tokens = catalog.numbers("n_total")[train.catalog_rows]
+        names = catalog.trace_ids(train.catalog_rows)
         if is_by_shard:
             num_tokens = np.bincount(shard_of_trace, weights=num_tokens).astype(np.int64)
             names = [catalog.shard_list[shard][0] for shard in shards.tolist()]
         dealt = np.array(_dealt(names, num_tokens.tolist(), lengths, seed), np.int16)
-        choice[train.index] = dealt[shard_of_trace] if is_by_shard else dealt
+        choice[train.catalog_rows] = dealt[shard_of_trace] if is_by_shard else dealt
     drawn = DrawnSpans(source, selection, choice, is_by_shard)
     _check_held(drawn)
     return drawn
@@ -140,7 +140,7 @@ def _check_held(drawn: DrawnSpans) -> None:
     cache, train = drawn.source.cache, drawn.source.train
     if cache.header.max_lead_span == 1.0:
         return
-    held = cache.catalog.num_held[train.index]
+    held = cache.catalog.num_held[train.catalog_rows]
     lacking = np.flatnonzero(drawn.num_read > held)
     if len(lacking):
         first = lacking[0]

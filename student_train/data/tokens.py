@@ -206,7 +206,7 @@ class TraceBounds:
     def of_places(cls, cache: Cache, places: Places) -> "TraceBounds":
         """The bounds of some traces of a cache; no shard is read."""
         names = ("n_total", "cot_start", "answer_start")
-        return cls(*(cache.catalog.numbers(name)[places.index] for name in names))
+        return cls(*(cache.catalog.numbers(name)[places.catalog_rows] for name in names))
 
     def where(self, chosen: NDArray[np.bool_]) -> "TraceBounds":
         """The bounds of the chosen ones among the n traces."""

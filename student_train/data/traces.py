@@ -244,11 +244,10 @@ def _choose(
 
 def _check_names(where: Where, caches: Sequence[Cache], further: TraceFields | None) -> None:
     known = {*BUILT_IN, *(() if further is None else further.names)}
-    unknown = where.names - known
     fields: set[str] = set()
-    for cache in caches if unknown else ():
+    for cache in caches if where.names - known else ():
         fields |= cache.catalog.field_names
-    unknown = sorted(unknown - fields)
+    unknown = sorted(where.names - known - fields)
     if unknown:
         raise ValueError(
             f"where: no trace has a field {unknown[0]!r}; known fields: "

@@ -38,7 +38,7 @@ def heldout_data(config: TrainConfig, data: TrainingData) -> TrainingData | None
 
 def num_trained_too(heldout: TrainingData, data: TrainingData) -> int:
     """Number of held-out traces whose id is also trained on."""
-    own = (s.cache.catalog.trace_ids(s.train.index) for s in data.sources)
+    own = (s.cache.catalog.trace_ids(s.train.catalog_rows) for s in data.sources)
     trained = {trace_id for ids in own for trace_id in ids}
     return sum(info.trace_id in trained for info in heldout.heldout_infos())
 

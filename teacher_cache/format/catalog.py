@@ -118,7 +118,8 @@ class Catalog:
 
     def numbers(self, name: str) -> NDArray[np.int64]:
         """[rows] A column of whole numbers."""
-        return self.column(name).to_numpy().astype(np.int64)
+        found: NDArray[np.int64] = self.column(name).to_numpy().astype(np.int64)
+        return found
 
     @cached_property
     def counted(self) -> NDArray[np.int64]:
@@ -204,13 +205,17 @@ class Catalog:
 
     def info(self, index: int) -> TraceInfo:
         """The facts of the trace in one row."""
-        facts = (self.column(name)[index].as_py() for name in TRACE_FACTS)
-        return TraceInfo(*facts, self._fields(slice(index, index + 1))[0])
+        facts = [self.column(name)[index].as_py() for name in TRACE_FACTS]
+        (own,) = self._fields(slice(index, index + 1))
+        return TraceInfo(**dict(zip(TRACE_FACTS, facts, strict=True)), fields=own)
 
     def infos(self, index: NDArray[np.int64]) -> list[TraceInfo]:
         """The facts of the traces in some rows."""
         columns = [self.column(name).take(pa.array(index)).to_pylist() for name in TRACE_FACTS]
-        return [TraceInfo(*row) for row in zip(*columns, self.fields(index), strict=True)]
+        return [
+            TraceInfo(**dict(zip(TRACE_FACTS, facts, strict=True)), fields=own)
+            for facts, own in zip(zip(*columns, strict=True), self.fields(index), strict=True)
+        ]
 
     def fields(self, index: NDArray[np.int64]) -> list[dict[str, Any]]:
         """The user's fields of the traces in some rows."""

@@ -21,20 +21,22 @@ _NUM_NEIGHBORS = 1000  # ids compared with a missing one, on either side of it
 class Places(Sequence[Place]):
     """Places of traces, in arrays."""
 
-    def __init__(self, catalog: Catalog, index: NDArray[np.int64]) -> None:
-        """Take some rows of a catalogue.
+    def __init__(self, catalog: Catalog, catalog_rows: NDArray[np.int64]) -> None:
+        """Take the traces in some rows of a catalogue.
 
         Args:
             catalog: Catalogue of the cache.
-            index: [n] rows of it.
+            catalog_rows: [n] rows of it.
         """
-        self.index = index
-        self.shard: NDArray[np.int64] = np.searchsorted(catalog.first_row, index, "right") - 1
-        self.row: NDArray[np.int64] = index - catalog.first_row[self.shard]
+        self.catalog_rows = catalog_rows
+        self.shard: NDArray[np.int64] = (
+            np.searchsorted(catalog.first_row, catalog_rows, "right") - 1
+        )
+        self.row: NDArray[np.int64] = catalog_rows - catalog.first_row[self.shard]
         self._catalog = catalog
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.catalog_rows)
 
     def __iter__(self) -> Iterator[Place]:
         return zip(self.shard.tolist(), self.row.tolist(), strict=True)
@@ -45,7 +47,7 @@ class Places(Sequence[Place]):
     def __getitem__(self, number: slice) -> "Places": ...
     def __getitem__(self, number: int | slice) -> "Place | Places":
         if isinstance(number, slice):
-            return Places(self._catalog, self.index[number])
+            return Places(self._catalog, self.catalog_rows[number])
         return int(self.shard[number]), int(self.row[number])
 
 

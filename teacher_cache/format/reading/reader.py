@@ -142,7 +142,7 @@ class Cache:
 
     def infos_of(self, places: Places) -> Sequence[TraceInfo]:
         """Facts about some traces, in the order of their places."""
-        return Infos(self.catalog, places.index)
+        return Infos(self.catalog, places.catalog_rows)
 
     @cached_property
     def _number_of_id(self) -> Mapping[str, int]:
