@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from bench_json import write_figures
 from fakes import make_header, make_trace
+from s3_server import s3_server
 
 TRACES_PER_SHARD = 100
 BLOCK_BYTES = 100_000
@@ -143,31 +144,15 @@ def of_cache(folder: Path, wanted: list[str], on_s3: bool) -> Any:  # noqa: ANN4
         unseal(folder)
 
 
-def uploaded(folder: Path) -> Any:  # noqa: ANN401
-    """Context with the URI of a copy in a bucket, and a count of the requests so far."""
-    from contextlib import contextmanager
-
-    import s3_server
-
-    @contextmanager
-    def served() -> Any:  # noqa: ANN401
-        with s3_server.s3_server() as (_, uri):
-            count = [0]
-            forward = s3_server._Forward.forward
-
-            def counted(handler: Any) -> None:  # noqa: ANN401
-                count[0] += 1
-                forward(handler)
-
-            for method in ("GET", "HEAD", "PUT", "POST", "DELETE"):
-                setattr(s3_server._Forward, f"do_{method}", counted)
-            store = open_store(uri("cache"))
-            for file in sorted(folder.rglob("*")):
-                if file.is_file() and not file.name.startswith("."):
-                    store.publish(str(file.relative_to(folder)), file.read_bytes())
-            yield uri("cache"), lambda: count[0]
-
-    return served()
+@contextmanager
+def uploaded(folder: Path) -> Iterator[tuple[str, Callable[[], int]]]:
+    """The URI of a copy in a bucket, and a count of the requests so far."""
+    with s3_server() as (proxy, uri):
+        store = open_store(uri("cache"))
+        for file in sorted(folder.rglob("*")):
+            if file.is_file() and file.suffix in (".json", ".parquet", ".arrow"):
+                store.publish(str(file.relative_to(folder)), file.read_bytes())
+        yield uri("cache"), lambda: proxy.num_requests
 
 
 def unseal(folder: Path) -> None:

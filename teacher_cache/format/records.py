@@ -23,9 +23,11 @@ def read_manifest(path: CachePath | Store) -> Manifest | None:
         OSError: If it exists and cannot be read.
     """
     store = path if isinstance(path, Store) else open_store(path)
-    if store.size(MANIFEST_NAME) is None:
+    try:
+        text = store.read(MANIFEST_NAME)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return parse_manifest(store.read(MANIFEST_NAME), f"{store.where}/{MANIFEST_NAME}")
+    return parse_manifest(text, f"{store.where}/{MANIFEST_NAME}")
 
 
 def require_manifest(store: Store) -> Manifest:
