@@ -100,13 +100,20 @@ class Catalog:
             return self._columns[name]
 
     def _read(self, name: str) -> pa.ChunkedArray:
+        is_table = isinstance(self._source, pa.Table)
+        return self._checked(name, self._source[name]) if is_table else self._of_file(name)
+
+    def _of_file(self, name: str, row_group: int | None = None) -> pa.ChunkedArray:
         try:
-            if isinstance(self._source, pa.Table):
-                found = self._source[name]
+            if row_group is None:
+                table = self._source.read([name], use_threads=False)
             else:
-                found = self._source.read([name], use_threads=False)[name]
+                table = self._source.read_row_group(row_group, [name], use_threads=False)
+            return self._checked(name, table[name])
         except (pa.ArrowException, OSError, KeyError) as error:
             raise CacheFormatError(f"{self._where}: column {name!r}: {error}") from error
+
+    def _checked(self, name: str, found: pa.ChunkedArray) -> pa.ChunkedArray:
         kind = found.type if name == "fields" else CATALOG_COLUMNS.field(name).type
         if found.type != kind or (name == "fields" and not pa.types.is_struct(kind)):
             raise CacheFormatError(
@@ -136,7 +143,9 @@ class Catalog:
     def shards(self) -> pa.Table:
         """One row per shard: its name, number of traces, and the record's other facts."""
         first = pa.array(self.first_row[:-1])
-        records = self.column("shard_record").take(first).combine_chunks()
+        records = self._records()
+        if len(records) != self.num_shards:
+            raise CacheFormatError(f"{self._where}: expected a shard_record in each row 0")
         columns = dict(zip(SHARD_RECORD.names, records.flatten(), strict=True))
         names = self.column("shard").take(first).cast(pa.string())
         return pa.table({"name": names, "num_traces": np.diff(self.first_row), **columns})
@@ -155,6 +164,19 @@ class Catalog:
             num_duplicates=self.num_rows - num_traces,
             catalog=file,
         )
+
+    def _records(self) -> pa.StructArray:
+        """The records of shards; a part of the file at a time, for most of its rows have none."""
+        if isinstance(self._source, pa.Table):
+            parts = [self.column("shard_record").drop_null()]
+        else:
+            with self._lock:
+                parts = [
+                    self._of_file("shard_record", group).drop_null()
+                    for group in range(self._source.num_row_groups)
+                ]
+        chunks = [chunk for part in parts for chunk in part.chunks]
+        return pa.chunked_array(chunks, SHARD_RECORD).combine_chunks()
 
     @cached_property
     def band_ends(self) -> NDArray[np.int64]:
@@ -284,7 +306,9 @@ class Catalog:
     def _check(self) -> None:
         rows = self.numbers("row")
         starts = np.repeat(self.first_row[:-1], np.diff(self.first_row))
-        cot, answer, n = (self.numbers(x) for x in ("cot_start", "answer_start", "n_total"))
+        cot, answer, n = (
+            self.column(name).to_numpy() for name in ("cot_start", "answer_start", "n_total")
+        )
         in_order = (cot >= 0) & (cot <= answer) & (answer <= n) & (n >= 1)
         if not np.array_equal(rows + starts, np.arange(self.num_rows)) or not in_order.all():
             raise CacheFormatError(f"{self._where}: its rows contradict each other")
