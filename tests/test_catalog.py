@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -147,6 +148,20 @@ def test_duckdb_and_polars_answer_questions(pristine):
     assert len(blocks) == 3 * 20
     frame = polars.read_parquet(file)
     assert frame["n_total"].sum() == sum(info.n_total for info in infos)
+
+
+def test_the_questions_of_the_guide_have_answers(pristine):
+    guide = (Path(__file__).parent.parent / "teacher_cache/README.md").read_text()
+    queries = guide.split("```sql\n")[1].split("```")[0].split(";")[:-1]
+    right, cut, blocks = (
+        duckdb.sql(query.replace("cache/catalog.parquet", str(pristine / CATALOG_FILE))).fetchall()
+        for query in queries
+    )
+    assert sum(count for _, count, _ in right) == 11
+    assert cut == []
+    assert [length for _, length, _ in blocks[:20]] == [
+        block.length for block in open_cache(pristine).shards[0].blocks
+    ]
 
 
 CONDITIONS = [

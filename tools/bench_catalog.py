@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import resource
@@ -29,7 +30,7 @@ from student_train.data.draw import SpanFigures, draw_spans
 from student_train.data.order import data_order
 from student_train.data.tokens import TokenSelection
 from student_train.data.traces import open_data
-from teacher_cache.examine.inspection import inspect_cache
+from teacher_cache.examine.measured import section_lengths
 from teacher_cache.format import CacheWriter, FinishedTrace, open_cache, seal_cache
 from teacher_cache.format.commit import ShardCommit, TraceInfo, block_of
 from teacher_cache.format.store import open_store
@@ -147,6 +148,7 @@ def of_cache(folder: Path, wanted: list[str], on_s3: bool) -> Any:  # noqa: ANN4
 @contextmanager
 def uploaded(folder: Path) -> Iterator[tuple[str, Callable[[], int]]]:
     """The URI of a copy in a bucket, and a count of the requests so far."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # it tells of every request
     with s3_server() as (proxy, uri):
         store = open_store(uri("cache"))
         for file in sorted(folder.rglob("*")):
@@ -201,7 +203,7 @@ def start_training(place: str) -> None:
     selection = TokenSelection(lead_span=0.5)
     drawn = [draw_spans(source, selection, 0) for source in data.sources]
     SpanFigures.of(drawn)
-    data_order(data, seed=0, epoch=0, num_lanes=8)
+    data_order(data, seed=0, epoch=0)
 
 
 WORK: Mapping[str, Callable[[str], object]] = {
@@ -210,7 +212,7 @@ WORK: Mapping[str, Callable[[str], object]] = {
     "open": lambda place: open_cache(place),
     "where": lambda place: open_data([place], where=WHERE),
     "heldout": lambda place: open_data([place], heldout_share=0.01),
-    "inspect": lambda place: inspect_cache(open_cache(place), {}),
+    "lengths": lambda place: section_lengths(open_cache(place)),
     "train": start_training,
 }
 

@@ -100,6 +100,12 @@ class ShardCommit:
         return record
 
 
+_KEYS: Mapping[type, frozenset[str]] = {
+    kind: frozenset(item.name for item in dataclass_fields(kind))
+    for kind in (TraceInfo, Block, FileDigest, ShardCommit)
+}
+
+
 def parse_commit(text: bytes, name: str, advice: str = "") -> ShardCommit:
     """Read a commit record.
 
@@ -136,7 +142,7 @@ def parse_commit(text: bytes, name: str, advice: str = "") -> ShardCommit:
 
 def _known(kind: type[_T], values: Mapping[str, Any]) -> _T:
     """Build a dataclass from a JSON object; keys that this version does not know are ignored."""
-    names = {item.name for item in dataclass_fields(kind)}  # type: ignore[arg-type]  # a dataclass
+    names = _KEYS[kind]
     return kind(**{name: value for name, value in values.items() if name in names})
 
 
