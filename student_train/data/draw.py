@@ -73,6 +73,13 @@ class DrawnSpans:
         """[n] Leading tokens that are read of every trace that is trained on."""
         return self.each(lambda selection, bounds: selection.num_read_each(bounds))
 
+    @property
+    def num_read_by_row(self) -> NDArray[np.int64]:
+        """[rows of the catalogue] `num_read`; 0 for a trace that is not trained on."""
+        found = np.zeros(self.source.cache.catalog.num_rows, np.int64)
+        found[self.source.train.catalog_rows] = self.num_read
+        return found
+
     @cached_property
     def num_labels(self) -> NDArray[np.int64]:
         """[n] Tokens that are trained on of every trace."""

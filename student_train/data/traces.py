@@ -131,13 +131,27 @@ class TrainingData:
 
     def lengths(self, shard: NDArray[np.int64], row: NDArray[np.int64]) -> NDArray[np.int64]:
         """[n] Tokens in each of n whole traces, by their shards and rows."""
-        first_rows, n_total, first = [], [], 0
+        n_total = [source.cache.catalog.numbers("n_total") for source in self.sources]
+        return self.values_at(n_total, shard, row)
+
+    def values_at(
+        self,
+        values: Sequence[NDArray[np.int64]],
+        shard: NDArray[np.int64],
+        row: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """[n] Values of n traces, by their shards and rows.
+
+        Args:
+            values: For each source, [rows of its catalogue].
+            shard: [n] each trace's shard, counted through all caches.
+            row: [n] its row there.
+        """
+        first_rows, first = [], 0
         for source in self.sources:
-            catalog = source.cache.catalog
-            first_rows.append(first + catalog.first_row[:-1])
-            n_total.append(catalog.numbers("n_total"))
-            first += catalog.num_rows
-        found: NDArray[np.int64] = np.concatenate(n_total)[np.concatenate(first_rows)[shard] + row]
+            first_rows.append(first + source.cache.catalog.first_row[:-1])
+            first += source.cache.catalog.num_rows
+        found: NDArray[np.int64] = np.concatenate(values)[np.concatenate(first_rows)[shard] + row]
         return found
 
     def heldout_traces(self) -> Iterator[Trace]:
