@@ -34,6 +34,7 @@ class FlakyProxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Forward)
         self.backend = backend
         self.fault_share = 0.0
+        self.num_requests = 0
         self.num_faults = {"error": 0, "dropped": 0, "reset": 0, "cut": 0, "late": 0}
         self.old_lists = None
         self.rng = random.Random(0)
@@ -47,6 +48,7 @@ class _Forward(BaseHTTPRequestHandler):
 
     def forward(self):
         server = self.server
+        server.num_requests += 1
         body = self.body()
         fault = None
         if server.rng.random() < server.fault_share:

@@ -75,6 +75,17 @@ def test_a_remote_cache_holds_the_bytes_of_a_local_one(uri, tmp_path):
     assert verify_cache(uri).errors == []
 
 
+def test_opening_takes_no_more_requests_where_there_are_more_shards(uri, proxy, tmp_path):
+    traces = make_traces(12)
+    write_through(uri, traces, tmp_path / "journal")
+    seal_cache(uri, journal=tmp_path / "journal")
+    before = proxy.num_requests
+    cache = open_cache(uri)
+    assert proxy.num_requests - before <= 5
+    assert len(cache.shards) > 3
+    assert [info.trace_id for info in cache.infos] == [trace.trace_id for trace in traces]
+
+
 @pytest.mark.slow
 def test_failing_requests_are_tried_again(uri, proxy, tmp_path):
     traces = make_traces(16)

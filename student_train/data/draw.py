@@ -22,16 +22,17 @@ against 90.8 and 91.0 %), and every shard would be read whole by the end.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from student_train.data.lead_spans import LeadSpans
-from student_train.data.tokens import TokenSelection
+from student_train.data.tokens import TokenSelection, TraceBounds
 from student_train.data.traces import CacheTraces
-from teacher_cache.format import CacheMismatchError, TraceInfo, num_bands_needed
+from teacher_cache.format import CacheMismatchError
 
 # Shards for the rarest span: fewer would teach a length on too narrow a part of the data.
 MIN_SHARDS_PER_SPAN = 4
@@ -43,42 +44,71 @@ class DrawnSpans:
 
     source: CacheTraces
     selection: TokenSelection  # of one or several lengths
-    choice: tuple[NDArray[np.int16], ...]  # per shard, [rows] index into `selection.choices`
+    choice: NDArray[np.int16]  # [rows of the catalogue] index into `selection.choices`
     is_by_shard: bool
 
     def of(self, shard: int, row: int) -> TokenSelection:
         """The selection of one length for the trace there."""
-        return self.selection.choices[int(self.choice[shard][row])]
+        index = self.source.cache.catalog.index(shard, row)
+        return self.selection.choices[int(self.choice[index])]
 
-    def __iter__(self) -> Iterator[tuple[TraceInfo, TokenSelection]]:
-        """Every trace that is trained on, and its selection."""
-        for shard, row in self.source.train:
-            yield self.source.cache.shards[shard].traces[row], self.of(shard, row)
+    @cached_property
+    def bounds(self) -> TraceBounds:
+        """Bounds of every trace that is trained on."""
+        return TraceBounds.of_places(self.source.cache, self.source.train)
+
+    def each(
+        self, figure: Callable[[TokenSelection, TraceBounds], NDArray[np.int64]]
+    ) -> NDArray[np.int64]:
+        """[n] A figure of every trace that is trained on, from its own selection."""
+        choice = self.choice[self.source.train.catalog_rows]
+        found = np.zeros(len(choice), np.int64)
+        for number, selection in enumerate(self.selection.choices):
+            is_it = choice == number
+            found[is_it] = figure(selection, self.bounds.where(is_it))
+        return found
+
+    @cached_property
+    def num_read(self) -> NDArray[np.int64]:
+        """[n] Leading tokens that are read of every trace that is trained on."""
+        return self.each(lambda selection, bounds: selection.num_read_each(bounds))
+
+    @property
+    def num_read_by_row(self) -> NDArray[np.int64]:
+        """[rows of the catalogue] `num_read`; 0 for a trace that is not trained on."""
+        found = np.zeros(self.source.cache.catalog.num_rows, np.int64)
+        found[self.source.train.catalog_rows] = self.num_read
+        return found
+
+    @cached_property
+    def num_labels(self) -> NDArray[np.int64]:
+        """[n] Tokens that are trained on of every trace."""
+        return self.each(
+            lambda selection, bounds: sum(
+                (end - first for first, end in selection.ranges_each(bounds)),
+                start=np.zeros_like(bounds.n_total),
+            )
+        )
 
     def selects_any(self, sections: tuple[str, ...]) -> bool:
         """Whether a token of these sections of any trace is trained on."""
         narrowed = replace(self, selection=replace(self.selection, sections=sections))
-        return any(selection.ranges(info) for info, selection in narrowed)
+        return bool(narrowed.num_labels.any())
 
     @property
     def bytes_read(self) -> int:
         """Bytes read in an epoch: each shard's leading bands, as far as one of its traces needs."""
-        keep: dict[int, list[tuple[int, int]]] = {}
-        for (shard, _), (info, selection) in zip(self.source.train, self, strict=True):
-            pair = self.source.cache.num_held(info), selection.num_read(info)
-            keep.setdefault(shard, []).append(pair)
-        shards = self.source.cache.shards
-        return sum(
-            shards[shard].prefix_bytes(num_bands_needed(pairs, len(shards[shard].blocks)))
-            for shard, pairs in keep.items()
-        )
+        cache, train = self.source.cache, self.source.train
+        held, num_bands = cache.catalog.num_held[train.catalog_rows], cache.header.num_bands
+        needed = np.zeros(cache.catalog.num_shards, np.int64)
+        np.maximum.at(needed, train.shard, -(-self.num_read * num_bands // held))
+        return int(cache.catalog.band_ends[np.arange(len(needed)), needed].sum())
 
     @property
     def bytes_whole(self) -> int:
         """Bytes of all bands of the same shards."""
-        shards = self.source.cache.shards
-        used = {shard for shard, _ in self.source.train}
-        return sum(shards[shard].prefix_bytes(len(shards[shard].blocks)) for shard in used)
+        used = np.unique(self.source.train.shard)
+        return int(self.source.cache.catalog.band_ends[used, -1].sum())
 
 
 def draw_spans(source: CacheTraces, selection: TokenSelection, seed: int) -> DrawnSpans:
@@ -95,21 +125,18 @@ def draw_spans(source: CacheTraces, selection: TokenSelection, seed: int) -> Dra
     Raises:
         CacheMismatchError: If more is selected than a truncated cache holds.
     """
-    shards, infos, lengths = source.cache.shards, source.train_infos(), selection.lengths
-    num_tokens: dict[int, int] = {}  # by shard that is trained on
-    for (shard, _), info in zip(source.train, infos, strict=True):
-        num_tokens[shard] = num_tokens.get(shard, 0) + info.n_total
-    is_by_shard = len(num_tokens) * min(lengths.shares) >= MIN_SHARDS_PER_SPAN
-    choice = tuple(np.zeros(len(shard.traces), np.int16) for shard in shards)
-    if len(lengths.lengths) > 1 and is_by_shard:
-        names = [shards[shard].name for shard in num_tokens]
-        dealt = _dealt(names, list(num_tokens.values()), lengths, seed)
-        for shard, index in zip(num_tokens, dealt, strict=True):
-            choice[shard][:] = index
-    elif len(lengths.lengths) > 1:
-        dealt = _dealt([t.trace_id for t in infos], [t.n_total for t in infos], lengths, seed)
-        for (shard, row), index in zip(source.train, dealt, strict=True):
-            choice[shard][row] = index
+    catalog, train, lengths = source.cache.catalog, source.train, selection.lengths
+    shards, shard_of_trace = np.unique(train.shard, return_inverse=True)
+    is_by_shard = len(shards) * min(lengths.shares) >= MIN_SHARDS_PER_SPAN
+    choice = np.zeros(catalog.num_rows, np.int16)
+    if len(lengths.lengths) > 1:
+        num_tokens = catalog.numbers("n_total")[train.catalog_rows]
+        names = catalog.trace_ids(train.catalog_rows)
+        if is_by_shard:
+            num_tokens = np.bincount(shard_of_trace, weights=num_tokens).astype(np.int64)
+            names = [catalog.shard_list[shard][0] for shard in shards.tolist()]
+        dealt = np.array(_dealt(names, num_tokens.tolist(), lengths, seed), np.int16)
+        choice[train.catalog_rows] = dealt[shard_of_trace] if is_by_shard else dealt
     drawn = DrawnSpans(source, selection, choice, is_by_shard)
     _check_held(drawn)
     return drawn
@@ -117,18 +144,20 @@ def draw_spans(source: CacheTraces, selection: TokenSelection, seed: int) -> Dra
 
 def _check_held(drawn: DrawnSpans) -> None:
     """Refuse a selection of tokens that a truncated cache lacks, before the first step."""
-    cache = drawn.source.cache
+    cache, train = drawn.source.cache, drawn.source.train
     if cache.header.max_lead_span == 1.0:
         return
-    for info, selection in drawn:
-        held, needed = cache.num_held(info), selection.num_read(info)
-        if needed > held:
-            raise CacheMismatchError(
-                f"{cache.path}: the cache was truncated to a lead span of "
-                f"{cache.header.max_lead_span:g} and holds {held:,} tokens of trace "
-                f"{info.trace_id!r}, but {needed:,} are selected ({drawn.selection}). Train on at "
-                "most this lead span, or on the cache that it was made from."
-            )
+    held = cache.catalog.num_held[train.catalog_rows]
+    lacking = np.flatnonzero(drawn.num_read > held)
+    if len(lacking):
+        first = lacking[0]
+        raise CacheMismatchError(
+            f"{cache.path}: the cache was truncated to a lead span of "
+            f"{cache.header.max_lead_span:g} and holds {held[first]:,} tokens of trace "
+            f"{drawn.source.train_infos()[first].trace_id!r}, but {drawn.num_read[first]:,} are "
+            f"selected ({drawn.selection}). Train on at most this lead span, or on the cache that "
+            "it was made from."
+        )
 
 
 def _dealt(
@@ -157,19 +186,16 @@ class SpanFigures:
 
     @classmethod
     def of(cls, drawn: Sequence[DrawnSpans]) -> "SpanFigures":
-        """Count them on the commit records."""
+        """Count them on the catalogues."""
         num_traces = num_whole = num_inside = num_tokens = num_cot = num_cot_trained = 0
-        for info, selection in (pair for one in drawn for pair in one):
-            first, end = selection.span(info)
-            whole = selection.whole(info)
-            num_traces += 1
-            num_whole += end - first == whole
-            num_inside += end - first
-            num_tokens += whole
-            cot_first, cot_end = max(1, info.cot_start), info.answer_start
-            num_cot += max(0, cot_end - cot_first)
-            for left, right in selection.ranges(info):
-                num_cot_trained += max(0, min(right, cot_end) - max(left, cot_first))
+        for one in drawn:
+            inside, whole = one.each(_num_inside), one.each(TokenSelection.whole)
+            num_traces += len(inside)
+            num_whole += int((inside == whole).sum())
+            num_inside += int(inside.sum())
+            num_tokens += int(whole.sum())
+            num_cot += int(np.maximum(0, one.bounds.answer_start - _cot_first(one.bounds)).sum())
+            num_cot_trained += int(one.each(_num_cot_trained).sum())
         return cls(
             num_traces,
             num_whole,
@@ -182,6 +208,23 @@ class SpanFigures:
     def whole_trace_share(self) -> float:
         """Share of the traces that are not cut."""
         return self.num_whole_traces / self.num_traces
+
+
+def _num_inside(selection: TokenSelection, bounds: TraceBounds) -> NDArray[np.int64]:
+    first, end = selection.spans(bounds)
+    return end - first
+
+
+def _cot_first(bounds: TraceBounds) -> NDArray[np.int64]:
+    return np.maximum(1, bounds.cot_start)
+
+
+def _num_cot_trained(selection: TokenSelection, bounds: TraceBounds) -> NDArray[np.int64]:
+    found = np.zeros_like(bounds.n_total)
+    for first, end in selection.ranges_each(bounds):
+        inside = np.minimum(end, bounds.answer_start) - np.maximum(first, _cot_first(bounds))
+        found += np.maximum(0, inside)
+    return found
 
 
 def described(drawn: Sequence[DrawnSpans], figures: SpanFigures) -> str:
@@ -197,7 +240,7 @@ def described(drawn: Sequence[DrawnSpans], figures: SpanFigures) -> str:
     needed = math.ceil(MIN_SHARDS_PER_SPAN / min(selection.lengths.shares))
     for one in drawn:
         if not one.is_by_shard:
-            num_shards = len({shard for shard, _ in one.source.train})
+            num_shards = len(np.unique(one.source.train.shard))
             text += (
                 f"; {one.source.cache.path} has {num_shards:,} shards, fewer than {needed:,}: its "
                 "spans are drawn by trace, and most shards are read as far as their longest one"

@@ -34,11 +34,8 @@ class EpochOrder:
 def data_order(data: TrainingData, *, seed: int, epoch: int) -> EpochOrder:
     """The order of an epoch over the traces that are trained on; reads nothing."""
     shard, row = _epoch_places(data, seed, epoch)
-    infos = (
-        data.info(s % data.num_shards, r) for s, r in zip(shard.tolist(), row.tolist(), strict=True)
-    )
     # Whole traces, whatever the lead span: truncation must not change what a step holds.
-    num_tokens = np.array([info.n_total for info in infos], np.int64)
+    num_tokens = data.lengths(shard % data.num_shards, row)
     return epoch_order(shard, row, num_tokens, seed=seed, epoch=epoch, fingerprint=data.fingerprint)
 
 
@@ -48,14 +45,14 @@ def _epoch_places(
     """Shard and row of every trace of an epoch; see EpochOrder for how shards are counted."""
     shards, rows, first = [], [], 0
     for source, share in zip(data.sources, data.shares_of_epoch, strict=True):
-        places = np.array(source.train, np.int64)
-        turn = np.zeros(len(places), np.int64)
+        shard, row = source.train.shard, source.train.row
+        turn = np.zeros(len(shard), np.int64)
         if data.weights is not None:
             rng = _generator(f"mixture/{seed}/{source.cache.fingerprint}")
-            draw = drawn(places[:, 0], share, epoch, rng)
-            places, turn = places[draw.index], draw.turn
-        shards.append(first + places[:, 0] + turn * data.num_shards)
-        rows.append(places[:, 1])
+            draw = drawn(shard, share, epoch, rng)
+            shard, row, turn = shard[draw.index], row[draw.index], draw.turn
+        shards.append(first + shard + turn * data.num_shards)
+        rows.append(row)
         first += len(source.cache.shards)
     return np.concatenate(shards), np.concatenate(rows)
 

@@ -193,10 +193,8 @@ class TraceStream:
         if self._num_ranks == 1:
             alone = np.zeros(len(shard), np.int64)
             return Dealing(alone, alone)
-        num_tokens = np.empty(len(shard), np.int64)
-        for index, place in enumerate(zip(shard.tolist(), row.tolist(), strict=True)):
-            info = self._data.info(place[0] % self._data.num_shards, place[1])
-            num_tokens[index] = self._selection(*place).num_read(info)
+        num_read = [drawn.num_read_by_row for drawn in self._drawn]
+        num_tokens = self._data.values_at(num_read, shard % self._data.num_shards, row)
         return deal(
             shard, num_tokens, batch_traces=self._batch_traces, num_ranks=self._num_ranks,
             can_exchange=self._exchange is not None,

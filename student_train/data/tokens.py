@@ -9,7 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from student_train.data.lead_spans import LeadSpans, parse_span, parse_tokens
-from teacher_cache.format import SECTIONS, Trace, TraceInfo, lead_span_length
+from teacher_cache.format import (
+    SECTIONS,
+    Cache,
+    Places,
+    Trace,
+    TraceInfo,
+    lead_span_lengths,
+)
 from teacher_cache.terminal.option import check_options, option
 
 LOSS_RANGES = ("lead", "middle", "last")
@@ -103,20 +110,26 @@ class TokenSelection:
         Raises:
             TypeError: If the selection has several lengths.
         """
+        (first,), (end,) = (part.tolist() for part in self.spans(TraceBounds.of(trace)))
+        return first, end
+
+    def spans(self, bounds: "TraceBounds") -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """([n], [n]) `span` of n traces; raises as it does."""
         if isinstance(self.lead_span, LeadSpans) or isinstance(self.trace_tokens, LeadSpans):
             raise TypeError(f"{self}: expected a selection of one length; see `choices`")
-        whole = self.whole(trace)
+        whole = self.whole(bounds)
         if self.trace_tokens is not None:
-            keep = self.trace_tokens
+            keep = np.minimum(self.trace_tokens, whole)
         else:
-            keep = lead_span_length(whole, 1.0 if self.lead_span is None else self.lead_span)
-        keep = min(keep, whole)
-        first = {"lead": 0, "middle": (whole - keep) // 2, "last": whole - keep}[self.loss_on]
+            span = 1.0 if self.lead_span is None else self.lead_span
+            keep = np.minimum(lead_span_lengths(whole, span), whole)
+        spare = whole - keep
+        first = {"lead": np.zeros_like(keep), "middle": spare // 2, "last": spare}[self.loss_on]
         return first, first + keep
 
-    def whole(self, trace: Trace | TraceInfo) -> int:
-        """Number of tokens that the length is a proportion of."""
-        return trace.answer_start if self.lead_span_of == "reasoning" else trace.n_total
+    def whole(self, bounds: "TraceBounds") -> NDArray[np.int64]:
+        """[n] Number of tokens that the length is a proportion of."""
+        return bounds.answer_start if self.lead_span_of == "reasoning" else bounds.n_total
 
     def __str__(self) -> str:
         part = {"lead": "first", "middle": "middle", "last": "last"}[self.loss_on]
@@ -141,23 +154,63 @@ class TokenSelection:
 
         They refer to the whole trace, however many of its first tokens a `Trace` holds.
         """
-        bounds = (1, max(1, trace.cot_start), max(1, trace.answer_start), trace.n_total)
-        span = self.span(trace)
+        found = self.ranges_each(TraceBounds.of(trace))
+        pairs = ((int(first[0]), int(end[0])) for first, end in found)
+        return [(first, end) for first, end in pairs if first < end]
+
+    def ranges_each(
+        self, bounds: "TraceBounds"
+    ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """([n], [n]) per section: first token trained on and end, equal where there is none."""
+        first_of_span, end_of_span = self.spans(bounds)
+        starts = (bounds.n_total * 0, bounds.cot_start, bounds.answer_start)
+        ends = (bounds.cot_start, bounds.answer_start, bounds.n_total)
         found = []
-        for section, *bound in zip(SECTIONS, bounds, bounds[1:], strict=False):
-            first, end = max(bound[0], span[0]), min(bound[1], span[1])
-            if section in self.sections and first < end:
-                found.append((first, end))
+        for section, start, end in zip(SECTIONS, starts, ends, strict=True):
+            if section in self.sections:
+                first = np.maximum(np.maximum(start, 1), first_of_span)
+                found.append((first, np.maximum(first, np.minimum(end, end_of_span))))
         return found
 
     def num_read(self, trace: Trace | TraceInfo) -> int:
         """Number of first tokens that hold everything trained on; at least 1."""
-        ranges = self.ranges(trace)
-        return ranges[-1][1] if ranges else 1
+        return int(self.num_read_each(TraceBounds.of(trace))[0])
+
+    def num_read_each(self, bounds: "TraceBounds") -> NDArray[np.int64]:
+        """[n] `num_read` of n traces."""
+        num_read = np.ones_like(bounds.n_total)
+        for first, end in self.ranges_each(bounds):
+            num_read = np.where(first < end, end, num_read)
+        return num_read
 
     def selected(self, traces: Iterable[Trace]) -> list["SelectedTrace"]:
         """The traces, each with this selection, which has one length."""
         return [SelectedTrace(trace, self) for trace in traces]
+
+
+@dataclass(frozen=True)
+class TraceBounds:
+    """Lengths and section bounds of n traces."""
+
+    n_total: NDArray[np.int64]  # [n]
+    cot_start: NDArray[np.int64]  # [n]
+    answer_start: NDArray[np.int64]  # [n]
+
+    @classmethod
+    def of(cls, trace: Trace | TraceInfo) -> "TraceBounds":
+        """The bounds of one trace."""
+        values = (trace.n_total, trace.cot_start, trace.answer_start)
+        return cls(*(np.array([value], np.int64) for value in values))
+
+    @classmethod
+    def of_places(cls, cache: Cache, places: Places) -> "TraceBounds":
+        """The bounds of some traces of a cache; no shard is read."""
+        names = ("n_total", "cot_start", "answer_start")
+        return cls(*(cache.catalog.numbers(name)[places.catalog_rows] for name in names))
+
+    def where(self, chosen: NDArray[np.bool_]) -> "TraceBounds":
+        """The bounds of the chosen ones among the n traces."""
+        return TraceBounds(*(v[chosen] for v in (self.n_total, self.cot_start, self.answer_start)))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from student_train.data.mixture import shares_of_epoch
 from student_train.data.trace_fields import TraceFields
 from student_train.data.where import BUILT_IN, Where
@@ -13,6 +16,7 @@ from teacher_cache.format import (
     Cache,
     CachePath,
     KeepPolicy,
+    Places,
     PrefixCache,
     ShardList,
     Trace,
@@ -31,13 +35,13 @@ class CacheTraces:
 
     cache: Cache
     view: KeepPolicy  # how many entries of a token are read
-    train: tuple[Place, ...]
-    heldout: tuple[Place, ...]
+    train: Places
+    heldout: Places
     num_left_out: int  # by `where`
 
-    def train_infos(self) -> list[TraceInfo]:
-        """Commit records of the traces trained on; no shard is read."""
-        return [self.cache.shards[shard].traces[row] for shard, row in self.train]
+    def train_infos(self) -> Sequence[TraceInfo]:
+        """Facts about the traces trained on; no shard is read."""
+        return self.cache.infos_of(self.train)
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,8 @@ class TrainingData:
         return sum(len(source.heldout) for source in self.sources)
 
     def heldout_infos(self) -> list[TraceInfo]:
-        """Commit records of the held-out traces; no shard is read."""
-        places = [(s.cache, *place) for s in self.sources for place in s.heldout]
-        return [cache.shards[shard].traces[row] for cache, shard, row in places]
+        """Facts about the held-out traces; no shard is read."""
+        return [info for s in self.sources for info in s.cache.infos_of(s.heldout)]
 
     @property
     def snapshots(self) -> list[ShardList | None]:
@@ -121,9 +124,35 @@ class TrainingData:
         raise IndexError("no such shard")
 
     def info(self, shard: int, row: int) -> TraceInfo:
-        """Commit record of a trace; its shard is not read."""
+        """Facts about a trace; its shard is not read."""
         number, shard_of_cache = self.locate(shard)
-        return self.sources[number].cache.shards[shard_of_cache].traces[row]
+        catalog = self.sources[number].cache.catalog
+        return catalog.info(catalog.index(shard_of_cache, row))
+
+    def lengths(self, shard: NDArray[np.int64], row: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[n] Tokens in each of n whole traces, by their shards and rows."""
+        n_total = [source.cache.catalog.numbers("n_total") for source in self.sources]
+        return self.values_at(n_total, shard, row)
+
+    def values_at(
+        self,
+        values: Sequence[NDArray[np.int64]],
+        shard: NDArray[np.int64],
+        row: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """[n] Values of n traces, by their shards and rows.
+
+        Args:
+            values: For each source, [rows of its catalogue].
+            shard: [n] each trace's shard, counted through all caches.
+            row: [n] its row there.
+        """
+        first_rows, first = [], 0
+        for source in self.sources:
+            first_rows.append(first + source.cache.catalog.first_row[:-1])
+            first += source.cache.catalog.num_rows
+        found: NDArray[np.int64] = np.concatenate(values)[np.concatenate(first_rows)[shard] + row]
+        return found
 
     def heldout_traces(self) -> Iterator[Trace]:
         """Read the held-out traces, whole and with all entries that their cache holds.
@@ -211,30 +240,32 @@ def _choose(
     heldout_share: float,
     view: KeepPolicy,
 ) -> CacheTraces:
-    names = _prompt_names(cache)
-    train: list[Place] = []
-    heldout: list[Place] = []
-    for shard, row in cache.traces:
-        info = cache.shards[shard].traces[row]
-        known = info if further is None else further.added_to(info, cache)
-        if where is not None and not where.holds(known):
-            continue
-        is_out = is_heldout(names.get(info.trace_id, info.trace_id), heldout_share)
-        (heldout if is_out else train).append((shard, row))
-    num_left_out = len(cache.traces) - len(train) - len(heldout)
-    return CacheTraces(cache, view, tuple(train), tuple(heldout), num_left_out)
+    chosen = cache.catalog.counted
+    if where is not None and further is not None:
+        known = (further.added_to(info, cache) for info in cache.infos)
+        chosen = chosen[np.fromiter((where.holds(info) for info in known), bool, len(chosen))]
+    elif where is not None:
+        chosen = chosen[where.holds_for(cache.catalog, chosen)]
+    is_out = np.zeros(len(chosen), bool)
+    if heldout_share:
+        names = _prompt_names(cache)
+        ids = cache.catalog.trace_ids(chosen)
+        held = (is_heldout(names.get(trace_id, trace_id), heldout_share) for trace_id in ids)
+        is_out = np.fromiter(held, bool, len(chosen))
+    train, heldout = (Places(cache.catalog, chosen[part]) for part in (~is_out, is_out))
+    return CacheTraces(cache, view, train, heldout, len(cache) - len(chosen))
 
 
 def _check_names(where: Where, caches: Sequence[Cache], further: TraceFields | None) -> None:
-    fields = set() if further is None else further.names
-    for cache in caches:
-        for shard, row in cache.traces:
-            fields.update(cache.shards[shard].traces[row].fields)
-    unknown = sorted(where.names - fields - set(BUILT_IN))
+    known = {*BUILT_IN, *(() if further is None else further.names)}
+    fields: set[str] = set()
+    for cache in caches if where.names - known else ():
+        fields |= cache.catalog.field_names
+    unknown = sorted(where.names - known - fields)
     if unknown:
         raise ValueError(
             f"where: no trace has a field {unknown[0]!r}; known fields: "
-            f"{', '.join([*BUILT_IN, *sorted(fields)])}"
+            f"{', '.join([*BUILT_IN, *sorted(fields | known - set(BUILT_IN))])}"
         )
 
 
@@ -291,14 +322,15 @@ def _prompt_names(cache: Cache) -> dict[str, str]:
     """
     count = cache.manifest.config.get("samples_per_prompt", 1)
     has_samples = isinstance(count, int) and count > 1
-    of_prompt: dict[str, list[TraceInfo]] = {}
-    for shard, row in cache.traces:
-        info = cache.shards[shard].traces[row]
-        found = _SAMPLE_ID.match(info.trace_id)
+    counted = cache.catalog.counted
+    starts = cache.catalog.numbers("cot_start")[counted].tolist()
+    of_prompt: dict[str, list[tuple[str, int]]] = {}
+    for trace_id, cot_start in zip(cache.catalog.trace_ids(counted), starts, strict=True):
+        found = _SAMPLE_ID.match(trace_id)
         if found:
-            of_prompt.setdefault(found[1], []).append(info)
+            of_prompt.setdefault(found[1], []).append((trace_id, cot_start))
     names: dict[str, str] = {}
-    for name, infos in of_prompt.items():
-        if has_samples or len({info.cot_start for info in infos}) == 1:
-            names.update({info.trace_id: name for info in infos})
+    for name, samples in of_prompt.items():
+        if has_samples or len({cot_start for _, cot_start in samples}) == 1:
+            names.update((trace_id, name) for trace_id, _ in samples)
     return names

@@ -17,15 +17,15 @@ def chosen_places(source: CacheTraces, num_traces: int, seed: int) -> list[Place
         seed: Seed for the choice; the same seed gives the same traces.
     """
     rows_of_shard = rows_by_shard(source.train)
-    shards = source.cache.shards
+    catalog = source.cache.catalog
     candidates: list[Place] = []
     for number, shard in enumerate(
-        sorted(rows_of_shard, key=lambda shard: _key(seed, shards[shard].name))
+        sorted(rows_of_shard, key=lambda shard: _key(seed, catalog.shard_list[shard][0]))
     ):
         if number >= MIN_SHARDS and len(candidates) >= num_traces:
             break
         candidates += [(shard, row) for row in rows_of_shard[shard]]
-    candidates.sort(key=lambda place: _key(seed, shards[place[0]].traces[place[1]].trace_id))
+    candidates.sort(key=lambda place: _key(seed, catalog.info(catalog.index(*place)).trace_id))
     return sorted(candidates[:num_traces])
 
 

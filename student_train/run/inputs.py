@@ -157,8 +157,10 @@ def check_selection(drawn: Sequence[DrawnSpans], model: PreTrainedModel) -> None
                 f"{path}: nothing to train on: {selection} selects no token that has a "
                 f"distribution in any of {len(one.source.train):,} traces{without}"
             )
-        num_read, trace_id = max((own.num_read(info), info.trace_id) for info, own in one)
+        longest = int(one.num_read.argmax())
+        num_read = int(one.num_read[longest])
         if limit is not None and num_read - 1 > limit:
+            trace_id = one.source.train_infos()[longest].trace_id
             raise ValueError(
                 f"{path}: {num_read:,} tokens of trace {trace_id!r} are selected, the student has "
                 f"{limit:,} positions; use --trace-tokens {limit + 1} or a smaller lead span"

@@ -33,12 +33,13 @@ def heldout_data(config: TrainConfig, data: TrainingData) -> TrainingData | None
             "some of its traces out with --heldout-share"
         )
     (source,) = other.sources
-    return TrainingData((replace(source, train=(), heldout=source.train),))
+    return TrainingData((replace(source, train=source.train[:0], heldout=source.train),))
 
 
 def num_trained_too(heldout: TrainingData, data: TrainingData) -> int:
     """Number of held-out traces whose id is also trained on."""
-    trained = {info.trace_id for source in data.sources for info in source.train_infos()}
+    own = (s.cache.catalog.trace_ids(s.train.catalog_rows) for s in data.sources)
+    trained = {trace_id for ids in own for trace_id in ids}
     return sum(info.trace_id in trained for info in heldout.heldout_infos())
 
 

@@ -1,4 +1,4 @@
-"""Costs and savings of a lead span, counted on a cache's commit records; no shard is read."""
+"""Costs and savings of a lead span, counted on a cache's catalogue; no shard is read."""
 
 from student_train.data.draw import DrawnSpans, SpanFigures
 
@@ -18,18 +18,14 @@ def span_costs(drawn: DrawnSpans) -> dict[str, float]:
         num_captured: Tokens of all traces of the cache, those not trained on too.
     """
     cache, figures = drawn.source.cache, SpanFigures.of([drawn])
-    labels = num_read = num_tokens = 0
-    for info, selection in drawn:
-        labels += sum(end - first for first, end in selection.ranges(info))
-        num_read += selection.num_read(info)
-        num_tokens += info.n_total
+    num_read, num_tokens = int(drawn.num_read.sum()), int(drawn.bounds.n_total.sum())
     return {
         "num_positions": num_read,
         "mean_lead_span": figures.mean_lead_span,
         "whole_trace_share": figures.whole_trace_share,
         "cot_share": figures.cot_share,
-        "trace_share": labels / num_tokens,
+        "trace_share": int(drawn.num_labels.sum()) / num_tokens,
         "cache_bytes": drawn.bytes_read,
         "tokens_saved": num_tokens - num_read,
-        "num_captured": sum(info.n_total for info in cache.infos),
+        "num_captured": int(cache.catalog.numbers("n_total")[cache.catalog.counted].sum()),
     }

@@ -278,8 +278,7 @@ class Cluster:
     def _require_all_kept(self) -> None:
         """Raise an error if a journal was lost with its machine."""
         cache = open_cache(self._job.out, allow_unsealed=True)
-        held = (trace.trace_id for commit in cache.shards for trace in commit.traces)
-        lost = self._reported.difference(held)
+        lost = self._reported.difference(cache.catalog.trace_ids(cache.catalog.counted))
         if lost:
             raise CacheMismatchError(
                 f"{cache.path}: {len(lost)} traces were finished but are missing, e.g. "

@@ -191,7 +191,7 @@ def estimate_line(report: CaptureReport, cache: Cache) -> str:
             f"{num_traces:,} traces are too few to estimate all {num_wanted:,}: use a limit "
             f"of at least {MIN_TRACES}. {rest}"
         )
-    lengths = [info.n_total for info in cache.infos]
+    lengths = cache.catalog.numbers("n_total")[cache.catalog.counted].tolist()
     # 95 % interval of the traces' lengths: time and disk scale with them.
     error = 1.96 * statistics.stdev(lengths) / len(lengths) ** 0.5 / statistics.mean(lengths)
     whole_s = report.seconds / report.num_traces * num_wanted

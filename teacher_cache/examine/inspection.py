@@ -88,7 +88,7 @@ class Inspection:
 
 
 def inspect_cache(cache: Cache, num_shards: int) -> Inspection:
-    """Count from the commit records, and measure entries on some shards.
+    """Count from the catalogue, and measure entries on some shards.
 
     Args:
         cache: An open cache.
@@ -97,31 +97,33 @@ def inspect_cache(cache: Cache, num_shards: int) -> Inspection:
     Raises:
         CacheFormatError: If one of them, or a journal, is damaged.
     """
-    infos = cache.infos
-    held = [cache.num_held(info) for info in infos]
-    before_cot = sum(min(info.cot_start, n) for info, n in zip(infos, held, strict=True))
-    before_answer = sum(min(info.answer_start, n) for info, n in zip(infos, held, strict=True))
-    counts = (before_cot, before_answer - before_cot, sum(held) - before_answer)
+    catalog, counted = cache.catalog, cache.catalog.counted
+    held = catalog.num_held[counted]
+    before_cot, before_answer = (
+        int(np.minimum(catalog.numbers(name)[counted], held).sum())
+        for name in ("cot_start", "answer_start")
+    )
+    counts = (before_cot, before_answer - before_cot, int(held.sum()) - before_answer)
     sections = dict(zip(SECTIONS, counts, strict=True))
     num_tokens = sum(sections.values())
-    shard_bytes = sum(shard.size_bytes for shard in cache.shards)
+    shard_bytes = catalog.total("size_bytes")
     return Inspection(
         sealed=cache.sealed,
         fingerprint=cache.fingerprint,
-        num_shards=len(cache.shards),
-        num_traces=len(infos),
+        num_shards=catalog.num_shards,
+        num_traces=len(counted),
         num_tokens=num_tokens,
-        num_unfinished=sum(info.finish_reason == "length" for info in infos),
+        num_unfinished=catalog.count("finish_reason", "length"),
         num_tokens_of=sections,
         shard_bytes=shard_bytes,
-        bytes_per_token=shard_bytes / max(1, sum(shard.num_tokens for shard in cache.shards)),
+        bytes_per_token=shard_bytes / max(1, catalog.num_tokens),
         section_lengths=section_lengths(cache),
         measured=measure_entries(cache, num_shards),
         journalled=None if cache.sealed else journalled(cache),
-        num_clamped_tails=sum(shard.num_clamped_tails for shard in cache.shards),
-        num_clamped_logits=sum(shard.num_clamped_logits for shard in cache.shards),
+        num_clamped_tails=catalog.total("num_clamped_tails"),
+        num_clamped_logits=catalog.total("num_clamped_logits"),
         noise=cache.manifest.noise,
-        retokenized=None if cache.header.derived is None else overall(infos),
+        retokenized=None if cache.header.derived is None else overall(cache.infos),
     )
 
 

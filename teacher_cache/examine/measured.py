@@ -73,18 +73,18 @@ def measure_entries(cache: Cache, num_shards: int) -> Measured:
 
 
 def section_lengths(cache: Cache) -> dict[str, dict[str, int]]:
-    """Section -> number of tokens, in powers of two -> traces; from the commit records of all."""
-    lengths: dict[str, list[int]] = {name: [] for name in SECTIONS}
-    for info in cache.infos:
-        held = cache.num_held(info)
-        bounds = (0, min(info.cot_start, held), min(info.answer_start, held), held)
-        for name, first, end in zip(SECTIONS, bounds, bounds[1:], strict=False):
-            lengths[name].append(end - first)
-    longest = max((max(own, default=0) for own in lengths.values()), default=0)
-    edges = (0, 1, *(2**power for power in range(1, max(2, int(longest).bit_length() + 1))))
+    """Section -> number of tokens, in powers of two -> traces; from the catalogue."""
+    catalog, counted = cache.catalog, cache.catalog.counted
+    held = catalog.num_held[counted]
+    cot_start, answer_start = (
+        np.minimum(catalog.numbers(name)[counted], held) for name in ("cot_start", "answer_start")
+    )
+    parts = (cot_start, answer_start - cot_start, held - answer_start)
+    longest = max(int(own.max(initial=0)) for own in parts)
+    edges = (0, 1, *(2**power for power in range(1, max(2, longest.bit_length() + 1))))
     return {
-        name: histogram(np.array(own, np.int64), edges, integers=True)
-        for name, own in lengths.items()
+        name: histogram(own, edges, integers=True)
+        for name, own in zip(SECTIONS, parts, strict=True)
     }
 
 

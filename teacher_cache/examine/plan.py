@@ -15,8 +15,7 @@ from teacher_cache.format import (
     CacheError,
     CacheMismatchError,
     CachePath,
-    lead_span_length,
-    num_bands_needed,
+    lead_span_lengths,
     open_cache,
 )
 from teacher_cache.format.writing.writer import SHARD_BYTES
@@ -116,14 +115,14 @@ class _Sample:
                 f"{cache.path}: a sample must hold whole traces; plan from the cache it was "
                 "made from"
             )
-        lengths = [info.n_total for info in cache.infos]
+        catalog = cache.catalog
+        lengths = catalog.numbers("n_total")[catalog.counted]
         if len(lengths) < 2:
             raise CacheError(
                 f"{cache.path}: {len(lengths)} traces are no sample; capture more (--limit)"
             )
         error = 1.96 * float(np.std(lengths, ddof=1)) / len(lengths) ** 0.5
-        num_bytes = sum(shard.size_bytes for shard in cache.shards)
-        num_tokens = sum(shard.num_tokens for shard in cache.shards)
+        num_bytes, num_tokens = catalog.total("size_bytes"), catalog.num_tokens
         is_small = num_bytes < len(cache.shards) * SHARD_BYTES / 2
         steps = (
             Step(
@@ -148,11 +147,11 @@ class _Sample:
 
 def _bytes_read(cache: Cache, lead_span: float) -> int:
     """Bytes that a reader of all traces reads from the shards: whole bands."""
-    total = 0
-    for shard in cache.shards:
-        spans = ((t.n_total, lead_span_length(t.n_total, lead_span)) for t in shard.traces)
-        total += shard.prefix_bytes(num_bands_needed(spans, len(shard.blocks)))
-    return total
+    catalog, num_bands = cache.catalog, cache.header.num_bands
+    n_total = catalog.numbers("n_total")
+    needed = -(-lead_span_lengths(n_total, lead_span) * num_bands // n_total)
+    of_shard = np.maximum.reduceat(needed, catalog.first_row[:-1])
+    return int(catalog.band_ends[np.arange(catalog.num_shards), of_shard].sum())
 
 
 def _size(config: PlanConfig, sample: _Sample | None) -> Iterator[Step]:

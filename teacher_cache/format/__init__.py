@@ -1,6 +1,11 @@
 """The cache on disk: numpy, pyarrow and zstandard only. SPEC.md describes the bytes."""
 
-from teacher_cache.format.bands import lead_span_length, num_bands_needed
+from teacher_cache.format.bands import (
+    lead_span_length,
+    lead_span_lengths,
+    num_bands_needed,
+)
+from teacher_cache.format.catalog import Catalog
 from teacher_cache.format.codec import (
     LOGIT_GRID,
     TAIL_FLOOR,
@@ -20,7 +25,7 @@ from teacher_cache.format.header import CacheHeader, content_hash, tokenizer_fin
 from teacher_cache.format.manifest import Manifest, Seal, ShardList
 from teacher_cache.format.noise import NoiseFloor
 from teacher_cache.format.ragged import entry_offsets, row_of_entry, tail_mass
-from teacher_cache.format.reading.places import rows_by_shard
+from teacher_cache.format.reading.places import Places, rows_by_shard
 from teacher_cache.format.reading.prefix_cache import PrefixCache
 from teacher_cache.format.reading.reader import Cache, open_cache
 from teacher_cache.format.reading.view import narrowed
@@ -51,12 +56,14 @@ __all__ = [
     "CacheMismatchError",
     "CachePath",
     "CacheWriter",
+    "Catalog",
     "FinishedTrace",
     "InputShare",
     "KeepPolicy",
     "KeptEntries",
     "Manifest",
     "NoiseFloor",
+    "Places",
     "PrefixCache",
     "Seal",
     "ShardCommit",
@@ -72,6 +79,7 @@ __all__ = [
     "entry_offsets",
     "keep_entries",
     "lead_span_length",
+    "lead_span_lengths",
     "narrowed",
     "num_bands_needed",
     "open_cache",

@@ -27,6 +27,13 @@ def lead_span_length(n_total: int, lead_span: float) -> int:
     return max(1, n_total * exact.numerator // exact.denominator)
 
 
+def lead_span_lengths(n_total: NDArray[np.int64], lead_span: float) -> NDArray[np.int64]:
+    """[n] `lead_span_length` of n traces; raises as it does."""
+    lengths, of_trace = np.unique(n_total, return_inverse=True)
+    kept = [lead_span_length(length, lead_span) for length in lengths.tolist()]
+    return np.array(kept, np.int64)[of_trace]
+
+
 _Tokens = TypeVar("_Tokens", int, NDArray[np.int64])
 
 

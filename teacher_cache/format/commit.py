@@ -47,8 +47,8 @@ class Block:
 
 
 @dataclass(frozen=True)
-class MessagesFile:
-    """The file with the messages that a shard's traces answer, `messages/<name>.arrow`."""
+class FileDigest:
+    """Size and hash of a further file of the cache."""
 
     size_bytes: int
     sha256: str
@@ -67,7 +67,7 @@ class ShardCommit:
     num_clamped_logits: int
     blocks: tuple[Block, ...]
     traces: tuple[TraceInfo, ...]
-    messages: MessagesFile | None = None  # if traces have messages as prompts
+    messages: FileDigest | None = None  # of messages/<name>.arrow, if prompts were messages
     checksum: str = ""  # the record's own, set when it is read; the seal lists it
 
     @property
@@ -82,13 +82,28 @@ class ShardCommit:
         last = self.blocks[num_bands - 1]
         return last.offset + last.length
 
+    @property
+    def content(self) -> str:
+        """Hash of all that this version knows of the record."""
+        return content_hash(self._record())
+
     def to_bytes(self) -> bytes:
         """The file's content: the record and its checksum."""
+        record = self._record()
+        return json.dumps({**record, "checksum": content_hash(record)}).encode() + b"\n"
+
+    def _record(self) -> dict[str, Any]:
         record = {"format_version": FORMAT_VERSION, **asdict(self)}
         del record["checksum"]
         if self.messages is None:
             del record["messages"]
-        return json.dumps({**record, "checksum": content_hash(record)}).encode() + b"\n"
+        return record
+
+
+_KEYS: Mapping[type, frozenset[str]] = {
+    kind: frozenset(item.name for item in dataclass_fields(kind))
+    for kind in (TraceInfo, Block, FileDigest, ShardCommit)
+}
 
 
 def parse_commit(text: bytes, name: str, advice: str = "") -> ShardCommit:
@@ -116,10 +131,10 @@ def parse_commit(text: bytes, name: str, advice: str = "") -> ShardCommit:
         record["blocks"] = tuple(_known(Block, block) for block in record["blocks"])
         record["traces"] = tuple(_known(TraceInfo, trace) for trace in record["traces"])
         if record.get("messages") is not None:
-            record["messages"] = _known(MessagesFile, record["messages"])
+            record["messages"] = _known(FileDigest, record["messages"])
         commit = _known(ShardCommit, {**record, "checksum": checksum})
         _check_types(commit, where)
-        _check(commit, name, where)
+        check_layout(commit, name, where)
     except UNUSABLE_JSON as error:
         raise CacheFormatError(f"{where}: not a commit record: {error!r}{advice}") from error
     return commit
@@ -127,7 +142,7 @@ def parse_commit(text: bytes, name: str, advice: str = "") -> ShardCommit:
 
 def _known(kind: type[_T], values: Mapping[str, Any]) -> _T:
     """Build a dataclass from a JSON object; keys that this version does not know are ignored."""
-    names = {item.name for item in dataclass_fields(kind)}  # type: ignore[arg-type]  # a dataclass
+    names = _KEYS[kind]
     return kind(**{name: value for name, value in values.items() if name in names})
 
 
@@ -188,9 +203,16 @@ def check_commit(commit: ShardCommit, header: CacheHeader) -> None:
             )
 
 
-def _check(commit: ShardCommit, name: str, where: str) -> None:
+def check_layout(commit: ShardCommit, name: str, where: str) -> None:
+    """Check that a record has its shard's name, blocks without gaps, and each trace once.
+
+    Raises:
+        CacheFormatError: If it has not.
+    """
     if commit.name != name or not PLAIN_NAME.match(name):
         raise CacheFormatError(f"{where}: expected the record of {name!r}, got {commit.name!r}")
+    if not commit.traces:
+        raise CacheFormatError(f"{where}: expected at least one trace")
     position = 0
     for block in commit.blocks:
         if block.offset != position or block.length <= 0:

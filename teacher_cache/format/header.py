@@ -6,6 +6,7 @@ import math
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from teacher_cache.format.bands import lead_span_length
@@ -68,7 +69,7 @@ class CacheHeader:
             return n_total
         return lead_span_length(n_total, self.max_lead_span)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of everything above: captures that differ in any of it must not share a folder."""
         return content_hash(self.to_json())

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from teacher_cache.format.commit import PLAIN_NAME, ShardCommit, TraceInfo
+from teacher_cache.format.commit import PLAIN_NAME, FileDigest
 from teacher_cache.format.errors import CacheFormatError
 from teacher_cache.format.header import (
     FORMAT_NAME,
@@ -31,6 +31,7 @@ class Seal:
     num_traces: int  # each trace counted once
     num_tokens: int
     num_duplicates: int  # traces captured by two workers; the first shard's counts
+    catalog: FileDigest | None = None  # of catalog.parquet; None in a cache of before it
 
     @property
     def fingerprint(self) -> str:
@@ -64,6 +65,8 @@ class Manifest:
         }
         if self.seal is not None:
             record["seal"] = {**asdict(self.seal), "fingerprint": self.seal.fingerprint}
+            if self.seal.catalog is None:
+                del record["seal"]["catalog"]
         if self.noise is not None:
             record["noise"] = asdict(self.noise)
         record["checksum"] = content_hash(json.loads(json.dumps(record)))  # as a reader will see it
@@ -100,11 +103,13 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
 
 
 def _parse_seal(record: Mapping[str, Any], where: str) -> Seal:
+    catalog = record.get("catalog")
     seal = Seal(
         shards=tuple((str(name), str(checksum)) for name, checksum in record["shards"]),
         num_traces=int(record["num_traces"]),
         num_tokens=int(record["num_tokens"]),
         num_duplicates=int(record["num_duplicates"]),
+        catalog=None if catalog is None else _parse_digest(catalog),
     )
     names = [name for name, _ in seal.shards]
     for name in names:
@@ -117,16 +122,5 @@ def _parse_seal(record: Mapping[str, Any], where: str) -> Seal:
     return seal
 
 
-def make_seal(commits: Sequence[ShardCommit], header: CacheHeader) -> Seal:
-    """Seal for a cache with these shards, in the order of their names."""
-    ordered = sorted(commits, key=lambda commit: commit.name)
-    first: dict[str, TraceInfo] = {}
-    for commit in ordered:
-        for trace in commit.traces:
-            first.setdefault(trace.trace_id, trace)
-    return Seal(
-        shards=tuple((commit.name, commit.checksum) for commit in ordered),
-        num_traces=len(first),
-        num_tokens=sum(header.num_held(trace.n_total) for trace in first.values()),
-        num_duplicates=sum(len(commit.traces) for commit in ordered) - len(first),
-    )
+def _parse_digest(record: Mapping[str, Any]) -> FileDigest:
+    return FileDigest(int(record["size_bytes"]), str(record["sha256"]))

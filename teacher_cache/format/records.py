@@ -23,9 +23,11 @@ def read_manifest(path: CachePath | Store) -> Manifest | None:
         OSError: If it exists and cannot be read.
     """
     store = path if isinstance(path, Store) else open_store(path)
-    if store.size(MANIFEST_NAME) is None:
+    try:
+        text = store.read(MANIFEST_NAME)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return parse_manifest(store.read(MANIFEST_NAME), f"{store.where}/{MANIFEST_NAME}")
+    return parse_manifest(text, f"{store.where}/{MANIFEST_NAME}")
 
 
 def require_manifest(store: Store) -> Manifest:
@@ -70,8 +72,8 @@ def read_commits(
     names: Collection[str],
     header: CacheHeader,
     on_record: OnRecord = lambda done, total: None,
-) -> list[ShardCommit]:
-    """The commit records of these shards, checked against the cache's header.
+) -> Iterator[ShardCommit]:
+    """Yield the commit records of these shards, checked against the cache's header.
 
     Args:
         store: The cache.
@@ -104,9 +106,10 @@ def read_commits(
             yield commit
 
     if store.folder is not None:
-        return list(counted(map(read, names)))
+        yield from counted(map(read, names))
+        return
     with ThreadPoolExecutor(_NUM_READERS) as pool:  # fetching one by one would be mostly latency
-        return list(counted(pool.map(read, names)))
+        yield from counted(pool.map(read, names))
 
 
 def commit_file(name: str) -> str:

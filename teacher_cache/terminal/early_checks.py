@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from teacher_cache.format import CachePath, shown
+from teacher_cache.format.catalog import CATALOG_FILE
 from teacher_cache.format.manifest import JOURNAL_FOLDER, MANIFEST_NAME, SHARD_FOLDER
 from teacher_cache.format.reachable import check_reachable
 from teacher_cache.format.shares import PARTS_FOLDER
@@ -22,7 +23,10 @@ from teacher_cache.terminal.escape import printable
 
 _ANSWER_S = 5.0  # time for an address to answer
 _LEAST_FREE_BYTES = 8 << 20
-_OF_CACHE = {MANIFEST_NAME, SHARD_FOLDER, JOURNAL_FOLDER, PARTS_FOLDER, "noise", "removed"}
+_OF_CACHE = {
+    *(MANIFEST_NAME, CATALOG_FILE),
+    *(SHARD_FOLDER, JOURNAL_FOLDER, PARTS_FOLDER, "noise", "removed"),
+}
 
 
 def check_file(path: Path, flag: str) -> None:

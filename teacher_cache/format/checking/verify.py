@@ -5,9 +5,14 @@ One shard is in memory at a time.
 
 import json
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from teacher_cache.format.catalog import CATALOG_FILE, Catalog
+from teacher_cache.format.catalog_rows import catalog_of
 from teacher_cache.format.checking.findings import Verification
 from teacher_cache.format.checking.verify_shard import broken_shard, header_in_shard
 from teacher_cache.format.commit import PLAIN_NAME, ShardCommit, check_commit, parse_commit
@@ -18,9 +23,10 @@ from teacher_cache.format.manifest import (
     MANIFEST_NAME,
     SHARD_FOLDER,
     Manifest,
-    make_seal,
+    Seal,
     parse_manifest,
 )
+from teacher_cache.format.reading.catalog_file import sealed_catalog
 from teacher_cache.format.reading.messages import read_messages
 from teacher_cache.format.records import messages_file
 from teacher_cache.format.shares import PARTS_FOLDER, read_shares
@@ -61,7 +67,7 @@ def verify_cache(path: CachePath, on_bytes: OnBytes = lambda done, total: None) 
         _check_shard(store, commit, header, found)
         on_bytes(found.num_bytes, total)
     if header is not None:
-        _count(manifest, header, commits, len(listed), found)
+        _count(store, manifest, header, commits, len(listed), found)
     _check_copies(commits, found)
     _note_strays(shard_files, listed, found)
     try:
@@ -202,13 +208,15 @@ def _check_shard(
 
 
 def _count(
+    store: Store,
     manifest: Manifest | None,
     header: CacheHeader,
     commits: Sequence[ShardCommit],
     num_listed: int,
     found: Verification,
 ) -> None:
-    actual = make_seal(commits, header)
+    catalog = catalog_of(commits, header, found.path)
+    actual = catalog.seal(None)
     found.num_traces, found.num_tokens = actual.num_traces, actual.num_tokens
     found.num_duplicates = actual.num_duplicates
     if manifest is None or manifest.seal is None:
@@ -223,6 +231,27 @@ def _count(
         expected, counted = getattr(manifest.seal, name), getattr(actual, name)
         if expected != counted:
             found.wrong(MANIFEST_NAME, f"the seal says {name} {expected:,}, counted {counted:,}")
+    if manifest.seal.catalog is not None and catalog.shard_list == manifest.seal.shards:
+        # A wrong total is reported already.
+        seal = replace(manifest.seal, num_traces=actual.num_traces)
+        _check_catalog(store, manifest, seal, catalog, found)
+
+
+def _check_catalog(
+    store: Store, manifest: Manifest, seal: Seal, actual: Catalog, found: Verification
+) -> None:
+    """Check that the catalogue says what the commit records say."""
+    try:
+        catalog = sealed_catalog(store, manifest, seal)
+        for shard in range(actual.num_shards):
+            if catalog.commit(shard).content != actual.commit(shard).content:
+                name = actual.shard_list[shard][0]
+                found.wrong(CATALOG_FILE, f"differs from the commit record of shard {name}")
+                return
+        if not np.array_equal(catalog.counted, actual.counted):
+            found.wrong(CATALOG_FILE, "does not count the traces that the shards hold")
+    except CacheFormatError as error:
+        found.wrong(CATALOG_FILE, str(error).removeprefix(f"{found.path}/{CATALOG_FILE}: "))
 
 
 def _check_copies(commits: Sequence[ShardCommit], found: Verification) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from teacher_cache.format.bands import num_bands_needed
+from teacher_cache.format.catalog import Catalog
 from teacher_cache.format.codec import KeepPolicy
 from teacher_cache.format.commit import ShardCommit, TraceInfo
 from teacher_cache.format.errors import (
@@ -24,19 +25,21 @@ from teacher_cache.format.errors import (
 )
 from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.manifest import SHARD_FOLDER, Manifest, ShardList, shards_fingerprint
+from teacher_cache.format.reading.catalog_file import open_catalog
 from teacher_cache.format.reading.decode import assemble, decode_bands
 from teacher_cache.format.reading.messages import read_messages
 from teacher_cache.format.reading.places import (
+    Infos,
     Place,
+    Places,
+    Shards,
     alike_ids,
-    each_trace_once,
     rows_by_shard,
 )
 from teacher_cache.format.reading.prefix_cache import PrefixCache
 from teacher_cache.format.reading.view import narrowed
 from teacher_cache.format.records import (
     committed_names,
-    read_commits,
     require_manifest,
     shard_file,
 )
@@ -44,6 +47,8 @@ from teacher_cache.format.store import CachePath, Store, open_store
 from teacher_cache.format.trace import Trace
 
 logger = logging.getLogger(__name__)
+
+_MOST_LISTED_SHARDS = 450  # an object store lists 1,000 files a request, two of each shard
 
 
 @dataclass(repr=False)
@@ -56,8 +61,7 @@ class Cache:
 
     path: str
     manifest: Manifest
-    shards: tuple[ShardCommit, ...]  # by name
-    traces: tuple[Place, ...]  # (shard, row) of every trace, each counted once
+    catalog: Catalog  # of its traces and shards
     fingerprint: str  # identifies the shards' content
     store: Store
     prefix_cache: PrefixCache | None = None
@@ -66,10 +70,10 @@ class Cache:
     _messages: tuple[str, dict[str, Any]] | None = field(default=None, repr=False)  # one shard's
 
     def __len__(self) -> int:
-        return len(self.traces)
+        return len(self.catalog.counted)
 
     def __repr__(self) -> str:
-        num_tokens = sum(self.num_held(info) for info in self.infos)
+        num_tokens = int(self.catalog.num_held[self.catalog.counted].sum())
         state = "sealed" if self.sealed else "not sealed"
         return (
             f"Cache({self.path!r}: {len(self):,} traces, {num_tokens:,} tokens, "
@@ -87,7 +91,7 @@ class Cache:
             TypeError: If `trace_id` is not a string.
         """
         self._require_text(trace_id)
-        return trace_id in self._place_of_id
+        return trace_id in self._number_of_id
 
     def __getitem__(self, trace_id: str) -> Trace:
         """Read one trace; each access reads its shard again.
@@ -104,7 +108,7 @@ class Cache:
         if not isinstance(trace_id, str):
             raise TypeError(
                 f"{self.path}: expected the id of a trace, such as "
-                f"{next(iter(self._place_of_id), 'some-id')!r}, got {trace_id!r}; `for trace in "
+                f"{next(iter(self._number_of_id), 'some-id')!r}, got {trace_id!r}; `for trace in "
                 "cache` gives all traces"
             )
 
@@ -114,21 +118,36 @@ class Cache:
         Raises:
             TraceNotFoundError: If no trace has this id.
         """
-        if trace_id not in self._place_of_id:
+        if trace_id not in self._number_of_id:
             raise TraceNotFoundError(
                 f"{self.path}: no trace {trace_id!r} among {len(self):,}"
-                f"{alike_ids(trace_id, self._place_of_id)}"
+                f"{alike_ids(trace_id, self._number_of_id)}"
             )
-        return self._place_of_id[trace_id]
+        return self.traces[self._number_of_id[trace_id]]
 
     @cached_property
-    def infos(self) -> tuple[TraceInfo, ...]:
+    def shards(self) -> Sequence[ShardCommit]:
+        """Commit records, by name; each is made when it is asked for."""
+        return Shards(self.catalog)
+
+    @cached_property
+    def traces(self) -> Places:
+        """(shard, row) of every trace, each counted once."""
+        return Places(self.catalog, self.catalog.counted)
+
+    @cached_property
+    def infos(self) -> Sequence[TraceInfo]:
         """Facts about every trace that need no shard, in the order of `traces`."""
-        return tuple(self.shards[shard].traces[row] for shard, row in self.traces)
+        return self.infos_of(self.traces)
+
+    def infos_of(self, places: Places) -> Sequence[TraceInfo]:
+        """Facts about some traces, in the order of their places."""
+        return Infos(self.catalog, places.catalog_rows)
 
     @cached_property
-    def _place_of_id(self) -> Mapping[str, Place]:
-        return {info.trace_id: place for info, place in zip(self.infos, self.traces, strict=True)}
+    def _number_of_id(self) -> Mapping[str, int]:
+        ids = self.catalog.trace_ids(self.catalog.counted)
+        return {trace_id: number for number, trace_id in enumerate(ids)}
 
     @property
     def header(self) -> CacheHeader:
@@ -145,7 +164,7 @@ class Cache:
         """The shards of this snapshot, if it is not all of a complete capture."""
         if self.manifest.seal is not None and self.manifest.seal.fingerprint == self.fingerprint:
             return None
-        return tuple((commit.name, commit.checksum) for commit in self.shards)
+        return self.catalog.shard_list
 
     def num_held(self, trace: TraceInfo) -> int:
         """Number of leading tokens of a trace that can be read: all, unless truncated."""
@@ -329,39 +348,46 @@ def open_cache(
         )
     sealed = None if manifest.seal is None else manifest.seal.shards
     wanted = sealed if snapshot is None else snapshot
-    expected = None if wanted is None else dict(wanted)
-    names = committed_names(store) if expected is None else list(expected)
-    commits = read_commits(store, names, manifest.header)
-    for commit in commits:
-        if expected is not None and commit.checksum != expected[commit.name]:
+    names = committed_names(store) if wanted is None else [name for name, _ in wanted]
+    catalog = open_catalog(store, manifest, names)
+    for found, expected in zip(catalog.shard_list, wanted or catalog.shard_list, strict=True):
+        if found != expected:
             raise CacheFormatError(
-                f"{store.where}: the commit record of {commit.name} is not the "
+                f"{store.where}: the commit record of {expected[0]} is not the "
                 f"{'sealed one' if snapshot is None else 'one read before'}; "
                 f"{repair_advice(store.where)}"
             )
-    _check_shard_files(store, commits)
+    _check_shard_files(store, catalog)
     return Cache(
         path=store.where,
         manifest=manifest,
-        shards=tuple(commits),
-        traces=each_trace_once(commits),
-        fingerprint=shards_fingerprint([(c.name, c.checksum) for c in commits]),
+        catalog=catalog,
+        fingerprint=shards_fingerprint(catalog.shard_list),
         store=store,
         prefix_cache=prefix_cache,
     )
 
 
-def _check_shard_files(store: Store, commits: Sequence[ShardCommit]) -> None:
+def _check_shard_files(store: Store, catalog: Catalog) -> None:
+    """Find a missing or cut shard now, where that is cheap; reading finds every one."""
+    if store.folder is None and catalog.num_shards > _MOST_LISTED_SHARDS:
+        return
     sizes = store.sizes(SHARD_FOLDER)
-    for commit in commits:
-        size_bytes = sizes.get(f"{commit.name}.arrow")
+    columns = (catalog.shards[name].to_pylist() for name in ("name", "size_bytes"))
+    for name, expected_bytes in zip(*columns, strict=True):
+        if f"{name}.json" not in sizes:
+            raise CacheFormatError(
+                f"{store.where}: the commit record of shard {name!r} is missing; "
+                f"{repair_advice(store.where)}"
+            )
+        size_bytes = sizes.get(f"{name}.arrow")
         if size_bytes is None:
             raise CacheFormatError(
-                f"{store.where}: shard {commit.name}.arrow is missing; {repair_advice(store.where)}"
+                f"{store.where}: shard {name}.arrow is missing; {repair_advice(store.where)}"
             )
-        if size_bytes != commit.size_bytes:
+        if size_bytes != expected_bytes:
             raise CacheFormatError(
-                f"{store.where}: shard {commit.name}.arrow has {size_bytes} bytes, expected "
-                f"{commit.size_bytes}: it is damaged or only partly copied; "
+                f"{store.where}: shard {name}.arrow has {size_bytes} bytes, expected "
+                f"{expected_bytes}: it is damaged or only partly copied; "
                 f"{repair_advice(store.where)}"
             )

@@ -8,7 +8,7 @@ well that MAX_DECODED_BYTES closes it.
 
 import hashlib
 
-from teacher_cache.format.commit import MessagesFile, ShardCommit, TraceInfo
+from teacher_cache.format.commit import FileDigest, ShardCommit, TraceInfo
 from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.records import (
     MESSAGES_FOLDER,
@@ -66,7 +66,7 @@ def _publish(finished: list[FinishedTrace], store: Store, name: str, header: Cac
         num_clamped_logits=sum(item.num_clamped_logits for item in finished),
         blocks=shard.blocks,
         traces=tuple(_trace_info(item) for item in finished),
-        messages=MessagesFile(len(asked), hashlib.sha256(asked).hexdigest()) if asked else None,
+        messages=FileDigest(len(asked), hashlib.sha256(asked).hexdigest()) if asked else None,
     )
     if asked:
         store.make_folder(MESSAGES_FOLDER)

@@ -1,12 +1,15 @@
 """Sealing: declaring a cache complete."""
 
-from collections.abc import Collection, Sequence
+import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
-from teacher_cache.format.commit import ShardCommit
+from teacher_cache.format.catalog import CATALOG_FILE, Catalog
+from teacher_cache.format.catalog_rows import catalog_of
+from teacher_cache.format.commit import FileDigest
 from teacher_cache.format.errors import CacheMismatchError
 from teacher_cache.format.header import CacheHeader
-from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Manifest, make_seal
+from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Manifest
 from teacher_cache.format.noise import read_noise
 from teacher_cache.format.records import (
     OnRecord,
@@ -16,6 +19,7 @@ from teacher_cache.format.records import (
 )
 from teacher_cache.format.shares import require_all_parts
 from teacher_cache.format.store import CachePath, Store, open_store
+from teacher_cache.format.writing.catalog_file import encode_catalog
 from teacher_cache.format.writing.journal_places import open_journals
 from teacher_cache.format.writing.writer import CacheWriter
 
@@ -64,15 +68,19 @@ def seal_cache(
     for folder in ("", SHARD_FOLDER):
         store.remove_unpublished(folder)
     commits = read_commits(store, committed_names(store), manifest.header, on_record)
-    _require_known(store, commits, known)
-    seal = make_seal(commits, manifest.header)
-    sealed = Manifest(manifest.header, manifest.config, seal, read_noise(store))
+    catalog = catalog_of(commits, manifest.header, store.where)
+    _require_known(store, catalog, known)
+    data = encode_catalog(catalog)
+    store.publish(CATALOG_FILE, data)  # before the seal, which vouches for it
+    file = FileDigest(len(data), hashlib.sha256(data).hexdigest())
+    noise = read_noise(store)
+    sealed = Manifest(manifest.header, manifest.config, catalog.seal(file), noise)
     store.publish(MANIFEST_NAME, sealed.to_bytes())
     return sealed
 
 
-def _require_known(store: Store, commits: Sequence[ShardCommit], known: Collection[str]) -> None:
-    lacking = set(known).difference(trace.trace_id for c in commits for trace in c.traces)
+def _require_known(store: Store, catalog: Catalog, known: Collection[str]) -> None:
+    lacking = set(known).difference(catalog.trace_ids(catalog.counted))
     if lacking:
         raise CacheMismatchError(
             f"{store.where}: its list of shards lacks {len(lacking):,} traces that were written, "

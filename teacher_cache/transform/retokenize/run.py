@@ -93,8 +93,7 @@ def retokenize(config: RetokenizeConfig) -> RetokenizeReport:
     if report.stopped_by is None:
         seal_cache(config.out, journal=config.journal, known=writer.finished())
         made = open_cache(config.out)
-        infos = (made.shards[shard].traces[row] for shard, row in made.traces)
-        report = replace(report, figures=overall(infos))
+        report = replace(report, figures=overall(made.infos))
     return report
 
 
@@ -105,7 +104,7 @@ def _as_json(config: RetokenizeConfig) -> dict[str, object]:
 
 def _run(config: RetokenizeConfig, source: Cache, writer: CacheWriter) -> RetokenizeReport:
     rejects = Rejects()
-    names = {source.shards[shard].traces[row].trace_id for shard, row in source.traces}
+    names = set(source.catalog.trace_ids(source.catalog.counted))
     missing = names - writer.finished().keys()
     num_present = len(names) - len(missing)
     if not missing or writer.sealed:
@@ -145,8 +144,9 @@ def _run(config: RetokenizeConfig, source: Cache, writer: CacheWriter) -> Retoke
 def _chunks(source: Cache, missing: set[str], prompts: Prompts) -> Iterator[list[Task]]:
     """Yield traces to convert together, shard by shard."""
     rows_of: dict[int, list[int]] = {}
-    for shard, row in source.traces:
-        if source.shards[shard].traces[row].trace_id in missing:
+    ids = source.catalog.trace_ids(source.catalog.counted)
+    for (shard, row), trace_id in zip(source.traces, ids, strict=True):
+        if trace_id in missing:
             rows_of.setdefault(shard, []).append(row)
     for shard, rows in rows_of.items():
         infos = source.shards[shard].traces
