@@ -3,6 +3,7 @@
 import numpy as np
 
 from student_train.evaluation.completions import Completion, Sample, completion_log
+from student_train.evaluation.prompts import prompts_fingerprint, read_prompts
 from teacher_cache.format.checksums import publish_record, sha256_of
 
 FACTS = {
@@ -28,7 +29,7 @@ def make_sweep(out, cells, *, num_prompts=200):
     return out
 
 
-def add_cell(out, group, kind, seed, options, accuracy, *, num_prompts=200):
+def add_cell(out, group, kind, seed, options, accuracy, *, num_prompts=200, prompts=None):
     name = group if seed is None else f"{group}_seed-{seed}"
     folder = out / "cells" / name
     folder.mkdir(parents=True)
@@ -36,7 +37,8 @@ def add_cell(out, group, kind, seed, options, accuracy, *, num_prompts=200):
     noise = np.random.default_rng([len(name), seed or 0]).normal(0, 0.5, num_prompts)
     difficulty = np.random.default_rng(0).normal(0, 1, num_prompts) + noise
     right = difficulty.argsort().argsort() < round(accuracy * num_prompts)
-    settings = {"num_prompts": num_prompts, "samples_per_prompt": 1, "prompts": "0" * 64}
+    fingerprint = prompts_fingerprint(list(read_prompts(prompts))) if prompts else "0" * 64
+    settings = {"num_prompts": num_prompts, "samples_per_prompt": 1, "prompts": fingerprint}
     with completion_log(folder / "completions.jsonl", settings, force=True) as log:
         for prompt, is_right in enumerate(right.tolist()):
             answer = Completion(f"{name}: {prompt}", num_tokens=90, finished=True)

@@ -127,6 +127,7 @@ def test_frozen_weights_cost_no_product_for_a_gradient_of_their_own():
     assert 0.6 * whole < FlopFormula.of(model).flops([50], 49) < 0.8 * whole
 
 
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # peft's own
 def test_routers_of_experts_are_left_alone_unless_named():
     adapted = {}
     for targets in (("all-linear",), ("q_proj",)):

@@ -259,7 +259,7 @@ def test_only_the_ids_of_a_file_are_captured_and_missing_ones_said(capture_confi
 
 def test_an_empty_input_is_refused(capture_config, asked):
     capture_config.prompts.write_text("\n")
-    with pytest.raises(SourceError, match="at least one usable row"):
+    with pytest.raises(SourceError, match="expected at least one row, found none"):
         generate(capture_config)
 
 

@@ -126,7 +126,7 @@ def test_a_missing_file_of_a_checkpoint_is_as_a_damaged_one(stopped, copied, cap
 def test_the_best_checkpoint_must_be_whole_where_it_may_be_asked_for(copied, tmp_path):
     config = replace(
         copied, out=tmp_path / "best", heldout_share=0.2, eval_every=1, select="heldout",
-        lr=10.0, warmup=1.0, save_every=100, max_steps=6, keep_last=1,
+        lr=1.0, warmup=1.0, save_every=100, max_steps=6, keep_last=1,
     )  # fmt: skip
     train(config)  # which gets worse and worse
     shutil.rmtree(config.out / "model")

@@ -100,7 +100,10 @@ def ran(monkeypatch):
 
     def run(config, cell, children):
         names.append(cell.name)
-        add_cell(config.out, cell.group, cell.kind, cell.seed, cell.options, 0.5, num_prompts=2)
+        add_cell(
+            config.out, cell.group, cell.kind, cell.seed, cell.options, 0.5,
+            num_prompts=2, prompts=config.eval_prompts,
+        )  # fmt: skip
         return "done"
 
     monkeypatch.setattr(protocol, "run_cell", run)
@@ -127,7 +130,10 @@ def test_the_report_is_written_after_every_cell(parts, monkeypatch):
     page = config.out / "report.html"
 
     def run(config, cell, children):
-        add_cell(config.out, cell.group, cell.kind, cell.seed, cell.options, 0.5, num_prompts=2)
+        add_cell(
+            config.out, cell.group, cell.kind, cell.seed, cell.options, 0.5,
+            num_prompts=2, prompts=config.eval_prompts,
+        )  # fmt: skip
         return "done"
 
     monkeypatch.setattr(protocol, "run_cell", run)

@@ -13,7 +13,9 @@ from teacher_cache.terminal.progress import Progress
 
 @config_command("compare", CompareConfig)
 def compare_command(config: CompareConfig) -> None:
-    """Write a page that sets runs beside each other: curves, answers that flipped, settings.
+    """Write a page that sets runs beside each other.
+
+    It has curves, answers that flipped and settings that differ.
 
     Answers are taken from completions.jsonl in each run's folder, which
     `train-student evaluate --completions` writes.

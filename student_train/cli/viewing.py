@@ -12,7 +12,7 @@ from teacher_cache.terminal.progress import Progress
 
 @config_command("view", StudentViewConfig)
 def view_command(config: StudentViewConfig) -> None:
-    """Write a page of traces with a student's probabilities beside the teacher's.
+    """Write a page of teacher and student, token by token.
 
     Tokens are coloured by the KL from teacher to student, and the fifty worst are listed by
     section. `cache-teacher view` shows the teacher alone.

@@ -63,7 +63,7 @@ def estimate_run(config: TrainConfig) -> str:
         heldout_share=config.heldout_share, allow_unsealed=config.allow_unsealed,
     )  # fmt: skip
     drawn = [draw_spans(source, config.selection, config.seed) for source in data.sources]
-    longest = max(own.num_read(info) for one in drawn for info, own in one)
+    longest = max(int(one.num_read.max(initial=0)) for one in drawn)
     try:
         shape = AutoConfig.from_pretrained(config.student, revision=config.student_revision)
     except (OSError, ValueError) as error:

@@ -15,7 +15,9 @@ from teacher_cache.terminal.progress import Progress
 
 @config_command("view", ViewConfig)
 def view_command(config: ViewConfig) -> None:
-    """Write a page that shows traces token by token: one file, for any browser, offline.
+    """Write a page of traces, token by token.
+
+    One file, for any browser, offline.
 
     Tokens are coloured by entropy, tail, surprise or kept entries, each with its alternatives; a
     slider shows what lies before any lead span. `train-student view` adds a student.

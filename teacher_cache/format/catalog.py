@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from dataclasses import fields
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -87,6 +87,12 @@ class Catalog:
         self.first_row: NDArray[np.int64] = np.append(starts, self.num_rows)  # [S + 1]
         self.commit = lru_cache(16)(self._commit)
         self._check()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[pa.Table, CacheHeader, str]]:
+        """Another process gets the columns as a table: it has no part in an open file."""
+        is_table = isinstance(self._source, pa.Table)
+        table = self._source if is_table else self._source.read()
+        return type(self), (table, self._header, self._where)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column, in memory from now on.
