@@ -16,10 +16,12 @@ from teacher_cache.capture.configs import GenerateConfig
 _LOGS = pytest.StashKey()
 
 
+LEFT_OUT = {"vllm": "the tests that need vLLM", "browser": "the tests of pages in a browser"}
+
+
 def pytest_addoption(parser):
-    parser.addoption(
-        "--without-vllm", action="store_true", help="leave out the tests that need vLLM"
-    )
+    for name, what in LEFT_OUT.items():
+        parser.addoption(f"--without-{name}", action="store_true", help=f"leave out {what}")
 
 
 def pytest_configure(config):
@@ -45,10 +47,13 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "vllm_teacher" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.vllm)
-    if config.getoption("--without-vllm"):
-        left_out = [item for item in items if item.get_closest_marker("vllm")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("vllm")]
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.browser)
+    for name in LEFT_OUT:
+        if config.getoption(f"--without-{name}"):
+            left_out = [item for item in items if item.get_closest_marker(name)]
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker(name)]
     _put_long_files_first(items)
 
 
@@ -62,9 +67,11 @@ def _put_long_files_first(items):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if config.getoption("--without-vllm"):
+    asked = [name for name in LEFT_OUT if config.getoption(f"--without-{name}")]
+    if asked:
         number = len(terminalreporter.stats.get("deselected", []))
-        terminalreporter.write_line(f"left out with --without-vllm: {number} tests")
+        flags = ", ".join(f"--without-{name}" for name in asked)
+        terminalreporter.write_line(f"left out with {flags}: {number} tests")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,12 @@ fail() {
 
 has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 
+# Whether pages can be tested: Chromium, or Chrome, and its driver.
+has_browser() {
+  { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null 2>&1 &&
+    command -v chromedriver >/dev/null 2>&1
+}
+
 make_environment() {
   local python=${PYTHON:-python3} extra=cpu extras
   command -v "$python" >/dev/null || fail "no $python found; install Python 3.11 or newer"
