@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import retokenize_reference as reference
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from toy_tokenizers import STYLES, TEXTS, trained
@@ -138,6 +138,7 @@ SAME = KINDS.map(lambda kind: pair_of(kind, kind))
 
 @settings(max_examples=30, deadline=None)
 @given(PAIRS, st.lists(TEXTS, min_size=1, max_size=3), st.integers(0, 2**32))
+@example(pair_of((2, "gpt2"), (0, "gpt4")), ["the cat", "the catthe catthe cat sat sat7the cat"], 1)
 def test_distributions_are_those_of_the_slow_definition(pair, texts, seed):
     traces = [random_trace(pair, text, seed + n) for n, text in enumerate(texts)]
     traces = [t for t in traces if survives(pair, t)]

@@ -47,6 +47,7 @@ from bench_json import write_figures
 from teacher_cache.capture import prepare
 from teacher_cache.capture.configs import GenerateConfig
 from teacher_cache.capture.generate import generate
+from teacher_cache.capture.noise import PREFIX
 from teacher_cache.engines import TeacherRequest, TeacherRows
 from teacher_cache.engines.vllm import VllmTeacher
 from teacher_cache.engines.vllm.rows import tap
@@ -71,12 +72,16 @@ class Shared:
         self.facts = self.teacher.facts
 
     def run(self, requests: Iterable[TeacherRequest]) -> Iterator[TeacherRows]:
-        """Generate as a Teacher does, and count."""
+        """Generate as a Teacher does, and count; the noise floor's repeats are left out."""
+        requests = iter(requests)
+        first = next(requests, None)
+        if first is None or first.request_id.startswith(PREFIX):
+            return
         self.requests.clear()
         self.num_tokens = 0
         self.started_s = time.perf_counter()
         teacher = self.replayed or self.teacher
-        for rows in teacher.run(self._noted(requests)):
+        for rows in teacher.run(self._noted(itertools.chain([first], requests))):
             self.num_tokens += len(rows.token_ids) - rows.num_given
             if self.recording is not None:
                 self.recording.note_finished(rows)

@@ -1,11 +1,12 @@
 """Local files and folders that are complete or absent: written aside, verified, renamed."""
 
+import errno
 import os
 import shutil
 import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -118,9 +119,13 @@ def file_sizes(folder: Path) -> dict[str, int]:
         return sizes
     with entries:
         for entry in entries:
-            with suppress(FileNotFoundError):  # a writer has renamed it since
+            try:
                 if entry.is_file():
                     sizes[entry.name] = entry.stat().st_size
+            except OSError as error:
+                # A writer has renamed it since, or it is a link to itself: no file either way.
+                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
     return sizes
 
 

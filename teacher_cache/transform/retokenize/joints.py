@@ -7,6 +7,7 @@ Right strings are ids too: the teacher's tokens, then their ends, added on deman
 Letters: N queries in one call.
 """
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -171,7 +172,7 @@ class _Left:
         last = np.frombuffer(b"".join(string[-1:] or b"\xff" for string in strings), np.uint8)
         if self._student.tokens.is_byte_level:
             masks |= _WORDS_DEPEND[last]
-            masks[[not _is_whole(string) for string in strings]] = _ALL
+            masks[[not _is_whole(string) or _ends_in_number(string) for string in strings]] = _ALL
         if self._student.tokens.is_composing:
             masks |= _BEYOND_ASCII
         masks[[not string for string in strings]] = 0
@@ -184,11 +185,13 @@ def _words_depend() -> NDArray[np.uint64]:
     Word splitting looks across a joint: a space before a letter leaves its run, a symbol joins
     the symbols after it, an apostrophe the text before it. After a letter or digit of ASCII
     only apostrophes and line breaks matter (in the expressions of GPT-2 and all that
-    derive from them); after a character beyond ASCII, symbols do too.
+    derive from them), and after a digit digits, which GPT-4 and others group by three; after a
+    character beyond ASCII, symbols do too.
     """
     signs = [byte for byte in range(128) if not chr(byte).isalnum() and byte != 0x20]
     depend = np.zeros((256, 256), bool)
     depend[:, list(b"\r\n'")] = True
+    depend[0x30:0x3A, 0x30:0x3A] = True
     depend[:, 0x80:0xC0] = True  # continues inside a character
     depend[128:, signs] = True
     depend[[*signs, 0x20], :NOT_TEXT] = True
@@ -212,6 +215,11 @@ def _is_whole(text: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def _ends_in_number(text: bytes) -> bool:
+    """Whether whole characters end in a digit or number beyond ASCII, which are grouped too."""
+    return text[-1:] >= b"\x80" and unicodedata.category(text.decode()[-1]).startswith("N")
 
 
 class _Right:
