@@ -1,10 +1,12 @@
 """What test files share: the group of tests that need vLLM, and captures by a table."""
 
 import getpass
+import importlib.util
 import json
 import os
 import tempfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from captures import VOCAB_SIZE, TableTeacher, write_prompts
@@ -101,3 +103,18 @@ def capture_config(table_model, tmp_path):
     return GenerateConfig(
         model=table_model, prompts=prompts, out=tmp_path / "cache", top_k=8, max_new_tokens=20
     )
+
+
+@pytest.fixture(scope="session")
+def tekken(tmp_path_factory):
+    """A real tokenizer: the first ranks of Mistral's, which `mistral-common` brings with vLLM."""
+    # Slow to import, and few tests need it.
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    (package,) = importlib.util.find_spec("mistral_common").submodule_search_locations
+    content = json.loads(Path(package, "data", "tekken_240911.json").read_text())
+    items = content["vocab"][:32_768]  # a prefix of the ranks is a tokenizer too
+    ranks = tmp_path_factory.mktemp("tekken") / "ranks"
+    ranks.write_text("".join(f"{item['token_bytes']} {n}\n" for n, item in enumerate(items)))
+    pattern = content["config"]["pattern"]
+    return TikTokenConverter(vocab_file=str(ranks), pattern=pattern).converted()

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NEVER_TEXT = b"\xff"  # no text holds this byte, so it joins nothing
-
 
 @dataclass
 class Row:
@@ -59,8 +57,6 @@ def derive(toy, teacher_ids, rows, student_ids, max_unknown=0.05):
 def joint(toy, before, teacher_before, entry, rest):
     """("merged", token), or ("next", token): what `rest` does behind the student's `before`."""
     alone = own_first(toy, entry, rest)
-    if rest.startswith(NEVER_TEXT):
-        return "next", alone
     if before is None or toy.student(toy.student_bytes[before]) != [before]:
         return "next", alone
     found = toy.student(toy.student_bytes[before] + rest)
@@ -117,9 +113,7 @@ def _row(toy, teacher_ids, rows, starts, span, before, token, following, max_unk
         tail += reach * inner_tail
         for entry, p in inner.items():
             if entry != teacher_ids[i]:
-                text = toy.teacher_bytes[entry]
-                joined = so_far if text.startswith(NEVER_TEXT) else so_far + text
-                found = toy.student(joined)[0]
+                found = toy.student(so_far + toy.teacher_bytes[entry])[0]
                 mass[found] = mass.get(found, 0.0) + reach * p
         reach *= inner[teacher_ids[i]]
     stays = 1.0

@@ -4,36 +4,19 @@ Tokens of bytes show every difference of texts; only one with merges shows where
 that are tokenized apart would join. `mistral-common`, which comes with vLLM, brings its file.
 """
 
-import importlib.util
-import json
-from pathlib import Path
-
 import pytest
 from families import TAG, trl_templates
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from teacher_cache.sources import RowColumns, TraceRenderer
 from teacher_cache.sources.tokenizer import ModelFiles, OwnGenerationConfig, TeacherTokenizer
 
-NUM_RANKS = 32_768  # a prefix of the ranks is a tokenizer too, and loads in a second
 FAMILIES = {
     "qwen3": "<|im_end|>", "glm4moe": "<|user|>", "gptoss": "<|return|>",
     "nemotron_3_nano": "<|im_end|>",
 }  # fmt: skip
 OF_TEMPLATE = {"gptoss": {"today": "2026-01-02"}}
 REASONING, ANSWER = "  2 plus 3\n\n\nmakes 5: né, 日本 😀.", "It is\n\n**5**."
-
-
-@pytest.fixture(scope="module")
-def tekken(tmp_path_factory):
-    (package,) = importlib.util.find_spec("mistral_common").submodule_search_locations
-    content = json.loads(Path(package, "data", "tekken_240911.json").read_text())
-    items = content["vocab"][:NUM_RANKS]
-    ranks = tmp_path_factory.mktemp("tekken") / "ranks"
-    ranks.write_text("".join(f"{item['token_bytes']} {n}\n" for n, item in enumerate(items)))
-    pattern = content["config"]["pattern"]
-    return TikTokenConverter(vocab_file=str(ranks), pattern=pattern).converted()
 
 
 class Loaded(ModelFiles):

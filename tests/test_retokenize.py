@@ -139,6 +139,8 @@ SAME = KINDS.map(lambda kind: pair_of(kind, kind))
 @settings(max_examples=30, deadline=None)
 @given(PAIRS, st.lists(TEXTS, min_size=1, max_size=3), st.integers(0, 2**32))
 @example(pair_of((2, "gpt2"), (0, "gpt4")), ["the cat", "the catthe catthe cat sat sat7the cat"], 1)
+@example(pair_of((3, "gpt2"), (2, "gpt2")), ["the cat", "the cat" * 8 + "한국👩\u200d👩"], 130)
+@example(pair_of((4, "sentencepiece"), (0, "qwen")), ["the catthe catthe catWörter"], 921)
 def test_distributions_are_those_of_the_slow_definition(pair, texts, seed):
     traces = [random_trace(pair, text, seed + n) for n, text in enumerate(texts)]
     traces = [t for t in traces if survives(pair, t)]

@@ -81,9 +81,18 @@ def _unigram(texts, vocab_size):
     )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
     parts = json.loads(tokenizer.to_str())
+    # "...." as "..." and "." or the other way round has one score, and what stands before decides:
+    # no definition could tell which, so that the toys repeat nothing within a token.
+    parts["model"]["vocab"] = [
+        [token, score] for token, score in parts["model"]["vocab"] if not _repeats_itself(token)
+    ]
     parts["model"]["vocab"] += [[f"<0x{byte:02X}>", -30.0] for byte in range(256)]
     parts["model"]["byte_fallback"] = True
     return json.dumps(parts)
+
+
+def _repeats_itself(token):
+    return (token + token).find(token, 1) < len(token)
 
 
 @cache

@@ -1,5 +1,6 @@
 """ByteTokenizer: tokenizes bytes, even those that end inside a character."""
 
+import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -96,6 +97,27 @@ class ByteTokenizer:
         for number in partial:
             ids[number] = self._encode_partial(pieces[number])
         return ids
+
+    def are_only_words(self, pieces: Sequence[bytes]) -> list[bool]:
+        """Whether each piece has its tokens only where it is a whole word.
+
+        Llama 3's tokenizer and others write a word of their vocabulary as one token, whether or
+        not merges lead to it; within a longer word, merges alone decide.
+        """
+        merging = self._merging
+        if merging is None:
+            return [False] * len(pieces)
+        alone, within = self.encode_all(pieces), merging.encode_all(pieces)
+        return [one != other for one, other in zip(alone, within, strict=True)]
+
+    @cached_property
+    def _merging(self) -> "ByteTokenizer | None":
+        """The tokenizer by merges alone; None if this one is."""
+        definition = json.loads(self._definition)
+        if not definition["model"].get("ignore_merges"):
+            return None
+        definition["model"]["ignore_merges"] = False
+        return ByteTokenizer(json.dumps(definition), "merges")
 
     def _encode_partial(self, piece: bytes) -> list[int]:
         """Token ids of bytes that begin or end inside a character.

@@ -102,6 +102,7 @@ class Joints:
         byte = self._right.first_byte[right]
         word = self._left.masks.reshape(-1)[left * 4 + (byte >> 6)]
         may: NDArray[np.bool_] = (word >> (byte & 63).astype(np.uint64)) & np.uint64(1) != 0
+        may |= self._right.is_asked[right] & self._left.has_text[left]
         return may
 
     def _tokens(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -142,13 +143,14 @@ class Joints:
 
 
 class _Left:
-    """Left strings: [X, 4] masks, [X] whether each is a single token, [X] its first token."""
+    """Left strings: [X, 4] masks, [X] whether each is text, is a single token; its first token."""
 
     def __init__(self, student: ByteTokenizer, crossings: Crossings) -> None:
         self._student, self._crossings = student, crossings
         self.strings: list[bytes] = [token or b"" for token in student.tokens.of_id]
         self.strings.append(b"")  # nothing
         self._ids: dict[bytes, int] = {}
+        self.has_text = np.array([string != b"" for string in self.strings])
         self.masks = self._masks(self.strings)
         written = student.encode_all(self.strings)
         self.head = np.array([ids[0] if ids else NONE for ids in written], np.int32)
@@ -160,6 +162,7 @@ class _Left:
             for text in new:
                 self._ids[text] = len(self.strings)
                 self.strings.append(text)
+            self.has_text = np.concatenate([self.has_text, [text != b"" for text in new]])
             self.masks = np.concatenate([self.masks, self._masks(new)])
             written = self._student.encode_all(new)
             heads = [ids[0] if ids else NONE for ids in written]
@@ -172,7 +175,8 @@ class _Left:
         last = np.frombuffer(b"".join(string[-1:] or b"\xff" for string in strings), np.uint8)
         if self._student.tokens.is_byte_level:
             masks |= _WORDS_DEPEND[last]
-            masks[[not _is_whole(string) or _ends_in_number(string) for string in strings]] = _ALL
+            masks[[not _is_whole(string) or _ends_in_sign(string) for string in strings]] = _ALL
+            masks[self._student.are_only_words(strings)] = _ALL
         if self._student.tokens.is_composing:
             masks |= _BEYOND_ASCII
         masks[[not string for string in strings]] = 0
@@ -186,12 +190,13 @@ def _words_depend() -> NDArray[np.uint64]:
     the symbols after it, an apostrophe the text before it. After a letter or digit of ASCII
     only apostrophes and line breaks matter (in the expressions of GPT-2 and all that
     derive from them), and after a digit digits, which GPT-4 and others group by three; after a
-    character beyond ASCII, symbols do too.
+    letter beyond ASCII, symbols do too.
     """
     signs = [byte for byte in range(128) if not chr(byte).isalnum() and byte != 0x20]
     depend = np.zeros((256, 256), bool)
     depend[:, list(b"\r\n'")] = True
     depend[0x30:0x3A, 0x30:0x3A] = True
+    depend[0x30:0x3A, 0xC0:NOT_TEXT] = True  # digits beyond ASCII
     depend[:, 0x80:0xC0] = True  # continues inside a character
     depend[128:, signs] = True
     depend[[*signs, 0x20], :NOT_TEXT] = True
@@ -217,13 +222,17 @@ def _is_whole(text: bytes) -> bool:
     return True
 
 
-def _ends_in_number(text: bytes) -> bool:
-    """Whether whole characters end in a digit or number beyond ASCII, which are grouped too."""
-    return text[-1:] >= b"\x80" and unicodedata.category(text.decode()[-1]).startswith("N")
+def _ends_in_sign(text: bytes) -> bool:
+    """Whether whole characters end in one beyond ASCII that is no letter.
+
+    Signs, spaces, accents and digits beyond ASCII join what follows in the same ways as those of
+    ASCII do, but no byte tells them from letters.
+    """
+    return text[-1:] >= b"\x80" and not unicodedata.category(text.decode()[-1]).startswith("L")
 
 
 class _Right:
-    """Right strings: [Y] the first byte of each, [Y] the student's first token of it."""
+    """Right strings: [Y] first byte, whether every joint is asked about, first token of each."""
 
     def __init__(
         self, student: ByteTokenizer, teacher: ByteTokenizer, texts: Sequence[bytes | None]
@@ -232,6 +241,7 @@ class _Right:
         self.strings: list[bytes] = [text or b"" for text in texts]
         self._ids: dict[bytes, int] = {}
         self.first_byte = _first_bytes(self.strings)
+        self.is_asked = _are_asked(self.strings, student)
         self.first = _first_tokens(self.strings, student)
         self._keep_own(student, teacher)
 
@@ -256,21 +266,44 @@ class _Right:
                 self._ids[text] = len(self.strings)
                 self.strings.append(text)
             self.first_byte = np.concatenate([self.first_byte, _first_bytes(new)])
+            self.is_asked = np.concatenate([self.is_asked, _are_asked(new, self._student)])
             self.first = np.concatenate([self.first, _first_tokens(new, self._student)])
         return np.array([self._ids[text] for text in ends], np.int64)
 
 
 def _first_bytes(strings: Sequence[bytes]) -> NDArray[np.uint8]:
-    return np.frombuffer(b"".join(string[:1] or b"\xff" for string in strings), np.uint8)
+    """[Y] first byte; NOT_TEXT, across which nothing reaches, for specials and no text.
+
+    The token of the byte NOT_TEXT itself counts as the byte before, which no text has either.
+    """
+    first = np.frombuffer(b"".join(string[:1] or b"\xff" for string in strings), np.uint8).copy()
+    for number in np.flatnonzero(first == NOT_TEXT).tolist():
+        if strings[number] and special_of(strings[number]) is None:
+            first[number] = NOT_TEXT - 1
+    return first
+
+
+def _are_asked(strings: Sequence[bytes], student: ByteTokenizer) -> NDArray[np.bool_]:
+    """[Y] whether bytes do not tell across which joints each string reaches.
+
+    It may be a word that is written otherwise within a longer one, or composed by the student.
+    """
+    are_asked = np.array(student.are_only_words(_texts(strings)), bool)
+    if student.tokens.is_composing:
+        texts = [string.decode(errors="ignore") for string in strings]
+        are_asked |= [not unicodedata.is_normalized("NFC", text) for text in texts]
+    return are_asked
+
+
+def _texts(strings: Sequence[bytes]) -> list[bytes]:
+    """The strings, with none in the place of special tokens' stand-ins."""
+    return [b"" if special_of(string) is not None else string for string in strings]
 
 
 def _first_tokens(strings: Sequence[bytes], student: ByteTokenizer) -> NDArray[np.int32]:
     """[Y] the student's first token of each string; special tokens by their stand-ins."""
     special = [special_of(string) for string in strings]
-    texts = [
-        b"" if token is not None else string for token, string in zip(special, strings, strict=True)
-    ]
-    written = student.encode_all(texts)
+    written = student.encode_all(_texts(strings))
     first = [ids[0] if ids else NONE for ids in written]
     for number, token in enumerate(special):
         if token is not None:
