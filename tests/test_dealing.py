@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from caches import assert_same
@@ -56,8 +58,11 @@ def test_ranks_are_busy_most_of_the_time(batch_traces, num_ranks, least):
 def test_traces_survive_the_way_from_rank_to_rank():
     traces = make_traces(5, lengths=(1, 40))
     traces[2] = traces[2][:1]  # no entries
+    column = np.linspace(-1, 0, len(traces[3]), dtype=np.float32)
+    traces[3] = replace(traces[3], chunk_logprob=column)
     again = unpacked(packed(traces), traces)
 
     for trace, received in zip(traces, again, strict=True):
         assert_same(received, trace)
+        np.testing.assert_array_equal(received.chunk_logprob, trace.chunk_logprob)
     assert unpacked(packed([]), []) == []

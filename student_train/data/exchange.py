@@ -1,7 +1,7 @@
 """Handing of traces from the rank that reads them to the rank that trains on them.
 
-A trace travels as its arrays, 9 bytes a token and 8 a kept entry; everything else about it every
-rank knows from the commit records. Letters as in `Trace`: m tokens, E entries.
+A trace travels as its arrays, 9 bytes a token (13 with chunks) and 8 a kept entry; everything else
+about it every rank knows from the commit records. Letters as in `Trace`: m tokens, E entries.
 """
 
 from collections.abc import Mapping, Sequence
@@ -77,13 +77,19 @@ def packed(traces: Sequence[Trace]) -> _Bytes:
     """The arrays of traces, one after the other: all counts, all ids, all logits, ..."""
     if not traces:
         return np.zeros(0, np.uint8)
-    counts = np.array([(len(trace), trace.num_entries) for trace in traces], np.int64)
+    none = np.zeros(0, np.float32)
+    chunk_logprobs = [none if t.chunk_logprob is None else t.chunk_logprob for t in traces]
+    counts = np.array(
+        [(len(t), t.num_entries, len(c)) for t, c in zip(traces, chunk_logprobs, strict=True)],
+        np.int64,
+    )
     columns = [
         counts.ravel(),
         *(trace.token_ids for trace in traces),
         *(trace.tail_logit for trace in traces),
         *(trace.top_ids for trace in traces),
         *(trace.top_logits for trace in traces),
+        *chunk_logprobs,
         *(trace.k for trace in traces),  # last: a byte each, so that all others are aligned
     ]
     return np.concatenate([np.ascontiguousarray(column).view(np.uint8) for column in columns])
@@ -93,14 +99,15 @@ def unpacked(data: _Bytes, infos: Sequence[TraceInfo]) -> list[Trace]:
     """The traces of `packed`, which have these commit records."""
     if not infos:
         return []
-    counts, end = data[: 16 * len(infos)].view(np.int64).reshape(-1, 2), 16 * len(infos)
-    num_tokens, num_entries = counts[:, 0], counts[:, 1]
+    counts, end = data[: 24 * len(infos)].view(np.int64).reshape(-1, 3), 24 * len(infos)
+    num_tokens, num_entries, num_in_chunks = counts.T
     columns = []
     for lengths, dtype in (
         (num_tokens, np.dtype(np.int32)),
         (num_tokens, np.dtype(np.float32)),
         (num_entries, np.dtype(np.int32)),
         (num_entries, np.dtype(np.float32)),
+        (num_in_chunks, np.dtype(np.float32)),
         (num_tokens, np.dtype(np.uint8)),
     ):
         begin, end = end, end + int(lengths.sum()) * dtype.itemsize
@@ -110,9 +117,10 @@ def unpacked(data: _Bytes, infos: Sequence[TraceInfo]) -> list[Trace]:
             trace_id=info.trace_id, token_ids=token_ids, n_total=info.n_total,
             cot_start=info.cot_start, answer_start=info.answer_start,
             k=k, top_ids=top_ids, top_logits=top_logits, tail_logit=tail_logit,
+            chunk_logprob=chunk_logprob if len(chunk_logprob) else None,
             finish_reason=info.finish_reason, fields=info.fields,
         )
-        for info, token_ids, tail_logit, top_ids, top_logits, k in zip(
+        for info, token_ids, tail_logit, top_ids, top_logits, chunk_logprob, k in zip(
             infos, *columns, strict=True
         )
     ]  # fmt: skip
