@@ -96,11 +96,16 @@ def test_a_loss_that_grows_tenfold_over_some_steps_has_diverged():
     for loss in (1e-6, *[0.05] * 50):
         small.note_loss(loss)
     assert not small.has_diverged
+    uneven = RunState()
+    for loss in (0.05, *[1.0] * 50):  # the first traces were easy
+        uneven.note_loss(loss)
+        assert not uneven.has_diverged
 
 
 def test_a_diverging_run_stops_with_advice_and_keeps_its_checkpoint(config, monkeypatch):
     monkeypatch.setattr(run_state, "_LARGEST_GROWTH", 0.999)
-    settings = config(epochs=3, save_every=1, lr=1e-2)
+    settings = config(epochs=6, save_every=4, lr=1e-2)
     with pytest.raises(DivergedLossError, match=r"diverges\. Start over .* with a lower --lr"):
         train(settings)
     assert not (settings.out / "model").exists()
+    assert [one.name for one in settings.out.glob("checkpoints/step-*")] != []

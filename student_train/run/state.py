@@ -9,6 +9,7 @@ from student_train.data.stream import Cursor
 
 _NEW_LOSS_SHARE = 0.1
 _LARGEST_GROWTH = 10.0
+_NUM_FIRST_LOSSES = 10  # the first ones alone say nothing: one step's may be low by chance
 _SMALL_LOSS = 0.01  # nats; below it, steps differ by any factor
 
 
@@ -30,7 +31,8 @@ class RunState:
     best_step: int = 0  # 0: not evaluated yet
     best_kl: float = math.inf  # on held-out traces, after that step
     num_worse: int = 0  # measurements on held-out traces since then
-    mean_loss: float = math.nan  # moving average over about 1 / _NEW_LOSS_SHARE steps
+    num_losses: int = 0  # noted so far
+    mean_loss: float = math.nan  # of all so far, then over about 1 / _NEW_LOSS_SHARE steps
     lowest_mean_loss: float = math.inf
 
     def advance(
@@ -61,10 +63,12 @@ class RunState:
 
     def note_loss(self, loss: float) -> None:
         """Add a step's loss to the moving average."""
-        if math.isnan(self.mean_loss):
+        self.num_losses += 1
+        if self.num_losses == 1:
             self.mean_loss = loss
-        self.mean_loss += _NEW_LOSS_SHARE * (loss - self.mean_loss)
-        self.lowest_mean_loss = min(self.lowest_mean_loss, self.mean_loss)
+        self.mean_loss += max(_NEW_LOSS_SHARE, 1 / self.num_losses) * (loss - self.mean_loss)
+        if self.num_losses >= _NUM_FIRST_LOSSES:
+            self.lowest_mean_loss = min(self.lowest_mean_loss, self.mean_loss)
 
     @property
     def has_diverged(self) -> bool:
