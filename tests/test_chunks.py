@@ -219,6 +219,7 @@ def test_chunks_are_refused_where_there_are_none(tmp_path):
         train(config)
     for wrong, message in (
         ({"match": "tokens", "chunk_temperature": 3.0}, "it is that of --match chunks"),
+        ({"loss_dropout": 0.5}, "takes the likelihood of its whole chunk along"),
         ({"divergence": "jsd"}, "--divergence: it belongs to distributions over tokens"),
         ({"loss_temperature": 2.0, "tail": "renormalise"}, "--tail: it belongs"),
         ({"live_teacher": "x"}, "--live-teacher: it belongs"),

@@ -117,3 +117,13 @@ def test_students_padded_to_another_width_get_the_same_distribution(tmp_path, nu
         assert found.teacher_mass.tolist() == [1.0] * batch.num_valid
     else:  # the student cannot have the teacher's mass there: its tail is empty
         torch.testing.assert_close(found.teacher_mass.double(), p.sum(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_that_lacks_distributions_measures_nothing(teacher):
+    live, model = teacher
+    batch = batch_of(model)
+    lacking = replace(batch, num_distributions=batch.num_valid - 1)
+    left_out = replace(batch, num_left_out=1)
+    for one in (lacking, left_out):
+        with pytest.raises(CacheMismatchError, match="no distribution for some tokens"):
+            live.taught(one)

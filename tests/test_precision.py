@@ -4,7 +4,7 @@ import pytest
 import torch
 from fakes import make_cache, make_traces
 from students import make_model, make_student
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from student_train.batch.micro_batch import one_micro_batch
 from student_train.data.tokens import TokenSelection
@@ -83,3 +83,19 @@ def test_a_student_is_saved_as_it_came_unless_told_otherwise(tmp_path):
         assert AutoConfig.from_pretrained(out / "model").dtype == expected
         model = AutoModelForCausalLM.from_pretrained(out / "model", dtype="auto")
         assert {weight.dtype for weight in model.parameters()} == {expected}
+
+
+def test_a_weight_too_large_for_the_dtype_is_named_and_a_wider_one_writes_the_student(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0, 0] = 1e5
+    model.save_pretrained(tmp_path / "student")
+    AutoTokenizer.from_pretrained(make_student(tmp_path / "other")).save_pretrained(
+        tmp_path / "student"
+    )
+    cache = make_cache(tmp_path / "cache", make_traces(4))
+    asked = {"cache": (cache,), "student": str(tmp_path / "student"), "out": tmp_path / "run"}
+    with pytest.raises(ValueError, match=r"--save-dtype: .*embed.* up to 1e\+05, too large for"):
+        train(config_of(**asked, max_steps=1, save_dtype="float16"))
+    assert not (tmp_path / "run/model").exists()
+    assert train(config_of(**asked, max_steps=1, save_dtype="float32")).num_steps == 1

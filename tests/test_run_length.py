@@ -1,6 +1,7 @@
 """Runs that are extended, end early, or diverge."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ def test_a_finished_run_is_extended_as_if_it_had_been_longer(config):
         ({"schedule": "cosine"}, {"epochs": 2}, "only one of --schedule constant can be extended"),
         ({"epochs": 2, "max_steps": 2}, {"max_steps": 1}, "max_steps: 2 before, 1 now"),
         ({"warmup": 0.5}, {"epochs": 9}, "9 of 18 steps would be warm-up"),
+        ({"max_steps": 2}, {"max_steps": 10}, "leave no step after 2: raise --epochs"),
     ],
 )
 def test_a_run_that_cannot_be_extended_says_why_and_keeps_its_student(config, first, then, reason):
@@ -82,6 +84,11 @@ def test_a_run_ends_when_the_heldout_kl_has_not_fallen_for_long_enough(config):
     best = measured.index(min(measured))
     assert len(measured) == best + 3
     assert train(settings).was_finished
+    longer = replace(settings, epochs=30)
+    with pytest.raises(ValueError, match=r"leave no step .* --patience"):
+        train(longer)
+    assert (settings.out / "model").is_dir()
+    assert train(replace(settings, patience=4)).num_steps == len(measured) + 2
 
 
 def test_a_loss_that_grows_tenfold_over_some_steps_has_diverged():
@@ -109,3 +116,9 @@ def test_a_diverging_run_stops_with_advice_and_keeps_its_checkpoint(config, monk
         train(settings)
     assert not (settings.out / "model").exists()
     assert [one.name for one in settings.out.glob("checkpoints/step-*")] != []
+
+
+def test_a_diverging_run_without_a_checkpoint_promises_none(config, monkeypatch):
+    monkeypatch.setattr(run_state, "_LARGEST_GROWTH", 0.999)
+    with pytest.raises(DivergedLossError, match=r"longer --warmup\.$"):
+        train(config(epochs=6, lr=1e-2))

@@ -51,8 +51,14 @@ class LiveTeacher:
             batch: Micro-batch in the layout "alone": each row is one trace.
 
         Raises:
-            CacheMismatchError: If the teacher is not the one that the cache was captured from.
+            CacheMismatchError: If the teacher is not the one that the cache was captured from, or
+                the cache lacks distributions.
         """
+        if batch.num_distributions < batch.num_valid or batch.num_left_out:
+            raise CacheMismatchError(
+                f"live teacher {self._name!r}: the cache has no distribution for some tokens of "
+                "its responses, so nothing says what it loses there; take a cache that has all"
+            )
         if not batch.num_valid:
             return batch
         logits_BTV = self._model(input_ids=batch.input_ids, use_cache=False).logits

@@ -72,6 +72,7 @@ def save_student(
 
     Raises:
         OSError: If it cannot be written, as on a full disk.
+        ValueError: If a weight is too large for the dtype.
     """
     if terminal_token_ids:
         # Base models often name another end token, and would then never end as the traces do.
@@ -95,12 +96,23 @@ def save_student(
 
 
 def _in_dtype(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights in a dtype; what is one tensor under several names stays one."""
+    """The weights in a dtype; what is one tensor under several names stays one.
+
+    Raises:
+        ValueError: If a weight is too large for the dtype.
+    """
     cast: dict[tuple[int, torch.Size], Tensor] = {}
-    for weight in weights.values():
+    for name, weight in weights.items():
         key = weight.data_ptr(), weight.shape
-        if key not in cast:
-            cast[key] = weight.to(dtype) if weight.is_floating_point() else weight
+        if key in cast:
+            continue
+        cast[key] = weight.to(dtype) if weight.is_floating_point() else weight
+        if not cast[key].isfinite().all():
+            raise ValueError(
+                f"--save-dtype: {name} has values up to {float(weight.abs().max()):.3g}, too large "
+                f"for {str(dtype).removeprefix('torch.')}; name a wider dtype and run the same "
+                "command again"
+            )
     return {name: cast[weight.data_ptr(), weight.shape] for name, weight in weights.items()}
 
 

@@ -375,6 +375,11 @@ class TrainConfig:
             if self.chunk_temperature is not None:
                 raise ValueError("--chunk-temperature: it is that of --match chunks; add this")
             return
+        if self.loss_dropout:
+            raise ValueError(
+                "--loss-dropout: one token takes the likelihood of its whole chunk along; leave "
+                "this out, or --match chunks"
+            )
         names = ("divergence", "mix", "tail", "loss_temperature", "live_teacher")
         defaults = {item.name: item.default for item in fields(self)}
         for name in names:

@@ -201,7 +201,10 @@ class RunFolder:
     def extends(self, config: TrainConfig) -> bool:
         """Whether these settings are those of a longer run than the one that is here."""
         before = (self._before or {}).get("config", {})
-        return (before.get("epochs"), before.get("max_steps")) != (config.epochs, config.max_steps)
+        patience = before.get("patience")
+        is_more_patient = patience is not None and (config.patience or math.inf) > patience
+        length = (config.epochs, config.max_steps)
+        return is_more_patient or (before.get("epochs"), before.get("max_steps")) != length
 
     def begin(self, identity: RunIdentity, mark: MetricsMark | None) -> None:
         """Make the folder ready: write the configuration, cut metrics back to the checkpoint.

@@ -18,7 +18,6 @@ from student_train.run.processes import join_processes, owned
 from student_train.run.progress import describe, stop_after_step
 from student_train.run.setup import Run, open_stream, prepare
 from student_train.run.sharding import clip_gradients, gathered_state
-from student_train.run.state import RunState
 from student_train.run.step import (
     StepFigures,
     StepTotals,
@@ -121,7 +120,7 @@ def _take_steps(run: Run) -> None:
             if counts.num_valid:
                 state.note_loss(totals.sums["loss"])
             if state.has_diverged:
-                raise DivergedLossError(_diverged(state))
+                raise DivergedLossError(_diverged(run))
 
             # Every eval_every steps and after the last.
             heldout: dict[str, float] = {}
@@ -176,11 +175,13 @@ def _save_checkpoint(run: Run) -> None:
     )
 
 
-def _diverged(state: RunState) -> str:
+def _diverged(run: Run) -> str:
+    state, checkpoints = run.state, run.inputs.folder.checkpoint_folders()
+    kept = f" The checkpoint before it stays: {checkpoints[-1]}." if checkpoints else ""
     return (
         f"step {state.step}: the loss is {state.mean_loss:.3g} over the last steps, and was "
         f"{state.lowest_mean_loss:.3g} before: the run diverges. Start over in another --out with "
-        "a lower --lr or a longer --warmup. The last checkpoint stays."
+        f"a lower --lr or a longer --warmup.{kept}"
     )
 
 

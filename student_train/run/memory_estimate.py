@@ -5,6 +5,7 @@ with one layer and with two, under the run's precision.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from student_train.data.draw import draw_spans
+from student_train.data.draw import DrawnSpans, draw_spans
 from student_train.data.traces import open_data
 from student_train.losses.chunks import CHUNK_BYTES, CUDA_CHUNK_BYTES
 from student_train.model.adapters import add_adapters
@@ -63,12 +64,23 @@ def estimate_run(config: TrainConfig) -> str:
         heldout_share=config.heldout_share, allow_unsealed=config.allow_unsealed,
     )  # fmt: skip
     drawn = [draw_spans(source, config.selection, config.seed) for source in data.sources]
-    longest = max(int(one.num_read.max(initial=0)) for one in drawn)
     try:
         shape = AutoConfig.from_pretrained(config.student, revision=config.student_revision)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"model {config.student!r} cannot be loaded: {reason}") from error
+    return estimate_line(config, shape, drawn)
+
+
+def estimate_line(config: TrainConfig, shape: PreTrainedConfig, drawn: Sequence[DrawnSpans]) -> str:
+    """The line of `estimate_run` for a student of that shape and tokens that were drawn.
+
+    Raises:
+        ValueError: If it cannot be predicted; the error says why.
+    """
+    if config.live_teacher is not None:
+        raise ValueError("a live teacher is in memory too: not predicted")
+    longest = max(int(one.num_read.max(initial=0)) for one in drawn)
     found = estimate(
         shape, config,
         num_tokens=max(longest, config.batch_tokens),
@@ -105,7 +117,7 @@ def estimate(
         is_cuda: Whether they run on GPUs, with attention that keeps no scores.
 
     Raises:
-        ValueError: If the student is a mixture of experts.
+        ValueError: If the student is a mixture of experts, or cannot run on fake tensors.
     """
     text = shape.get_text_config()
     if any(getattr(text, name, None) for name in _EXPERTS):
@@ -130,8 +142,13 @@ def estimate(
         weights, gradients = weights + whole, gradients + num_root * (2 if is_half else 4)
     elif is_half:
         weights += 2 * trained  # autocast keeps copies through a step's forward and backward
-    per_layer = counted_activations(shape, 2, _PROBE_TOKENS, is_half=is_half)
-    rest = counted_activations(shape, 1, _PROBE_TOKENS, is_half=is_half)
+    try:
+        per_layer = counted_activations(shape, 2, _PROBE_TOKENS, is_half=is_half)
+        rest = counted_activations(shape, 1, _PROBE_TOKENS, is_half=is_half)
+    except (RuntimeError, AttributeError, LookupError, TypeError, NotImplementedError) as error:
+        # Code of any model, which may look into its tensors; the run itself needs no prediction.
+        reason = " ".join(str(error).split())
+        raise ValueError(f"not predicted, the student needs real tensors: {reason}") from error
     per_layer, rest = per_layer - rest, 2 * rest - per_layer
     count = text.num_hidden_layers
     if config.gradient_checkpointing:  # the input of each layer, and one layer at a time

@@ -22,10 +22,9 @@ from student_train.run.checkpoint import (
     restore_random_state,
     whole_checkpoint,
 )
-from student_train.run.config import TrainConfig
 from student_train.run.inputs import RunInputs, log_inputs
 from student_train.run.memory import advice_when_out_of_memory
-from student_train.run.memory_estimate import estimate_run
+from student_train.run.memory_estimate import estimate_line
 from student_train.run.optimizers import make_optimizer, make_schedule
 from student_train.run.precision import halve_frozen_layers
 from student_train.run.processes import decided_by_main
@@ -57,11 +56,8 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        """Whether no step follows: after the last one, or when patience has ended."""
-        patience = self.inputs.config.patience
-        return self.state.step >= self.num_steps or (
-            patience is not None and self.state.num_worse >= patience
-        )
+        """Whether no step follows."""
+        return self.state.is_over(self.num_steps, self.inputs.config.patience)
 
 
 def prepare(inputs: RunInputs) -> Run:
@@ -80,7 +76,7 @@ def prepare(inputs: RunInputs) -> Run:
     if accelerator.is_main_process:
         log_inputs(inputs, spans)
         if accelerator.device.type == "cuda":
-            _log_estimate(config)
+            _log_estimate(inputs)
 
     set_seed(config.seed, device_specific=True)
     head = head_of(model)  # while the model is as it was loaded
@@ -133,11 +129,12 @@ def prepare(inputs: RunInputs) -> Run:
     )
 
 
-def _log_estimate(config: TrainConfig) -> None:
+def _log_estimate(inputs: RunInputs) -> None:
     try:
-        logger.info("memory: %s", estimate_run(config))
+        line = estimate_line(inputs.config, inputs.model.config, inputs.drawn)
     except ValueError as error:
-        logger.info("memory: %s", error)
+        line = str(error)
+    logger.info("memory: %s", line)
 
 
 def open_stream(run: Run) -> TraceStream:
@@ -201,6 +198,11 @@ def _restored(
             f"--epochs, --max-steps: {num_warmup_steps:,} of {last_step:,} steps would be warm-up, "
             f"and the rate has reached its peak in {state.step:,}: extend the run by less, or "
             "begin another"
+        )
+    if folder.finished and state.is_over(last_step, config.patience):
+        raise ValueError(
+            f"{folder.path}: the run is finished, and these settings leave no step after "
+            f"{state.step:,}: raise --epochs, --max-steps or --patience, whichever ended it"
         )
     accelerator.wait_for_everyone()  # nobody may look for a checkpoint any more
     if accelerator.is_main_process:

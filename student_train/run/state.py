@@ -61,6 +61,10 @@ class RunState:
         if kl < self.best_kl:
             self.best_step, self.best_kl, self.num_worse = self.step, kl, 0
 
+    def is_over(self, num_steps: int, patience: int | None) -> bool:
+        """Whether no step follows: after the last one, or when patience has ended."""
+        return self.step >= num_steps or (patience is not None and self.num_worse >= patience)
+
     def note_loss(self, loss: float) -> None:
         """Add a step's loss to the moving average."""
         self.num_losses += 1
