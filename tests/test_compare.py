@@ -1,6 +1,7 @@
 """Comparisons of runs: what the page says is what their folders hold, or an error says why not."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -141,6 +142,18 @@ def test_runs_without_answers_or_at_work_are_compared_as_far_as_they_are(tmp_pat
     assert "Fewer than two of the runs have evaluated answers" in page
     assert "40, not finished" in page
     assert "different held-out traces" in page
+
+
+def test_a_run_with_two_files_of_completions_has_the_answers_of_each(runs, tmp_path):
+    whole, _, prompts = runs
+    files = [tmp_path / "none.jsonl", tmp_path / "all.jsonl"]
+    for file, right in zip(files, (False, True), strict=True):
+        make_completions(file, [right] * NUM_PROMPTS, prompts)
+    page = tmp_path / "page.html"
+    invoke(whole, whole, "--completions", files[0], "--completions", files[1], "-o", page)
+
+    shares = re.findall(r"<td>([0-9.]+ %) \([^)]* to [^)]*\)</td>", page.read_text())
+    assert shares == ["0 %", "100 %"]
 
 
 def test_cells_of_a_sweep_are_compared_with_the_untrained_student(runs, tmp_path):

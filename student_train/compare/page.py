@@ -48,7 +48,7 @@ def comparison_page(
     return render(
         _TEMPLATE,
         title=f"{len(runs)} runs compared",
-        overview=[_overview_row(run, paired) for run in runs],
+        overview=_overview_rows(runs, paired),
         charts=_charts(runs),
         heldout_differs=len({run.settings["heldout_fingerprint"] for run in _measured(runs)}) > 1,
         heldout=_heldout_rows(runs),
@@ -60,8 +60,13 @@ def comparison_page(
     )
 
 
-def _overview_row(run: ComparedRun, paired: Sequence[Paired]) -> list[str]:
-    pair = next((one for one in paired if one.name == run.name), None)
+def _overview_rows(runs: Sequence[ComparedRun], paired: Sequence[Paired]) -> list[list[str]]:
+    """A row for each run; by order, as a run may be named twice with different completions."""
+    pairs = iter(paired)
+    return [_overview_row(run, next(pairs) if run.answers else None) for run in runs]
+
+
+def _overview_row(run: ComparedRun, pair: Paired | None) -> list[str]:
     accuracy = _UNKNOWN
     if pair is not None:
         figures = pair.accuracy
