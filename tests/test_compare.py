@@ -219,9 +219,20 @@ def test_unfinished_or_damaged_completions_are_refused(runs):
         read_run(half)
 
 
-def test_a_damaged_line_of_metrics_is_named(runs):
+def test_prompts_that_cannot_be_shown_are_refused(runs, tmp_path):
+    whole, half, prompts = runs
+    missing = invoke(whole, half, "--prompts", tmp_path / "no", "-o", tmp_path / "x", exit_code=1)
+    assert "--prompts" in str(missing.exception)
+    for run in (whole, half):
+        (run / "completions.jsonl").unlink()
+    unused = invoke(whole, half, "--prompts", prompts, "-o", tmp_path / "x", exit_code=1)
+    assert "no run has completions" in str(unused.exception)
+
+
+@pytest.mark.parametrize("damaged", ['{"step": ,', '7\n{"step": 7,', '{"step": "seven",'])
+def test_a_damaged_line_of_metrics_is_named(runs, damaged):
     whole, _, _ = runs
-    text = (whole / "metrics.jsonl").read_text().replace('{"step": 7,', '{"step": ,')
+    text = (whole / "metrics.jsonl").read_text().replace('{"step": 7,', damaged)
     (whole / "metrics.jsonl").write_text(text)
 
     with pytest.raises(ValueError, match=r"metrics.jsonl:7: expected a line of metrics"):

@@ -172,3 +172,20 @@ def test_the_figures_are_a_page_too(path, model, tmp_path):
     assert text.count("<svg") == 6
     assert "kept entries (mean" in text
     assert "already exists" in str(invoke(path, "--html", page, exit_code=1).exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--json", "--tokens", "0:4"), "--json: the cache's figures alone"),
+        (("--json", "--trace", "t0"), "--json: the cache's figures alone"),
+        (("--tokens", "5000:6000"), "--tokens 5000: the cache holds"),
+        (("--trace", "nobody"), "no trace 'nobody'"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused_before_anything_is_shown(
+    path, options, reason
+):
+    done = invoke(path, *options, exit_code=1)
+    assert reason in str(done.exception)
+    assert done.stdout == ""

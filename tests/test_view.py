@@ -202,7 +202,7 @@ def test_the_command_writes_a_page_and_keeps_an_existing_one(cache, tmp_path):
     assert json.loads(data)["texts"] == json.loads(json_for_script([TOKENS[i] for i in ids]))
     again = invoke(group, "view", cache.path, "-o", page, exit_code=1)
     assert "already exists" in str(again.exception)
-    args = ["--trace", "t99", "--model", model, "-o", tmp_path / "x"]
+    args = ["--trace", "t99", "--model", "no such model", "-o", tmp_path / "x"]  # looked for last
     unknown = invoke(group, "view", cache.path, *args, exit_code=1)
     assert "no trace 't99'" in str(unknown.exception)
     both = ["--trace", "t1", "--sample", "2", "-o", tmp_path / "x"]

@@ -13,6 +13,7 @@ from teacher_cache.format.files import publish
 from teacher_cache.pages.charts import LineChart, Series, line_chart
 from teacher_cache.pages.numbers import percent, quantity
 from teacher_cache.pages.page import render
+from teacher_cache.terminal.early_checks import check_file
 from teacher_cache.terminal.escape import printable
 from teacher_cache.terminal.progress import duration
 
@@ -29,6 +30,8 @@ def compare(config: CompareConfig) -> int:
         DamagedFileError: If settings or completions are damaged.
         OSError: If a file cannot be read.
     """
+    if config.prompts is not None:
+        check_file(config.prompts, "--prompts")
     files: Sequence[Path | None] = config.completions or [None] * len(config.run)
     runs = [read_run(folder, file) for folder, file in zip(config.run, files, strict=True)]
     page = comparison_page(runs, prompts_file=config.prompts, num_flips=config.flips)
@@ -43,7 +46,12 @@ def comparison_page(
     paired = paired_answers(runs)
     evaluated = [run.answers for run in runs if run.answers is not None]
     prompts = None
-    if prompts_file is not None and evaluated:
+    if prompts_file is not None:
+        if not evaluated:
+            raise ValueError(
+                "--prompts: no run has completions whose prompts it could show; evaluate them with "
+                "--completions, or leave it out"
+            )
         prompts = _prompts_of(prompts_file, evaluated[0])
     return render(
         _TEMPLATE,

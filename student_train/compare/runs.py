@@ -79,13 +79,20 @@ def _metrics(file: Path) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(json.loads(line))
+            values = json.loads(line)
+            if not isinstance(values, dict) or not all(map(_is_number, values.values())):
+                raise ValueError("no object of numbers")
+            found.append(values)
         except ValueError as error:
             raise ValueError(
                 f"{file}:{number}: expected a line of metrics, found damage ({error}); leave this "
                 "run out, or restore the file from a copy"
             ) from error
     return found
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, (int, float))
 
 
 def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, list[str]]:

@@ -44,12 +44,21 @@ def inspect_command(config: InspectConfig, as_json: bool) -> None:
     cache-teacher inspect cache --trace gsm8k-17 --tokens 100:140
     cache-teacher inspect cache --shards 0 --html cache.html
     """
+    if as_json and (config.trace, config.tokens, config.model) != (None, None, None):
+        raise ValueError("--json: the cache's figures alone; leave out --trace, --tokens, --model")
     check_cache(config.cache)
     if config.html is not None:
         check_out_file(config.html, "--html", force=config.force)
     opened = open_cache(config.cache, allow_unsealed=True)
-    # Before anything is shown: it may be misspelt.
-    trace = None if config.trace is None else opened[config.trace]
+    # Before anything is shown: id or range may be wrong.
+    if config.trace is None:
+        trace = next(opened.read_held(opened.traces[:1]), None)
+    else:
+        trace = opened[config.trace]
+    if trace is not None and config.tokens is not None and config.tokens[0] >= len(trace):
+        raise ValueError(
+            f"--tokens {config.tokens[0]}: the cache holds {len(trace):,} tokens of this trace"
+        )
     with Progress(f"inspecting {shown(config.cache)}"):
         figures = inspection.inspect_cache(opened, config.shards)
     if config.html is not None:
@@ -61,8 +70,6 @@ def inspect_command(config: InspectConfig, as_json: bool) -> None:
     can_draw = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
     for line in report_text.figures_lines(figures, header, opened.path, can_draw=can_draw):
         click.echo(line)
-    if trace is None:
-        trace = next(opened.read_held(opened.traces[:1]), None)
     if trace is None:
         return
     tokenizer = tokenizer_to_show(opened.header, config.model)

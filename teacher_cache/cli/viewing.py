@@ -30,5 +30,7 @@ def view_command(config: ViewConfig) -> None:
     check_out_file(config.out, "--out", force=config.force)
     with Progress(f"viewing {shown(config.cache)}"):
         cache = open_cache(config.cache, allow_unsealed=True)
+        for trace_id in config.trace:  # before a tokenizer is looked for, maybe on the network
+            cache.place(trace_id)
         size_bytes = write_view(config, cache, tokenizer_to_show(cache.header, config.model))
     click.echo(f"{printable(config.out)}: {byte_count(size_bytes)}, opens in any browser")
