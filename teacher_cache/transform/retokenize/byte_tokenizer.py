@@ -7,6 +7,9 @@ from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from teacher_cache.transform.retokenize.token_bytes import (
     TokenBytes,
     character_of_byte,
@@ -98,26 +101,26 @@ class ByteTokenizer:
             ids[number] = self._encode_partial(pieces[number])
         return ids
 
-    def are_only_words(self, pieces: Sequence[bytes]) -> list[bool]:
-        """Whether each piece has its tokens only where it is a whole word.
-
-        Llama 3's tokenizer and others write a word of their vocabulary as one token, whether or
-        not merges lead to it; within a longer word, merges alone decide.
-        """
-        merging = self._merging
-        if merging is None:
-            return [False] * len(pieces)
-        alone, within = self.encode_all(pieces), merging.encode_all(pieces)
-        return [one != other for one, other in zip(alone, within, strict=True)]
-
     @cached_property
-    def _merging(self) -> "ByteTokenizer | None":
-        """The tokenizer by merges alone; None if this one is."""
-        definition = json.loads(self._definition)
+    def is_only_word(self) -> NDArray[np.bool_]:
+        """[V] tokens that are written only where they are whole words.
+
+        Llama 3's tokenizer and others look words up before they merge: a token to which no merges
+        lead is not written within a longer word.
+        """
+        from tokenizers import Tokenizer
+
+        found = np.zeros(self.vocab_size, np.bool_)
+        definition = json.loads(for_continuation(self._definition))
         if not definition["model"].get("ignore_merges"):
-            return None
+            return found
         definition["model"]["ignore_merges"] = False
-        return ByteTokenizer(json.dumps(definition), "merges")
+        model = Tokenizer.from_str(json.dumps(definition)).model
+        for token, text in enumerate(self.tokens.of_id):
+            if text:
+                merged = model.tokenize(self.tokens.names[token])
+                found[token] = [part.id for part in merged] != [token]
+        return found
 
     def _encode_partial(self, piece: bytes) -> list[int]:
         """Token ids of bytes that begin or end inside a character.

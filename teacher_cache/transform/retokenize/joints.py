@@ -7,6 +7,7 @@ Right strings are ids too: the teacher's tokens, then their ends, added on deman
 Letters: N queries in one call.
 """
 
+import itertools
 import unicodedata
 from collections.abc import Sequence
 
@@ -151,8 +152,8 @@ class _Left:
         self.strings.append(b"")  # nothing
         self._ids: dict[bytes, int] = {}
         self.has_text = np.array([string != b"" for string in self.strings])
-        self.masks = self._masks(self.strings)
         written = student.encode_all(self.strings)
+        self.masks = self._masks(self.strings, written)
         self.head = np.array([ids[0] if ids else NONE for ids in written], np.int32)
         self.stands = np.array([ids == [n] for n, ids in enumerate(written)])
 
@@ -163,20 +164,22 @@ class _Left:
                 self._ids[text] = len(self.strings)
                 self.strings.append(text)
             self.has_text = np.concatenate([self.has_text, [text != b"" for text in new]])
-            self.masks = np.concatenate([self.masks, self._masks(new)])
             written = self._student.encode_all(new)
+            self.masks = np.concatenate([self.masks, self._masks(new, written)])
             heads = [ids[0] if ids else NONE for ids in written]
             self.head = np.concatenate([self.head, np.array(heads, np.int32)])
             self.stands = np.concatenate([self.stands, np.zeros(len(new), bool)])
         return np.array([self._ids[text] for text in beginnings], np.int64)
 
-    def _masks(self, strings: Sequence[bytes]) -> NDArray[np.uint64]:
+    def _masks(
+        self, strings: Sequence[bytes], written: Sequence[Sequence[int]]
+    ) -> NDArray[np.uint64]:
         masks = self._crossings.masks(strings)
         last = np.frombuffer(b"".join(string[-1:] or b"\xff" for string in strings), np.uint8)
         if self._student.tokens.is_byte_level:
             masks |= _WORDS_DEPEND[last]
             masks[[not _is_whole(string) or _ends_in_sign(string) for string in strings]] = _ALL
-            masks[self._student.are_only_words(strings)] = _ALL
+            masks[_have_only_words(self._student, written)] = _ALL
         if self._student.tokens.is_composing:
             masks |= _BEYOND_ASCII
         masks[[not string for string in strings]] = 0
@@ -241,8 +244,7 @@ class _Right:
         self.strings: list[bytes] = [text or b"" for text in texts]
         self._ids: dict[bytes, int] = {}
         self.first_byte = _first_bytes(self.strings)
-        self.is_asked = _are_asked(self.strings, student)
-        self.first = _first_tokens(self.strings, student)
+        self.first, self.is_asked = self._read(self.strings)
         self._keep_own(student, teacher)
 
     def _keep_own(self, student: ByteTokenizer, teacher: ByteTokenizer) -> None:
@@ -266,9 +268,42 @@ class _Right:
                 self._ids[text] = len(self.strings)
                 self.strings.append(text)
             self.first_byte = np.concatenate([self.first_byte, _first_bytes(new)])
-            self.is_asked = np.concatenate([self.is_asked, _are_asked(new, self._student)])
-            self.first = np.concatenate([self.first, _first_tokens(new, self._student)])
+            first, is_asked = self._read(new)
+            self.first = np.concatenate([self.first, first])
+            self.is_asked = np.concatenate([self.is_asked, is_asked])
         return np.array([self._ids[text] for text in ends], np.int64)
+
+    def _read(self, strings: Sequence[bytes]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """[Y] first token of each, and whether bytes do not tell across which joints it reaches.
+
+        Special tokens are told by their stand-ins. A string may have a word that is written
+        otherwise within a longer one, or letters that the student composes.
+        """
+        special = [special_of(string) for string in strings]
+        texts = [
+            b"" if token is not None else string
+            for token, string in zip(special, strings, strict=True)
+        ]
+        written = self._student.encode_all(texts)
+        first = [
+            token if token is not None else ids[0] if ids else NONE
+            for token, ids in zip(special, written, strict=True)
+        ]
+        is_asked = _have_only_words(self._student, written)
+        if self._student.tokens.is_composing:
+            whole = (string.decode(errors="ignore") for string in strings)
+            is_asked |= [not unicodedata.is_normalized("NFC", text) for text in whole]
+        return np.array(first, np.int32), is_asked
+
+
+def _have_only_words(student: ByteTokenizer, written: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
+    """[X] whether the student wrote a text with a token that is no part of a longer word."""
+    lengths = np.array([len(ids) for ids in written], np.intp)
+    flat = np.fromiter(itertools.chain.from_iterable(written), np.intp, lengths.sum())
+    owner = np.repeat(np.arange(len(written)), lengths)
+    found = np.zeros(len(written), np.bool_)
+    found[owner[student.is_only_word[flat]]] = True
+    return found
 
 
 def _first_bytes(strings: Sequence[bytes]) -> NDArray[np.uint8]:
@@ -281,31 +316,3 @@ def _first_bytes(strings: Sequence[bytes]) -> NDArray[np.uint8]:
         if strings[number] and special_of(strings[number]) is None:
             first[number] = NOT_TEXT - 1
     return first
-
-
-def _are_asked(strings: Sequence[bytes], student: ByteTokenizer) -> NDArray[np.bool_]:
-    """[Y] whether bytes do not tell across which joints each string reaches.
-
-    It may be a word that is written otherwise within a longer one, or composed by the student.
-    """
-    are_asked = np.array(student.are_only_words(_texts(strings)), bool)
-    if student.tokens.is_composing:
-        texts = [string.decode(errors="ignore") for string in strings]
-        are_asked |= [not unicodedata.is_normalized("NFC", text) for text in texts]
-    return are_asked
-
-
-def _texts(strings: Sequence[bytes]) -> list[bytes]:
-    """The strings, with none in the place of special tokens' stand-ins."""
-    return [b"" if special_of(string) is not None else string for string in strings]
-
-
-def _first_tokens(strings: Sequence[bytes], student: ByteTokenizer) -> NDArray[np.int32]:
-    """[Y] the student's first token of each string; special tokens by their stand-ins."""
-    special = [special_of(string) for string in strings]
-    written = student.encode_all(_texts(strings))
-    first = [ids[0] if ids else NONE for ids in written]
-    for number, token in enumerate(special):
-        if token is not None:
-            first[number] = token
-    return np.array(first, np.int32)
