@@ -41,7 +41,6 @@ ARMS = {
     "equal strings": ("equal strings", {}),
     "chunks": ("derived", {"match": "chunks"}),
 }
-MEASURES = {"bits per byte": False, "likeliest": True, "answers": True}  # whether more is better
 
 
 def main() -> None:
