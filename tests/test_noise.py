@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from teacher_cache.capture.generate import generate
 from teacher_cache.capture.noise import PREFIX, Repeats
 from teacher_cache.cli.group import cli
-from teacher_cache.engines import EngineError, TeacherFacts
+from teacher_cache.engines import EngineError, TeacherFacts, TeacherRequest
 from teacher_cache.examine import audit as audit_module
 from teacher_cache.examine.audit import AuditConfig, audit
 from teacher_cache.format import CacheFormatError, open_cache, seal_cache
@@ -107,6 +107,47 @@ def test_a_damaged_measurement_is_named_before_the_seal(capture_config, asked):
 
 def test_a_trace_without_rows_is_not_repeated():
     assert Repeats().measure(TableTeacher([])) is None
+
+
+class FailingTeacher(TableTeacher):
+    """Cannot score what it has generated, as an engine that runs out of memory."""
+
+    def rows(self, request):
+        if request.request_id.startswith(PREFIX):
+            raise EngineError("out of memory")
+        return super().rows(request)
+
+
+def test_an_engine_that_fails_at_the_noise_floor_does_not_fail_the_capture(
+    capture_config, asked, caplog
+):
+    asked.teacher = FailingTeacher
+    assert generate(capture_config).sealed
+    assert open_cache(str(capture_config.out)).manifest.noise is None
+    assert "noise floor is not known: out of memory" in caplog.text
+
+
+def test_ids_that_the_model_rules_out_leave_the_noise_a_number_and_the_cache_to_be_sealed(
+    capture_config, asked
+):
+    class Ruling(TableTeacher):
+        def rows(self, request):
+            rows = super().rows(request)
+            rows.row_logprobs[:, -1] = -np.inf
+            return rows
+
+    asked.teacher = Ruling
+    assert generate(capture_config).sealed
+    assert open_cache(str(capture_config.out)).manifest.noise.max == 0
+
+
+@pytest.mark.parametrize(("num_given", "num_measured"), [(600, 18), (5000, 9)])
+def test_traces_after_long_prompts_are_repeated_too(num_given, num_measured):
+    teacher, repeats = TableTeacher([]), Repeats()
+    for length in (num_given, 20):
+        request = TeacherRequest("p", (5,) * length, 20, seed=0, capture_prompt=False)
+        repeats.keep(teacher.rows(request))
+    assert repeats.measure(teacher).num_tokens == num_measured  # 9 of each that is repeated
 
 
 class RoundedTeacher(TableTeacher):

@@ -1,15 +1,20 @@
 """Measures a capture's noise floor: its first traces once more, in another batch."""
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
 
-from teacher_cache.engines import Teacher, TeacherRequest, TeacherRows
+from teacher_cache.engines import EngineError, Teacher, TeacherRequest, TeacherRows
 from teacher_cache.engines.distance import LiveRows, divergence, logprobs_at, tails
 from teacher_cache.format import NoiseFloor
 
+logger = logging.getLogger(__name__)
+
 _NUM_TRACES = 4
-_MAX_TOKENS = 512  # of each: a few thousand tokens take a GPU less than a second
+_MAX_ROWS = 512  # of each: a few thousand tokens take a GPU less than a second
+_MAX_TOKENS = 1536  # of each, prompt included: 1 GB of logits at V = 152k
+_LEAST_LOGPROB = -1e4  # for -inf: no probability, and no NaN
 PREFIX = "noise-"  # of the repeated requests' names
 
 
@@ -20,19 +25,29 @@ class Repeats:
         self._first: dict[str, TeacherRows] = {}
 
     def keep(self, rows: TeacherRows) -> None:
-        """Remember the rows of a trace, if it is among the first."""
+        """Remember the rows of a trace, if it is among the first that can be repeated."""
         if len(self._first) < _NUM_TRACES:
-            self._first[f"{PREFIX}{len(self._first)}"] = _begin_of(rows)
+            begin = _begin_of(rows)
+            if len(begin.row_ids):
+                self._first[f"{PREFIX}{len(self._first)}"] = begin
 
     def measure(self, teacher: Teacher) -> NoiseFloor | None:
-        """Score them again, the last first, all in one batch; None if there is nothing to compare.
+        """Score them again, the last first, all in one batch.
 
         Captured rows stem from whatever batch their trace was in; generated ones from decoding
         token by token. Scoring computes the same tokens at once, in other company.
 
-        Raises:
-            EngineError: If the engine cannot score them.
+        Returns:
+            None if there is nothing to compare, or the engine fails: all traces are kept by then,
+            and a capture must not end for want of a figure about it.
         """
+        try:
+            return self._measured(teacher)
+        except EngineError as error:
+            logger.warning("the capture's noise floor is not known: %s", error)
+            return None
+
+    def _measured(self, teacher: Teacher) -> NoiseFloor | None:
         found = []
         for again in teacher.run(self._requests()):
             first = self._first[again.request_id]
@@ -43,6 +58,7 @@ class Repeats:
             ids = first.row_ids[:num_rows, 1:].ravel()
             before = first.row_logprobs[:num_rows, 1:].astype(np.float64).ravel()
             after, _ = logprobs_at(later.part(slice(num_rows)), k, ids)
+            before, after = (np.maximum(each, _LEAST_LOGPROB) for each in (before, after))
             found.append(divergence(k, before, tails(k, before), after, tails(k, after)))
         kl = np.concatenate([np.zeros(0), *found])
         if not len(kl):
@@ -57,14 +73,13 @@ class Repeats:
 
     def _requests(self) -> Iterator[TeacherRequest]:
         for name, rows in reversed(self._first.items()):
-            if len(rows.row_ids):
-                tokens = tuple(rows.token_ids.tolist())
-                yield TeacherRequest(name, tokens, max_new_tokens=0, seed=0, capture_prompt=True)
+            tokens = tuple(rows.token_ids.tolist())
+            yield TeacherRequest(name, tokens, max_new_tokens=0, seed=0, capture_prompt=True)
 
 
 def _begin_of(rows: TeacherRows) -> TeacherRows:
     """A copy of a trace's first tokens, without its last one: scoring needs room for a token."""
-    num_tokens = min(_MAX_TOKENS, len(rows.token_ids) - 1)
+    num_tokens = min(rows.first_row + _MAX_ROWS, _MAX_TOKENS, len(rows.token_ids) - 1)
     num_rows = max(0, num_tokens - rows.first_row)
     return TeacherRows(
         rows.request_id,
