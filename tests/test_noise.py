@@ -1,6 +1,7 @@
 """The noise floor: the first traces of a capture once more, kept and spoken of."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ from teacher_cache.capture.generate import generate
 from teacher_cache.capture.noise import PREFIX, Repeats
 from teacher_cache.cli.group import cli
 from teacher_cache.engines import EngineError, TeacherFacts, TeacherRequest
+from teacher_cache.engines.transformers import TransformersTeacher
 from teacher_cache.examine import audit as audit_module
 from teacher_cache.examine.audit import AuditConfig, audit
 from teacher_cache.format import CacheFormatError, open_cache, seal_cache
+
+TINY_TEACHER = Path(__file__).parent.parent / "tools" / "tiny-teacher"
 
 
 class NoisyTeacher(TableTeacher):
@@ -107,6 +111,14 @@ def test_a_damaged_measurement_is_named_before_the_seal(capture_config, asked):
 
 def test_a_trace_without_rows_is_not_repeated():
     assert Repeats().measure(TableTeacher([])) is None
+
+
+def test_transformers_does_not_repeat_the_computation_that_it_is_compared_with():
+    teacher = TransformersTeacher(model=str(TINY_TEACHER), top_k=16)
+    repeats = Repeats()
+    for rows in teacher.run([TeacherRequest("t", tuple(range(5, 105)) * 3, 0, 0, True)]):
+        repeats.keep(rows)
+    assert 0 < repeats.measure(teacher).max < 1e-9
 
 
 class FailingTeacher(TableTeacher):

@@ -7,6 +7,7 @@ import numpy as np
 
 from teacher_cache.engines import EngineError, Teacher, TeacherRequest, TeacherRows
 from teacher_cache.engines.distance import LiveRows, divergence, logprobs_at, tails
+from teacher_cache.engines.transformers import OTHER_CHUNK_TOKENS, TransformersTeacher
 from teacher_cache.format import NoiseFloor
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class Repeats:
             return None
 
     def _measured(self, teacher: Teacher) -> NoiseFloor | None:
+        if isinstance(teacher, TransformersTeacher):  # or it would repeat what it did while scoring
+            teacher.chunk_tokens = OTHER_CHUNK_TOKENS
         found = []
         for again in teacher.run(self._requests()):
             first = self._first[again.request_id]

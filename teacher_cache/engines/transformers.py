@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+# Chunk size of a second pass, which has no other batch to differ by. Chunks of 2^n tokens gave
+# equal bits on a CPU; an odd size makes its kernels add in another order.
+OTHER_CHUNK_TOKENS = 33
+
 
 class TransformersTeacher:
     """A causal language model of `transformers` as a `Teacher`.

@@ -33,9 +33,6 @@ from teacher_cache.terminal.capture_progress import CaptureProgress
 from teacher_cache.terminal.option import check_options, option, same_option
 
 LIVE_WIDTH = 4096  # candidates per row of the engine, at most: 32 kB per token
-# Chunk size of the second pass of transformers. Chunks of 2^n tokens gave equal bits on a CPU;
-# an odd size makes its kernels add in another order.
-OTHER_CHUNK_TOKENS = 33
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +250,7 @@ def _require_teacher(header: CacheHeader, config: AuditConfig) -> None:
 def _compare(
     traces: Sequence[Trace], teacher: Teacher, lengths: Mapping[str, int], header: CacheHeader
 ) -> tuple[list[Compared], str]:
-    from teacher_cache.engines.transformers import TransformersTeacher
+    from teacher_cache.engines.transformers import OTHER_CHUNK_TOKENS, TransformersTeacher
 
     by_id = {trace.trace_id: trace for trace in traces}
     compared: dict[str, Compared] = {}
