@@ -231,6 +231,17 @@ def test_rows_that_contradict_each_other_are_refused():
         catalog_of([commit], header, "here")
 
 
+def test_more_text_than_an_arrow_array_holds_is_read(folder):
+    """Chunks share their memory: 200 MB stand for 2.3 GB."""
+    cache = open_cache(without_catalog(folder))
+    text = json.dumps({"solution": "x" * (200 << 20)})
+    columns = {name: cache.catalog.column(name) for name in cache.catalog.schema.names}
+    one = pa.array([text])
+    columns["fields_json"] = pa.chunked_array([one] * cache.catalog.num_rows)
+    catalog = Catalog(pa.table(columns), cache.header, "here")
+    assert len(catalog.infos(np.array([9]))[0].fields["solution"]) == 200 << 20
+
+
 def test_fields_without_any_value_have_no_column():
     table = pa.table({"fields_json": json_of_fields([{}, {"a": None}])})
     assert with_typed_fields(table).schema.names == ["fields_json"]

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from teacher_cache.format import Catalog, TraceInfo
@@ -125,8 +124,7 @@ class _Columns:
         if is_field and "fields" in self._catalog.field_names:  # it hides the mapping
             return [_item(value, name) for value in self.of("fields")]
         if name in BUILT_IN and not is_field:
-            values: list[Any] = self._catalog.column(name).take(pa.array(self._rows)).to_pylist()
-            return values
+            return self._catalog.values(name, self._rows)
         if name == "fields" and not is_field:
             return [own.get("fields", own) for own in self._catalog.fields(self._rows)]
         return self._catalog.field(name, self._rows)

@@ -228,8 +228,12 @@ class Catalog:
 
     def trace_ids(self, index: NDArray[np.int64]) -> list[str]:
         """The ids of the traces in some rows."""
-        ids: list[str] = self.column("trace_id").take(pa.array(index)).to_pylist()
-        return ids
+        return self.values("trace_id", index)
+
+    def values(self, name: str, index: NDArray[np.int64]) -> list[Any]:
+        """The values of a column in some rows."""
+        found: list[Any] = _taken(self.column(name), index).to_pylist()
+        return found
 
     def info(self, index: int) -> TraceInfo:
         """The facts of the trace in one row."""
@@ -239,7 +243,7 @@ class Catalog:
 
     def infos(self, index: NDArray[np.int64]) -> list[TraceInfo]:
         """The facts of the traces in some rows."""
-        columns = [self.column(name).take(pa.array(index)).to_pylist() for name in TRACE_FACTS]
+        columns = [self.values(name, index) for name in TRACE_FACTS]
         return [
             TraceInfo(**dict(zip(TRACE_FACTS, facts, strict=True)), fields=own)
             for facts, own in zip(zip(*columns, strict=True), self.fields(index), strict=True)
@@ -247,22 +251,20 @@ class Catalog:
 
     def fields(self, index: NDArray[np.int64]) -> list[dict[str, Any]]:
         """The user's fields of the traces in some rows."""
-        return self._fields(pa.array(index))
+        return self._fields(index)
 
     def field(self, name: str, index: NDArray[np.int64]) -> list[Any]:
         """One of the user's fields of the traces in some rows; None where it is missing."""
         if name not in self.typed_names:
             return [own.get(name) for own in self.fields(index)]
-        values: list[Any] = (
-            pc.struct_field(self.column("fields"), name).take(pa.array(index)).to_pylist()
-        )
+        values: list[Any] = pc.struct_field(_taken(self.column("fields"), index), name).to_pylist()
         return values
 
-    def _fields(self, rows: pa.Array | slice) -> list[dict[str, Any]]:
+    def _fields(self, rows: NDArray[np.int64] | slice) -> list[dict[str, Any]]:
         names = ["fields", "fields_json"] if self.typed_names else ["fields_json"]
         columns = [self.column(name) for name in names]
         parts = [
-            column[rows] if isinstance(rows, slice) else column.take(rows) for column in columns
+            column[rows] if isinstance(rows, slice) else _taken(column, rows) for column in columns
         ]
         try:
             return parsed_fields(parts[0] if self.typed_names else None, parts[-1])
@@ -318,3 +320,9 @@ class Catalog:
         in_order = (cot >= 0) & (cot <= answer) & (answer <= n) & (n >= 1)
         if not np.array_equal(rows + starts, np.arange(self.num_rows)) or not in_order.all():
             raise CacheFormatError(f"{self._where}: its rows contradict each other")
+
+
+def _taken(column: pa.ChunkedArray, index: NDArray[np.int64]) -> pa.ChunkedArray:
+    """The values in some rows; pyarrow joins all chunks to take, and cannot beyond 2 GB of text."""
+    first, end = (int(index.min()), int(index.max()) + 1) if len(index) else (0, 0)
+    return column.slice(first, end - first).take(pa.array(index - first))
