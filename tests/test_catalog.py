@@ -28,6 +28,7 @@ from teacher_cache.format import (
 from teacher_cache.format.catalog import CATALOG_FILE, Catalog
 from teacher_cache.format.catalog_fields import json_of_fields, with_typed_fields
 from teacher_cache.format.catalog_rows import catalog_of
+from teacher_cache.format.checking.repair import repair_cache
 from teacher_cache.format.checking.verify import verify_cache
 from teacher_cache.format.checksums import sha256_of
 from teacher_cache.format.commit import ShardCommit, TraceInfo, block_of
@@ -245,3 +246,22 @@ def test_more_text_than_an_arrow_array_holds_is_read(folder):
 def test_fields_without_any_value_have_no_column():
     table = pa.table({"fields_json": json_of_fields([{}, {"a": None}])})
     assert with_typed_fields(table).schema.names == ["fields_json"]
+
+
+@pytest.mark.parametrize("damage", ["removed", "flipped"])
+def test_a_repair_makes_a_lost_catalogue_again_and_the_seal_stays(folder, damage, caplog):
+    file, sealed = folder / CATALOG_FILE, open_cache(folder).manifest
+    if damage == "removed":
+        file.unlink()
+    else:
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    done = repair_cache(folder, verify_cache(folder))
+    assert (done.removed, done.has_new_catalog) == ({}, True)
+    caplog.clear()
+    again = open_cache(folder)
+    assert caplog.text == ""
+    assert again.manifest.seal.fingerprint == sealed.seal.fingerprint
+    assert again.manifest.noise == sealed.noise
+    assert verify_cache(folder).errors == []

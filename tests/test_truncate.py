@@ -6,17 +6,21 @@ import numpy as np
 import pytest
 from caches import assert_same, logits_rows, read_all
 from click.testing import CliRunner
-from fakes import make_cache, make_traces
+from fakes import make_cache, make_header, make_traces
 
 from teacher_cache.cli.group import cli
 from teacher_cache.format import (
     CacheMismatchError,
+    CacheWriter,
+    FinishedTrace,
     KeepPolicy,
+    NoiseFloor,
     Trace,
     keep_entries,
     lead_span_length,
     narrowed,
     open_cache,
+    seal_cache,
 )
 from teacher_cache.transform.truncate import truncate_cache
 
@@ -208,3 +212,15 @@ def test_a_mixture_is_refused_with_the_way_to_train_on_one(tmp_path, span, said)
     assert result.exit_code == 2
     assert said in " ".join(result.stderr.split())
     assert not (tmp_path / "part").exists()
+
+
+def test_a_truncated_cache_keeps_the_noise_floor_of_its_rows(tmp_path):
+    floor = NoiseFloor(mean=1e-6, p99=1e-5, max=1e-4, num_traces=2, num_tokens=30)
+    with CacheWriter(tmp_path / "whole", make_header()) as writer:
+        for trace in make_traces(2):
+            writer.append(FinishedTrace(trace, source_hash="s"))
+        writer.keep_noise(floor)
+        writer.finish()
+    seal_cache(tmp_path / "whole")
+    truncate_cache(open_cache(tmp_path / "whole"), tmp_path / "half", lead_span=0.5)
+    assert open_cache(tmp_path / "half").manifest.noise == floor

@@ -88,7 +88,7 @@ def faults() -> list[Fault]:
         ),
         Fault(
             "disk full: the seal", capture + "{disk}/cache", "No space left",
-            held="teacher_cache.format.writing.sealing:encode_catalog",
+            held="teacher_cache.format.writing.sealing:publish_catalog",
             then="cache-teacher verify {disk}/cache",
         ),
         Fault("disk full: before a capture", capture + "{disk}/cache", "MB left", held="before"),

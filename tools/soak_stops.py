@@ -266,7 +266,7 @@ def moments(parts: Path) -> list[Moment]:
             num_holds=1,
         ),
         Moment(small, "compaction", "teacher_cache.format.writing.compaction:encode_shard"),
-        Moment(small, "seal", "teacher_cache.format.writing.sealing:encode_catalog"),
+        Moment(small, "seal", "teacher_cache.format.writing.sealing:publish_catalog"),
         Moment(vllm, "engine start", line="starting vllm", delay_s=1.0),
         Moment(vllm, "engine's process", line="starting vllm", with_child=True, delay_s=3.0),
         Moment(

@@ -253,6 +253,9 @@ def verified_line(found: Verification) -> str:
 
 def repair_lines(repair: Repair, path: str) -> Iterator[str]:
     """Summary of a repair, and what to do next."""
+    if repair.has_new_catalog:
+        yield f"{path}: catalog.parquet made again from the commit records; the seal stays"
+        return
     for file, target in repair.removed.items():
         yield f"{printable(file)}: {'kept as' if file == 'cache.json' else 'moved to'} {target}"
     if repair.has_manifest:

@@ -28,7 +28,7 @@ def journalled(cache: Cache) -> Journalled | None:
     """
     if cache.store.folder is None:
         return None
-    committed = {shard.name for shard in cache.shards}
+    committed = {name for name, _ in cache.catalog.shard_list}
     num_workers = num_traces = num_tokens = 0
     for path in sorted((Path(cache.store.root) / JOURNAL_FOLDER).glob("*.journal")):
         if path.stem in committed:

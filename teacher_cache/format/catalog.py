@@ -91,7 +91,8 @@ class Catalog:
     def __reduce__(self) -> tuple[type[Self], tuple[pa.Table, CacheHeader, str]]:
         """Another process gets the columns as a table: it has no part in an open file."""
         is_table = isinstance(self._source, pa.Table)
-        table = self._source if is_table else self._source.read()
+        with self._lock:
+            table = self._source if is_table else self._source.read()
         return type(self), (table, self._header, self._where)
 
     def column(self, name: str) -> pa.ChunkedArray:

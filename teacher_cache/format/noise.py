@@ -57,13 +57,19 @@ def parse_noise(values: Mapping[str, Any]) -> NoiseFloor:
 
 
 def publish_noise(store: Store, worker: str, noise: NoiseFloor) -> None:
-    """Keep what a worker measured, replacing its earlier measurement.
+    """Keep what a worker measured, unless an earlier run of it measured more tokens.
 
     Raises:
         OSError: If it cannot be written.
     """
     store.make_folder(NOISE_FOLDER)
-    store.publish(f"{NOISE_FOLDER}/{worker}.json", json.dumps(asdict(noise)).encode())
+    file = f"{NOISE_FOLDER}/{worker}.json"
+    try:
+        if parse_noise(json.loads(store.read(file).decode())).num_tokens > noise.num_tokens:
+            return
+    except (FileNotFoundError, *UNUSABLE_JSON):
+        pass  # nothing that could be kept
+    store.publish(file, json.dumps(asdict(noise)).encode())
 
 
 def read_noise(store: Store) -> NoiseFloor | None:

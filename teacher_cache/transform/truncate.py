@@ -91,6 +91,8 @@ def truncate_cache(
         if not writer.sealed:
             for shard, rows in rows_by_shard(cache.traces).items():
                 _copy_shard(cache, shard, rows, writer)
+            if cache.manifest.noise is not None:  # the same rows, of the same engine
+                writer.keep_noise(cache.manifest.noise)
             writer.finish()
     return seal_cache(out, known=writer.finished())
 

@@ -1,4 +1,7 @@
-"""Moves damaged files out of a cache so that a capture recreates them. Deletes nothing."""
+"""Moves damaged files out of a cache so that a capture recreates them. Deletes nothing.
+
+A damaged catalogue needs no capture: it is made again from the commit records.
+"""
 
 import json
 from collections.abc import Iterator
@@ -6,13 +9,22 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
+from teacher_cache.format.catalog import CATALOG_FILE
+from teacher_cache.format.catalog_rows import catalog_of
 from teacher_cache.format.checking.findings import Verification
+from teacher_cache.format.errors import CacheMismatchError
 from teacher_cache.format.files import fsync
 from teacher_cache.format.header import UNUSABLE_JSON, CacheHeader
 from teacher_cache.format.manifest import JOURNAL_FOLDER, MANIFEST_NAME, SHARD_FOLDER, Manifest
-from teacher_cache.format.records import MESSAGES_FOLDER, messages_file
+from teacher_cache.format.records import (
+    MESSAGES_FOLDER,
+    messages_file,
+    read_commits,
+    require_manifest,
+)
 from teacher_cache.format.shares import PARTS_FOLDER, publish_share, read_shares
 from teacher_cache.format.store import CachePath, Store, open_store
+from teacher_cache.format.writing.catalog_file import publish_catalog
 from teacher_cache.format.writing.journal_places import Journals
 
 REMOVED_FOLDER = "removed"
@@ -24,6 +36,7 @@ class Repair:
 
     removed: dict[str, str]  # file below the cache's root -> where it is now
     has_manifest: bool  # else `cache.json` is gone: it was damaged, and no shard gives its header
+    has_new_catalog: bool = False  # and then the cache is whole again, and sealed
 
 
 def repair_cache(path: CachePath, found: Verification) -> Repair:
@@ -42,6 +55,10 @@ def repair_cache(path: CachePath, found: Verification) -> Repair:
     """
     store = open_store(path)
     files = {finding.file for finding in found.errors}
+    if files == {CATALOG_FILE}:
+        with _no_writer(store):
+            _make_catalog_again(store)
+        return Repair({}, has_manifest=True, has_new_catalog=True)
     folders = (f"{SHARD_FOLDER}/", f"{MESSAGES_FOLDER}/")
     shards = sorted({PurePosixPath(f).stem for f in files if f.startswith(folders)})
     damaged = [
@@ -71,6 +88,17 @@ def repair_cache(path: CachePath, found: Verification) -> Repair:
                 removed[file] = prefix + kind + PurePosixPath(file).name
                 _move(store, file, removed[file])
     return Repair(removed, has_manifest=found.header is not None)
+
+
+def _make_catalog_again(store: Store) -> None:
+    manifest = require_manifest(store)
+    if manifest.seal is None:  # since it was verified: a catalogue is part of a seal
+        raise CacheMismatchError(f"{store.where}: is no longer sealed; verify it again")
+    names = [name for name, _ in manifest.seal.shards]
+    commits = read_commits(store, names, manifest.header)
+    file = publish_catalog(store, catalog_of(commits, manifest.header, store.where))
+    seal = replace(manifest.seal, catalog=file)
+    store.publish(MANIFEST_NAME, replace(manifest, seal=seal).to_bytes())
 
 
 @contextmanager

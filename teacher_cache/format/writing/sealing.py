@@ -1,12 +1,10 @@
 """Sealing: declaring a cache complete."""
 
-import hashlib
 from collections.abc import Collection
 from pathlib import Path
 
-from teacher_cache.format.catalog import CATALOG_FILE, Catalog
+from teacher_cache.format.catalog import Catalog
 from teacher_cache.format.catalog_rows import catalog_of
-from teacher_cache.format.commit import FileDigest
 from teacher_cache.format.errors import CacheMismatchError
 from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Manifest
@@ -19,7 +17,7 @@ from teacher_cache.format.records import (
 )
 from teacher_cache.format.shares import require_all_parts
 from teacher_cache.format.store import CachePath, Store, open_store
-from teacher_cache.format.writing.catalog_file import encode_catalog
+from teacher_cache.format.writing.catalog_file import publish_catalog
 from teacher_cache.format.writing.journal_places import open_journals
 from teacher_cache.format.writing.writer import CacheWriter
 
@@ -70,11 +68,9 @@ def seal_cache(
     commits = read_commits(store, committed_names(store), manifest.header, on_record)
     catalog = catalog_of(commits, manifest.header, store.where)
     _require_known(store, catalog, known)
-    data = encode_catalog(catalog)
-    store.publish(CATALOG_FILE, data)  # before the seal, which vouches for it
-    file = FileDigest(len(data), hashlib.sha256(data).hexdigest())
     noise = read_noise(store)
-    sealed = Manifest(manifest.header, manifest.config, catalog.seal(file), noise)
+    seal = catalog.seal(publish_catalog(store, catalog))
+    sealed = Manifest(manifest.header, manifest.config, seal, noise)
     store.publish(MANIFEST_NAME, sealed.to_bytes())
     return sealed
 
