@@ -12,7 +12,7 @@ import train_kills
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("num_workers", "num_kills"), [(1, 50), (3, 20)])
+@pytest.mark.parametrize(("num_workers", "num_kills"), [(1, 30), (3, 12)])
 def test_killed_captures_end_with_every_trace_once(tmp_path, num_workers, num_kills):
     outcome = soak_kills.kill_captures(tmp_path, num_kills, num_workers=num_workers, seed=1)
     assert outcome.findings == []

@@ -389,6 +389,7 @@ MARKED_ANSWER = (
     "{{ m.content }}<|end|>{% endfor %}<|assistant|>"
     "{% if not enable_thinking %}<|START_THINKING|><|END_THINKING|>{% endif %}"
 )
+COMPLETION = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
 SHORT_PROMPT = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}<think>\n"
     "{{ m.reasoning_content }}\n</think>\n{% endif %}{{ m.content }}<|end|>{% endfor %}"
@@ -424,6 +425,17 @@ def test_a_cut_thought_has_the_line_break_that_the_prompt_left_out(tmp_path):
     teacher = make_teacher(tmp_path, SHORT_PROMPT, "<|end|>")
     trace = render(teacher, {"messages": [user("a"), answer(content="")]})
     assert teacher.decode(trace.token_ids).endswith(f"<|assistant|><think>\n{REASONING}")
+
+
+def test_a_second_begin_token_is_refused_wherever_it_came_from(tmp_path):
+    teacher = make_teacher(tmp_path, COMPLETION, IM_END)
+    renderer = PromptRenderer(teacher, 100, 10**6, RowColumns())
+    begin = teacher.begin_id
+    assert renderer({"messages": [user("a")]}).token_ids == (begin, *teacher.encode("a"))
+    assert renderer({"prompt": "<bos>a"}).token_ids[0] == begin
+    for row in ({"messages": [user("<bos>a")]}, {"prompt": "<bos><bos>a"}):
+        with pytest.raises(BadRow, match="begins with <bos> twice"):
+            renderer(row)
 
 
 def test_what_switches_thinking_is_found(teachers):

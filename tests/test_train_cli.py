@@ -232,9 +232,7 @@ def wait_for_lines(file, num_lines, process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
-)
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_killed_run_goes_on_to_the_same_student(uninterrupted, tmp_path, number, exit_code):
     parts = {**uninterrupted, "out": tmp_path / "run"}
     with subprocess.Popen(
