@@ -453,6 +453,7 @@ def peak_bytes_of_capture(config, num_prompts, folder):
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_prompts(
     capture_config, asked, monkeypatch, tmp_path
 ):

@@ -202,6 +202,7 @@ JSON_VALUES = st.recursive(
 ANY_FIELDS = st.dictionaries(st.sampled_from(["a", "A", "b", "fields", "", "é"]), JSON_VALUES)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(st.lists(ANY_FIELDS, min_size=1, max_size=8))
 def test_any_fields_come_back_as_they_were(rows):
@@ -232,6 +233,7 @@ def test_rows_that_contradict_each_other_are_refused():
         catalog_of([commit], header, "here")
 
 
+@pytest.mark.slow
 def test_more_text_than_an_arrow_array_holds_is_read(folder):
     """Chunks share their memory: 200 MB stand for 2.3 GB."""
     cache = open_cache(without_catalog(folder))

@@ -26,6 +26,7 @@ def decisions_of(folder, cells, **settings):
     return {n: d.answer for n, d in decide(read(folder, cells, **settings)).items()}
 
 
+@pytest.mark.slow
 def test_a_span_keeps_enough_or_not_or_it_cannot_be_told(tmp_path):
     cells = curve({0.25: 0.3, 0.5: 0.74, 0.75: 0.795, 1.0: 0.8}, seeds=5)
 
@@ -34,6 +35,7 @@ def test_a_span_keeps_enough_or_not_or_it_cannot_be_told(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_verdict_and_the_interval_never_contradict_each_other(tmp_path):
     for number, accuracy in enumerate((0.6, 0.68, 0.7, 0.72, 0.74, 0.78)):
         groups = read(tmp_path / str(number), curve({0.5: accuracy, 1.0: 0.8}))
@@ -107,6 +109,7 @@ def said(folder, cells, **settings):
     return conclusion(read(folder, cells, **settings))
 
 
+@pytest.mark.slow
 def test_yes_names_the_cheapest_that_is_enough_and_its_costs(tmp_path):
     cells = curve({0.25: 0.3, 0.5: 0.79, 0.75: 0.8, 1.0: 0.8}, seeds=5)
     sentence = said(tmp_path, cells, num_prompts=1000)
@@ -138,6 +141,7 @@ def test_what_cannot_be_told_says_what_would(tmp_path):
     assert "The nearest: “first 50 % of each trace” keeps 87 % (" in sentence
 
 
+@pytest.mark.slow
 def test_equal_computation_is_compared_in_pairs(tmp_path):
     mixture = [
         ("mix", "mixture", s, {"lead_span": "0.375:4,1:1"}, 0.78 + s / 100) for s in range(3)

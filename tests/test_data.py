@@ -26,6 +26,7 @@ def trained_ids(data, **settings):
         return [item.trace.trace_id for step in stream for item in step.traces]
 
 
+@pytest.mark.slow
 def test_heldout_traces_are_whole_and_never_trained_on(path):
     traces = {trace.trace_id: trace for trace in make_traces(60)}
     data = open_data([path], heldout_share=0.3, top_k=2)  # which only training is narrowed by
@@ -229,6 +230,7 @@ def test_caches_without_weights_come_whole_and_are_mixed(two):
     assert 1 < sum(name[0] == "b" for name in ids[:20]) < 10
 
 
+@pytest.mark.slow
 def test_weights_are_shares_of_an_epoch_and_no_trace_is_preferred(two):
     data = open_data(two, weights=(1, 1))
     assert data.shares_of_epoch == [20, 20]

@@ -369,6 +369,7 @@ def test_rows_let_go_of_the_messages_that_brought_them():
     assert not any(message() is not None for message in messages)  # a message of many rows ends it
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_the_tap_is_checked_against_the_installed_vllm(monkeypatch):
     from vllm.v1.engine.logprobs import LogprobsProcessor

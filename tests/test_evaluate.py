@@ -341,6 +341,7 @@ def eight_prompts(path):
     return write_prompts(path, *({"prompt": f"{n} 4", "answer": n} for n in range(8)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "kept"), [(0.0, 3), (1.5, 1), (1.5, 6)])
 def test_a_stopped_evaluation_keeps_what_was_answered_and_continues_to_the_same_end(
     tmp_path, monkeypatch, temperature, kept
@@ -386,6 +387,7 @@ def test_a_finished_evaluation_is_not_generated_again(tmp_path, monkeypatch):
     assert evaluate(config_of(**settings)) == first
 
 
+@pytest.mark.slow
 def test_completions_of_another_evaluation_are_not_overwritten_unless_forced(tmp_path):
     student = make_student(tmp_path / "student")
     prompts = eight_prompts(tmp_path / "p.jsonl")

@@ -101,6 +101,7 @@ def test_waiting_takes_the_lock_when_it_is_free(file):
             assert time.monotonic() - started_s > 0.2
 
 
+@pytest.mark.slow
 def test_many_processes_never_hold_it_together(file):
     """Each takes the file away when it is done, under the noses of those that wait."""
     code = (

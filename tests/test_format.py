@@ -68,6 +68,7 @@ def any_trace(draw, trace_id="t"):
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(
     traces=st.lists(any_trace(), min_size=1, max_size=5),
@@ -83,6 +84,7 @@ def test_a_trace_comes_back_as_it_was_written(tmp_path_factory, traces, num_band
         assert_same(trace, found[trace.trace_id])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(
     traces=st.lists(any_trace(), min_size=1, max_size=4),
@@ -333,6 +335,7 @@ def test_a_trace_of_131072_tokens_comes_back(tmp_path):
     assert cache.bytes_read - before == cache.shards[0].prefix_bytes(1)
 
 
+@pytest.mark.slow
 def test_readers_see_whole_shards_while_a_writer_publishes(tmp_path):
     traces = [make_simple(f"t{number:02d}", 30 + number) for number in range(40)]
     passed, done = threading.Semaphore(0), threading.Event()

@@ -38,6 +38,7 @@ HEADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_the_loss_is_that_of_the_models_own_logits(head):
     torch.manual_seed(0)

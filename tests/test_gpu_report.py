@@ -168,6 +168,7 @@ def test_the_whole_report_runs_on_a_cpu_in_small(tmp_path):
             assert figure["what"] in done.stdout.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_without_cuda_the_report_says_what_to_do():
     done = subprocess.run(
         [sys.executable, "tools/gpu_report.py", "--only", "checks"],

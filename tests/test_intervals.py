@@ -72,6 +72,7 @@ def test_a_difference_that_is_the_same_everywhere_is_certain():
     assert Mean.of(values_SP - values_SP).p_value == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed_spread", [0.0, 0.3])
 def test_intervals_hold_the_truth_about_95_times_in_100(seed_spread):
     rng = np.random.default_rng(5)

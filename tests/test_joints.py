@@ -27,6 +27,7 @@ def real(tekken):
     return ByteTokenizer(tekken.to_str(), "tekken")
 
 
+@pytest.mark.slow
 def test_every_pair_of_a_real_vocabularys_tokens_is_written_as_the_tokenizer_does(real, tekken):
     assert tekken.model.ignore_merges  # words of the vocabulary are looked up, as Llama 3's are
     joints = Joints(real, real, real.tokens.of_id)

@@ -138,6 +138,7 @@ def test_a_draw_depends_on_the_seed_and_the_ids_alone(few, tmp_path):
     assert spans_by_id(source, 4) != spans_by_id(source, 3)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(
     batch_traces=st.integers(1, 9),
@@ -182,6 +183,7 @@ def test_a_single_length_is_the_same_however_it_is_written(few):
     assert one.num_read.tolist() == other.num_read.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_bytes_follow_where_there_are_shards_enough(many, seed):
     (source,) = many.sources

@@ -121,6 +121,7 @@ def test_the_finished_student_loads_and_ends_where_the_traces_end(config):
         assert fact in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}], ids=["all weights", "adapters"])
 def test_ten_steps_equal_five_a_stop_and_five_more(config, tmp_path, monkeypatch, changes):
     whole = config(out=tmp_path / "whole", **changes)
@@ -255,6 +256,7 @@ def test_going_on_with_another_cache_or_student_is_refused(config, tmp_path):
         train(config(max_steps=1, student=other_student))
 
 
+@pytest.mark.slow
 def test_a_run_on_an_unfinished_capture_goes_on_with_what_it_began_with(
     config, tmp_path, monkeypatch
 ):
@@ -340,6 +342,7 @@ def test_a_generation_config_that_cannot_be_mended_is_refused_before_a_step(conf
         train(config(student=student, max_steps=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_reduction", ["token", "sequence"])
 def test_accumulation_does_not_change_the_result(config, tmp_path, loss_reduction):
     settings = {"batch_traces": 8, "max_steps": 3, "loss_reduction": loss_reduction}
@@ -433,6 +436,7 @@ def test_half_a_lead_span_reads_fewer_bytes_and_trains_on_fewer_tokens(config, t
     assert results[1]["tokens"] == pytest.approx(0.5 * results[0]["tokens"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_bf16_and_gradient_checkpointing_train_too(config, tmp_path):
     plain = config(out=tmp_path / "plain", max_steps=3)
     again = config(out=tmp_path / "again", max_steps=3, gradient_checkpointing=True)
@@ -481,6 +485,7 @@ def test_one_cycle_of_a_few_steps_can_be_run(num_steps, warmup):
     assert rates == pytest.approx([0.04, 1.0, 4e-6][:num_steps])
 
 
+@pytest.mark.slow
 def test_one_cycle_moves_the_momentum_and_goes_on_bit_for_bit(config, tmp_path, monkeypatch):
     whole = config(out=tmp_path / "whole", schedule="onecycle", warmup=0.3)
     parts = config(out=tmp_path / "parts", schedule="onecycle", warmup=0.3)
@@ -569,6 +574,7 @@ def test_a_tracker_that_is_not_installed_is_refused(config, monkeypatch):
         train(config(tracker="wandb"))
 
 
+@pytest.mark.slow
 def test_weight_decay_and_clipping_change_the_weights(config, tmp_path):
     results = []
     for number, change in enumerate([{}, {"weight_decay": 0.9}, {"clip_norm": 0.01}]):
@@ -580,6 +586,7 @@ def test_weight_decay_and_clipping_change_the_weights(config, tmp_path):
     assert not torch.equal(results[0], results[2])
 
 
+@pytest.mark.slow
 def test_clipping_by_zero_does_not_clip(config, tmp_path):
     results = []
     for number, clip_norm in enumerate([0.0, 1e9, 1e-3]):
@@ -714,6 +721,7 @@ def test_a_missing_shard_is_refused_by_name(config, tmp_path):
         train(config(cache=cache))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["damaged", "removed", "cut"])
 def test_a_shard_lost_while_training_is_named_with_what_verify_says(
     config, tmp_path, monkeypatch, loss

@@ -9,6 +9,7 @@ from student_train.losses import chunks
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", loss_on_device.CHECKS, ids=lambda check: check.__name__)
 def test_the_loss_on_the_cpu(check):
     num_cases, _ = check("cpu", 211)

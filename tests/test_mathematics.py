@@ -53,6 +53,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(mathematics, "CPU_LIMIT_S", QUICK_S)
 
 
+@pytest.mark.slow
 def test_answers_without_end_are_counted_and_the_next_one_is_compared(quick):
     with Checker() as checker:
         for answer in WITHOUT_END[:4]:

@@ -75,6 +75,7 @@ def test_a_remote_cache_holds_the_bytes_of_a_local_one(uri, tmp_path):
     assert verify_cache(uri).errors == []
 
 
+@pytest.mark.slow
 def test_opening_takes_no_more_requests_where_there_are_more_shards(uri, proxy, tmp_path):
     traces = make_traces(12)
     write_through(uri, traces, tmp_path / "journal")
@@ -97,6 +98,7 @@ def test_failing_requests_are_tried_again(uri, proxy, tmp_path):
     assert all(proxy.num_faults[kind] > before[kind] for kind in before), proxy.num_faults
 
 
+@pytest.mark.slow
 def test_lists_that_lag_behind_lose_nothing(uri, proxy, tmp_path):
     traces = make_traces(8)
     write_through(uri, traces[:3], tmp_path / "journal")
@@ -150,6 +152,7 @@ def test_what_cannot_get_better_is_not_tried_again(uri, monkeypatch, tmp_path):
         open_cache(uri)
 
 
+@pytest.mark.slow
 def test_a_name_that_another_machine_took_is_not_written_again(uri, tmp_path):
     traces = make_traces(6)
     write_through(uri, traces[:2], tmp_path / "here", finish=False)
@@ -162,6 +165,7 @@ def test_a_name_that_another_machine_took_is_not_written_again(uri, tmp_path):
     assert_holds(uri, traces)
 
 
+@pytest.mark.slow
 def test_nobody_seals_without_a_journal_on_another_machine(uri, tmp_path):
     write_through(uri, make_traces(3), tmp_path / "there", worker="a", finish=False)
     with pytest.raises(CacheMismatchError, match=r"'a' has not finished.*/there.*a\.open"):
@@ -176,6 +180,7 @@ def test_a_journal_folder_belongs_to_one_cache(uri, tmp_path):
         write_through(tmp_path / "other", make_traces(2), tmp_path / "journal")
 
 
+@pytest.mark.slow
 def test_the_journal_is_under_the_users_cache_directory(uri, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     caplog.set_level("INFO")

@@ -164,6 +164,7 @@ def test_the_ratio_of_rank_and_surprisal_is_the_papers(measures):
     assert whole["rank_surprisal_ratio_low"] < whole["rank_surprisal_ratio"]
 
 
+@pytest.mark.slow
 def test_traces_come_out_of_few_shards_and_are_the_same_again(tmp_path):
     path = make_cache(tmp_path / "cache", make_traces(120), traces_per_shard=4)
     (source,) = open_data([path]).sources

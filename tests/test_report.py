@@ -82,6 +82,7 @@ def test_the_page_tells_what_a_reader_needs(report):
     assert "still to come" not in text
 
 
+@pytest.mark.slow
 def test_the_page_says_when_intervals_rest_on_the_seeds_alone(report, tmp_path):
     words = "rest on the seeds alone"
     assert words not in (report[0] / "report.html").read_text()
@@ -118,6 +119,7 @@ def test_a_page_for_a_phone_scrolls_only_its_tables(report):
     assert page.count('<img alt="') == 3  # one below the other where it is narrow
 
 
+@pytest.mark.slow
 def test_while_a_sweep_runs_the_page_says_so_and_loads_itself_again(tmp_path):
     make_sweep(tmp_path, curve({0.5: 0.7, 1.0: 0.8}))
     write_report(tmp_path, HEADER, costs, num_unfinished=5)
@@ -153,6 +155,7 @@ def test_strangers_text_is_text_wherever_it_stands(tmp_path):
     assert all(value.startswith("data:") for value in Page(page).fetched)
 
 
+@pytest.mark.slow
 def test_reports_without_completions_can_be_written(tmp_path):
     make_sweep(tmp_path, curve({0.5: 0.7, 1.0: 0.8}))
     for file in tmp_path.glob("cells/*/completions.jsonl"):

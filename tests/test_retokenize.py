@@ -136,6 +136,7 @@ PAIRS = st.tuples(KINDS, KINDS).map(lambda kinds: pair_of(*kinds))
 SAME = KINDS.map(lambda kind: pair_of(kind, kind))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(PAIRS, st.lists(TEXTS, min_size=1, max_size=3), st.integers(0, 2**32))
 @example(pair_of((2, "gpt2"), (0, "gpt4")), ["the cat", "the catthe catthe cat sat sat7the cat"], 1)
@@ -170,6 +171,7 @@ def survives(pair, trace):
     return b"".join(pair.student_bytes[t] for t in pair.toy.student(text)) == text
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(SAME, TEXTS, st.integers(0, 2**32), st.sampled_from([0.9, 0.99, 1.0]))
 def test_the_same_tokenizer_changes_nothing(pair, text, seed, mass):
@@ -183,6 +185,7 @@ def test_the_same_tokenizer_changes_nothing(pair, text, seed, mass):
         np.testing.assert_array_equal(getattr(rows, name), getattr(trace, name))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(PAIRS, TEXTS, st.integers(0, 2**32))
 def test_the_realised_text_keeps_its_probability(pair, text, seed):
@@ -338,6 +341,7 @@ def distances(pair, seed):
         place += len(pair.student_bytes[token])
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(TOYS, TOYS, st.integers(0, 2**32))
 def test_the_distance_to_the_exact_distribution_is_bounded(teacher, student, seed):

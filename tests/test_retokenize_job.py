@@ -336,6 +336,7 @@ def test_several_processes_make_what_one_makes(source, student, rows, made, tmp_
         np.testing.assert_array_equal(trace.top_logits, again[name].top_logits)
 
 
+@pytest.mark.slow
 def test_a_cache_truncated_inside_a_character_keeps_the_whole_ones(source, student, rows, tmp_path):
     for span in (0.37, 0.52, 0.63, 0.71, 0.8):
         half = tmp_path / f"half{span}"

@@ -39,6 +39,7 @@ def weights_of(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_extended_as_if_it_had_been_longer(config):
     first = config(epochs=1)
     train(first)
@@ -73,6 +74,7 @@ def test_a_run_that_cannot_be_extended_says_why_and_keeps_its_student(config, fi
     assert train(settings).was_finished
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_the_heldout_kl_has_not_fallen_for_long_enough(config):
     settings = config(
         epochs=20, eval_every=1, patience=2, heldout_share=0.4, lr=3.0, select="heldout"

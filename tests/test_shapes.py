@@ -296,6 +296,7 @@ TURN = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(
     row=st.dictionaries(st.sampled_from(COLUMNS), JSON)

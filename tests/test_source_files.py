@@ -205,6 +205,7 @@ def test_files_of_a_folder_that_hold_no_rows_are_named(tmp_path, caplog):
 
 
 # Pieces of an array are read in doubled amounts.
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "num_mib"), [(b'{"prompt": "', 80), (b'[{"prompt": "', 160)])
 def test_a_small_file_that_unpacks_to_one_endless_row_is_refused(tmp_path, start, num_mib):
     file = tmp_path / "bomb.jsonl.zst"

@@ -29,6 +29,7 @@ def loss_and_gradients(function, *operands):
     return [loss, *torch.autograd.grad(loss, operands)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ALLOWED, ids=loss_cases.objective_id)
 def test_gradcheck_holds_for_every_allowed_objective(objective):
     hidden, weight, targets, token_weight = loss_cases.ragged_case()
@@ -42,6 +43,7 @@ def test_gradcheck_holds_for_every_allowed_objective(objective):
     assert torch.autograd.gradcheck(loss, (leaf(hidden), leaf(weight)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
 def test_gradcheck_holds_through_bias_softcap_and_scale(settings, ce_weight):
@@ -57,6 +59,7 @@ def test_gradcheck_holds_through_bias_softcap_and_scale(settings, ce_weight):
     assert torch.autograd.gradcheck(loss, (leaf(hidden), leaf(weight), leaf(bias)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ALLOWED[:: len(ALLOWED) // 6], ids=loss_cases.objective_id)
 def test_gradcheck_holds_per_token(objective):
     hidden, weight, targets, _ = loss_cases.ragged_case()

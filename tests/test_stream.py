@@ -114,6 +114,7 @@ def test_ranks_that_exchange_traces_read_each_shard_once(cache_path, num_ranks):
             assert (received.selection, received.source) == (item.selection, item.source)
 
 
+@pytest.mark.slow
 def test_ranks_with_more_shards_than_they_or_fewer_are_dealt_equally_many_tokens(tmp_path):
     """7 shards on 8 ranks, of traces as uneven as reasoning traces."""
     lengths = np.exp(np.random.default_rng(0).normal(4.0, 0.8, 128)).astype(int) + 8

@@ -110,6 +110,7 @@ def ran(monkeypatch):
     return names
 
 
+@pytest.mark.slow
 def test_workers_share_the_cells_and_the_last_call_reports_all_of_them(parts, ran):
     settings, _ = parts
     config = SweepConfig(**settings, lead_spans=(0.5, 1.0), baselines=("base", "sft"), num_seeds=2)
@@ -124,6 +125,7 @@ def test_workers_share_the_cells_and_the_last_call_reports_all_of_them(parts, ra
     assert calls == [config.command()]  # however its cells were shared
 
 
+@pytest.mark.slow
 def test_the_report_is_written_after_every_cell(parts, monkeypatch):
     settings, _ = parts
     config = SweepConfig(**settings, lead_spans=(0.5, 1.0), baselines=(), num_seeds=1)
@@ -163,6 +165,7 @@ def test_golds_are_checked_before_anything_runs(parts, ran):
     assert ran == []
 
 
+@pytest.mark.slow
 def test_another_call_adds_cells_and_one_without_a_full_length_says_so(parts, ran, caplog):
     settings, _ = parts
     caplog.set_level("WARNING")
@@ -190,6 +193,7 @@ def test_a_second_process_of_one_worker_is_refused_and_another_worker_is_not(par
     assert not list(config.out.glob("*.lock"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sweep.json", "flops.json"])
 def test_a_damaged_record_of_a_sweep_is_named(parts, ran, name):
     settings, _ = parts
@@ -201,6 +205,7 @@ def test_a_damaged_record_of_a_sweep_is_named(parts, ran, name):
         run_sweep(config)
 
 
+@pytest.mark.slow
 def test_a_sweep_on_a_capture_that_goes_on_takes_what_is_there(parts, ran, tmp_path):
     settings, traces = parts
     settings["cache"] = write_shards(tmp_path / "growing", traces)

@@ -115,6 +115,7 @@ entry.run_program(entry.CommandLine("cache-teacher", "", ()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_library_that_swallows_the_signal_does_not_keep_us(number):
     process = subprocess.Popen(

@@ -71,6 +71,7 @@ def test_lines_that_cannot_be_are_named(cache, tmp_path, text, expected):
         open_data([cache], where="score < 2", trace_fields=tmp_path / "a.jsonl")
 
 
+@pytest.mark.slow
 def test_what_profile_writes_chooses_what_run_trains_on(cache, tmp_path):
     student, out = make_student(tmp_path / "student"), tmp_path / "profile"
     common = ["--cache", cache, "--student", student]

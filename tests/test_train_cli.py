@@ -83,6 +83,7 @@ def test_help_has_a_summary_and_an_example_on_its_own_line(name):
     assert cli.commands[name].get_short_help_str(200).endswith(".")
 
 
+@pytest.mark.slow
 def test_run_says_where_the_student_is_and_evaluate_what_it_can(parts, tmp_path):
     done = invoke(*command(parts, "--max-steps", "2"))
 

@@ -31,6 +31,7 @@ def test_the_kernels_equal_float64_and_pytorch_in_the_interpreter():
 
 
 # Triton says so of a default of its own.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
 @pytest.mark.parametrize(
     ("logits", "out"), [("fp32", "bf16"), ("fp32", "fp16"), ("fp32", "fp32"), ("fp64", "fp64")]

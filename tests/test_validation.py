@@ -68,6 +68,7 @@ def test_heldout_figures_are_of_whole_traces_and_of_the_student_that_is_written(
     )
 
 
+@pytest.mark.slow
 def test_the_best_student_is_written_and_its_checkpoint_kept(base, tmp_path):
     # The rate rises far too high, so that later steps make it worse.
     config = replace(
@@ -91,6 +92,7 @@ def test_the_best_student_is_written_and_its_checkpoint_kept(base, tmp_path):
     assert f"After step {best['step']}, " in (config.out / "model/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing(base, tmp_path):
     quiet = replace(base, out=tmp_path / "quiet", max_steps=4)
     often = replace(base, out=tmp_path / "often", max_steps=4, eval_every=1)
@@ -149,6 +151,7 @@ def test_measuring_without_heldout_traces_is_refused(base, change):
         replace(base, heldout_share=0.0, **change)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("select", ["heldout", "last"])
 @pytest.mark.parametrize("figure", [math.nan, math.inf])
 def test_a_heldout_kl_that_is_no_number_stops_the_run(base, tmp_path, monkeypatch, select, figure):
