@@ -177,7 +177,7 @@ def test_traces_come_out_of_few_shards_and_are_the_same_again(tmp_path):
     assert sorted(chosen_places(source, 1000, seed=0)) == sorted(source.train)
 
 
-def test_the_command_writes_tables_picture_and_traces(tmp_path):
+def test_the_command_writes_tables_page_and_traces(tmp_path):
     caches = [
         make_cache(tmp_path / name, make_traces(12, seed=seed)) for seed, name in enumerate("ab")
     ]
@@ -198,4 +198,7 @@ def test_the_command_writes_tables_picture_and_traces(tmp_path):
     assert [line["rank_surprisal_ratio"] for line in lines] == sorted(
         line["rank_surprisal_ratio"] for line in lines
     )
-    assert (tmp_path / "out/profile.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out/profile.html").read_text()
+    assert page.count('<svg class="chart"') == 4
+    assert all(cache in page for cache in caches)
+    assert tables["advice"]["lead_span"] in page

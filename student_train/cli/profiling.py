@@ -36,4 +36,4 @@ def profile_command(config: ProfileConfig, as_json: bool) -> None:
         for row in result.tables["caches"]:
             ratio = row["rank_surprisal_ratio"]
             click.echo(f"  {'none' if ratio is None else f'{ratio:.3f}'}  {row['cache']}")
-    click.echo(f"{config.out}: profile.json, profile.png, traces.jsonl")
+    click.echo(f"{config.out}: profile.json, profile.html, traces.jsonl")

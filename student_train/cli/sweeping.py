@@ -22,7 +22,7 @@ def sweep_command(config: SweepConfig) -> None:
         --eval-prompts held-out.jsonl --lead-spans 0.1,0.25,0.5,0.75,1.0 --num-seeds 3
 
     Every combination of the lists is a cell. Run it again to resume, or with other lists to add
-    cells: OUT/results.csv, report.png and report.html show everything that the folder holds.
+    cells: OUT/results.csv and report.html show everything that the folder holds.
     """
     check_sweep(config)
     with Progress("loading torch"):

@@ -1,6 +1,7 @@
 """Reading of runs for a comparison: settings, metrics so far, and evaluated answers."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def _metrics(file: Path) -> list[dict[str, Any]]:
             values = json.loads(line)
             if not isinstance(values, dict) or not all(map(_is_number, values.values())):
                 raise ValueError("no object of numbers")
-            found.append(values)
+            found.append({name: math.nan if v is None else v for name, v in values.items()})
         except ValueError as error:
             raise ValueError(
                 f"{file}:{number}: expected a line of metrics, found damage ({error}); leave this "

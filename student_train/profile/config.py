@@ -51,7 +51,7 @@ class ProfileConfig:
     loss_temperature: float = _run("loss_temperature")
     dtype: str | None = _run("dtype")
     out: Path = option(
-        "Folder for profile.json, profile.png and traces.jsonl.", group="Output", basic=True
+        "Folder for profile.json, profile.html and traces.jsonl.", group="Output", basic=True
     )
 
     def __post_init__(self) -> None:

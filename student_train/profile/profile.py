@@ -1,7 +1,7 @@
 """`train-student profile`: one forward pass of the untrained student over a cache's traces.
 
 OUT/profile.json   tables by position, section and lead span, the advice, and the caches compared
-OUT/profile.png    the same as a picture
+OUT/profile.html   the same as a page
 OUT/traces.jsonl   a line per trace, the most suitable first
 """
 
@@ -27,7 +27,7 @@ from student_train.profile.figures import (
     trace_row,
 )
 from student_train.profile.measure import TraceMeasures, measured
-from student_train.profile.picture import draw
+from student_train.profile.page import profile_page
 from student_train.run.precision import usual_dtype
 from teacher_cache.format import shown
 from teacher_cache.format.files import publish
@@ -70,7 +70,7 @@ def profile(config: ProfileConfig) -> ProfileResult:
         for number in range(len(data.sources)):
             by_cache.append(_measured_cache(config, data, number, student, device))
     tables, advice = _tables(config, data, by_cache)
-    _write(config.out, tables, _trace_rows(data, by_cache))
+    _write(config.out, tables, advice, _trace_rows(data, by_cache))
     return ProfileResult(tables, advice)
 
 
@@ -150,9 +150,11 @@ def _suitability(row: dict[str, Any]) -> tuple[bool, float]:
     return ratio is None, ratio or 0.0
 
 
-def _write(out: Path, tables: dict[str, Any], trace_rows: list[dict[str, Any]]) -> None:
+def _write(
+    out: Path, tables: dict[str, Any], advice: Advice, trace_rows: list[dict[str, Any]]
+) -> None:
     out.mkdir(parents=True, exist_ok=True)
     publish(out / "profile.json", (json.dumps(tables, indent=1) + "\n").encode())
     lines = "".join(json.dumps(row) + "\n" for row in trace_rows)
     publish(out / "traces.jsonl", lines.encode())
-    draw(tables["positions"], tables["sections"], tables["divergence_before"], out / "profile.png")
+    publish(out / "profile.html", profile_page(tables, advice))

@@ -15,13 +15,16 @@ from teacher_cache.format.files import publish
 _NUM_FLIPS = 5  # of each group and kind; `train-student compare` shows more
 
 
-def write_comparison(out: Path, cells: Sequence[CellResult], groups: Sequence[Group]) -> bool:
-    """Write the page if there is something to compare; whether there is.
+def write_comparison(out: Path, cells: Sequence[CellResult], groups: Sequence[Group]) -> list[str]:
+    """Write the page if there is something to compare.
 
     Args:
         out: The sweep's folder.
         cells: Its finished cells.
         groups: The same, grouped.
+
+    Returns:
+        Names of the runs on it, the one that the others are compared with first; none without it.
 
     Raises:
         ValueError: If cells were evaluated in different ways.
@@ -32,7 +35,7 @@ def write_comparison(out: Path, cells: Sequence[CellResult], groups: Sequence[Gr
         if cell.right_P is not None:
             first_of.setdefault(cell.group, cell)
     if len(first_of) < 2:
-        return False
+        return []
     runs = [
         read_run(out / "cells" / cell.result["cell"], name=labels[group])
         for group, cell in first_of.items()
@@ -42,4 +45,4 @@ def write_comparison(out: Path, cells: Sequence[CellResult], groups: Sequence[Gr
         runs, prompts_file=prompts if prompts.is_file() else None, num_flips=_NUM_FLIPS
     )
     publish(out / "compare.html", page)
-    return True
+    return [run.name for run in runs]

@@ -4,7 +4,7 @@ OUT/sweep.json      facts that all cells share, and the calls that were made
 OUT/flops.json      FLOPs by formula and as PyTorch counts them
 OUT/cells/NAME/     a cell; see cell_run
 OUT/w0of1.lock      held by a worker at work here
-OUT/results.csv, report.png, report.html
+OUT/results.csv, report.html, compare.html
 """
 
 import json

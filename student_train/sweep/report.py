@@ -1,6 +1,5 @@
-"""The report of a sweep: results.csv, report.png and report.html, one self-contained page."""
+"""The report of a sweep: results.csv and report.html, one self-contained page."""
 
-import base64
 import csv
 import io
 import json
@@ -13,12 +12,12 @@ from typing import Any
 from student_train.model.flops import FORMULA
 from student_train.sweep import tables
 from student_train.sweep.cell_run import sweep_record
+from student_train.sweep.charts import interval_charts, point_charts
 from student_train.sweep.comparison import write_comparison
 from student_train.sweep.conclusion import conclusion
 from student_train.sweep.decisions import ENOUGH, decide
 from student_train.sweep.groups import Group, group_cells
 from student_train.sweep.labels import whole_percent
-from student_train.sweep.picture import draw, panels
 from student_train.sweep.results import CellResult, Costs, csv_rows, read_cells
 from teacher_cache.format.files import publish
 from teacher_cache.pages.page import render
@@ -44,7 +43,6 @@ def write_report(
     cells = read_cells(out, costs)
     groups = group_cells(cells)
     _write_csv(out / "results.csv", cells)
-    draw(groups, out / "report.png")
     sentence = conclusion(groups)
     page = _page(out, cells, groups, sentence, header, num_unfinished)
     publish(out / "report.html", page)
@@ -74,9 +72,6 @@ def _page(
         (file.parent.name, file.read_text(encoding="utf-8").strip())
         for file in sorted(out.glob("cells/*/failed.txt"))
     ]
-    pictures = [
-        (panel.title, base64.b64encode(panel.png()).decode("ascii")) for panel in panels(groups)
-    ]
     return render(
         _TEMPLATE,
         title=f"How much of each trace does {Path(facts['student']).name} need?",
@@ -88,8 +83,9 @@ def _page(
         failures=failures,
         # Their answers cannot be compared prompt by prompt; the seeds then say it all.
         lacking=sorted(cell.result["cell"] for cell in cells if cell.right_P is None),
-        has_comparison=write_comparison(out, cells, groups),
-        pictures=pictures,
+        compared=write_comparison(out, cells, groups),
+        point_charts=point_charts(groups),
+        interval_charts=interval_charts(groups),
         enough=whole_percent(ENOUGH),
         overview=tables.overview(groups, decide(groups)),
         answers=tables.answers(groups),

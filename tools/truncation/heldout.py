@@ -125,25 +125,38 @@ def print_paired(out: str) -> None:
         writer.writerow(row)
 
 
+_COLOURS = ("#0b62c4", "#b45309", "#1a7f37", "#8e3fb0", "#b3261e", "#0f7f86", "#6b5b00", "#5c5c63")
+
+
 def print_picture(out: str) -> None:
     """Print held-out KL against FLOPs, a point for every run, as SVG."""
-    import matplotlib
+    from teacher_cache.pages.charts import Series, line_chart
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for name, seed, flops, measured in _runs(out):
         if seed is not None:
             groups[name].append((flops / 1e9, _figures(measured, None)["kl"]))
-    for name, points in groups.items():
-        flops_of, kl_of = zip(*points, strict=True)
-        axes.plot(flops_of, kl_of, "o", label=name)
-    axes.set_xlabel("training, GFLOP")
-    axes.set_ylabel("KL to the teacher on held-out traces, nats per token")
-    axes.legend()
-    figure.savefig(sys.stdout.buffer, format="svg", metadata={"Date": None})
+    series = [Series(name, *zip(*points, strict=True)) for name, points in groups.items()]
+    chart = line_chart("", "training, GFLOP", "KL to the teacher, nats per token", series)
+    height = 270 + 16 * len(groups)
+    print(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 400 {height}" '
+        'font-family="sans-serif" font-size="12"><rect width="400" height="100%" fill="#fff"/>'
+        '<path d="M52 10V212H390" fill="none" stroke="#5c5c63"/>'
+        f'<text x="221" y="246" text-anchor="middle">{chart.x_label}</text>'
+        f'<text transform="rotate(-90 12 111)" x="12" y="111" text-anchor="middle">'
+        f"{chart.y_label}</text>"
+    )
+    for tick in chart.x_ticks:
+        print(f'<text x="{tick.place}" y="228" text-anchor="middle">{tick.text}</text>')
+    for tick in chart.y_ticks:
+        print(f'<text x="47" y="{tick.place + 4}" text-anchor="end">{tick.text}</text>')
+    for number, curve in enumerate(chart.curves):
+        colour = _COLOURS[curve.number]
+        for x, y in curve.points:
+            print(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>')
+        print(f'<text x="52" y="{266 + 16 * number}" fill="{colour}">\u25cf {curve.name}</text>')
+    print("</svg>")
 
 
 def main() -> None:
