@@ -1,7 +1,8 @@
 """Placement of the student's weights: on one device, copied to every process, or split over them.
 
 Split means torch's `fully_shard` (FSDP2), called here and not through accelerate, whose plugin is
-silently ignored on the CPU. Every decoder layer is gathered when it is used; the root, with
+silently ignored on the CPU. The main process alone has the weights at first; the others get them
+here, one part after the other. Every decoder layer is gathered when it is used; the root, with
 embedding, head and their shared weights, stays whole from the forward to the backward, so that the
 loss finds the head's weight as one tensor.
 """
@@ -12,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -27,6 +29,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from student_train.model.forward import StudentWithLoss
@@ -37,7 +40,7 @@ def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> 
     """Move a student to the devices of a run; its optimizer is created afterwards.
 
     Args:
-        student: Student on the CPU, the same in every process.
+        student: Student on the CPU; its weights are those of the main process.
         accelerator: Accelerator of the run.
         sharding: "none" (a copy in every process) or "full" (parameters, gradients and optimizer
             state are split over the processes).
@@ -49,6 +52,7 @@ def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> 
         ValueError: If there is one process only and nothing to split over.
     """
     if sharding == "none":
+        _share(student, accelerator)
         placed: nn.Module = accelerator.prepare(student)
         return placed
     if accelerator.num_processes == 1:
@@ -64,10 +68,41 @@ def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> 
     )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for layer in decoder_layers(student.model):
+        _share(layer, accelerator)  # one by one: a device need not hold them all
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    _share(student, accelerator)
     fully_shard(student, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(student, "per_token")
     return student
+
+
+def _share(module: nn.Module, accelerator: Accelerator) -> None:
+    """Give every process the main one's weights and buffers, on the device of the run.
+
+    What is split already stays as it is, and what is tied stays one tensor.
+    """
+    if accelerator.num_processes == 1:
+        return
+    shared: dict[int, tuple[Tensor, Tensor]] = {}  # with the old ones, whose ids stay taken
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or isinstance(tensor, DTensor):
+                    continue
+                if id(tensor) not in shared:
+                    shared[id(tensor)] = tensor, _shared(tensor, accelerator.device)
+                tensors[name] = shared[id(tensor)][1]
+
+
+def _shared(tensor: Tensor, device: torch.device) -> Tensor:
+    if tensor.is_meta:
+        value = torch.empty_like(tensor, device=device, requires_grad=False)
+    else:
+        value = tensor.detach().to(device)
+    dist.broadcast(value, src=0)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(value, requires_grad=tensor.requires_grad)
+    return value
 
 
 def without_exchange(
