@@ -12,6 +12,7 @@ from student_train.data.draw import DrawnSpans, SpanFigures, described, draw_spa
 from student_train.data.traces import TrainingData, open_data
 from student_train.model.load import HeadScaling, check_student
 from student_train.run.config import TrainConfig
+from student_train.run.file_work import FileWork
 from student_train.run.folder import RunFolder, RunIdentity
 from student_train.run.memory import PeakMemory
 from student_train.run.student import load_student
@@ -31,6 +32,7 @@ class RunInputs:
     identity: RunIdentity
     accelerator: Accelerator
     exchange: GlooExchange | None  # of traces among processes; None where there is one
+    files: FileWork
     memory: PeakMemory
     data: TrainingData
     heldout: TrainingData | None
@@ -86,8 +88,8 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     folder.check_identity(identity)
     exchange = GlooExchange() if accelerator.num_processes > 1 else None
     return RunInputs(
-        config, drawn, folder, identity, accelerator, exchange, memory, data, heldout, model,
-        student.tokenizer, student.head,
+        config, drawn, folder, identity, accelerator, exchange, FileWork(accelerator), memory,
+        data, heldout, model, student.tokenizer, student.head,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from student_train.model.live_teacher import LiveTeacher
 from student_train.model.load import compile_layers, output_layer
 from student_train.run.checkpoint import (
     read_checkpoint,
-    read_state,
+    restore,
     restore_random_state,
     whole_checkpoint,
 )
@@ -28,7 +28,7 @@ from student_train.run.memory_estimate import estimate_line
 from student_train.run.optimizers import make_optimizer, make_schedule
 from student_train.run.precision import halve_frozen_layers
 from student_train.run.processes import decided_by_main
-from student_train.run.sharding import place, restore_state
+from student_train.run.sharding import place
 from student_train.run.state import RunState
 from student_train.run.trackers import start_trackers
 from student_train.run.validation import Validation
@@ -185,10 +185,7 @@ def _restored(
     )
     state, mark = (RunState(), None) if path is None else read_checkpoint(path)
     if path is not None:
-        tensors = read_state(path)
-        restore_state(inputs.model, optimizer, tensors)
-        scheduler.load_state_dict(tensors["scheduler"])
-        del tensors  # which are mapped from a file that will be removed
+        restore(path, inputs.model, optimizer, scheduler, inputs.files)
         restore_random_state(path, accelerator.process_index)
         if accelerator.is_main_process:
             logger.info("resuming after step %s of %s", f"{state.step:,}", f"{last_step:,}")
@@ -204,9 +201,10 @@ def _restored(
             f"{folder.path}: the run is finished, and these settings leave no step after "
             f"{state.step:,}: raise --epochs, --max-steps or --patience, whichever ended it"
         )
-    accelerator.wait_for_everyone()  # nobody may look for a checkpoint any more
-    if accelerator.is_main_process:
-        folder.begin(inputs.identity, mark)
-    accelerator.wait_for_everyone()
+    with inputs.files.shared():  # nobody may look for a checkpoint any more
+        pass
+    with inputs.files.shared():
+        if accelerator.is_main_process:
+            folder.begin(inputs.identity, mark)
     start_trackers(accelerator, config, state.step)
     return state

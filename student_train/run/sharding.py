@@ -16,13 +16,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
@@ -30,7 +23,6 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from student_train.model.forward import StudentWithLoss
 from student_train.model.load import decoder_layers
@@ -126,53 +118,3 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest_norm: float) -> f
     """
     norm: Any = nn.utils.clip_grad_norm_(list(parameters), largest_norm or math.inf)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-def gathered_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The whole weights, on the CPU of the main process, {} in others; all call it together.
-
-    Where only adapters are trained, frozen weights are left out.
-    """
-    weights: dict[str, Any] = get_model_state_dict(model, options=_whole())
-    first_name: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad:
-            weights.pop(name, None)  # what is tied to a frozen one
-        elif name in weights:  # what is tied is one tensor again
-            weights[name] = weights[first_name.setdefault(id(parameter), name)]
-    return weights
-
-
-def gathered_state(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer
-) -> dict[str, dict[str, Any]]:
-    """Weights and optimizer state by parameter name, as `gathered_weights`.
-
-    Whole tensors in one file and not torch's sharded format, so that a run can be resumed with
-    another number of processes, split or not. The price: the main process holds them all in memory
-    while they are written.
-    """
-    return {
-        "student": gathered_weights(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=_whole()),
-    }
-
-
-def restore_weights(model: PreTrainedModel, weights: dict[str, Any]) -> None:
-    """Load the result of `gathered_weights`; every process has it."""
-    has_frozen = any(not parameter.requires_grad for parameter in model.parameters())
-    options = StateDictOptions(full_state_dict=True, strict=not has_frozen)
-    set_model_state_dict(model, weights, options=options)
-
-
-def restore_state(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
-    """Load the result of `gathered_state`; every process has it."""
-    restore_weights(model, state["student"])
-    options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
-
-
-def _whole() -> StateDictOptions:
-    return StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
