@@ -14,7 +14,7 @@ from students import make_student
 
 import student_train.run.loop as loop
 from student_train.errors import InterruptedRunError
-from student_train.run import checkpoint
+from student_train.run import checkpoint_writer
 from student_train.run.config import TrainConfig
 from student_train.run.loop import train
 from teacher_cache.format.checksums import DamagedFileError, publish_record, read_record
@@ -173,7 +173,7 @@ def test_a_run_that_trains_a_damaged_student_further_is_refused(finished, tmp_pa
 
 def test_a_checkpoint_on_a_full_disk_says_what_to_do():
     with pytest.raises(OSError, match=r"/dev/full: the checkpoint cannot be written.*free some"):
-        checkpoint._save({"weight": torch.zeros(1 << 16)}, Path("/dev/full"))
+        checkpoint_writer._save({"weight": torch.zeros(1 << 16)}, Path("/dev/full"))
 
 
 def test_a_record_is_read_as_it_was_written_and_no_other_way(tmp_path):

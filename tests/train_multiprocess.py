@@ -21,8 +21,11 @@ def run(rank, world_size, port, config, stop_at):
     }  # fmt: skip
     place, micro_batches, num_calls = setup.place, loop.micro_batches, 0
 
-    def checked_place(*args):
-        placed = place(*args)
+    def checked_place(student_with_loss, *args):
+        # The main process alone has read the student's weights.
+        has_weights = {not weight.is_meta for weight in student_with_loss.parameters()}
+        assert has_weights == {rank == 0}
+        placed = place(student_with_loss, *args)
         if config.sharding == "none":
             return placed
         for name, parameter in placed.named_parameters():

@@ -19,10 +19,11 @@ def prepare_attention(
     """Choose the attention backend, and the layout of micro-batches that suits it.
 
     Args:
-        model: Student on a device that can run the attention it was loaded with.
+        model: Student.
         wanted: Backend by its name in `transformers`. None takes FlashAttention where it is
             installed and usable, else the backend that the model was loaded with.
-        packing: Whether traces may share a row.
+        packing: Whether traces may share a row, which the student keeps apart; see
+            `keeps_traces_apart`, which is asked before FlashAttention is set: that needs a GPU.
         half_precision: Whether matrix products are in half precision, as FlashAttention requires.
 
     Returns:
@@ -31,8 +32,7 @@ def prepare_attention(
     Raises:
         ValueError: If the backend is not available, or would compute a different model.
     """
-    # Before FlashAttention is set, which runs on a GPU alone.
-    layout = "packed" if packing and keeps_traces_apart(model) else "alone"
+    layout = "packed" if packing else "alone"
     if wanted is None and half_precision and model._supports_flash_attn:
         wanted = _installed_flash_attention()
     if wanted is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -74,6 +76,20 @@ def load_model(
     if caps_scores(model) and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")  # sdpa leaves the cap out, without a word
     return model, tokenizer
+
+
+def empty_model(shape: PreTrainedConfig) -> PreTrainedModel:
+    """Build a float32 model whose weights are on "meta" and take no memory.
+
+    Buffers are real: few, and computed from the configuration.
+
+    Args:
+        shape: Configuration of a model that `load_model` loaded.
+    """
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+    model.tie_weights()  # which registered them anew
+    return model
 
 
 def stored_dtype(name: str, *, revision: str | None = None) -> torch.dtype | None:

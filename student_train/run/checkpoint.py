@@ -1,73 +1,41 @@
 """Checkpoints: all that the next step depends on, whole or absent, with damage always detected.
 
 checkpoints/step-000000500/state.pt           weights, optimizer and schedule
+checkpoints/step-000000500/tensors/           weights and optimizer instead, where they were split
 checkpoints/step-000000500/random-00000.pt    random generators of each process
 checkpoints/step-000000500/progress.json      RunState, and the mark of metrics.jsonl
 checkpoints/step-000000500/checksums.json     sha256 of each, verified before any is read
 checkpoints/damaged-step-000000500/           one that has changed since it was written, set aside
+
+`checkpoint_writer` writes them. Either kind is read by any number of processes, split or not.
 """
 
 import json
 import logging
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel
 
+from student_train.run.file_work import FileWork
 from student_train.run.folder import MetricsMark, RunFolder
 from student_train.run.state import RunState
-from teacher_cache.format.checksums import DamagedFileError, check_folder, write_checksums
-from teacher_cache.format.files import fsync, publish_folder, remove_folder
+from student_train.run.tensors import (
+    read_split_state,
+    read_split_weights,
+    restore_state,
+    restore_weights,
+)
+from teacher_cache.format.checksums import DamagedFileError, check_folder
 
 logger = logging.getLogger(__name__)
 
-_PROGRESS = "progress.json"
-_STATE = "state.pt"
-
-
-def write_checkpoint(
-    run: RunFolder,
-    state: RunState,
-    tensors: Mapping[str, Any],
-    accelerator: Accelerator,
-    *,
-    keep_last: int,
-) -> None:
-    """Publish a checkpoint and remove old ones; all ranks call it together.
-
-    Args:
-        run: Folder of the run.
-        state: State of the run.
-        tensors: State dicts by name; those of the main process are written.
-        accelerator: Accelerator of the run.
-        keep_last: Number of newest checkpoints to keep, beside the best one.
-    """
-    folder = run.checkpoint_of(state.step)
-    temporary = folder.with_name(f".tmp-ranks-{folder.name}")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    accelerator.wait_for_everyone()
-    _save(_random_state(), temporary / _random_file(accelerator.process_index))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        fsync(run.metrics_file)
-        progress = {"state": state.to_json(), "metrics": run.metrics_mark.to_json()}
-        with publish_folder(folder) as final:
-            for file in temporary.iterdir():
-                file.rename(final / file.name)
-            _save(dict(tensors), final / _STATE)
-            (final / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
-            write_checksums(final)
-        temporary.rmdir()
-        best = run.checkpoint_of(state.best_step)
-        for old in run.checkpoint_folders()[:-keep_last]:
-            if old != best:
-                remove_folder(old)
-    accelerator.wait_for_everyone()
+PROGRESS_NAME = "progress.json"
+STATE_NAME = "state.pt"
+TENSORS_NAME = "tensors"  # a folder of torch.distributed.checkpoint
 
 
 def whole_checkpoint(run: RunFolder, *, needs_best: bool) -> Path | None:
@@ -118,22 +86,45 @@ def check_best(run: RunFolder, state: RunState) -> None:
 
 def read_checkpoint(folder: Path) -> tuple[RunState, MetricsMark]:
     """State of the run at a checkpoint, and the mark of `metrics.jsonl`."""
-    progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+    progress = json.loads((folder / PROGRESS_NAME).read_text(encoding="utf-8"))
     return RunState.from_json(progress["state"]), MetricsMark(**progress["metrics"])
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The state dicts of a checkpoint, on the CPU."""
-    # Mapped, not read: every process needs a part of it, and they share the pages.
-    state: dict[str, Any] = torch.load(
-        folder / _STATE, map_location="cpu", mmap=True, weights_only=True
-    )
-    return state
+def restore(
+    folder: Path,
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    files: FileWork,
+) -> None:
+    """Restore weights, optimizer and schedule; all processes call it together.
+
+    Args:
+        folder: A checkpoint.
+        model: Student in its place, changed in place like the other two.
+        optimizer: Optimizer over its parameters.
+        scheduler: Schedule of that optimizer.
+        files: Meeting point of the processes.
+    """
+    state = _read_state(folder)
+    if (folder / TENSORS_NAME).is_dir():
+        read_split_state(folder / TENSORS_NAME, model, optimizer, files)
+    else:
+        restore_state(model, optimizer, state)
+    scheduler.load_state_dict(state["scheduler"])
+
+
+def restore_student(folder: Path, model: PreTrainedModel, files: FileWork) -> None:
+    """Restore the weights alone; see `restore`."""
+    if (folder / TENSORS_NAME).is_dir():
+        read_split_weights(folder / TENSORS_NAME, model, files)
+    else:
+        restore_weights(model, _read_state(folder)["student"])
 
 
 def restore_random_state(folder: Path, rank: int) -> None:
     """Restore the random generators; a rank that the run did not have keeps its own."""
-    file = folder / _random_file(rank)
+    file = folder / random_name(rank)
     if not file.exists():
         return
     state = torch.load(file, map_location="cpu", weights_only=True)
@@ -142,29 +133,28 @@ def restore_random_state(folder: Path, rank: int) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def random_state() -> dict[str, Any]:
+    """The random generators of this process."""
+    # Dropout is the only user of random numbers here; the order of traces has its own.
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def random_name(rank: int) -> str:
+    """File of a process' random generators."""
+    return f"random-{rank:05d}.pt"
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    # Mapped, not read: every process needs a part of it, and they share the pages.
+    state: dict[str, Any] = torch.load(
+        folder / STATE_NAME, map_location="cpu", mmap=True, weights_only=True
+    )
+    return state
+
+
 def _check(run: RunFolder, folder: Path, *, needs_best: bool) -> None:
     check_folder(folder, "")
     state, mark = read_checkpoint(folder)
     run.check_metrics(mark)
     if needs_best and state.best_step not in (0, state.step):
         check_best(run, state)
-
-
-def _save(state: Mapping[str, Any], file: Path) -> None:
-    try:
-        torch.save(state, file)
-    except RuntimeError as error:  # PyTorch's word for a full disk
-        reason = str(error).partition("\n")[0]
-        raise OSError(
-            f"{file}: the checkpoint cannot be written ({reason}); is the disk full? The last "
-            "whole one stays: free some space and run the same command again"
-        ) from error
-
-
-def _random_state() -> dict[str, Any]:
-    # Dropout is the only user of random numbers here; the order of traces has its own.
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-
-
-def _random_file(rank: int) -> str:
-    return f"random-{rank:05d}.pt"

@@ -13,13 +13,13 @@ from student_train.errors import NonFiniteLossError
 from student_train.model.adapters import with_trained_adapters
 from student_train.model.load import load_model, stored_dtype
 from student_train.model.save import make_savable, save_student
-from student_train.run.checkpoint import check_best, read_state
+from student_train.run.checkpoint import check_best, restore_student
 from student_train.run.config import TrainConfig
 from student_train.run.inputs import RunInputs
 from student_train.run.model_card import model_card
 from student_train.run.processes import decided_by_main
 from student_train.run.setup import Run
-from student_train.run.sharding import gathered_weights, restore_weights
+from student_train.run.tensors import gathered_weights
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +56,12 @@ def finish(run: Run) -> TrainResult:
     metrics = decided_by_main(inputs.accelerator, folder.last_metrics)
     chosen = _choose_student(run, metrics)
     weights = gathered_weights(inputs.model)  # of adapters, where only they were trained
-    if inputs.accelerator.is_main_process:
-        _check_weights(weights)
-        _log_counts(run)
-        folder.write_result(metrics)
-        _write_student(run, weights, chosen)
-    inputs.accelerator.wait_for_everyone()
+    with inputs.files.shared():
+        if inputs.accelerator.is_main_process:
+            _check_weights(weights)
+            _log_counts(run)
+            folder.write_result(metrics)
+            _write_student(run, weights, chosen)
     inputs.accelerator.end_training()  # and its processes' group
     return TrainResult(folder.model, run.state.step, metrics, was_finished=False)
 
@@ -73,7 +73,7 @@ def _choose_student(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
         return metrics
     decided_by_main(accelerator, lambda: check_best(folder, state))
     best = folder.checkpoint_of(state.best_step)
-    restore_weights(run.inputs.model, read_state(best)["student"])
+    restore_student(best, run.inputs.model, run.inputs.files)
     if accelerator.is_main_process:
         logger.info(
             "the student after step %d is taken, with a held-out KL of %.4f",

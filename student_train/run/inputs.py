@@ -4,19 +4,18 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from student_train.batch.gloo_exchange import GlooExchange
 from student_train.data.draw import DrawnSpans, SpanFigures, described, draw_spans
 from student_train.data.traces import TrainingData, open_data
-from student_train.model.load import check_student, load_model, student_fingerprint
-from student_train.model.save import check_saved, make_savable
-from student_train.model.tokens import add_missing_tokens, adopt_turns
+from student_train.model.load import HeadScaling, check_student
 from student_train.run.config import TrainConfig
+from student_train.run.file_work import FileWork
 from student_train.run.folder import RunFolder, RunIdentity
 from student_train.run.memory import PeakMemory
+from student_train.run.student import load_student
 from student_train.run.validation import check_positions, heldout_data, num_trained_too
 from teacher_cache.format import CacheMismatchError
 
@@ -33,11 +32,13 @@ class RunInputs:
     identity: RunIdentity
     accelerator: Accelerator
     exchange: GlooExchange | None  # of traces among processes; None where there is one
+    files: FileWork
     memory: PeakMemory
     data: TrainingData
     heldout: TrainingData | None
-    model: PreTrainedModel  # float32, on the CPU
+    model: PreTrainedModel  # float32, on the CPU; without weights but in the main process
     tokenizer: PreTrainedTokenizerBase
+    head: HeadScaling
 
 
 def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
@@ -63,39 +64,32 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
         snapshots=folder.snapshots,
         prefix_cache=config.kept_prefixes,
     )
-    check_saved(config.student)
-    model, tokenizer = load_model(
-        config.student, revision=config.student_revision, dtype=torch.float32
-    )
-    headers = [source.cache.header for source in data.sources]
-    for header in headers:
-        add_missing_tokens(config.student, tokenizer, header)
-        check_student(config.student, model, tokenizer, header)
     if config.match == "chunks":
         _require_chunks(data)
-    make_savable(config.student, model)
     if config.chat_template == "cache":
         _require_one_template(data)
-        adopt_turns(config.student, tokenizer, headers[0])
+    headers = [source.cache.header for source in data.sources]
+    student = load_student(config, headers, accelerator)
+    model = student.model
     drawn = tuple(draw_spans(source, config.selection, config.seed) for source in data.sources)
     check_selection(drawn, model)
     heldout = heldout_data(config, data)
     if heldout is not None:
         for source in heldout.sources:
-            check_student(config.student, model, tokenizer, source.cache.header)
+            check_student(config.student, model, student.tokenizer, source.cache.header)
         check_positions(heldout, model)
     identity = RunIdentity(
         config,
         data.fingerprint,
-        student_fingerprint(model),
+        student.fingerprint,
         None if heldout is None else heldout.fingerprint,
         data.snapshots,
     )
     folder.check_identity(identity)
     exchange = GlooExchange() if accelerator.num_processes > 1 else None
     return RunInputs(
-        config, drawn, folder, identity, accelerator, exchange, memory, data, heldout, model,
-        tokenizer,
+        config, drawn, folder, identity, accelerator, exchange, FileWork(accelerator), memory,
+        data, heldout, model, student.tokenizer, student.head,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from student_train.batch.micro_batch import micro_batches
 from student_train.data.stream import StreamStep
 from student_train.data.tokens import LossDropout
 from student_train.errors import DivergedLossError, InterruptedRunError, NonFiniteLossError
-from student_train.run.checkpoint import write_checkpoint
+from student_train.run.checkpoint_writer import CheckpointWriter
 from student_train.run.config import TrainConfig
 from student_train.run.finish import TrainResult, finish, finished_before
 from student_train.run.inputs import open_inputs
@@ -17,7 +17,7 @@ from student_train.run.precision import with_precision
 from student_train.run.processes import join_processes, owned
 from student_train.run.progress import describe, stop_after_step
 from student_train.run.setup import Run, open_stream, prepare
-from student_train.run.sharding import clip_gradients, gathered_state
+from student_train.run.sharding import clip_gradients
 from student_train.run.step import (
     StepFigures,
     StepTotals,
@@ -74,7 +74,8 @@ def _take_steps(run: Run) -> None:
     shown = Progress(
         "training", run.num_steps, "steps", first=state.step, enabled=accelerator.is_main_process
     )
-    with stop_after_step() as stop, shown, stream, advice_when_out_of_memory(config):
+    checkpoints = CheckpointWriter(inputs.folder, inputs.files, keep_last=config.keep_last)
+    with stop_after_step() as stop, shown, checkpoints, stream, advice_when_out_of_memory(config):
         figures = StepFigures(run, stream)
         for item in stream:
             # Once a step. The normaliser is known everywhere before the first backward.
@@ -120,6 +121,7 @@ def _take_steps(run: Run) -> None:
             if counts.num_valid:
                 state.note_loss(totals.sums["loss"])
             if state.has_diverged:
+                checkpoints.wait()
                 raise DivergedLossError(_diverged(run))
 
             # Every eval_every steps and after the last.
@@ -145,12 +147,13 @@ def _take_steps(run: Run) -> None:
             is_turn = _is_turn(state.step, config.save_every)
             is_asked_to_stop = totals.is_asked_to_stop
             if is_end or is_turn or is_best or is_asked_to_stop:
-                _save_checkpoint(run)
+                checkpoints.write(state, inputs.model, run.optimizer, run.scheduler)
                 # A signal during the save; several processes agree on it in the next step.
                 is_asked_to_stop |= stop.signum is not None and accelerator.num_processes == 1
             if is_end:
                 break
             if is_asked_to_stop:
+                checkpoints.wait()
                 accelerator.end_training()  # trackers write what they hold
                 raise InterruptedRunError(
                     f"stopped after step {state.step:,} of {run.num_steps:,}; a checkpoint is in "
@@ -162,17 +165,6 @@ def _take_steps(run: Run) -> None:
 
 def _is_turn(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _save_checkpoint(run: Run) -> None:
-    inputs = run.inputs
-    tensors = {
-        **gathered_state(inputs.model, run.optimizer),
-        "scheduler": run.scheduler.state_dict(),
-    }
-    write_checkpoint(
-        inputs.folder, run.state, tensors, inputs.accelerator, keep_last=inputs.config.keep_last
-    )
 
 
 def _diverged(run: Run) -> str:

@@ -19,6 +19,7 @@ from accelerate.utils import (
 
 from student_train.batch.gloo_exchange import TIMEOUT
 from student_train.run.config import TrainConfig
+from teacher_cache.format import CacheError
 from teacher_cache.format.folder_lock import LOCK_NAME, FolderLock
 
 # Variables in which launchers give the number of processes: torchrun and accelerate, MPIs.
@@ -70,13 +71,13 @@ def decided_by_main(accelerator: Accelerator, decide: Callable[[], _T]) -> _T:
     """Return the main process' decision in every process; the others wait for it.
 
     Raises:
-        OSError, ValueError: As `decide` does, in every process.
+        CacheError, OSError, ValueError: As `decide` does, in every process.
     """
-    found: tuple[_T | None, OSError | ValueError | None] = (None, None)
+    found: tuple[_T | None, CacheError | OSError | ValueError | None] = (None, None)
     if accelerator.is_main_process:
         try:
             found = (decide(), None)
-        except (OSError, ValueError) as error:
+        except (CacheError, OSError, ValueError) as error:
             found = (None, error)
     (decision, refusal), *_ = broadcast_object_list([found])
     if refusal is not None:

@@ -11,14 +11,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from student_train.data.draw import SpanFigures
 from student_train.data.stream import TraceStream, num_steps, steps_per_epoch
 from student_train.model.adapters import add_adapters, count_trained
-from student_train.model.attention import prepare_attention
+from student_train.model.attention import keeps_traces_apart, prepare_attention
 from student_train.model.flops import FlopFormula
 from student_train.model.forward import StudentWithLoss
 from student_train.model.live_teacher import LiveTeacher
-from student_train.model.load import compile_layers, head_of, output_layer
+from student_train.model.load import compile_layers, output_layer
 from student_train.run.checkpoint import (
     read_checkpoint,
-    read_state,
+    restore,
     restore_random_state,
     whole_checkpoint,
 )
@@ -28,7 +28,7 @@ from student_train.run.memory_estimate import estimate_line
 from student_train.run.optimizers import make_optimizer, make_schedule
 from student_train.run.precision import halve_frozen_layers
 from student_train.run.processes import decided_by_main
-from student_train.run.sharding import place, restore_state
+from student_train.run.sharding import place
 from student_train.run.state import RunState
 from student_train.run.trackers import start_trackers
 from student_train.run.validation import Validation
@@ -79,12 +79,11 @@ def prepare(inputs: RunInputs) -> Run:
             _log_estimate(inputs)
 
     set_seed(config.seed, device_specific=True)
-    head = head_of(model)  # while the model is as it was loaded
     layout = _change_model(inputs)
     formula = FlopFormula.of(model)  # before its parameters are split
     with_loss = StudentWithLoss(
         model,
-        head,
+        inputs.head,
         config.objective,
         num_sources=len(inputs.data.sources),
         matched_chunks_at=config.matched_chunks_at,
@@ -159,10 +158,11 @@ def _change_model(inputs: RunInputs) -> str:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     packing = config.packs_on(accelerator.device.type)
+    can_pack = packing and decided_by_main(accelerator, lambda: keeps_traces_apart(model))
     layout = prepare_attention(
-        model, config.attention, packing=packing, half_precision=config.dtype == "bfloat16"
+        model, config.attention, packing=can_pack, half_precision=config.dtype == "bfloat16"
     )
-    if packing and layout == "alone" and accelerator.is_main_process:
+    if packing and not can_pack and accelerator.is_main_process:
         logger.info("%s would mix traces in one row: each trace gets its own", type(model).__name__)
     if config.lora is not None:
         add_adapters(model, config.lora)
@@ -185,10 +185,7 @@ def _restored(
     )
     state, mark = (RunState(), None) if path is None else read_checkpoint(path)
     if path is not None:
-        tensors = read_state(path)
-        restore_state(inputs.model, optimizer, tensors)
-        scheduler.load_state_dict(tensors["scheduler"])
-        del tensors  # which are mapped from a file that will be removed
+        restore(path, inputs.model, optimizer, scheduler, inputs.files)
         restore_random_state(path, accelerator.process_index)
         if accelerator.is_main_process:
             logger.info("resuming after step %s of %s", f"{state.step:,}", f"{last_step:,}")
@@ -204,9 +201,10 @@ def _restored(
             f"{folder.path}: the run is finished, and these settings leave no step after "
             f"{state.step:,}: raise --epochs, --max-steps or --patience, whichever ended it"
         )
-    accelerator.wait_for_everyone()  # nobody may look for a checkpoint any more
-    if accelerator.is_main_process:
-        folder.begin(inputs.identity, mark)
-    accelerator.wait_for_everyone()
+    with inputs.files.shared():  # nobody may look for a checkpoint any more
+        pass
+    with inputs.files.shared():
+        if accelerator.is_main_process:
+            folder.begin(inputs.identity, mark)
     start_trackers(accelerator, config, state.step)
     return state

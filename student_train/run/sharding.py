@@ -1,7 +1,8 @@
 """Placement of the student's weights: on one device, copied to every process, or split over them.
 
 Split means torch's `fully_shard` (FSDP2), called here and not through accelerate, whose plugin is
-silently ignored on the CPU. Every decoder layer is gathered when it is used; the root, with
+silently ignored on the CPU. The main process alone has the weights at first; the others get them
+here, one part after the other. Every decoder layer is gathered when it is used; the root, with
 embedding, head and their shared weights, stays whole from the forward to the backward, so that the
 loss finds the head's weight as one tensor.
 """
@@ -12,22 +13,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor
 
 from student_train.model.forward import StudentWithLoss
 from student_train.model.load import decoder_layers
@@ -37,7 +32,7 @@ def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> 
     """Move a student to the devices of a run; its optimizer is created afterwards.
 
     Args:
-        student: Student on the CPU, the same in every process.
+        student: Student on the CPU; its weights are those of the main process.
         accelerator: Accelerator of the run.
         sharding: "none" (a copy in every process) or "full" (parameters, gradients and optimizer
             state are split over the processes).
@@ -49,6 +44,7 @@ def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> 
         ValueError: If there is one process only and nothing to split over.
     """
     if sharding == "none":
+        _share(student, accelerator)
         placed: nn.Module = accelerator.prepare(student)
         return placed
     if accelerator.num_processes == 1:
@@ -64,10 +60,41 @@ def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> 
     )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for layer in decoder_layers(student.model):
+        _share(layer, accelerator)  # one by one: a device need not hold them all
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    _share(student, accelerator)
     fully_shard(student, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(student, "per_token")
     return student
+
+
+def _share(module: nn.Module, accelerator: Accelerator) -> None:
+    """Give every process the main one's weights and buffers, on the device of the run.
+
+    What is split already stays as it is, and what is tied stays one tensor.
+    """
+    if accelerator.num_processes == 1:
+        return
+    shared: dict[int, tuple[Tensor, Tensor]] = {}  # with the old ones, whose ids stay taken
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or isinstance(tensor, DTensor):
+                    continue
+                if id(tensor) not in shared:
+                    shared[id(tensor)] = tensor, _shared(tensor, accelerator.device)
+                tensors[name] = shared[id(tensor)][1]
+
+
+def _shared(tensor: Tensor, device: torch.device) -> Tensor:
+    if tensor.is_meta:
+        value = torch.empty_like(tensor, device=device, requires_grad=False)
+    else:
+        value = tensor.detach().to(device)
+    dist.broadcast(value, src=0)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(value, requires_grad=tensor.requires_grad)
+    return value
 
 
 def without_exchange(
@@ -91,53 +118,3 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest_norm: float) -> f
     """
     norm: Any = nn.utils.clip_grad_norm_(list(parameters), largest_norm or math.inf)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-def gathered_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The whole weights, on the CPU of the main process, {} in others; all call it together.
-
-    Where only adapters are trained, frozen weights are left out.
-    """
-    weights: dict[str, Any] = get_model_state_dict(model, options=_whole())
-    first_name: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad:
-            weights.pop(name, None)  # what is tied to a frozen one
-        elif name in weights:  # what is tied is one tensor again
-            weights[name] = weights[first_name.setdefault(id(parameter), name)]
-    return weights
-
-
-def gathered_state(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer
-) -> dict[str, dict[str, Any]]:
-    """Weights and optimizer state by parameter name, as `gathered_weights`.
-
-    Whole tensors in one file and not torch's sharded format, so that a run can be resumed with
-    another number of processes, split or not. The price: the main process holds them all in memory
-    while they are written.
-    """
-    return {
-        "student": gathered_weights(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=_whole()),
-    }
-
-
-def restore_weights(model: PreTrainedModel, weights: dict[str, Any]) -> None:
-    """Load the result of `gathered_weights`; every process has it."""
-    has_frozen = any(not parameter.requires_grad for parameter in model.parameters())
-    options = StateDictOptions(full_state_dict=True, strict=not has_frozen)
-    set_model_state_dict(model, weights, options=options)
-
-
-def restore_state(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
-    """Load the result of `gathered_state`; every process has it."""
-    restore_weights(model, state["student"])
-    options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
-
-
-def _whole() -> StateDictOptions:
-    return StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
