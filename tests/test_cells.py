@@ -2,9 +2,10 @@ import itertools
 
 import pytest
 
-from student_train.data.lead_spans import LeadSpans
+from student_train.sweep.cell_run import evaluate_command
 from student_train.sweep.cells import Cell
 from student_train.sweep.config import SweepConfig
+from teacher_cache.format.lead_spans import LeadSpans
 
 
 def config_of(**changes):
@@ -139,3 +140,21 @@ def test_a_mixture_is_a_cell_whose_name_a_folder_can_have():
     ]  # fmt: skip
     assert cells[1].selection.lead_span == mixtures[0]
     assert {cell.kind for cell in cells[1:]} == {"mixture"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("", ["--dtype", "bfloat16"]), ('dtype = "float32"\n', [])]
+)
+def test_all_students_answer_in_the_dtype_that_trained_ones_are_saved_in(tmp_path, given, expected):
+    (tmp_path / "run.toml").write_text('save-dtype = "bfloat16"\n')
+    (tmp_path / "evaluate.toml").write_text(given + "limit = 4\n")
+    config = config_of(
+        out=tmp_path / "sweep",
+        run_options=tmp_path / "run.toml",
+        evaluate_options=tmp_path / "evaluate.toml",
+    )
+    trained = Cell.of("span", 0, {"lead_span": 0.5})
+    for cell in (Cell("base", "base", None, None), trained):
+        words = evaluate_command(config, cell)
+        place = words.index("--dtype") if "--dtype" in words else len(words)
+        assert words[place : place + 2] == expected

@@ -202,10 +202,12 @@ def test_the_snippet_of_the_readme_shows_a_trace(traces):
 @pytest.mark.parametrize(
     "script",
     ["tools/demo", *(f"tools/truncation/{name}" for name in ("experiment", "mixtures"))]
-    + [f"tools/truncation/{name}" for name in ("real_text", "from_scratch")],
+    + [f"tools/truncation/{name}" for name in ("real_text", "from_scratch", "courses")],
 )
 def test_the_commands_of_a_script_exist_with_their_options(script):
-    text = (ROOT / script).read_text().replace("\\\n", " ")
+    sourced = ROOT / script.replace(Path(script).name, "common.sh")
+    text = sourced.read_text() if sourced.exists() else ""
+    text = (text + (ROOT / script).read_text()).replace("\\\n", " ")
     text = re.sub(r"^ *sweep ", "train-student sweep ", text, flags=re.MULTILINE)  # a function
     calls = re.findall(r"\b(cache-teacher|train-student) (\w+)([^|;\n]*)", text)
     assert len(calls) >= 3
@@ -221,6 +223,8 @@ def test_the_commands_of_a_script_exist_with_their_options(script):
         ("tools/paper.toml", TrainConfig),
         ("tools/truncation/run.toml", TrainConfig),
         ("tools/truncation/run_short.toml", TrainConfig),
+        ("tools/truncation/run_tiny.toml", TrainConfig),
+        ("tools/truncation/evaluate_tiny.toml", EvaluateConfig),
         ("tools/truncation/evaluate_short.toml", EvaluateConfig),
         ("tools/truncation/real_text.toml", TrainConfig),
         ("tools/truncation/evaluate.toml", EvaluateConfig),

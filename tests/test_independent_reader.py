@@ -42,6 +42,8 @@ def read_lead_span(folder, lead_span):
         for info in record["traces"]:
             n = info["n_total"]
             held = max(1, n * held_share.numerator // held_share.denominator)
+            if "lead_spans" in header:
+                held = info["n_held"]
             span = Fraction(str(lead_span))
             kept = max(1, n * span.numerator // span.denominator)
             keep[info["trace_id"]] = kept

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from student_train.data.draw import SpanFigures, described, draw_spans
-from student_train.data.lead_spans import LeadSpans
 from student_train.data.stream import Cursor, TraceStream
 from student_train.data.tokens import TokenSelection
 from student_train.data.traces import open_data
 from teacher_cache.format import CacheMismatchError, open_cache
+from teacher_cache.format.lead_spans import LeadSpans
 from teacher_cache.transform.truncate import truncate_cache
 
 FIFTH_WHOLE = LeadSpans((0.375, 1.0), (4.0, 1.0))

@@ -8,10 +8,10 @@ from fakes import make_cache, make_traces
 from students import make_student
 
 from student_train.cli.group import cli
-from student_train.data.lead_spans import LeadSpans
 from student_train.sweep.cell_run import run_command
 from student_train.sweep.cells import Cell
 from student_train.sweep.config import SweepConfig
+from teacher_cache.format.lead_spans import LeadSpans
 
 
 @pytest.fixture(scope="module")

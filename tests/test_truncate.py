@@ -8,6 +8,10 @@ from caches import assert_same, logits_rows, read_all
 from click.testing import CliRunner
 from fakes import make_cache, make_header, make_traces
 
+from student_train.data.draw import draw_spans
+from student_train.data.stream import TraceStream
+from student_train.data.tokens import TokenSelection
+from student_train.data.traces import open_data
 from teacher_cache.cli.group import cli
 from teacher_cache.format import (
     CacheMismatchError,
@@ -22,6 +26,8 @@ from teacher_cache.format import (
     open_cache,
     seal_cache,
 )
+from teacher_cache.format.checking.verify import verify_cache
+from teacher_cache.format.lead_spans import LeadSpans
 from teacher_cache.transform.truncate import truncate_cache
 
 
@@ -137,7 +143,7 @@ def test_reading_more_than_a_truncated_cache_holds_is_refused(source, tmp_path):
     half = open_cache(str(tmp_path / "half"))
     with pytest.raises(CacheMismatchError, match=r"truncated to a lead span of 0\.5 and holds"):
         read_all(half, lead_span=0.6)
-    with pytest.raises(CacheMismatchError, match=r"expected a lead span in \(0, 0\.5\]"):
+    with pytest.raises(CacheMismatchError, match=r"at most what it holds, a lead span of 0\.5"):
         truncate_cache(half, tmp_path / "again", lead_span=0.6)
 
 
@@ -199,13 +205,91 @@ def test_inspect_shows_what_a_truncated_cache_holds(tmp_path):
     }
 
 
+MIXED = LeadSpans.parse("0.375:4,1:1")
+
+
+def trained_rows(path, seed):
+    """{trace id: (tokens, entries)} that a run with the mixture trains on in an epoch."""
+    data = open_data([str(path)])
+    found = {}
+    with TraceStream(
+        data, TokenSelection(MIXED), batch_traces=4, num_epochs=1, seed=seed
+    ) as stream:
+        for step in stream:
+            for item in step.traces:
+                assert len(item.trace) == item.selection.num_read(item.trace)
+                found[item.trace.trace_id] = item.trace
+    return found
+
+
+@pytest.mark.parametrize("traces_per_shard", [60, 2])  # drawn by trace, and by shard
+def test_a_mixed_cache_gives_a_run_with_its_seed_the_rows_of_the_whole_one(
+    tmp_path, traces_per_shard
+):
+    whole = make_cache(tmp_path / "whole", make_traces(60), traces_per_shard=traces_per_shard)
+    truncate_cache(open_cache(whole), tmp_path / "mixed", lead_span=MIXED, seed=3)
+    mixed = open_cache(tmp_path / "mixed")
+
+    assert mixed.header.lead_spans == {"spans": "0.375:4,1:1", "seed": 3}
+    expected, found = (trained_rows(path, seed=3) for path in (whole, tmp_path / "mixed"))
+    assert sorted(found) == sorted(expected)
+    for trace_id, trace in expected.items():
+        assert_same(found[trace_id], trace)
+    assert mixed.catalog.num_tokens == sum(len(trace) for trace in expected.values())
+    assert 0.3 < mixed.catalog.num_tokens / sum(t.n_total for t in mixed.infos) < 0.7
+    assert [mixed.num_held(info) for info in mixed.infos] == [len(t) for t in mixed]
+    assert verify_cache(mixed.path).errors == []
+
+
+def test_a_mixed_cache_refuses_what_it_does_not_hold(tmp_path):
+    whole = make_cache(tmp_path / "whole", make_traces(60))
+    truncate_cache(open_cache(whole), tmp_path / "mixed", lead_span=MIXED, seed=3)
+    (source,) = open_data([str(tmp_path / "mixed")]).sources
+
+    with pytest.raises(CacheMismatchError, match=r"0\.375:4,1:1 of seed 3.* with --seed 3"):
+        draw_spans(source, TokenSelection(MIXED), seed=4)
+    with pytest.raises(CacheMismatchError, match="or at most the shortest"):
+        draw_spans(source, TokenSelection(), seed=3)
+    draw_spans(source, TokenSelection(0.375), seed=4)
+    with pytest.raises(CacheMismatchError, match="at most what it holds, the mixture"):
+        truncate_cache(source.cache, tmp_path / "again", lead_span=MIXED, seed=4)
+    assert not (tmp_path / "again").exists()
+    truncate_cache(source.cache, tmp_path / "short", lead_span=0.2)
+    truncate_cache(open_cache(whole), tmp_path / "once", lead_span=0.2)
+    for trace_id, trace in read_all(open_cache(tmp_path / "once"), lead_span=0.2).items():
+        assert_same(read_all(open_cache(tmp_path / "short"), lead_span=0.2)[trace_id], trace)
+
+
+def test_a_mixed_cache_survives_a_lost_catalogue_and_a_stop(tmp_path):
+    whole = open_cache(make_cache(tmp_path / "whole", make_traces(30)))
+    first = truncate_cache(whole, tmp_path / "mixed", lead_span=MIXED)
+    expected = {info.trace_id: info.n_held for info in open_cache(tmp_path / "mixed").infos}
+    assert truncate_cache(whole, tmp_path / "mixed", lead_span=MIXED) == first
+    (tmp_path / "mixed" / "catalog.parquet").unlink()
+    assert {t.trace_id: t.n_held for t in open_cache(tmp_path / "mixed").infos} == expected
+
+
+def test_the_command_takes_a_mixture_and_its_seed(tmp_path):
+    whole = make_cache(tmp_path / "whole", make_traces(30))
+    words = ["truncate", whole, str(tmp_path / "mixed"), "--lead-span", "0.375:4,1:1"]
+    run = CliRunner().invoke(cli, [*words, "--seed", "5"])
+    assert run.exit_code == 0, run.output
+    header = json.loads((tmp_path / "mixed" / "cache.json").read_text())["header"]
+    assert header["lead_spans"] == {"spans": "0.375:4,1:1", "seed": 5}
+    assert "max_lead_span" not in header  # its largest span is 1
+
+
 @pytest.mark.parametrize(
-    ("span", "said"),
-    [("0.375:4,1:1", "drawn from the seed of a run"), ("half", "proportion of every trace")],
+    ("options", "said"),
+    [
+        (["--lead-span", "half"], "expected a number, or lengths with weights"),
+        (["--lead-span", "0.5:1,1.5:1"], "at most 1"),
+        (["--lead-span", "0.5", "--seed", "1"], "nothing is drawn for the single"),
+    ],
 )
-def test_a_mixture_is_refused_with_the_way_to_train_on_one(tmp_path, span, said):
+def test_spans_that_cannot_be_are_refused(tmp_path, options, said):
     make_cache(tmp_path / "whole", make_traces(4))
-    words = ["truncate", str(tmp_path / "whole"), str(tmp_path / "part"), "--lead-span", span]
+    words = ["truncate", str(tmp_path / "whole"), str(tmp_path / "part"), *options]
 
     result = CliRunner().invoke(cli, words)
 

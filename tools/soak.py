@@ -234,7 +234,7 @@ def read_as_promised(data: bytes, commit: ShardCommit, header: CacheHeader) -> N
     prefix = pa.py_buffer(data[:size])
     bands = decode_bands(prefix, commit, len(commit.blocks), header, "shard")
     for row, info in enumerate(commit.traces):
-        trace = assemble(commit, row, header.num_held(info.n_total), bands, "shard")
+        trace = assemble(commit, row, header.num_held(info.n_total, info.n_held), bands, "shard")
         try:
             trace.validate()
         except ValueError as error:

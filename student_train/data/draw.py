@@ -20,7 +20,6 @@ Drawn anew in every epoch, spans were no better (tiny task, two epochs, two seed
 against 90.8 and 91.0 %), and every shard would be read whole by the end.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,13 +28,11 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from student_train.data.lead_spans import LeadSpans
 from student_train.data.tokens import TokenSelection, TraceBounds
 from student_train.data.traces import CacheTraces
-from teacher_cache.format import CacheMismatchError
-
-# Shards for the rarest span: fewer would teach a length on too narrow a part of the data.
-MIN_SHARDS_PER_SPAN = 4
+from teacher_cache.format import CacheMismatchError, lead_span_lengths
+from teacher_cache.format.lead_spans import LeadSpans
+from teacher_cache.format.span_draw import MIN_SHARDS_PER_SPAN, deals_shards, drawn_choice
 
 
 @dataclass(frozen=True)
@@ -114,8 +111,8 @@ class DrawnSpans:
 def draw_spans(source: CacheTraces, selection: TokenSelection, seed: int) -> DrawnSpans:
     """Give every trace of a cache a selection of one length; reads nothing.
 
-    With a single length there is nothing to draw. In a mixture each length gets its share of the
-    tokens to within one trace, or to within one shard where shards are dealt.
+    With a single length there is nothing to draw, and a cache that was truncated to the same
+    mixture with the same seed has its draw with it.
 
     Args:
         source: The cache's traces.
@@ -126,52 +123,50 @@ def draw_spans(source: CacheTraces, selection: TokenSelection, seed: int) -> Dra
         CacheMismatchError: If more is selected than a truncated cache holds.
     """
     catalog, train, lengths = source.cache.catalog, source.train, selection.lengths
-    shards, shard_of_trace = np.unique(train.shard, return_inverse=True)
-    is_by_shard = len(shards) * min(lengths.shares) >= MIN_SHARDS_PER_SPAN
     choice = np.zeros(catalog.num_rows, np.int16)
-    if len(lengths.lengths) > 1:
-        num_tokens = catalog.numbers("n_total")[train.catalog_rows]
-        names = catalog.trace_ids(train.catalog_rows)
-        if is_by_shard:
-            num_tokens = np.bincount(shard_of_trace, weights=num_tokens).astype(np.int64)
-            names = [catalog.shard_list[shard][0] for shard in shards.tolist()]
-        dealt = np.array(_dealt(names, num_tokens.tolist(), lengths, seed), np.int16)
-        choice[train.catalog_rows] = dealt[shard_of_trace] if is_by_shard else dealt
+    is_by_shard = deals_shards(train, lengths)
+    if _is_held(source, selection, seed):
+        is_by_shard = True  # shards are read to their ends, and hold nothing more than is needed
+        choice = _held_choice(source, lengths)
+    elif len(lengths.lengths) > 1:
+        choice[train.catalog_rows] = drawn_choice(catalog, train, lengths, seed)
     drawn = DrawnSpans(source, selection, choice, is_by_shard)
     _check_held(drawn)
     return drawn
 
 
+def _is_held(source: CacheTraces, selection: TokenSelection, seed: int) -> bool:
+    """Whether a truncated cache holds of each trace what this selection would draw."""
+    is_lead = selection.loss_on == "lead" and selection.lead_span_of == "trace"
+    asked = {"spans": str(selection.lead_span), "seed": seed}
+    return is_lead and source.cache.header.lead_spans == asked
+
+
+def _held_choice(source: CacheTraces, lengths: LeadSpans) -> NDArray[np.int16]:
+    """[rows of the catalogue] Index of the length that each trace was truncated to."""
+    catalog = source.cache.catalog
+    n_total, held = catalog.numbers("n_total"), catalog.num_held
+    choice = np.full(catalog.num_rows, len(lengths.lengths) - 1, np.int16)
+    for number, length in reversed(list(enumerate(lengths.lengths))):
+        choice[lead_span_lengths(n_total, length) == held] = number
+    return choice
+
+
 def _check_held(drawn: DrawnSpans) -> None:
     """Refuse a selection of tokens that a truncated cache lacks, before the first step."""
     cache, train = drawn.source.cache, drawn.source.train
-    if cache.header.max_lead_span == 1.0:
+    if not cache.header.is_truncated:
         return
     held = cache.catalog.num_held[train.catalog_rows]
     lacking = np.flatnonzero(drawn.num_read > held)
     if len(lacking):
         first = lacking[0]
         raise CacheMismatchError(
-            f"{cache.path}: the cache was truncated to a lead span of "
-            f"{cache.header.max_lead_span:g} and holds {held[first]:,} tokens of trace "
-            f"{drawn.source.train_infos()[first].trace_id!r}, but {drawn.num_read[first]:,} are "
-            f"selected ({drawn.selection}). Train on at most this lead span, or on the cache that "
-            "it was made from."
+            f"{cache.path}: the cache was truncated to {cache.header.held_part} and holds "
+            f"{held[first]:,} tokens of trace {drawn.source.train_infos()[first].trace_id!r}, but "
+            f"{drawn.num_read[first]:,} are selected ({drawn.selection}). Train on "
+            f"{cache.header.held_options}, or on the cache that it was made from."
         )
-
-
-def _dealt(
-    names: Sequence[str], num_tokens: Sequence[int], lengths: LeadSpans, seed: int
-) -> list[int]:
-    """Index of each one's length: where its middle lies among all tokens, in hash order."""
-    keys = [hashlib.sha256(f"lead-span/{seed}/{name}".encode()).digest() for name in names]
-    order = sorted(range(len(names)), key=keys.__getitem__)
-    total, before = sum(num_tokens), 0
-    index = [0] * len(names)
-    for place in order:
-        index[place] = lengths.index_at((before + num_tokens[place] / 2) / total)
-        before += num_tokens[place]
-    return index
 
 
 @dataclass(frozen=True)

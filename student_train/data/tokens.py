@@ -8,7 +8,6 @@ from functools import cached_property, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from student_train.data.lead_spans import LeadSpans, parse_span, parse_tokens
 from teacher_cache.format import (
     SECTIONS,
     Cache,
@@ -17,6 +16,7 @@ from teacher_cache.format import (
     TraceInfo,
     lead_span_lengths,
 )
+from teacher_cache.format.lead_spans import LeadSpans, parse_span, parse_tokens
 from teacher_cache.terminal.option import check_options, option
 
 LOSS_RANGES = ("lead", "middle", "last")

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from student_train.data.lead_spans import LeadSpans
 from student_train.profile.figures import LEAD_SPANS, Coverage
+from teacher_cache.format.lead_spans import LeadSpans
 
 WANTED_SHARE = 0.9
 LONGEST_FIXED_SPAN = 0.5  # a longer one costs more than the mixture

@@ -94,11 +94,11 @@ def _measured_cache(
         cache.path, f"{len(measures):,}", f"{len(source.train):,}",
         f"{sum(len(one.token_N) for one in measures):,}",
     )  # fmt: skip
-    if cache.header.max_lead_span < 1:
+    if cache.header.is_truncated:
         logger.warning(
-            "%s holds the first %g of every trace: nothing is known about the rest, and shares "
-            "are of the part that it holds",
-            cache.path, cache.header.max_lead_span,
+            "%s was truncated to %s: nothing is known about the rest, and shares are of the part "
+            "that it holds",
+            cache.path, cache.header.held_part,
         )  # fmt: skip
     return measures
 

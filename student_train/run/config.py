@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from student_train.batch.loss_tokens import Teaching
-from student_train.data.lead_spans import LeadSpans, in_json
 from student_train.data.tokens import TokenSelection
 from student_train.model.lora import Lora
 from student_train.objective import DIVERGENCES, TAILS, Objective
 from teacher_cache.format import CachePath, PrefixCache, shown
+from teacher_cache.format.lead_spans import LeadSpans, in_json
 from teacher_cache.terminal.option import check_options, option, same_option
 
 LOSS_REDUCTIONS = ("token", "sequence")

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from student_train.data.lead_spans import in_json
 from student_train.evaluation.config import EvaluateConfig
 from student_train.run.config import TrainConfig
 from student_train.sweep.cells import Cell
@@ -28,6 +27,7 @@ from student_train.sweep.guard import Guard
 from teacher_cache.format.checksums import DamagedFileError, publish_record, read_record, sha256_of
 from teacher_cache.format.files import publish
 from teacher_cache.format.folder_lock import LOCK_NAME, FolderLock, InUseError
+from teacher_cache.format.lead_spans import in_json
 from teacher_cache.terminal.config_file import as_words
 from teacher_cache.terminal.stop_signals import stop_signals
 
@@ -68,6 +68,9 @@ def evaluate_command(config: SweepConfig, cell: Cell) -> list[str]:
         "cache": config.heldout_cache,
         "completions": folder / "completions.jsonl",
     }
+    saved = config.train_options.get("save_dtype")
+    if saved is not None and "dtype" not in config.eval_options:
+        own["dtype"] = saved  # the untrained student answers in the dtype of the trained ones
     options = _config_words(config.evaluate_options)
     return ["evaluate", "--json", *options, *as_words(EvaluateConfig, own)]
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from student_train.data.lead_spans import LeadSpans
 from student_train.data.tokens import TokenSelection
 from student_train.run.config import TrainConfig
+from teacher_cache.format.lead_spans import LeadSpans
 
 FULL = "span-1"  # what retention is measured against
 

@@ -7,13 +7,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from student_train.data.lead_spans import LeadSpans
 from student_train.data.stream import num_steps
 from student_train.data.tokens import LOSS_RANGES, TokenSelection
 from student_train.evaluation.config import EvaluateConfig
 from student_train.run.config import TrainConfig
 from student_train.sweep.cells import Cell
 from teacher_cache.format import SECTIONS
+from teacher_cache.format.lead_spans import LeadSpans
 from teacher_cache.terminal.config_file import as_words, read_config_file
 from teacher_cache.terminal.option import check_options, option, options_of, same_option
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from student_train.data.lead_spans import LeadSpans
 from student_train.sweep.cells import FULL
 from student_train.sweep.groups import Estimate, Group
+from teacher_cache.format.lead_spans import LeadSpans
 from teacher_cache.pages.numbers import percent
 
 _KINDS = {

@@ -105,12 +105,17 @@ def truncate_command(config: TruncateConfig) -> None:
 
     \b
     cache-teacher truncate cache half --lead-span 0.5 --top-k 16
+    cache-teacher truncate cache mixed --lead-span 0.375:4,1:1 --seed 0
     """
     check_cache(config.cache)
     check_out_cache(config.out, "OUT")
     with Progress(f"truncating {shown(config.cache)}"):
         manifest = truncate_cache(
-            open_cache(config.cache), config.out, lead_span=config.lead_span, top_k=config.top_k
+            open_cache(config.cache),
+            config.out,
+            lead_span=config.lead_span,
+            seed=config.seed or 0,
+            top_k=config.top_k,
         )
     seal = manifest.seal
     if seal is not None:

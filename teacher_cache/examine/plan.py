@@ -110,7 +110,7 @@ class _Sample:
     @classmethod
     def of(cls, path: CachePath) -> "_Sample":
         cache = open_cache(path, allow_unsealed=True)
-        if cache.header.max_lead_span < 1:
+        if cache.header.is_truncated:
             raise CacheMismatchError(
                 f"{cache.path}: a sample must hold whole traces; plan from the cache it was "
                 "made from"

@@ -33,7 +33,8 @@ from teacher_cache.format.manifest import Seal
 
 CATALOG_FILE = "catalog.parquet"
 
-TRACE_FACTS = tuple(item.name for item in fields(TraceInfo) if item.name != "fields")
+_HELD = "n_held"  # only in a cache of several lead spans
+TRACE_FACTS = tuple(item.name for item in fields(TraceInfo) if item.name not in ("fields", _HELD))
 SHARD_COUNTS = ("size_bytes", "num_entries", "num_clamped_tails", "num_clamped_logits")
 _MESSAGES = pa.struct({"size_bytes": pa.int64(), "sha256": pa.string()})
 _BLOCK = pa.struct(dict.fromkeys(("offset", "length", "crc32", "num_tokens"), pa.int64()))
@@ -58,6 +59,18 @@ CATALOG_COLUMNS = pa.schema({
     "shard_record": SHARD_RECORD,
 })  # fmt: skip
 _OPTIONAL = ("fields", "fields_json", "shard_record")  # with nulls; the first may be missing
+
+
+def catalog_columns(header: CacheHeader) -> pa.Schema:
+    """Columns of the catalogue of a cache, without those of the user's fields."""
+    if header.lead_spans is None:
+        return CATALOG_COLUMNS
+    return CATALOG_COLUMNS.append(pa.field(_HELD, pa.int32()))
+
+
+def trace_facts(header: CacheHeader) -> tuple[str, ...]:
+    """Those of them that are facts of a trace, as in TraceInfo."""
+    return TRACE_FACTS if header.lead_spans is None else (*TRACE_FACTS, _HELD)
 
 
 class Catalog:
@@ -121,7 +134,8 @@ class Catalog:
             raise CacheFormatError(f"{self._where}: column {name!r}: {error}") from error
 
     def _checked(self, name: str, found: pa.ChunkedArray) -> pa.ChunkedArray:
-        kind = found.type if name == "fields" else CATALOG_COLUMNS.field(name).type
+        columns = catalog_columns(self._header)
+        kind = found.type if name == "fields" else columns.field(name).type
         if found.type != kind or (name == "fields" and not pa.types.is_struct(kind)):
             raise CacheFormatError(
                 f"{self._where}: column {name!r} has an unexpected type, {found.type}"
@@ -143,6 +157,8 @@ class Catalog:
     @cached_property
     def num_held(self) -> NDArray[np.int64]:
         """[rows] Number of leading tokens that the cache holds of every trace."""
+        if self._header.lead_spans is not None:
+            return self.numbers(_HELD)
         n_total, span = self.numbers("n_total"), self._header.max_lead_span
         return n_total if span == 1.0 else lead_span_lengths(n_total, span)
 
@@ -238,15 +254,17 @@ class Catalog:
 
     def info(self, index: int) -> TraceInfo:
         """The facts of the trace in one row."""
-        facts = [self.column(name)[index].as_py() for name in TRACE_FACTS]
+        names = trace_facts(self._header)
+        facts = [self.column(name)[index].as_py() for name in names]
         (own,) = self._fields(slice(index, index + 1))
-        return TraceInfo(**dict(zip(TRACE_FACTS, facts, strict=True)), fields=own)
+        return TraceInfo(**dict(zip(names, facts, strict=True)), fields=own)
 
     def infos(self, index: NDArray[np.int64]) -> list[TraceInfo]:
         """The facts of the traces in some rows."""
-        columns = [self.values(name, index) for name in TRACE_FACTS]
+        names = trace_facts(self._header)
+        columns = [self.values(name, index) for name in names]
         return [
-            TraceInfo(**dict(zip(TRACE_FACTS, facts, strict=True)), fields=own)
+            TraceInfo(**dict(zip(names, facts, strict=True)), fields=own)
             for facts, own in zip(zip(*columns, strict=True), self.fields(index), strict=True)
         ]
 
@@ -319,6 +337,8 @@ class Catalog:
             self.column(name).to_numpy() for name in ("cot_start", "answer_start", "n_total")
         )
         in_order = (cot >= 0) & (cot <= answer) & (answer <= n) & (n >= 1)
+        if self._header.lead_spans is not None:
+            in_order &= (self.num_held >= 1) & (self.num_held <= n)
         if not np.array_equal(rows + starts, np.arange(self.num_rows)) or not in_order.all():
             raise CacheFormatError(f"{self._where}: its rows contradict each other")
 

@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow as pa
 
 from teacher_cache.format.catalog import (
-    CATALOG_COLUMNS,
     SHARD_COUNTS,
     SHARD_RECORD,
-    TRACE_FACTS,
     Catalog,
+    catalog_columns,
+    trace_facts,
 )
 from teacher_cache.format.catalog_fields import json_of_fields
 from teacher_cache.format.commit import ShardCommit
@@ -29,12 +29,13 @@ def catalog_of(commits: Iterable[ShardCommit], header: CacheHeader, where: str) 
         CacheFormatError: If a value cannot be kept, such as a name that is not Unicode.
     """
     batches = []
+    columns = catalog_columns(header)
     try:
         for commit in commits:
-            batches.append(_rows(commit))
+            batches.append(_rows(commit, header))
     except (pa.ArrowException, UnicodeError, OverflowError) as error:
         raise CacheFormatError(f"{where}: commit record of {commit.name}: {error}") from error
-    plain = pa.schema([_plain(field) for field in CATALOG_COLUMNS if field.name != "is_duplicate"])
+    plain = pa.schema([_plain(field) for field in columns if field.name != "is_duplicate"])
     table = pa.Table.from_batches(batches, plain).combine_chunks()
     id_numbers = np.concatenate(
         [chunk.indices.to_numpy() for chunk in table["trace_id"].dictionary_encode().chunks]
@@ -46,7 +47,7 @@ def catalog_of(commits: Iterable[ShardCommit], header: CacheHeader, where: str) 
     for name in ("shard", "finish_reason"):
         position = table.schema.get_field_index(name)
         table = table.set_column(position, name, table[name].dictionary_encode())
-    return Catalog(table.select(CATALOG_COLUMNS.names), header, where)
+    return Catalog(table.select(columns.names), header, where)
 
 
 def _plain(field: pa.Field) -> pa.Field:
@@ -54,22 +55,21 @@ def _plain(field: pa.Field) -> pa.Field:
     return pa.field(field.name, pa.string()) if pa.types.is_dictionary(field.type) else field
 
 
-def _rows(commit: ShardCommit) -> pa.RecordBatch:
+def _rows(commit: ShardCommit, header: CacheHeader) -> pa.RecordBatch:
+    kinds = catalog_columns(header)
     traces, num_traces = commit.traces, len(commit.traces)
     record: dict[str, Any] = {name: getattr(commit, name) for name in ("checksum", "sha256")}
     record |= {name: getattr(commit, name) for name in SHARD_COUNTS}
     record["messages"] = None if commit.messages is None else vars(commit.messages)
     record["blocks"] = [vars(block) for block in commit.blocks]
     columns: dict[str, Any] = {
-        name: pa.array(
-            [getattr(trace, name) for trace in traces], _plain(CATALOG_COLUMNS.field(name)).type
-        )
-        for name in TRACE_FACTS
+        name: pa.array([getattr(trace, name) for trace in traces], _plain(kinds.field(name)).type)
+        for name in trace_facts(header)
     }
     columns["shard"] = pa.array([commit.name] * num_traces)
     columns["row"] = pa.array(np.arange(num_traces, dtype=np.int32))
     columns["fields_json"] = json_of_fields([trace.fields for trace in traces])
     records = [record, *[None] * (num_traces - 1)]
     columns["shard_record"] = pa.array(records, SHARD_RECORD)
-    names = [name for name in CATALOG_COLUMNS.names if name != "is_duplicate"]
+    names = [name for name in kinds.names if name != "is_duplicate"]
     return pa.record_batch([columns[name] for name in names], names=names)

@@ -29,6 +29,7 @@ class TraceInfo:
     answer_start: int
     finish_reason: str
     source_hash: str  # hash of its input: a changed input is noticed on resume
+    n_held: int | None = None  # tokens that a cache of several lead spans holds of it
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -97,6 +98,9 @@ class ShardCommit:
         del record["checksum"]
         if self.messages is None:
             del record["messages"]
+        for trace in record["traces"]:
+            if trace["n_held"] is None:
+                del trace["n_held"]
         return record
 
 
@@ -158,6 +162,7 @@ def _check_types(commit: ShardCommit, where: str) -> None:
         texts += [commit.messages.sha256]
     for trace in commit.traces:
         counts += [trace.n_total, trace.cot_start, trace.answer_start]
+        counts += [] if trace.n_held is None else [trace.n_held]
         texts += [trace.trace_id, trace.finish_reason, trace.source_hash]
         if not isinstance(trace.fields, dict):
             raise CacheFormatError(f"{where}: the fields of a trace must be a JSON object")
@@ -193,7 +198,18 @@ def check_commit(commit: ShardCommit, header: CacheHeader) -> None:
         raise CacheFormatError(
             f"{where}: expected {header.num_bands} bands, got {len(commit.blocks)}"
         )
-    num_held = np.array([header.num_held(trace.n_total) for trace in commit.traces], np.int64)
+    for trace in commit.traces:
+        if (trace.n_held is None) != (header.lead_spans is None):
+            raise CacheFormatError(
+                f"{where}: expected n_held of a trace if, and only if, the cache has several lead "
+                f"spans; trace {trace.trace_id!r} breaks this"
+            )
+        if trace.n_held is not None and not 1 <= trace.n_held <= trace.n_total:
+            raise CacheFormatError(
+                f"{where}: trace {trace.trace_id!r} has {trace.n_total} tokens and holds "
+                f"{trace.n_held}"
+            )
+    num_held = np.array([header.num_held(t.n_total, t.n_held) for t in commit.traces], np.int64)
     for band, block in enumerate(commit.blocks):
         first, end = (band_start(num_held, b, header.num_bands) for b in (band, band + 1))
         if block.num_tokens != (end - first).sum():

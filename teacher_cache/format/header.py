@@ -48,7 +48,9 @@ class CacheHeader:
     mass: float
     capture_prompt: bool
     num_bands: int
-    max_lead_span: float = 1.0  # part of every trace that `truncate` kept
+    max_lead_span: float = 1.0  # part of every trace that `truncate` kept; of a mixture the largest
+    # Mixture from which `truncate` drew the part of each trace: its `spans` in writing, the `seed`.
+    lead_spans: Mapping[str, Any] | None = None
     # Everything else that changes numbers, as the engine reports it (quantisation, ...).
     teacher_settings: Mapping[str, Any] | None = None
     chat_template: str | Mapping[str, str] | None = None  # or several, by name
@@ -63,8 +65,35 @@ class CacheHeader:
         """Whether traces have the likelihoods of chunks that both tokenizers write."""
         return self.derived is not None and self.derived.get("chunks") is True
 
-    def num_held(self, n_total: int) -> int:
-        """Number of leading tokens of a trace that the cache holds: all, unless truncated."""
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the cache may hold less than all of a trace."""
+        return self.max_lead_span < 1.0 or self.lead_spans is not None
+
+    @property
+    def held_part(self) -> str:
+        """What a truncated cache holds of its traces, in words."""
+        if self.lead_spans is None:
+            return f"a lead span of {self.max_lead_span:g}"
+        return f"the mixture {self.lead_spans['spans']} of seed {self.lead_spans['seed']}"
+
+    @property
+    def held_options(self) -> str:
+        """What can be trained on, in words."""
+        if self.lead_spans is None:
+            return "at most this lead span"
+        spans, seed = self.lead_spans["spans"], self.lead_spans["seed"]
+        return f"--lead-span {spans} with --seed {seed}, or at most the shortest of these spans"
+
+    def num_held(self, n_total: int, n_held: int | None = None) -> int:
+        """Number of leading tokens of a trace that the cache holds: all, unless truncated.
+
+        Args:
+            n_total: Tokens of the whole trace.
+            n_held: Number that the trace's own record gives, in a cache of several lead spans.
+        """
+        if n_held is not None:
+            return n_held
         if self.max_lead_span == 1.0:
             return n_total
         return lead_span_length(n_total, self.max_lead_span)
@@ -140,7 +169,9 @@ def _is_possible(name: str, value: object) -> bool:
             isinstance(facts, dict) and type(facts.get("id")) is int and "special" in facts
             for facts in value.values()
         )
-    if name in _MAPPINGS:
+    if name == "lead_spans" and isinstance(value, dict):
+        return isinstance(value.get("spans"), str) and type(value.get("seed")) is int
+    if name in (*_MAPPINGS, "lead_spans"):
         return value is None or isinstance(value, dict)
     if name == "chat_template":
         return value is None or isinstance(value, str | dict)

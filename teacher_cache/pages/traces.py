@@ -156,6 +156,8 @@ def bytes_before(cache: Cache) -> list[int | None]:
         size_bytes = 0
         for shard, n_total, num_held in zip(cache.shards, totals, held, strict=True):
             keep = np.maximum(1, n_total * percent // 100)
+            if (keep > num_held).any():
+                return [*sizes, *[None] * (101 - percent)]  # nor at any longer span
             bands = -(-keep * len(shard.blocks) // num_held)
             size_bytes += shard.prefix_bytes(int(bands.max()))
         sizes.append(size_bytes)

@@ -1,35 +1,88 @@
-"""The groups of a sweep against each other at equal cost: same seeds, same prompts.
+"""Groups of runs against each other at equal cost: same seeds, same prompts.
 
-    python tools/truncation/paired.py SWEEP > paired.csv
+    python tools/truncation/paired.py answers FOLDER ... > answers.csv
+    python tools/truncation/paired.py paired answers.csv > paired.csv
 
-Differences of accuracy in points with intervals of 95 % over seeds and prompts; empty where two
-groups have fewer than two seeds in common.
+`answers` collects, from sweeps or folders laid out like them (cells/GROUP_seed-N/ with
+completions.jsonl and run/result.json), a row per run: its group, seed and FLOPs, and a digit per
+prompt, 1 where the answer was right. `paired` makes of these rows, and of nothing else, accuracies
+and their differences in points, with intervals of 95 % over seeds and prompts; a difference is
+empty where two groups have fewer than two seeds in common.
 """
 
 import csv
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from student_train.sweep.cells import FULL
 from student_train.sweep.conclusion import difference
 from student_train.sweep.groups import Group, group_cells
-from student_train.sweep.results import read_cells
+from student_train.sweep.results import CellResult
 
-OTHERS = ("half-steps", "half-traces", FULL)
+OTHERS = ("half-steps", "half-traces", FULL, "mix-0.375x4+1x1")
+_SEED = "_seed-"
 
 
-def main() -> None:
-    groups = group_cells(
-        read_cells(Path(sys.argv[1]), lambda _: {"num_captured": 0.0, "num_positions": 1.0})
-    )
-    by_name = {group.name: group for group in groups if group.kind != "base"}
+def answer_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """A row per finished run; a prompt that was answered more than once is refused."""
+    for file in sorted(folder.glob("cells/*/completions.jsonl")):
+        if not is_finished(file.parent):
+            continue
+        group, _, seed = file.parent.name.partition(_SEED)
+        lines = file.read_text(encoding="utf-8").splitlines()
+        right = {sample["prompt"]: sample["right"] for sample in map(json.loads, lines)}
+        if len(right) != len(lines):
+            sys.exit(f"{file}: expected one answer to every prompt")
+        record = file.parent / "run" / "result.json"
+        flops = json.loads(record.read_text())["metrics"]["flops"] if record.exists() else 0
+        digits = "".join(str(int(right[prompt])) for prompt in sorted(right))
+        yield {"group": group, "seed": seed, "flops": f"{flops:.6g}", "right": digits}
+
+
+def is_finished(cell: Path) -> bool:
+    """Whether a run was evaluated to the end."""
+    evaluation = cell / "evaluation.json"
+    return evaluation.exists() and evaluation.stat().st_size > 0
+
+
+def cell_of(row: dict[str, str]) -> CellResult:
+    """A row of answers.csv as the sweep's own figures take it."""
+    right_P = np.array([int(digit) for digit in row["right"]], np.float64)
+    result = {
+        "group": row["group"],
+        "kind": "span" if row["seed"] else "base",
+        "seed": int(row["seed"]) if row["seed"] else None,
+        "options": {},
+        "run": {"flops": float(row["flops"])},
+        "evaluation": {"answers": {"accuracy": float(right_P.mean())}},
+    }
+    return CellResult(result, right_P)
+
+
+def print_answers(folders: list[str]) -> None:
+    writer = csv.DictWriter(sys.stdout, ("group", "seed", "flops", "right"), lineterminator="\n")
+    writer.writeheader()
+    for folder in folders:
+        writer.writerows(answer_rows(Path(folder)))
+
+
+def print_paired(file: str) -> None:
+    with Path(file).open(encoding="utf-8", newline="") as lines:
+        groups = group_cells([cell_of(row) for row in csv.DictReader(lines)])
+    by_name = {group.name: group for group in groups}
     whole = by_name[FULL].mean("run", "flops") or 1.0
     others = [by_name[name] for name in OTHERS if name in by_name]
     columns = [f"less_{other.name}{bound}" for other in others for bound in ("", "_low", "_high")]
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["group", "seeds", "flops_share", "accuracy", "low", "high", *columns])
-    for group in sorted(by_name.values(), key=lambda group: -group.mean_accuracy):
-        row = [group.name, len(group.cells), f"{(group.mean('run', 'flops') or 0) / whole:.3f}"]
+    for group in sorted(groups, key=lambda group: -group.mean_accuracy):
+        flops_share = (group.mean("run", "flops") or 0) / whole
+        row = [group.name, len(group.cells), f"{flops_share:.3f}"]
         interval = [group.accuracy.low, group.accuracy.high] if group.accuracy else []
         row += [f"{100 * share:.1f}" for share in (group.mean_accuracy, *interval)]
         for other in others:
@@ -38,10 +91,21 @@ def main() -> None:
 
 
 def _difference(groups: list[Group], group: Group, other: Group) -> list[str]:
-    mean = None if group is other else difference(groups, group, other)
+    is_pair = group is not other and group.kind != "base"
+    mean = difference(groups, group, other) if is_pair else None
     if mean is None:
         return ["", "", ""]
     return [f"{100 * points:+.1f}" for points in (mean.value, *mean.interval)]
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["answers", *folders] if folders:
+            print_answers(folders)
+        case ["paired", file]:
+            print_paired(file)
+        case _:
+            sys.exit(__doc__)
 
 
 if __name__ == "__main__":

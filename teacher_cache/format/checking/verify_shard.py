@@ -96,7 +96,7 @@ def _broken_content(
     lowest = bands[0].top_logits.dictionary.min(initial=0)
     for row, info in enumerate(commit.traces):
         try:
-            trace = assemble(commit, row, header.num_held(info.n_total), bands, where)
+            trace = assemble(commit, row, header.num_held(info.n_total, info.n_held), bands, where)
             trace.validate()
         except (CacheFormatError, ValueError) as error:
             yield str(error).removeprefix(f"{where}: ")

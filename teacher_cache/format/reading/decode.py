@@ -118,7 +118,7 @@ class _Expected:
         names = ("n_total", "cot_start", "answer_start")
         return cls(
             pa.array([trace.trace_id for trace in commit.traces], pa.string()),
-            np.array([header.num_held(trace.n_total) for trace in commit.traces], np.int64),
+            np.array([header.num_held(t.n_total, t.n_held) for t in commit.traces], np.int64),
             {name: np.array([getattr(t, name) for t in commit.traces]) for name in names},
         )
 

@@ -168,7 +168,7 @@ class Cache:
 
     def num_held(self, trace: TraceInfo) -> int:
         """Number of leading tokens of a trace that can be read: all, unless truncated."""
-        return self.header.num_held(trace.n_total)
+        return self.header.num_held(trace.n_total, trace.n_held)
 
     def view(self, *, top_k: int | None = None, mass: float | None = None) -> KeepPolicy:
         """Policy with which `read` gives fewer entries than were captured.
@@ -244,10 +244,10 @@ class Cache:
         for row, num_tokens in keep.items():
             if num_tokens > held[row]:
                 raise CacheMismatchError(
-                    f"{where}: the cache was truncated to a lead span of "
-                    f"{self.header.max_lead_span:g} and holds {held[row]} tokens of trace "
-                    f"{commit.traces[row].trace_id!r}, {num_tokens} were asked for. Train on at "
-                    "most this lead span, or on the cache it was made from."
+                    f"{where}: the cache was truncated to {self.header.held_part} and holds "
+                    f"{held[row]} tokens of trace {commit.traces[row].trace_id!r}, {num_tokens} "
+                    f"were asked for. Train on {self.header.held_options}, or on the cache it was "
+                    "made from."
                 )
         spans = ((held[row], count) for row, count in keep.items())
         num_bands = num_bands_needed(spans, len(commit.blocks))

@@ -65,7 +65,7 @@ def _publish(finished: list[FinishedTrace], store: Store, name: str, header: Cac
         num_clamped_tails=sum(item.num_clamped_tails for item in finished),
         num_clamped_logits=sum(item.num_clamped_logits for item in finished),
         blocks=shard.blocks,
-        traces=tuple(_trace_info(item) for item in finished),
+        traces=tuple(_trace_info(item, header) for item in finished),
         messages=FileDigest(len(asked), hashlib.sha256(asked).hexdigest()) if asked else None,
     )
     if asked:
@@ -75,7 +75,7 @@ def _publish(finished: list[FinishedTrace], store: Store, name: str, header: Cac
     store.publish(commit_file(name), commit.to_bytes())
 
 
-def _trace_info(item: FinishedTrace) -> TraceInfo:
+def _trace_info(item: FinishedTrace, header: CacheHeader) -> TraceInfo:
     trace = item.trace
     return TraceInfo(
         trace_id=trace.trace_id,
@@ -84,5 +84,6 @@ def _trace_info(item: FinishedTrace) -> TraceInfo:
         answer_start=trace.answer_start,
         finish_reason=trace.finish_reason,
         source_hash=item.source_hash,
+        n_held=None if header.lead_spans is None else len(trace),
         fields=dict(trace.fields),
     )

@@ -187,8 +187,8 @@ class CacheWriter:
         """
         trace = finished.trace
         trace.validate()
-        num_held = self.header.num_held(trace.n_total)
-        if len(trace.token_ids) != num_held:
+        num_held = self.header.num_held(trace.n_total)  # of several lead spans, the longest
+        if len(trace) > num_held or (len(trace) < num_held and self.header.lead_spans is None):
             raise ValueError(
                 f"trace {trace.trace_id!r}: expected all {num_held} tokens that the cache holds of "
                 f"it, got {len(trace.token_ids)}"

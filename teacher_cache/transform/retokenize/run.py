@@ -70,6 +70,11 @@ def retokenize(config: RetokenizeConfig) -> RetokenizeReport:
         OSError: If the cache cannot be written; finished traces are kept.
     """
     source = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
+    if source.header.lead_spans is not None:
+        raise CacheMismatchError(
+            f"{source.path}: was truncated to {source.header.held_part}, whose lengths are of the "
+            "teacher's tokens. Retokenize the cache that it was made from, and truncate the result"
+        )
     header = student_header(config, source)
     origin = {"retokenized_from": source.fingerprint}
     manifest = read_manifest(config.out)
