@@ -94,6 +94,26 @@ def test_the_second_signal_insists_but_the_echo_of_the_first_does_not():
         send_twice(1.1, lambda switch: switch.noted())
 
 
+WAITS = """
+import os
+from teacher_cache.terminal import entry
+
+entry._load = lambda line: (lambda group: print(os.environ["OMP_WAIT_POLICY"]) or 0, None)
+entry.run_program(entry.CommandLine("cache-teacher", "", ()))
+"""
+
+
+@pytest.mark.parametrize("chosen", [None, "active"])
+def test_threads_that_wait_do_not_spin_unless_the_user_says_so(chosen):
+    environment = {name: v for name, v in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if chosen is not None:
+        environment["OMP_WAIT_POLICY"] = chosen
+    ended = subprocess.run(
+        [sys.executable, "-c", WAITS], env=environment, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.strip() == (chosen or "passive")
+
+
 SWALLOWS = """
 import sys, time
 from teacher_cache.terminal import entry

@@ -35,6 +35,7 @@ def generate_with_vllm(
     """
     # In this process: an engine process would be one more that must be ended in every case.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork would copy this process's threads
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # "auto" leaves a core unused
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with Progress("loading vLLM"), others_into_log():

@@ -53,6 +53,9 @@ class CommandLine:
 
 def run_program(line: CommandLine) -> NoReturn:
     """Run the command line's command, and end the process."""
+    # Read when OpenMP is loaded, which no import so far does. Threads that wait by spinning take
+    # the cores of any other process: a capture beside one fell from hundreds of tokens/s to seven.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     messages = configure(line.name)
     faulthandler.enable(messages.stream)  # descriptor 2 may point to the log by then
     switch = stop_signals.install(lambda signum: _leave(messages, signum))

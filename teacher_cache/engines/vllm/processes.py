@@ -10,8 +10,11 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.context import SpawnProcess
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from teacher_cache.engines import EngineError
 
 _LOOK_S = 0.1
 
@@ -53,6 +56,20 @@ class EngineProcesses:
         finally:
             has_started.set()
             watching.join()
+        self._require_spawned()
+
+    def _require_spawned(self) -> None:
+        """Refuse an engine with forked processes: they would hold our open files and locks.
+
+        Raises:
+            EngineError: If one is forked, whatever vLLM was told.
+        """
+        forked = [each for each in self.all if not isinstance(each, SpawnProcess)]
+        if forked:
+            raise EngineError(
+                f"expected vLLM to spawn its processes, but {forked[0].name} is a "
+                f"{type(forked[0]).__name__}; this version of vLLM cannot be used"
+            )
 
     def _watch(self, has_started: threading.Event) -> None:
         is_last = False
@@ -106,7 +123,6 @@ def _own_sessions() -> Iterator[None]:
     We pass the signal on as an order to end. vLLM 0.32's engine also ends at a SIGINT, and its
     parent then waits for it: ten minutes, if it had not started yet.
     """
-    _Forks.are_apart = True
     spawn = multiprocessing.util.spawnv_passfds
 
     def spawn_apart(path: bytes, args: Sequence[Any], passfds: Sequence[int]) -> int:
@@ -123,20 +139,3 @@ def _own_sessions() -> Iterator[None]:
         yield
     finally:
         multiprocessing.util.spawnv_passfds = spawn
-        _Forks.are_apart = False
-
-
-class _Forks:
-    """Whether children forked now get sessions of their own."""
-
-    are_apart = False
-
-    @classmethod
-    def part(cls) -> None:
-        """Move a forked child into its own session."""
-        if cls.are_apart:
-            cls.are_apart = False  # its own children belong to its session
-            os.setsid()
-
-
-os.register_at_fork(after_in_child=_Forks.part)

@@ -69,6 +69,15 @@ def set_environment(**defaults: str) -> None:
         os.environ.setdefault(name, value)
 
 
+def require_spawn() -> None:
+    """Have vLLM spawn its processes; on CUDA it forks them by default.
+
+    A forked child has a copy of our threads' locks but not the threads, and it keeps our open
+    files: the lock of a cache's journal would outlive us, and refuse the next run.
+    """
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+
+
 def default_args(on_cpu: bool) -> dict[str, Any]:
     """Default engine arguments, which a user may override."""
     args: dict[str, Any] = {

@@ -27,6 +27,7 @@ from teacher_cache.engines.vllm.start import (
     check_engine_args,
     default_args,
     installed_version,
+    require_spawn,
     set_environment,
     start_engine,
 )
@@ -41,9 +42,10 @@ _BREAKING_OFF_S = 0.3  # when its answers are no longer wanted
 class VllmTeacher:
     """A model run by vLLM as a `Teacher`: a bounded window of requests in flight.
 
-    The engine lives in processes of its own, which `close` ends. They are spawned: a script that
-    makes a teacher needs `if __name__ == "__main__":`. Missing environment variables of vLLM are
-    set for this process and those; variables that are set already are left alone.
+    The engine lives in processes of its own, which `close` ends. They are spawned on every
+    platform: a script that makes a teacher needs `if __name__ == "__main__":`. Missing environment
+    variables of vLLM are set for this process and those; variables that are set already are left
+    alone.
 
     Args:
         model: Folder, or name on the Hugging Face hub.
@@ -88,7 +90,9 @@ class VllmTeacher:
             VLLM_LOGGING_LEVEL="ERROR" if is_cpu_build else "WARNING",
             # One message per step instead of two more frames per request: half the transport cost.
             VLLM_MSGPACK_ZERO_COPY_THRESHOLD=str(1 << 20),
+            OMP_WAIT_POLICY="passive",  # threads of the engine that wait leave us their cores
         )
+        require_spawn()
         import vllm
         from vllm.platforms import current_platform
 
