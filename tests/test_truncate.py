@@ -28,6 +28,9 @@ from teacher_cache.format import (
 )
 from teacher_cache.format.checking.verify import verify_cache
 from teacher_cache.format.lead_spans import LeadSpans
+from teacher_cache.pages.traces import bytes_before, header_rows
+from teacher_cache.transform.retokenize.configs import RetokenizeConfig
+from teacher_cache.transform.retokenize.run import retokenize
 from teacher_cache.transform.truncate import truncate_cache
 
 
@@ -308,3 +311,21 @@ def test_a_truncated_cache_keeps_the_noise_floor_of_its_rows(tmp_path):
     seal_cache(tmp_path / "whole")
     truncate_cache(open_cache(tmp_path / "whole"), tmp_path / "half", lead_span=0.5)
     assert open_cache(tmp_path / "half").manifest.noise == floor
+
+
+def test_other_commands_know_that_a_mixed_cache_holds_parts(tmp_path):
+    whole = make_cache(tmp_path / "whole", make_traces(30))
+    truncate_cache(open_cache(whole), tmp_path / "mixed", lead_span=MIXED)
+    mixed = open_cache(tmp_path / "mixed")
+
+    sizes = bytes_before(mixed)
+    assert sizes[36] is not None
+    assert sizes[99] is None  # of 100 %
+    assert "0.375:4,1:1" in header_rows(mixed)["lead_spans"]
+    config = RetokenizeConfig(
+        cache=mixed.path, out=str(tmp_path / "other"), student="none", rows=None
+    )
+    with pytest.raises(CacheMismatchError, match="Retokenize the cache that it was made from"):
+        retokenize(config)
+    result = CliRunner().invoke(cli, ["plan", "--sample", mixed.path, "--num-prompts", "100"])
+    assert isinstance(result.exception, CacheMismatchError)

@@ -80,7 +80,10 @@ def write_unchecked(folder, traces, *, header=None, shard_header=None, **changes
     CacheWriter(folder, header).finish()
     shard = encode_shard(traces, shard_header or header)
     names = [field.name for field in dataclasses.fields(TraceInfo)]
-    infos = [TraceInfo(**{n: getattr(t, n, "source") for n in names}) for t in traces]
+    infos = [
+        TraceInfo(**{n: getattr(t, n, {"source_hash": "source"}.get(n)) for n in names})
+        for t in traces
+    ]
     commit = ShardCommit(
         name="w0-00000",
         header_fingerprint=header.fingerprint,

@@ -29,8 +29,8 @@ class TraceInfo:
     answer_start: int
     finish_reason: str
     source_hash: str  # hash of its input: a changed input is noticed on resume
-    n_held: int | None = None  # tokens that a cache of several lead spans holds of it
     fields: Mapping[str, Any] = field(default_factory=dict)
+    n_held: int | None = None  # tokens that a cache of several lead spans holds of it
 
 
 @dataclass(frozen=True)

@@ -91,10 +91,10 @@ def truncate_cache(
     """
     top_k = min(top_k or cache.header.top_k, cache.header.top_k)
     keep = _kept(cache, lead_span, seed)
-    header = replace(cache.header, top_k=top_k, max_lead_span=lead_span, lead_spans=None)
+    largest, drawn = lead_span, None
     if isinstance(lead_span, LeadSpans):
-        drawn = {"spans": str(lead_span), "seed": seed}
-        header = replace(header, max_lead_span=lead_span.lengths[-1], lead_spans=drawn)
+        largest, drawn = lead_span.lengths[-1], {"spans": str(lead_span), "seed": seed}
+    header = replace(cache.header, top_k=top_k, max_lead_span=largest, lead_spans=drawn)
     origin = {"truncated_from": cache.fingerprint}
     with CacheWriter(out, header, config={**cache.manifest.config, **origin}) as writer:
         if writer.manifest.config.get("truncated_from") != cache.fingerprint:

@@ -47,7 +47,7 @@ def run(file: str, words: list[str]) -> None:
         chosen[np.argsort(-entropies[trace_id], kind="stable")[:num_kept]] = True
         return chosen
 
-    LossDropout.kept = kept  # type: ignore[method-assign]  # the experiment
+    LossDropout.kept = kept
     cli(["run", *words])
 
 
