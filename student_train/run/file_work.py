@@ -52,6 +52,22 @@ class FileWork:
                 raise failure or found
 
 
+@contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Turn the errors of a group whose other process is gone into one that says so.
+
+    Raises:
+        ConnectionError: Instead of the errors of gloo and NCCL.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo has no class of its own.
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        raise lost_process(error, "this one trained") from error
+
+
 def lost_process(error: BaseException, meanwhile: str) -> ConnectionError:
     """The error to raise for one of gloo's, which are all alike: another process is gone."""
     reason = str(error).partition("\n")[0]

@@ -10,6 +10,7 @@ from student_train.data.tokens import LossDropout
 from student_train.errors import DivergedLossError, InterruptedRunError, NonFiniteLossError
 from student_train.run.checkpoint_writer import CheckpointWriter
 from student_train.run.config import TrainConfig
+from student_train.run.file_work import naming_lost_processes
 from student_train.run.finish import TrainResult, finish, finished_before
 from student_train.run.inputs import open_inputs
 from student_train.run.memory import advice_when_out_of_memory
@@ -42,6 +43,7 @@ def train(config: TrainConfig) -> TrainResult:
 
     Raises:
         CacheError: If the cache cannot be read, or does not fit the student.
+        ConnectionError: If another process of the run is gone.
         ValueError: If the settings do not fit the cache, the student, or the run's folder.
         InUseError: If another process is at work in that folder.
         DivergedLossError: If the loss grows tenfold; the last checkpoint stays.
@@ -50,7 +52,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     config = with_precision(config)
     accelerator = join_processes(config)
-    with owned(config.out, accelerator):
+    with naming_lost_processes(), owned(config.out, accelerator):
         with Progress("opening cache and student", enabled=accelerator.is_main_process):
             inputs = open_inputs(config, accelerator)
         if inputs.folder.finished and not inputs.folder.extends(config):

@@ -10,6 +10,7 @@ loss finds the head's weight as one tensor.
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from student_train.batch.micro_batch import empty_micro_batch
 from student_train.model.forward import StudentWithLoss
 from student_train.model.load import decoder_layers
 
@@ -46,6 +48,8 @@ def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> 
     if sharding == "none":
         _share(student, accelerator)
         placed: nn.Module = accelerator.prepare(student)
+        if accelerator.num_processes > 1:
+            _settle_buckets(placed, accelerator)
         return placed
     if accelerator.num_processes == 1:
         raise ValueError(
@@ -95,6 +99,24 @@ def _shared(tensor: Tensor, device: torch.device) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(value, requires_grad=tensor.requires_grad)
     return value
+
+
+def _settle_buckets(copied: nn.Module, accelerator: Accelerator) -> None:
+    """Let DDP sort its buckets of gradients before the first step, not in the second.
+
+    A gradient's place in its bucket decides in which order the processes' shares are added. Sorted
+    after a resume, buckets would give other last bits than in the run that was not interrupted.
+    """
+    device, num_positions = accelerator.device, 8  # or torch.compile would make code for one
+    nothing = replace(
+        empty_micro_batch(),
+        input_ids=torch.zeros(1, num_positions, dtype=torch.int64),
+        longest=num_positions,
+    )
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        loss, _ = copied(nothing.to(device))
+        accelerator.backward(loss)  # the next forward sorts them
+    copied.zero_grad()
 
 
 def without_exchange(
