@@ -13,11 +13,15 @@ def free_port():
         return free.getsockname()[1]
 
 
-def run_processes(num_processes, config, *, stop_at=None):
-    """Train with so many processes; the first is asked to stop in its step `stop_at`."""
-    multiprocessing.spawn(
-        train_multiprocess.run, (num_processes, free_port(), config, stop_at), nprocs=num_processes
-    )
+def run_processes(num_processes, *configs, stop_at=None, on_each_node=None):
+    """Train with so many processes, once for each config; starting them is what takes time.
+
+    The first process is asked to stop in its step `stop_at`. `on_each_node` of them are told that
+    they share a node; all by default.
+    """
+    ports = [free_port() for _ in configs]
+    arguments = (num_processes, ports, configs, stop_at, on_each_node or num_processes)
+    multiprocessing.spawn(train_multiprocess.run, arguments, nprocs=num_processes)
 
 
 def metrics_of(config):

@@ -12,6 +12,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -52,6 +54,17 @@ FAMILIES = {
         Qwen3MoeConfig(
             **SHAPE, initializer_range=0.2, num_experts=4, num_experts_per_tok=2,
             moe_intermediate_size=24, norm_topk_prob=True, output_router_logits=True,
+        )
+    ),
+}  # fmt: skip
+
+
+EXPERTS = {
+    "qwen3 moe": FAMILIES["qwen3 moe"],
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(
+            **SHAPE, initializer_range=0.2, num_local_experts=4, num_experts_per_tok=2,
+            sliding_window=None,
         )
     ),
 }  # fmt: skip

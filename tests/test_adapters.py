@@ -4,7 +4,7 @@ import pytest
 import torch
 from fakes import make_cache, make_traces
 from peft import PeftModel
-from students import make_family, make_model, make_student
+from students import EXPERTS, make_model, make_student
 from transformers import AutoModelForCausalLM
 
 from student_train.model.adapters import add_adapters
@@ -128,10 +128,11 @@ def test_frozen_weights_cost_no_product_for_a_gradient_of_their_own():
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # peft's own
-def test_routers_of_experts_are_left_alone_unless_named():
+@pytest.mark.parametrize("family", EXPERTS)
+def test_routers_of_experts_are_left_alone_unless_named(family):
     adapted = {}
     for targets in (("all-linear",), ("q_proj",)):
-        model = make_family("qwen3 moe")
+        model = EXPERTS[family]()
         add_adapters(model, Lora(2, 4, targets, 0))
         adapted[targets] = [name for name, p in model.named_parameters() if p.requires_grad]
     assert any("experts" in name for name in adapted["all-linear",])

@@ -100,7 +100,9 @@ def test_gradients_through_the_head_are_right(ce_weight):
 
     operands = tuple(operand.clone().requires_grad_() for operand in (hidden, weight))
     assert torch.autograd.gradcheck(loss, operands)
-    ce = -torch.log_softmax(hidden @ weight.T, 1).gather(1, targets.target_ids[:, None])[:, 0]
+    ce = -torch.log_softmax(hidden @ weight.T, 1).gather(1, targets.target_ids[:, None].long())[
+        :, 0
+    ]
     nats = [ce[:2].sum(), ce[2], ce[4:7].sum()]
     pairs = zip(nats, chunks.logprob, chunks.weight, strict=True)
     divergence = sum(float(w) * definition(float(n), -float(p), 10.0) for n, p, w in pairs)

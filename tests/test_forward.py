@@ -49,7 +49,9 @@ def test_the_loss_is_that_of_the_models_own_logits(head):
     loss, sums = StudentWithLoss(model, head_of(model), Objective(ce_weight=1.0))(batch)
 
     rows = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.hidden_index]
-    expected = torch.nn.functional.cross_entropy(rows, batch.targets.target_ids, reduction="sum")
+    expected = torch.nn.functional.cross_entropy(
+        rows, batch.targets.target_ids.long(), reduction="sum"
+    )
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(sums[1].float(), expected, rtol=1e-5, atol=0)
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import gpu_report  # noqa: E402 (it lies beside the scripts that it runs)
 import gpu_report_parts  # noqa: E402
+import gpu_report_training  # noqa: E402
 
 Figure = gpu_report_parts.Figure
 
@@ -112,14 +113,17 @@ def test_both_files_hold_every_figure_its_goal_and_what_went_wrong(tmp_path):
 
 def test_every_option_that_a_gpu_machine_will_be_given_exists():
     scripts = {}
-    for step in gpu_report_parts.steps(smoke=False):
+    every_step = [
+        *gpu_report_parts.steps(smoke=False), *gpu_report_training.training_steps(smoke=False)
+    ]  # fmt: skip
+    for step in every_step:
         options = {argument for argument in step.arguments if argument.startswith("--")}
         options.update(step.if_failed)
         scripts.setdefault(step.script, set()).update(options | {"--json"})
     for script, options in scripts.items():
         known = (ROOT / script).read_text()
         assert {option for option in options if f'"{option}"' not in known} == set()
-    assert {step.part for step in gpu_report_parts.steps(smoke=False)} == set(gpu_report.PARTS)
+    assert {step.part for step in every_step} == set(gpu_report.ALL_PARTS)
 
 
 def test_goals_belong_to_the_sizes_they_were_set_for():
@@ -133,6 +137,32 @@ def test_goals_belong_to_the_sizes_they_were_set_for():
         {"tables": {"hidden 1024": table | {"hidden": 1024, "rows": rows}}}
     )
     assert [figure.is_met for figure in other] == [None, None, True, True, True]
+
+
+def test_training_figures_stand_beside_their_predictions_and_misses_are_shown():
+    result = {
+        "shape": "0.6b", "tokens": 8192, "num_parameters": 600_000_000, "num_waits": 1,
+        "waits": "file.py:7", "copy_ms": {"pinned": 0.2, "pageable": 9.0},
+        "optimizer_ms": {"fused": 6.0, "foreach": 30.0}, "pass_ms": 100.0,
+        "compiled_pass_ms": 80.0, "short_ms": {"alone": 50.0, "packed": 40.0},
+        "memory": {"predicted_bytes": 28 * 2**30, "peak_bytes": 27 * 2**30},
+    }  # fmt: skip
+    found = {
+        figure.what.removeprefix("0.6b, 8,192 tokens: "): figure
+        for figure in gpu_report_training.step_figures(result)
+    }
+    judged = {what: figure.is_met for what, figure in found.items() if figure.is_met is not None}
+    assert judged == {
+        "waits for the GPU in a micro-batch": False,
+        "CPU's time to copy, pinned": True,
+        "AdamW, fused": True,  # 600 M weights of 28 bytes at 3 TB/s are 5.6 ms
+        "AdamW, foreach": False,
+        "time with --compile": True,
+        "short traces, time when they share rows": True,
+        "memory": True,
+    }
+    assert found["waits for the GPU in a micro-batch"].value == "1 file.py:7"
+    assert found["AdamW, fused"].goal == "predicted 5.6 ms"
 
 
 def test_a_gpu_that_runs_without_its_kernels_is_pointed_out():

@@ -34,17 +34,17 @@ def stopped(tmp_path_factory):
         student=make_student(folder / "student", attention_dropout=0.1), out=folder / "stopped",
         lr=3e-3, batch_traces=4, save_every=2, keep_last=2, tracker="none",
     )  # fmt: skip
-    original, num_calls = loop.micro_batches, 0
+    original, num_calls = loop.global_counts, 0
 
-    def micro_batches(*args, **settings):
+    def global_counts(*args):
         nonlocal num_calls
         num_calls += 1
         if num_calls == 6:
             signal.raise_signal(signal.SIGTERM)
-        return original(*args, **settings)
+        return original(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "micro_batches", micro_batches)
+        patch.setattr(loop, "global_counts", global_counts)
         with pytest.raises(InterruptedRunError):
             train(config)
     assert sorted(path.name for path in (config.out / "checkpoints").iterdir()) == [

@@ -1,6 +1,7 @@
 """FSDP2 over two gloo processes: the same run as one process alone."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from student_train.run.config import TrainConfig
 from student_train.run.loop import train
+from student_train.run.sharding import place
 
 
 @pytest.mark.slow
@@ -79,6 +81,60 @@ def test_sharded_bf16_stays_near_float32(tmp_path, changes):
         assert left["teacher_mass"] == pytest.approx(right["teacher_mass"], rel=1e-6)
     weights = AutoModelForCausalLM.from_pretrained(half.out / "model").state_dict()
     assert all(value.dtype == torch.float32 for value in weights.values())
+
+
+COMPARED = ("loss", "kl", "ce", "grad_norm", "student_mass", "teacher_mass", "top1_agreement")
+LAYOUTS = {
+    "hybrid": {"sharding": "hybrid"},  # two nodes of two processes
+    "compiled": {"sharding": "full", "compile": True, "gradient_checkpointing": True},
+    "two teams": {"context_parallel": 2, "loss_reduction": "sequence", "batch_tokens": 50},
+    "one team": {"context_parallel": 4, "sharding": "full", "gradient_checkpointing": True},
+    "adapters": {"context_parallel": 2, "sharding": "hybrid", "lora_rank": 4},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own ways
+def test_every_layout_of_four_processes_equals_one(tmp_path):
+    """Four heads and two key-value heads: a team of four has copies of these."""
+    traces = make_traces(24, lengths=(9, 61))
+    traces[3::4] = [make_trace(f"hard{n}", 30, without_entries=(9, 20)) for n in range(6)]
+    cache = make_cache(tmp_path / "cache", traces)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "sdpa"}
+    base = TrainConfig(
+        cache=(cache,), student=make_student(tmp_path / "student-tied", **heads), lr=3e-3,
+        out=tmp_path / "base", batch_traces=5, batch_tokens=100, clip_norm=0.5, heldout_share=0.3,
+        eval_every=2, max_steps=3, tracker="none",
+    )  # fmt: skip
+    others = [replace(base, out=tmp_path / name, **LAYOUTS[name]) for name in LAYOUTS]
+    run_processes(4, *others, on_each_node=2)
+
+    alone = {"sharding": "none", "context_parallel": 1, "compile": False}
+    for other in others:
+        whole = replace(other, out=tmp_path / f"{other.out.name} alone", **alone)
+        train(whole)
+        assert len(metrics_of(other)) == 3
+        for left, right in zip(metrics_of(whole), metrics_of(other), strict=True):
+            for name, value in left.items():
+                where = (other.out.name, left["step"], name)
+                if name in ("tokens", "num_hard_labels", "num_left_out_tokens", "num_empty_traces"):
+                    assert value == right[name], where
+                elif name in COMPARED or name.startswith("heldout_"):
+                    assert right[name] == pytest.approx(value, rel=1e-5), where
+        students = [
+            AutoModelForCausalLM.from_pretrained(config.out / "model").state_dict()
+            for config in (whole, other)
+        ]
+        for name, value in students[0].items():
+            torch.testing.assert_close(value, students[1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_processes", "on_each"), [(4, 4), (4, 1), (6, 4)])
+def test_hybrid_sharding_needs_several_nodes_of_one_size(monkeypatch, num_processes, on_each):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_each))
+    accelerator = SimpleNamespace(num_processes=num_processes, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=f"got {num_processes} processes with {on_each} on this"):
+        place(None, accelerator, "hybrid")
 
 
 def test_sharding_over_one_process_is_refused(tmp_path):

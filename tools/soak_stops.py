@@ -284,7 +284,7 @@ def moments(parts: Path) -> list[Moment]:
         Moment(run, "first import", "teacher_cache.terminal.entry"),
         Moment(run, "heavy imports", "torch"),
         Moment(run, "loading", "student_train.run.inputs:load_model"),
-        Moment(run, "first step", "student_train.run.loop:micro_batches", num_holds=1),
+        Moment(run, "first step", "student_train.run.loop:global_counts", num_holds=1),
         Moment(
             (*run, "--save-every", "1"), "checkpoint", "student_train.run.checkpoint:_save",
             num_holds=2,

@@ -17,7 +17,7 @@ _Value = TypeVar("_Value", bound=np.generic)
 
 
 def targets_of(tokens: Sequence[tuple[Trace, NDArray[np.int64]]]) -> TeacherTargets:
-    """Targets of these tokens of these traces, at least one token in all.
+    """Targets of these tokens of these traces, at least one token in all; integers are int32.
 
     Tokens without a distribution have themselves as the only entry, and k = 0.
     """
@@ -29,8 +29,8 @@ def targets_of(tokens: Sequence[tuple[Trace, NDArray[np.int64]]]) -> TeacherTarg
         entries = _entries_of(trace, valid)
         ids.append(trace.top_ids[entries])
         logits.append(trace.top_logits[entries])
-    k_N = np.concatenate(k).astype(np.int64)
-    targets_N = np.concatenate(target_ids).astype(np.int64)
+    k_N = np.concatenate(k).astype(np.int32)
+    targets_N = np.concatenate(target_ids)
     width = max(1, int(k_N.max()))
     places, shape = _places(k_N, width), (len(k_N), width)
     top_ids_NK = _padded(np.concatenate(ids), places, shape)
@@ -56,7 +56,7 @@ def _entries_of(trace: Trace, valid: NDArray[np.int64]) -> slice | NDArray[np.bo
     return np.repeat(is_valid, trace.k)
 
 
-def _places(k_N: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+def _places(k_N: NDArray[np.int32], width: int) -> NDArray[np.int64]:
     """[E] index of each entry of ragged rows in the flat [N, width] that holds them."""
     row_starts = np.arange(len(k_N)) * width
     places = np.repeat(row_starts - entry_offsets(k_N)[:-1], k_N)

@@ -16,9 +16,15 @@ _GAVE_UP = -1
 class GlooExchange:
     """A `TraceExchange` over a process group of its own, which one thread may use at a time."""
 
-    def __init__(self) -> None:
-        """Create the group; every process does so at the same point."""
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    def __init__(self, ranks: Sequence[int] | None = None) -> None:
+        """Create the group; every process of it does so at the same point.
+
+        Args:
+            ranks: Processes among which traces are exchanged; None for all.
+        """
+        self._group = dist.new_group(
+            ranks, backend="gloo", timeout=TIMEOUT, use_local_synchronization=ranks is not None
+        )
         self._num_ranks = dist.get_world_size(self._group)
 
     def swap(self, parts: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:

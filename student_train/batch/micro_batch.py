@@ -4,8 +4,9 @@ Letters: B rows, T positions, N loss tokens of a micro-batch, K kept entries of 
 S traces.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,19 +23,23 @@ DISTRIBUTIONS = Teaching()  # and nothing else
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Input of one forward pass."""
+    """Input of one forward pass.
 
-    input_ids: Tensor  # [B, T] int64, padded on the right with 0
-    # [B, T] int64, from 0 in every trace; None where each row is one trace. Padding continues
+    Integers are int32 on the CPU, half of what would travel to a device; there indices are int64.
+    """
+
+    input_ids: Tensor  # [B, T] integer, padded on the right with 0
+    # [B, T] integer, from 0 in every trace; None where each row is one trace. Padding continues
     # the row's last trace: no token looks ahead, so no mask is needed for it.
     position_ids: Tensor | None
     # [S + 1] int32, start of each trace and end of the last; only in the layout "flat".
     trace_ends: Tensor | None
+    row_lengths: Tensor  # [B] int32, tokens of each row; the rest is padding
     longest: int  # tokens of the longest trace
-    hidden_index: Tensor  # [N] int64, flat index into B x T of the position that predicts a token
+    hidden_index: Tensor  # [N] integer, flat index into B x T of the position that predicts a token
     targets: TeacherTargets  # N rows
     token_weight: Tensor  # [N] float32, not yet divided by the step's normaliser
-    source: Tensor  # [N] int64, the token's cache, where a run has several
+    source: Tensor  # [N] integer, the token's cache, where a run has several
     num_positions: tuple[int, ...]  # of each trace that has a loss token
     num_absent: int  # kept entries whose id the student lacks; they are in the tail
     chunks: ChunkTargets | None  # None where distributions teach
@@ -52,23 +57,43 @@ class MicroBatch:
         """Number of loss tokens N."""
         return len(self.hidden_index)
 
+    def predicting_positions(self) -> Tensor:
+        """[N] position, within its trace, that predicts each loss token; on the CPU."""
+        index = self.hidden_index.long()
+        if self.position_ids is None:
+            return index % self.input_ids.shape[1]
+        return self.position_ids.flatten()[index]
+
     def to(self, device: torch.device) -> "MicroBatch":
-        """Copy of the micro-batch on another device."""
-        targets = {
-            item.name: getattr(self.targets, item.name).to(device)
-            for item in fields(TeacherTargets)
-        }
+        """Copy of the micro-batch on another device.
+
+        From pinned memory the copies wait in the device's current stream, and the caller does not
+        wait for them. The memory may be dropped at once: torch gives it to nobody else before.
+        """
+        there = self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        positions = there.position_ids
         return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            position_ids=None if self.position_ids is None else self.position_ids.to(device),
-            trace_ends=None if self.trace_ends is None else self.trace_ends.to(device),
-            hidden_index=self.hidden_index.to(device),
-            targets=TeacherTargets(**targets),
-            token_weight=self.token_weight.to(device),
-            source=self.source.to(device),
-            chunks=None if self.chunks is None else self.chunks.to(device),
+            there,
+            input_ids=there.input_ids.long(),
+            position_ids=None if positions is None else positions.long(),
+            hidden_index=there.hidden_index.long(),
+            source=there.source.long(),
         )
+
+    def pinned(self) -> "MicroBatch":
+        """Copy in memory that the current GPU reads by itself."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, changed: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        found: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                found[item.name] = changed(value)
+            elif isinstance(value, TeacherTargets | ChunkTargets):
+                parts = {part.name: changed(getattr(value, part.name)) for part in fields(value)}
+                found[item.name] = type(value)(**parts)
+        return replace(self, **found)
 
 
 def micro_batches(
@@ -136,7 +161,7 @@ def normaliser(num_valid: int, num_traces: int, loss_reduction: str) -> int:
 
 def empty_micro_batch() -> MicroBatch:
     """One position and no loss token: keeps a rank without traces in step with the others."""
-    nothing = torch.zeros(0, dtype=torch.int64)
+    nothing = torch.zeros(0, dtype=torch.int32)
     targets = TeacherTargets(
         top_ids=nothing[:, None].expand(0, 1),
         top_logits=torch.zeros(0, 1),
@@ -145,9 +170,10 @@ def empty_micro_batch() -> MicroBatch:
         target_ids=nothing,
     )
     return MicroBatch(
-        input_ids=torch.zeros(1, 1, dtype=torch.int64),
+        input_ids=torch.zeros(1, 1, dtype=torch.int32),
         position_ids=None,
         trace_ends=None,
+        row_lengths=torch.zeros(1, dtype=torch.int32),
         longest=1,
         hidden_index=nothing,
         targets=targets,
@@ -163,9 +189,10 @@ def empty_micro_batch() -> MicroBatch:
 
 
 def _collate(rows: Sequence[Sequence[LossTokens]], *, per_trace: bool, is_flat: bool) -> MicroBatch:
-    width = max(sum(part.length for part in row) for row in rows)
-    input_ids_BT = np.zeros((len(rows), width), np.int64)
-    position_ids_BT = np.zeros((len(rows), width), np.int64)
+    row_lengths = np.array([sum(part.length for part in row) for row in rows], np.int32)
+    width = int(row_lengths.max())
+    input_ids_BT = np.zeros((len(rows), width), np.int32)
+    position_ids_BT = np.zeros((len(rows), width), np.int32)
     hidden_index, weights, sources = [], [], []
     for number, row in enumerate(rows):
         begin = 0
@@ -174,9 +201,9 @@ def _collate(rows: Sequence[Sequence[LossTokens]], *, per_trace: bool, is_flat: 
             input_ids_BT[number, begin:end] = part.trace.token_ids[: part.length]
             position_ids_BT[number, begin:] = np.arange(width - begin)
             # Entry t is predicted at t - 1.
-            hidden_index.append(number * width + begin + part.valid - 1)
+            hidden_index.append((number * width + begin + part.valid - 1).astype(np.int32))
             weights.append(np.full(len(part.valid), _weight(part, per_trace), np.float32))
-            sources.append(np.full(len(part.valid), part.source))
+            sources.append(np.full(len(part.valid), part.source, np.int32))
             begin = end
     parts = [part for row in rows for part in row]
     trace_ends = np.cumsum([0, *(part.length for part in parts)], dtype=np.int32)
@@ -184,6 +211,7 @@ def _collate(rows: Sequence[Sequence[LossTokens]], *, per_trace: bool, is_flat: 
         input_ids=torch.from_numpy(input_ids_BT),
         position_ids=torch.from_numpy(position_ids_BT) if len(parts) > len(rows) else None,
         trace_ends=torch.from_numpy(trace_ends) if is_flat else None,
+        row_lengths=torch.from_numpy(row_lengths),
         longest=max(part.length for part in parts),
         hidden_index=torch.from_numpy(np.concatenate(hidden_index)),
         targets=targets_of([(part.trace, part.valid) for part in parts]),
@@ -211,7 +239,7 @@ def _chunk_targets(parts: Sequence[LossTokens], *, per_trace: bool) -> ChunkTarg
         if part.chunks is None:
             return None
         own = part.chunks.of_token
-        chunk_of.append(np.where(own < 0, num_chunks, own + first))
+        chunk_of.append(np.where(own < 0, num_chunks, own + first).astype(np.int32))
         logprobs.append(part.chunks.logprob)
         size = len(part.chunks.logprob)
         weights.append(np.full(size, _weight(part, per_trace), np.float32))

@@ -159,7 +159,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         with self._stream(rank=rank, num_ranks=num_ranks) as stream:
             for step in stream:
                 batch = one_micro_batch(step.traces, num_ids=self._num_ids, teaching=self._teaching)
-                labels = nn.functional.pad(batch.targets.target_ids, (1, 0), value=-100)
+                labels = nn.functional.pad(batch.targets.target_ids.long(), (1, 0), value=-100)
                 self._reached = step.cursor
                 yield {"batch": batch, "labels": labels}
 

@@ -66,8 +66,9 @@ def collate_traces(
     batch = one_micro_batch(TokenSelection().selected(traces), num_ids=num_ids)
     labels = torch.full((batch.input_ids.shape[0], batch.input_ids.shape[1] + 1), -100)
     width = batch.input_ids.shape[1]
-    labels[batch.hidden_index // width, batch.hidden_index % width + 1] = batch.targets.target_ids
-    return {"batch": batch, "input_ids": batch.input_ids, "labels": labels}
+    index, targets = batch.hidden_index, batch.targets.target_ids.long()
+    labels[index // width, index % width + 1] = targets
+    return {"batch": batch, "input_ids": batch.input_ids.long(), "labels": labels}
 
 
 def _trace(row: Mapping[str, Any], number: int) -> Trace:

@@ -4,7 +4,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 
 CLOSE_S = 10.0  # far more than reading a shard takes
 
@@ -12,7 +13,7 @@ _T = TypeVar("_T")
 
 
 class Prefetch(Iterator[_T]):
-    """Runs an iterator in one thread, at most `depth` items ahead."""
+    """Runs an iterator in one thread, at most `depth` items ahead; a `with` block closes it."""
 
     def __init__(self, source: Iterator[_T], depth: int, *, is_shared: bool) -> None:
         """Start the thread.
@@ -65,6 +66,17 @@ class Prefetch(Iterator[_T]):
         if self._error is not None:
             raise self._error
         raise StopIteration
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the thread, dropping what it had read ahead."""

@@ -17,6 +17,7 @@ from student_train.losses.chunk_likelihood import (
 )
 from student_train.losses.outcomes import outcome_logprobs
 from student_train.losses.ranks import target_ranks
+from student_train.losses.router_balance import router_balance_loss
 from student_train.losses.sparse_kl import SparseKLOutput, sparse_kl, sparse_kl_per_token
 from student_train.losses.targets import TeacherTargets
 from student_train.losses.vocab_parallel import VocabShard
@@ -34,6 +35,7 @@ __all__ = [
     "chunk_divergence",
     "chunk_likelihood_loss",
     "outcome_logprobs",
+    "router_balance_loss",
     "sparse_kl",
     "sparse_kl_per_token",
     "target_ranks",

@@ -22,7 +22,7 @@ class ChunkTargets:
     """Chunks of some loss tokens.
 
     Attributes:
-        chunk_of: [N] int64, the chunk that each token is part of; C for none.
+        chunk_of: [N] int32 or int64, the chunk that each token is part of; C for none.
         logprob: [C] float, the teacher's logprob of each chunk, at most 0, in nats.
         weight: [C] float, weight of each chunk in the loss.
     """
@@ -30,12 +30,6 @@ class ChunkTargets:
     chunk_of: Tensor
     logprob: Tensor
     weight: Tensor
-
-    def to(self, device: torch.device) -> ChunkTargets:
-        """Copy on another device."""
-        return ChunkTargets(
-            self.chunk_of.to(device), self.logprob.to(device), self.weight.to(device)
-        )
 
 
 def chunk_likelihood_loss(

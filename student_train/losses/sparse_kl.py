@@ -59,6 +59,7 @@ def sparse_kl(
     bias: Tensor | None = None,
     chunk_bytes: int | None = None,
     shard: VocabShard | None = None,
+    has_zero_weights: bool = True,
 ) -> SparseKLOutput:
     """Distillation loss of a linear head, without the logits of all tokens.
 
@@ -71,9 +72,10 @@ def sparse_kl(
 
     The gradients of hidden_ND, weight_VD and bias, where they are required, are formed here, at
     three matrix products in all. Tokens of weight 0 are taken out first and cost nothing; finding
-    them is the one point at which a GPU is waited for. Inside `torch.compile` this is a graph
-    break. Under autocast operands are rounded as `torch.nn.functional.linear` would. Logits, losses
-    and the sum over tokens in the weight's gradient are float32, or float64 for float64 operands.
+    them is the one point at which a GPU is waited for (see `has_zero_weights`). Inside
+    `torch.compile` this is a graph break. Under autocast operands are rounded as
+    `torch.nn.functional.linear` would. Logits, losses and the sum over tokens in the weight's
+    gradient are float32, or float64 for float64 operands.
 
     Args:
         hidden_ND: [N, D] float, the body's outputs at the positions that predict the tokens.
@@ -88,6 +90,8 @@ def sparse_kl(
         chunk_bytes: Bound on the buffers for logits; one row always fits. None is 640 MiB on
             CUDA and 96 MiB elsewhere.
         shard: This process' part of the vocabulary, if weight_VD and bias are only a part.
+        has_zero_weights: Whether a token may have weight 0. With False none is looked for, so that
+            a GPU is never waited for.
 
     Returns:
         The loss and its parts; the parts of a token of weight 0 are 0, its teacher_mass apart.
@@ -97,10 +101,12 @@ def sparse_kl(
     """
     dtype = _check_operands(hidden_ND, weight_VD, bias, targets, chunk_bytes, shard)
     _check_token_weight(hidden_ND, token_weight_N)
-    rows = token_weight_N.nonzero()[:, 0]
-    some = len(rows) < len(targets)
-    kept_targets = targets
-    if some:
+    rows, kept_targets = None, targets
+    if has_zero_weights:
+        rows = token_weight_N.nonzero()[:, 0]
+        if len(rows) == len(targets):
+            rows = None
+    if rows is not None:
         hidden_ND, token_weight_N = hidden_ND.index_select(0, rows), token_weight_N[rows]
         kept_targets = targets.select(rows)
     wanted = (_wants(hidden_ND), _wants(weight_VD), bias is not None and _wants(bias))
@@ -108,7 +114,7 @@ def sparse_kl(
     loss, *parts = ScalarLoss.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
         hidden_ND, weight_VD, bias, token_weight_N, problem, wanted
     )
-    if some:
+    if rows is not None:
         parts = [part.new_zeros(len(targets)).index_copy(0, rows, part) for part in parts]
     return _output(loss, parts, targets)
 

@@ -1,9 +1,12 @@
 """The student's attention: its backend, and whether traces may share a row."""
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, masking_utils
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 # Chunks are counted from a row's first token, whatever its positions are: a probe shorter than a
@@ -64,6 +67,27 @@ def _installed_flash_attention() -> str | None:
 def caps_scores(model: PreTrainedModel) -> bool:
     """Whether attention scores go through a soft cap, as in Gemma 2."""
     return getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
+@contextlib.contextmanager
+def known_rows(*, hold_several: bool) -> Iterator[None]:
+    """Tell `transformers` whether rows hold several traces while it makes its masks.
+
+    By itself it looks for positions that start over, and waits for the device to know.
+    """
+    original = masking_utils.find_packed_sequence_indices
+
+    def found(position_ids: Tensor) -> Tensor | None:
+        if not hold_several:
+            return None
+        before = position_ids[:, :1] - 1
+        return (torch.diff(position_ids, prepend=before, dim=-1) != 1).cumsum(-1)
+
+    masking_utils.find_packed_sequence_indices = found
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
 
 
 @torch.no_grad()

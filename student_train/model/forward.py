@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from student_train.batch.micro_batch import MicroBatch
 from student_train.losses import (
@@ -17,22 +18,25 @@ from student_train.losses import (
     SparseKLOutput,
     chunk_likelihood_loss,
     outcome_logprobs,
+    router_balance_loss,
     sparse_kl,
     sparse_kl_per_token,
     target_ranks,
 )
-from student_train.model.load import HeadScaling, output_layer
+from student_train.model.attention import known_rows
+from student_train.model.load import HeadScaling, chosen_experts, output_layer
 
 # Sums over loss tokens by StudentWithLoss, beside the loss; kl is the objective's divergence.
 SUMS = ("kl", "ce", "student_mass", "teacher_mass", "top1_agreement")
 
 
-def sum_names(num_sources: int) -> tuple[str, ...]:
-    """`SUMS` and, where several caches are mixed, divergence and taught tokens of each."""
+def sum_names(num_sources: int, *, balances_experts: bool = False) -> tuple[str, ...]:
+    """`SUMS`, the routers' loss, and of several caches divergence and taught tokens of each."""
+    names = (*SUMS, "router_aux_loss") if balances_experts else SUMS
     if num_sources == 1:
-        return SUMS
+        return names
     numbers = range(1, num_sources + 1)
-    return (*SUMS, *(f"kl_cache_{n}" for n in numbers), *(f"tokens_cache_{n}" for n in numbers))
+    return (*names, *(f"kl_cache_{n}" for n in numbers), *(f"tokens_cache_{n}" for n in numbers))
 
 
 class StudentWithLoss(nn.Module):
@@ -46,6 +50,7 @@ class StudentWithLoss(nn.Module):
         *,
         num_sources: int = 1,
         matched_chunks_at: float | None = None,
+        router_aux_loss_coef: float = 0.0,
     ) -> None:
         """Add the loss to a model.
 
@@ -56,6 +61,11 @@ class StudentWithLoss(nn.Module):
             num_sources: Number of caches whose divergences are summed separately.
             matched_chunks_at: Temperature at which the likelihoods of chunks are matched instead
                 of the objective's divergence; None for the divergence.
+            router_aux_loss_coef: Weight of `router_balance_loss`, a mean over micro-batches with
+                the weights of their tokens.
+
+        Raises:
+            ValueError: If the weight is not 0, and the model has no routers that tell.
         """
         super().__init__()
         self.model = model
@@ -66,6 +76,9 @@ class StudentWithLoss(nn.Module):
         )
         self._num_sources = num_sources
         self._matched_chunks_at = matched_chunks_at
+        self._router_aux_loss_coef = router_aux_loss_coef
+        if router_aux_loss_coef:
+            self._num_chosen = chosen_experts(model)
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Run one micro-batch.
@@ -74,20 +87,23 @@ class StudentWithLoss(nn.Module):
             The loss [], weighted and summed over loss tokens, and the detached sums over loss
             tokens, float64, of `sum_names`.
         """
+        body = self._body(batch, with_routers=self._router_aux_loss_coef > 0)
+        hidden_ND = _at_loss_tokens(body, batch)
         if self._matched_chunks_at is None:
             output = output_layer(self.model)
             result = sparse_kl(
-                self._hidden(batch),
+                hidden_ND,
                 output.weight,
                 batch.targets,
                 batch.token_weight,
                 self._objective,
                 bias=output.bias,
+                has_zero_weights=False,
             )
             loss = result.loss
         else:
             label_alone = replace(self._objective, ce_weight=1.0)
-            result = self._loss_per_token(self._hidden(batch), batch, label_alone)
+            result = self._loss_per_token(hidden_ND, batch, label_alone)
             loss = chunk_likelihood_loss(
                 result.loss,
                 batch.token_weight,
@@ -97,9 +113,20 @@ class StudentWithLoss(nn.Module):
             )
         parts = (result.kl, result.ce, result.student_mass, result.teacher_mass, result.top1)
         sums = torch.stack([part.double().sum() for part in parts])
+        if self._router_aux_loss_coef:
+            aux_loss = self._router_aux_loss(batch, body)
+            loss = loss + self._router_aux_loss_coef * batch.token_weight.sum() * aux_loss
+            sums = torch.cat([sums, batch.num_valid * aux_loss.detach().double()[None]])
         if self._num_sources > 1:
             sums = torch.cat([sums, self._sums_by_source(batch, result.kl)])
         return loss, sums
+
+    def _router_aux_loss(self, batch: MicroBatch, body: ModelOutput) -> Tensor:
+        positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+        is_real_BT = positions < batch.row_lengths[:, None]
+        return router_balance_loss(
+            body["router_logits"], is_real_BT.flatten(), num_chosen=self._num_chosen
+        )
 
     def _sums_by_source(self, batch: MicroBatch, kl_N: Tensor) -> Tensor:
         sums = kl_N.new_zeros(2, self._num_sources, dtype=torch.float64)
@@ -149,11 +176,22 @@ class StudentWithLoss(nn.Module):
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         """[N, D] hidden states at the positions that predict the loss tokens."""
-        hidden_BTD = self.model.base_model(
-            input_ids=batch.input_ids, use_cache=False, **_attention_arguments(batch)
-        ).last_hidden_state
-        hidden_ND: Tensor = hidden_BTD.flatten(0, 1).index_select(0, batch.hidden_index)
-        return hidden_ND
+        return _at_loss_tokens(self._body(batch), batch)
+
+    def _body(self, batch: MicroBatch, *, with_routers: bool = False) -> ModelOutput:
+        arguments = _attention_arguments(batch)
+        if with_routers:
+            arguments["output_router_logits"] = True
+        with known_rows(hold_several=batch.position_ids is not None):
+            output: ModelOutput = self.model.base_model(
+                input_ids=batch.input_ids, use_cache=False, **arguments
+            )
+        return output
+
+
+def _at_loss_tokens(body: ModelOutput, batch: MicroBatch) -> Tensor:
+    hidden_BTD: Tensor = body["last_hidden_state"]
+    return hidden_BTD.flatten(0, 1).index_select(0, batch.hidden_index)
 
 
 def _attention_arguments(batch: MicroBatch) -> dict[str, Any]:

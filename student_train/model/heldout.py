@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from student_train.batch.micro_batch import empty_micro_batch, micro_batches
+from student_train.batch.sequence_parts import WHOLE_SEQUENCE, SequencePart
 from student_train.data.tokens import TokenSelection
 from student_train.model.forward import StudentWithLoss
 from student_train.model.load import output_layer
@@ -41,7 +42,10 @@ def heldout_figures(
 
 
 def heldout_sums(
-    student: StudentWithLoss, traces: Iterable[Trace | None], device: torch.device
+    student: StudentWithLoss,
+    traces: Iterable[Trace | None],
+    device: torch.device,
+    part: SequencePart = WHOLE_SEQUENCE,
 ) -> NDArray[np.float64]:
     """[3, 4] sums over the tokens of each section: count, KL, NLL, agreement.
 
@@ -49,6 +53,7 @@ def heldout_sums(
         student: Student, as in `heldout_figures`.
         traces: Traces, as many in every process of a sharded student, padded with None.
         device: Device to compute on.
+        part: Part of every trace that this process has, and sums over.
     """
     num_ids = output_layer(student.model).weight.shape[0]
     sums = np.zeros((len(SECTIONS), 4))
@@ -58,12 +63,12 @@ def heldout_sums(
             TokenSelection().selected([] if trace is None else [trace]),
             batch_tokens=1, loss_reduction="token", num_ids=num_ids,
         )  # fmt: skip
-        batch = batches[0] if batches else empty_micro_batch()
+        batch = part.of(batches[0] if batches else empty_micro_batch())
         result = student.per_token(batch.to(device))
         if trace is None:
             continue
         parts = torch.stack([result.kl.double(), result.ce.double(), result.top1.double()])
-        section = trace.section_of_token[(batch.hidden_index + 1).numpy()]
+        section = trace.section_of_token[(batch.predicting_positions() + 1).numpy()]
         counted = np.concatenate([np.ones((1, len(section))), parts.cpu().numpy()])
         for index in range(len(SECTIONS)):
             sums[index] += counted[:, section == index].sum(axis=1)

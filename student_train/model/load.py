@@ -217,6 +217,22 @@ def _check_head(model: PreTrainedModel, head: HeadScaling) -> None:
         )
 
 
+def chosen_experts(model: PreTrainedModel) -> int:
+    """Number of experts of a layer that work on each position.
+
+    Raises:
+        ValueError: If the model is no mixture of experts with routers that are to be balanced.
+    """
+    config = model.config.get_text_config()
+    num_chosen: int | None = getattr(config, "num_experts_per_tok", None)
+    if num_chosen is None or getattr(config, "router_aux_loss_coef", None) is None:
+        raise ValueError(
+            f"--router-aux-loss-coef: {type(model).__name__} has no routers with an auxiliary "
+            "loss; leave it out"
+        )
+    return num_chosen
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks of a model, in order."""
     names = set(model._no_split_modules or ())

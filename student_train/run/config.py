@@ -16,7 +16,7 @@ from teacher_cache.terminal.option import check_options, option, same_option
 LOSS_REDUCTIONS = ("token", "sequence")
 OPTIMIZERS = ("adamw", "adafactor", "adamw8bit")
 SCHEDULES = ("cosine", "linear", "constant", "onecycle")
-SHARDINGS = ("none", "full")
+SHARDINGS = ("none", "full", "hybrid")
 SELECTIONS = ("last", "heldout")
 TRACKERS = ("tensorboard", "wandb", "none")
 DTYPES = ("float32", "bfloat16")
@@ -182,6 +182,12 @@ class TrainConfig:
         default="token",
         choices=LOSS_REDUCTIONS,
     )
+    router_aux_loss_coef: float = _loss(
+        "Weight of the auxiliary loss of a mixture of experts, which lets its routers use all "
+        "experts alike; what the student's config says is not read.",
+        default=0.0,
+        at_least=0,
+    )
     live_teacher: str | None = _loss(
         "Folder or hub id of the cache's teacher, kept in memory to train on its whole "
         "distributions instead of the cached entries; for small teachers, to see what the cache "
@@ -254,9 +260,17 @@ class TrainConfig:
     )
     sharding: str = _speed(
         "full splits weights, gradients and optimizer over the processes (FSDP2), for students "
-        "that do not fit on one GPU.",
+        "that do not fit on one GPU; hybrid over those of each node, with copies on every node "
+        "(HSDP), for nodes that are connected slowly.",
         default="none",
         choices=SHARDINGS,
+        changeable=True,
+    )
+    context_parallel: int = _speed(
+        "Processes that share every trace, each with a part of its tokens, for traces too long for "
+        "one GPU.",
+        default=1,
+        at_least=1,
         changeable=True,
     )
     compile: bool = _speed(
@@ -350,15 +364,12 @@ class TrainConfig:
         _ = self.selection  # refuses a lead span beside a budget
         _ = self.objective  # refuses what is no divergence or cannot be known from a cache
         self._check_match()
-        if self.sharding == "full" and self.optimizer == "adafactor":
+        if self.sharding != "none" and self.optimizer == "adafactor":
             raise ValueError(
-                "--sharding full: adafactor works on whole matrices; use --optimizer adamw, or "
-                "adamw8bit with torchao"
+                f"--sharding {self.sharding}: adafactor works on whole matrices; use --optimizer "
+                "adamw, or adamw8bit with torchao"
             )
-        if self.sharding == "full" and self.compile:
-            raise ValueError(
-                "--sharding full: compiled layers cannot be split; leave out --compile"
-            )
+        self._check_context_parallel()
         has_heldout = self.heldout_share > 0 or self.heldout_cache is not None
         if not has_heldout and (self.eval_every is not None or self.select == "heldout"):
             flag = "--select heldout" if self.eval_every is None else "--eval-every"
@@ -369,6 +380,23 @@ class TrainConfig:
             raise ValueError("--patience: expected --eval-every, how often to measure")
         if self.packing and self.live_teacher is not None:
             raise ValueError("--packing: a live teacher reads rows of one trace; leave it out")
+
+    def _check_context_parallel(self) -> None:
+        if self.context_parallel == 1:
+            return
+        reasons = {
+            "--packing": self.packing and "rows of several traces are not divided",
+            "--attention": self.attention is not None and "it has an attention of its own",
+            "--match chunks": self.match == "chunks" and "a chunk may lie in two parts",
+            "--live-teacher": self.live_teacher is not None and "it reads whole traces",
+            "--router-aux-loss-coef": self.router_aux_loss_coef and "experts are counted in whole",
+        }
+        for flag, reason in reasons.items():
+            if reason:
+                raise ValueError(
+                    f"{flag}: --context-parallel cuts every trace into parts, and {reason}; leave "
+                    "one of them out"
+                )
 
     def _check_match(self) -> None:
         if self.match == "tokens":
@@ -427,7 +455,7 @@ class TrainConfig:
 
     def packs_on(self, device_type: str) -> bool:
         """Whether traces may share rows on such a device."""
-        if self.live_teacher is not None:  # reads rows of one trace
+        if self.live_teacher is not None or self.context_parallel > 1:  # rows of one trace
             return False
         return device_type != "cpu" if self.packing is None else self.packing
 

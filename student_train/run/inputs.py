@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from student_train.batch.gloo_exchange import GlooExchange
 from student_train.data.draw import DrawnSpans, SpanFigures, described, draw_spans
 from student_train.data.traces import TrainingData, open_data
 from student_train.model.load import HeadScaling, check_student
@@ -16,6 +15,7 @@ from student_train.run.file_work import FileWork
 from student_train.run.folder import RunFolder, RunIdentity
 from student_train.run.memory import PeakMemory
 from student_train.run.student import load_student
+from student_train.run.teams import Teams, make_teams
 from student_train.run.validation import check_positions, heldout_data, num_trained_too
 from teacher_cache.format import CacheMismatchError
 
@@ -31,7 +31,7 @@ class RunInputs:
     folder: RunFolder
     identity: RunIdentity
     accelerator: Accelerator
-    exchange: GlooExchange | None  # of traces among processes; None where there is one
+    teams: Teams  # of processes that share every trace
     files: FileWork
     memory: PeakMemory
     data: TrainingData
@@ -51,6 +51,7 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
         ValueError: If the settings do not fit the cache, the student, or the run's folder.
     """
     folder = RunFolder(config.out)
+    teams = make_teams(accelerator, config.context_parallel)
     memory = PeakMemory(accelerator.device)
     data = open_data(
         config.cache,
@@ -86,9 +87,8 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
         data.snapshots,
     )
     folder.check_identity(identity)
-    exchange = GlooExchange() if accelerator.num_processes > 1 else None
     return RunInputs(
-        config, drawn, folder, identity, accelerator, exchange, FileWork(accelerator), memory,
+        config, drawn, folder, identity, accelerator, teams, FileWork(accelerator), memory,
         data, heldout, model, student.tokenizer, student.head,
     )  # fmt: skip
 

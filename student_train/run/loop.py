@@ -4,9 +4,7 @@ import logging
 import math
 import signal
 
-from student_train.batch.micro_batch import micro_batches
-from student_train.data.stream import StreamStep
-from student_train.data.tokens import LossDropout
+from student_train.batch.prepared import PreparedStep
 from student_train.errors import DivergedLossError, InterruptedRunError, NonFiniteLossError
 from student_train.run.checkpoint_writer import CheckpointWriter
 from student_train.run.config import TrainConfig
@@ -81,17 +79,7 @@ def _take_steps(run: Run) -> None:
         figures = StepFigures(run, stream)
         for item in stream:
             # Once a step. The normaliser is known everywhere before the first backward.
-            dropout = LossDropout(config.loss_dropout, config.seed, item.epoch)
-            batches = micro_batches(
-                item.traces,
-                batch_tokens=config.batch_tokens,
-                loss_reduction=config.loss_reduction,
-                mask=dropout if dropout.share else None,
-                layout=run.layout,
-                num_ids=run.num_ids,
-                teaching=config.teaching,
-            )
-            counts = global_counts(accelerator, batches)
+            counts = global_counts(accelerator, item.batches)
             state.advance(
                 item.cursor,
                 num_valid=counts.num_valid,
@@ -102,12 +90,12 @@ def _take_steps(run: Run) -> None:
             )
 
             # Once a micro-batch, inside; then once a step.
-            sums = add_gradients(run, batches, counts)
+            sums = add_gradients(run, item.batches, counts)
             grad_norm = clip_gradients(run.student.parameters(), config.clip_norm)
             totals = all_reduced(
                 run,
                 sums,
-                flops=sum(run.formula.flops(b.num_positions, b.num_valid) for b in batches),
+                flops=sum(run.formula.flops(b.num_positions, b.num_valid) for b in item.batches),
                 bytes_read=item.bytes_read,
                 signal_number=stop.signum or 0,
             )
@@ -179,7 +167,7 @@ def _diverged(run: Run) -> str:
     )
 
 
-def _non_finite(step: int, totals: StepTotals, grad_norm: float, item: StreamStep) -> str:
+def _non_finite(step: int, totals: StepTotals, grad_norm: float, item: PreparedStep) -> str:
     return (
         f"step {step}: the loss is {totals.sums['loss']} and its gradient's norm {grad_norm}; "
         f"expected finite numbers. Its traces: {', '.join(item.trace_ids)}. Lower --lr, or look "

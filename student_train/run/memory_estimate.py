@@ -4,6 +4,7 @@ What autograd keeps for the backward pass is counted, not modelled: the student 
 with one layer and with two, under the run's precision.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from student_train.run.precision import with_precision
 _PROBE_TOKENS = 64
 _STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1}  # per trained weight
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_PROCESSES = {"none": "WORLD_SIZE", "full": "WORLD_SIZE", "hybrid": "LOCAL_WORLD_SIZE"}
 _GIB = 2**30
 
 
@@ -83,8 +85,8 @@ def estimate_line(config: TrainConfig, shape: PreTrainedConfig, drawn: Sequence[
     longest = max(int(one.num_read.max(initial=0)) for one in drawn)
     found = estimate(
         shape, config,
-        num_tokens=max(longest, config.batch_tokens),
-        num_processes=int(os.environ.get("WORLD_SIZE") or 1),
+        num_tokens=math.ceil(max(longest, config.batch_tokens) / config.context_parallel),
+        num_processes=int(os.environ.get(_PROCESSES[config.sharding]) or 1),
         is_cuda=torch.cuda.is_available(),
     )  # fmt: skip
     remedies = ["lower --batch-tokens"] if config.batch_tokens > longest else ["lower --lead-span"]
@@ -113,7 +115,7 @@ def estimate(
         shape: The student's configuration.
         config: Configuration of the run, with its precision decided.
         num_tokens: Tokens of the largest forward pass.
-        num_processes: Number of processes.
+        num_processes: Number of processes that --sharding splits over.
         is_cuda: Whether they run on GPUs, with attention that keeps no scores.
 
     Raises:
@@ -133,11 +135,11 @@ def estimate(
         add_adapters(model, config.lora)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    parts = num_processes if config.sharding == "full" else 1
+    parts = num_processes if config.sharding != "none" else 1
     frozen_bytes = frozen * (2 if is_half and config.lora is not None else 4)
     weights = (trained * 4 + frozen_bytes) // parts
     gradients = trained * 4 // parts
-    if config.sharding == "full":  # the root and two layers are whole, the root's gradients too
+    if config.sharding != "none":  # the root and two layers are whole, the root's gradients too
         whole = (num_root + 2 * num_layers) * (2 if is_half else 4)
         weights, gradients = weights + whole, gradients + num_root * (2 if is_half else 4)
     elif is_half:

@@ -8,10 +8,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from student_train.batch.micro_batch import MicroBatch, micro_batches
+from student_train.batch.prepared import PreparedStep, prepared
 from student_train.data.draw import SpanFigures
+from student_train.data.prefetch import Prefetch
 from student_train.data.stream import TraceStream, num_steps, steps_per_epoch
+from student_train.data.tokens import LossDropout, SelectedTrace
 from student_train.model.adapters import add_adapters, count_trained
 from student_train.model.attention import keeps_traces_apart, prepare_attention
+from student_train.model.context_parallel import check_sharing, share_sequences
 from student_train.model.flops import FlopFormula
 from student_train.model.forward import StudentWithLoss
 from student_train.model.live_teacher import LiveTeacher
@@ -87,6 +92,7 @@ def prepare(inputs: RunInputs) -> Run:
         config.objective,
         num_sources=len(inputs.data.sources),
         matched_chunks_at=config.matched_chunks_at,
+        router_aux_loss_coef=config.router_aux_loss_coef,
     )
     with advice_when_out_of_memory(config):
         student = place(with_loss, accelerator, config.sharding)
@@ -102,7 +108,7 @@ def prepare(inputs: RunInputs) -> Run:
     validation = None
     if inputs.heldout is not None:
         validation = Validation(
-            with_loss, inputs.heldout, accelerator, inputs.exchange, limit=config.heldout_traces
+            with_loss, inputs.heldout, accelerator, inputs.teams, limit=config.heldout_traces
         )
     num_ids = output_layer(model).weight.shape[0]
     teacher = None
@@ -136,20 +142,35 @@ def _log_estimate(inputs: RunInputs) -> None:
     logger.info("memory: %s", line)
 
 
-def open_stream(run: Run) -> TraceStream:
-    """This process' part of every remaining global batch."""
-    config, accelerator = run.inputs.config, run.inputs.accelerator
-    return TraceStream(
+def open_stream(run: Run) -> Prefetch[PreparedStep]:
+    """Start to read and prepare this process' part of every remaining global batch."""
+    config, teams, device = run.inputs.config, run.inputs.teams, run.inputs.accelerator.device
+    stream = TraceStream(
         run.inputs.data,
         config.selection,
         batch_traces=config.batch_traces,
         num_epochs=0 if run.is_over else config.epochs,
         seed=config.seed,
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
-        exchange=run.inputs.exchange,
+        rank=teams.team,
+        num_ranks=teams.num_teams,
+        exchange=teams.exchange,
         cursor=run.state.cursor,
     )
+
+    def collate(traces: list[SelectedTrace], epoch: int) -> list[MicroBatch]:
+        dropout = LossDropout(config.loss_dropout, config.seed, epoch)
+        batches = micro_batches(
+            traces,
+            batch_tokens=config.batch_tokens,
+            loss_reduction=config.loss_reduction,
+            mask=dropout if dropout.share else None,
+            layout=run.layout,
+            num_ids=run.num_ids,
+            teaching=config.teaching,
+        )
+        return [teams.part.of(batch) for batch in batches]
+
+    return stream.prefetched(lambda step: prepared(step, collate, device))
 
 
 def _change_model(inputs: RunInputs) -> str:
@@ -159,9 +180,14 @@ def _change_model(inputs: RunInputs) -> str:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     packing = config.packs_on(accelerator.device.type)
     can_pack = packing and decided_by_main(accelerator, lambda: keeps_traces_apart(model))
-    layout = prepare_attention(
-        model, config.attention, packing=can_pack, half_precision=config.dtype == "bfloat16"
-    )
+    if inputs.teams.group is not None:
+        decided_by_main(accelerator, lambda: check_sharing(model, config.context_parallel))
+        share_sequences(model, inputs.teams.group)
+        layout = "alone"
+    else:
+        layout = prepare_attention(
+            model, config.attention, packing=can_pack, half_precision=config.dtype == "bfloat16"
+        )
     if packing and not can_pack and accelerator.is_main_process:
         logger.info("%s would mix traces in one row: each trace gets its own", type(model).__name__)
     if config.lora is not None:

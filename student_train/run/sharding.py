@@ -1,13 +1,16 @@
 """Placement of the student's weights: on one device, copied to every process, or split over them.
 
 Split means torch's `fully_shard` (FSDP2), called here and not through accelerate, whose plugin is
-silently ignored on the CPU. The main process alone has the weights at first; the others get them
-here, one part after the other. Every decoder layer is gathered when it is used; the root, with
-embedding, head and their shared weights, stays whole from the forward to the backward, so that the
-loss finds the head's weight as one tensor.
+silently ignored on the CPU. On several nodes the parts may be those of one node, copied to every
+other (HSDP): then weights travel within nodes, and gradients alone between them. The main process
+alone has the weights at first; the others get them here, one part after the other. Every decoder
+layer is gathered when it is used; the root, with embedding, head and their shared weights, stays
+whole from the forward to the backward, so that the loss finds the head's weight as one tensor.
+Layers are compiled, where they are, before they are split.
 """
 
 import math
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -17,7 +20,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
@@ -36,14 +39,14 @@ def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> 
     Args:
         student: Student on the CPU; its weights are those of the main process.
         accelerator: Accelerator of the run.
-        sharding: "none" (a copy in every process) or "full" (parameters, gradients and optimizer
-            state are split over the processes).
+        sharding: "none" (a copy in every process), "full" (parameters, gradients and optimizer
+            state are split over the processes) or "hybrid" (over those of a node).
 
     Returns:
         The module to call; `student` holds the same parameters.
 
     Raises:
-        ValueError: If there is one process only and nothing to split over.
+        ValueError: If there is nothing to split over, or no second node.
     """
     if sharding == "none":
         _share(student, accelerator)
@@ -51,18 +54,13 @@ def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> 
         if accelerator.num_processes > 1:
             _settle_buckets(placed, accelerator)
         return placed
-    if accelerator.num_processes == 1:
-        raise ValueError(
-            "sharding full: there is one process; start several with accelerate launch, or use "
-            "--sharding none"
-        )
+    mesh = _mesh(sharding, accelerator)
     is_half = accelerator.mixed_precision == "bf16"
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if is_half else None,
         reduce_dtype=torch.float32 if is_half else None,  # sums over ranks keep their digits
         cast_forward_inputs=False,  # the teacher's logits and the tokens' weights stay float32
     )
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for layer in decoder_layers(student.model):
         _share(layer, accelerator)  # one by one: a device need not hold them all
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -117,6 +115,32 @@ def _settle_buckets(copied: nn.Module, accelerator: Accelerator) -> None:
         loss, _ = copied(nothing.to(device))
         accelerator.backward(loss)  # the next forward sorts them
     copied.zero_grad()
+
+
+def _mesh(sharding: str, accelerator: Accelerator) -> DeviceMesh:
+    """The processes among which weights are split; in rows that are copies of each other."""
+    device_type, num_processes = accelerator.device.type, accelerator.num_processes
+    if num_processes == 1:
+        raise ValueError(
+            f"--sharding {sharding}: there is one process; start several with torchrun, or use "
+            "--sharding none"
+        )
+    if sharding == "full":
+        return init_device_mesh(device_type, (num_processes,), mesh_dim_names=("shard",))
+    on_each = processes_of_a_node()
+    if on_each == 1 or num_processes == on_each or num_processes % on_each:
+        raise ValueError(
+            "--sharding hybrid: it splits over the processes of a node and copies to other nodes; "
+            "expected several nodes of as many processes, at least two each, got "
+            f"{num_processes} processes with {on_each} on this node. Use --sharding full"
+        )
+    sizes = (num_processes // on_each, on_each)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "shard"))
+
+
+def processes_of_a_node() -> int:
+    """Number of processes on this node, as the launcher says; 1 where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def without_exchange(

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from student_train.batch.micro_batch import MicroBatch, empty_micro_batch, normaliser
-from student_train.data.stream import TraceStream
+from student_train.batch.prepared import PreparedStep
+from student_train.data.prefetch import Prefetch
 from student_train.model.forward import SUMS, sum_names
 from student_train.run.setup import Run
 from student_train.run.sharding import without_exchange
@@ -87,7 +88,9 @@ def add_gradients(run: Run, batches: Sequence[MicroBatch], counts: GlobalCounts)
 
 def _names(run: Run) -> tuple[str, ...]:
     """Names of the loss and of the sums beside it."""
-    return ("loss", *sum_names(len(run.inputs.data.sources)))
+    balances_experts = run.inputs.config.router_aux_loss_coef > 0
+    num_sources = len(run.inputs.data.sources)
+    return ("loss", *sum_names(num_sources, balances_experts=balances_experts))
 
 
 def all_reduced(
@@ -105,7 +108,7 @@ def all_reduced(
 class StepFigures:
     """Clocks and counts behind a step's line of metrics; every process has them."""
 
-    def __init__(self, run: Run, stream: TraceStream) -> None:
+    def __init__(self, run: Run, stream: Prefetch[PreparedStep]) -> None:
         self._run = run
         self._stream = stream
         self._step_began_s = time.perf_counter()
@@ -142,6 +145,7 @@ class StepFigures:
             "loss": totals.sums["loss"],
             **{name: totals.sums[name] / max(1, counts.num_distributions) for name in SUMS},
             "ce": totals.sums["ce"] / max(1, counts.num_valid),
+            **_of_routers(totals.sums, counts.num_valid),
             **_of_each_cache(totals.sums),
             "grad_norm": grad_norm,
             "lr": lr,
@@ -164,6 +168,12 @@ class StepFigures:
         }
         self._begin_line(self._step_ended_s)
         return figures
+
+
+def _of_routers(sums: Mapping[str, float], num_valid: int) -> dict[str, float]:
+    """Mean of the routers' auxiliary loss, where it is part of the loss."""
+    name = "router_aux_loss"
+    return {name: sums[name] / max(1, num_valid)} if name in sums else {}
 
 
 def _of_each_cache(sums: Mapping[str, float]) -> dict[str, float]:

@@ -11,7 +11,15 @@ from teacher_cache.terminal.escape import printable
 
 # Names of metrics.jsonl; those that are not here belong to the data.
 _GROUPS = {
-    "loss": ("loss", "kl", "ce", "student_mass", "teacher_mass", "top1_agreement"),
+    "loss": (
+        "loss",
+        "kl",
+        "ce",
+        "student_mass",
+        "teacher_mass",
+        "top1_agreement",
+        "router_aux_loss",
+    ),
     "optimizer": ("lr", "grad_norm"),
     "speed": ("tokens_per_s", "train_s", "data_wait_share", "flops"),
     "memory": ("peak_memory_bytes",),

@@ -8,13 +8,13 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from student_train.data.exchange import TraceExchange
 from student_train.data.heldout import heldout_part
 from student_train.data.traces import TrainingData, open_data
 from student_train.errors import NonFiniteLossError
 from student_train.model.forward import StudentWithLoss
 from student_train.model.heldout import heldout_sums, section_figures
 from student_train.run.config import TrainConfig
+from student_train.run.teams import Teams
 
 
 def heldout_data(config: TrainConfig, data: TrainingData) -> TrainingData | None:
@@ -67,7 +67,7 @@ class Validation:
         student: StudentWithLoss,
         heldout: TrainingData,
         accelerator: Accelerator,
-        exchange: TraceExchange | None,
+        teams: Teams,
         *,
         limit: int,
     ) -> None:
@@ -77,7 +77,7 @@ class Validation:
             student: Student on its devices, see `place`.
             heldout: Data whose held-out traces are read.
             accelerator: Accelerator of the run.
-            exchange: Transport of traces among its processes.
+            teams: Its processes, in teams that share every trace.
             limit: Largest number of traces to measure on.
 
         Raises:
@@ -85,8 +85,11 @@ class Validation:
         """
         self._student = student
         self._accelerator = accelerator
-        rank, num_ranks = accelerator.process_index, accelerator.num_processes
-        mine = heldout_part(heldout, rank=rank, num_ranks=num_ranks, exchange=exchange, limit=limit)
+        self._part = teams.part
+        mine = heldout_part(
+            heldout, rank=teams.team, num_ranks=teams.num_teams, exchange=teams.exchange,
+            limit=limit,
+        )  # fmt: skip
         num_tokens = sum(int((trace.k > 0).sum()) for trace in mine)
         local = torch.tensor([[len(mine), num_tokens]], device=accelerator.device)
         counts_R2 = accelerator.gather(local)
@@ -108,7 +111,7 @@ class Validation:
         device = self._accelerator.device
         self._student.eval()
         with self._accelerator.autocast():
-            sums = heldout_sums(self._student, self._traces, device)
+            sums = heldout_sums(self._student, self._traces, device, self._part)
         self._student.train()
         if isinstance(self._student, FSDPModule):
             self._student.reshard()  # what a backward would have done

@@ -1,0 +1,124 @@
+"""Parts of traces for a team of processes; that a team equals one process: test_sharding.py."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fakes import make_trace, make_traces
+from students import make_family, make_model
+from test_forward import HEADS
+
+from student_train.batch.loss_tokens import Teaching
+from student_train.batch.micro_batch import empty_micro_batch, micro_batches
+from student_train.batch.sequence_parts import WHOLE_SEQUENCE, SequencePart
+from student_train.data.tokens import TokenSelection
+from student_train.model.context_parallel import check_sharing
+from student_train.run.config import TrainConfig
+from student_train.run.teams import make_teams
+
+COUNTS = ("num_traces", "num_valid", "num_absent", "num_distributions", "num_hard_labels",
+          "num_left_out")  # fmt: skip
+
+
+def a_batch():
+    traces = [*make_traces(5, lengths=(50, 53)), make_trace("hard", 51, without_entries=(9, 20))]
+    (batch,) = micro_batches(
+        TokenSelection(0.9).selected(traces), batch_tokens=2000, loss_reduction="sequence",
+        teaching=Teaching(hard_labels=True),
+    )  # fmt: skip
+    return batch
+
+
+@pytest.mark.parametrize("num_parts", [2, 3, 4, 8])
+def test_parts_together_hold_every_token_and_what_teaches_it_once(num_parts):
+    whole = a_batch()
+    parts = [SequencePart(member, num_parts).of(whole) for member in range(num_parts)]
+    width = whole.input_ids.shape[1]
+
+    assert len({part.input_ids.shape for part in parts}) == 1  # processes exchange equal shares
+    joined = torch.cat([part.input_ids for part in parts], dim=1)
+    assert torch.equal(joined[:, :width], whole.input_ids)
+    assert not joined[:, width:].any()
+    positions = torch.cat([part.position_ids for part in parts], dim=1)
+    assert torch.equal(positions[:, :width], torch.arange(width).expand(len(joined), -1).int())
+    assert positions.max() == width - 1  # padding asks for no position that a student may lack
+    assert torch.equal(sum(part.row_lengths for part in parts), whole.row_lengths)
+    for name in COUNTS:
+        assert sum(getattr(part, name) for part in parts) == getattr(whole, name), name
+
+    def taught(batch, first_column):
+        row, column = batch.hidden_index // batch.input_ids.shape[1], batch.predicting_positions()
+        for n in range(batch.num_valid):
+            assert column[n] - first_column == batch.hidden_index[n] % batch.input_ids.shape[1]
+            targets = batch.targets.select(slice(n, n + 1))
+            k = max(1, int(targets.k))
+            yield (
+                int(row[n]), int(column[n]), int(targets.target_ids), float(targets.tail_logit),
+                targets.top_ids[0, :k].tolist(), targets.top_logits[0, :k].tolist(),
+                float(batch.token_weight[n]),
+            )  # fmt: skip
+
+    own_width = parts[0].input_ids.shape[1]
+    found = [each for n, part in enumerate(parts) for each in taught(part, n * own_width)]
+    assert sorted(found) == sorted(taught(whole, 0))
+
+
+def test_one_process_has_all_of_a_batch_and_nothing_has_parts_too():
+    batch = a_batch()
+    assert WHOLE_SEQUENCE.of(batch) is batch
+    part = SequencePart(1, 2).of(empty_micro_batch())
+    assert (part.input_ids.shape, part.num_valid, part.num_traces) == ((1, 1), 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "num_parts", "message"),
+    [
+        (lambda: make_model(num_attention_heads=6, num_key_value_heads=2), 4,
+         "6 attention heads and 2 key-value heads, .* use 2 or 6$"),
+        (lambda: make_model(num_attention_heads=12, num_key_value_heads=4), 6, "use 2 or 4 or 12$"),
+        (lambda: make_family("gemma2"), 2, "sliding windows"),
+        (lambda: make_family("gemma3"), 2, "sliding windows"),
+        (lambda: make_family("mistral"), 2, "sliding windows"),
+        (HEADS["softcap"], 2, "sliding windows"),
+    ],
+)  # fmt: skip
+def test_a_student_that_cannot_be_shared_is_refused_with_the_reason(make, num_parts, message):
+    with pytest.raises(ValueError, match=message):
+        check_sharing(make(), num_parts)
+
+
+@pytest.mark.parametrize("make", [make_model, HEADS["scale"], HEADS["scaling"]])
+def test_a_student_that_can_be_shared_stays_as_it_was(make):
+    model = make()
+    before = model.config._attn_implementation
+    check_sharing(model, 2)
+    assert model.config._attn_implementation == before
+
+
+def test_a_student_whose_attention_does_more_is_found_by_its_outputs():
+    model = make_model()
+    for layer in model.model.layers:  # as if a family let tokens see those after them
+        layer.self_attn.is_causal = False
+    with pytest.raises(ValueError, match="does more with its tokens than causal attention"):
+        check_sharing(model, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"packing": True}, "--packing: .* rows of several traces are not divided"),
+        ({"attention": "eager"}, "--attention: .* it has an attention of its own"),
+        ({"match": "chunks"}, "--match chunks: .* a chunk may lie in two parts"),
+        ({"live_teacher": "t"}, "--live-teacher: .* it reads whole traces"),
+        ({"router_aux_loss_coef": 0.1}, "--router-aux-loss-coef: .* experts are counted in whole"),
+    ],
+)
+def test_what_needs_whole_traces_is_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(cache=("c",), student="s", out=tmp_path, context_parallel=2, **change)
+
+
+def test_processes_that_make_no_whole_teams_are_refused():
+    accelerator = SimpleNamespace(process_index=0, num_processes=6)
+    with pytest.raises(ValueError, match="expected a multiple of 4 processes, got 6"):
+        make_teams(accelerator, 4)
