@@ -1,12 +1,14 @@
 """Copies of a student in several gloo processes: the same run as one process alone."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from fakes import make_cache, make_traces
 from processes import metrics_of, run_processes
 from students import make_student
 
+from student_train.run import processes
 from student_train.run.config import TrainConfig
 from student_train.run.loop import train
 
@@ -32,3 +34,30 @@ def test_any_cache_works_on_any_number_of_processes(tmp_path):
         for name in ("loss", "kl", "grad_norm", "teacher_mass"):
             assert left[name] == pytest.approx(right[name], rel=1e-5), (left["step"], name)
         assert left.get("heldout_kl", 0) == pytest.approx(right.get("heldout_kl", 0), rel=1e-5)
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_folder_that_machines_do_not_share_is_refused(tmp_path, monkeypatch, is_shared):
+    """One of two processes looks for the file of the main one; nothing stays in the folder."""
+
+    def by_main(accelerator, decide):
+        file, _ = decide()  # as the main process does, on the same machine or on another
+        if not is_shared:
+            file.unlink()
+        return file, "node0"
+
+    def gathered(found):
+        for file in tmp_path.iterdir():  # as the main process does now
+            file.unlink()
+        return [("node0", True), *found]
+
+    monkeypatch.setattr(processes, "_SEEN_WITHIN_S", 0.0)
+    monkeypatch.setattr(processes, "decided_by_main", by_main)
+    monkeypatch.setattr(processes, "gather_object", gathered)
+    accelerator = SimpleNamespace(num_processes=2, is_main_process=False)
+    if is_shared:
+        processes._require_shared(tmp_path, accelerator)
+    else:
+        with pytest.raises(ValueError, match="does not see what node0 writes there"):
+            processes._require_shared(tmp_path, accelerator)
+    assert list(tmp_path.iterdir()) == []

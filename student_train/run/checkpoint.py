@@ -21,7 +21,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from student_train.run.file_work import FileWork
-from student_train.run.folder import MetricsMark, RunFolder
+from student_train.run.folder import RunFolder
+from student_train.run.metrics_file import MetricsMark
 from student_train.run.state import RunState
 from student_train.run.tensors import (
     read_split_state,
@@ -155,6 +156,6 @@ def _read_state(folder: Path) -> dict[str, Any]:
 def _check(run: RunFolder, folder: Path, *, needs_best: bool) -> None:
     check_folder(folder, "")
     state, mark = read_checkpoint(folder)
-    run.check_metrics(mark)
+    run.metrics.check(mark)
     if needs_best and state.best_step not in (0, state.step):
         check_best(run, state)

@@ -73,7 +73,7 @@ class CheckpointWriter:
             if self._files.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
-                fsync(self._run.metrics_file)
+                fsync(self._run.metrics.path)
         with self._files.shared():
             _save(random_state(), temporary / random_name(self._files.rank))
         others: dict[str, Any] = {"scheduler": scheduler.state_dict()}
@@ -84,7 +84,7 @@ class CheckpointWriter:
             others |= gathered_state(model, optimizer)
         progress = {}
         if self._files.is_main:
-            progress = {"state": state.to_json(), "metrics": self._run.metrics_mark.to_json()}
+            progress = {"state": state.to_json(), "metrics": self._run.metrics.mark.to_json()}
         best = self._run.checkpoint_of(state.best_step)
 
         def complete() -> None:

@@ -53,7 +53,7 @@ def finish(run: Run) -> TrainResult:
         OSError: If the student cannot be written.
     """
     inputs, folder = run.inputs, run.inputs.folder
-    metrics = decided_by_main(inputs.accelerator, folder.last_metrics)
+    metrics = decided_by_main(inputs.accelerator, folder.metrics.last)
     chosen = _choose_student(run, metrics)
     weights = gathered_weights(inputs.model)  # of adapters, where only they were trained
     with inputs.files.shared():
@@ -80,7 +80,7 @@ def _choose_student(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
             state.best_step,
             state.best_kl,
         )
-    return decided_by_main(accelerator, lambda: folder.metrics_of(state.best_step))
+    return decided_by_main(accelerator, lambda: folder.metrics.of_step(state.best_step))
 
 
 def _check_weights(weights: Mapping[str, Tensor]) -> None:

@@ -9,18 +9,17 @@ model/           the student as a Hugging Face folder; exists once the run is fi
 lock             held by the main process while it is at work; see folder_lock
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from student_train.run.config import TrainConfig
+from student_train.run.metrics_file import MetricsFile, MetricsMark
 from teacher_cache.format import ShardList
 from teacher_cache.format.checksums import (
-    DamagedFileError,
     check_folder,
     publish_record,
     read_record,
@@ -31,6 +30,7 @@ from teacher_cache.terminal.option import changeable_names
 
 _RUN_VERSION = 1
 _UNPUBLISHED_CONFIG = ".tmp-config.json-"
+SEEN_PREFIX = ".tmp-seen-"  # of files by which processes find out whether they share the folder
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,6 @@ class RunIdentity:
         }
 
 
-@dataclass(frozen=True)
-class MetricsMark:
-    """State of `metrics.jsonl` at some moment: its first bytes, by number and hash."""
-
-    num_bytes: int
-    sha256: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The mark as a JSON object of the constructor's arguments."""
-        return asdict(self)
-
-
 class RunFolder:
     """Paths of a run's files, and the rules for starting and resuming."""
 
@@ -79,12 +67,11 @@ class RunFolder:
         """
         self.path = path
         self.config_file = path / "config.json"
-        self.metrics_file = path / "metrics.jsonl"
+        self.metrics = MetricsFile(path / "metrics.jsonl")
         self.checkpoints = path / "checkpoints"
         self.result_file = path / "result.json"
         self.model = path / "model"
         self._before = self._read_config()
-        self._num_metrics_bytes, self._metrics_hash = 0, hashlib.sha256()
         if self._before is None and path.exists() and not _holds_nothing(path):
             raise ValueError(
                 f"{path}: expected a new or empty folder, or one of an earlier run, found other "
@@ -221,53 +208,7 @@ class RunFolder:
             self.model.rename(self.path / f"model-step-{step:09d}")
         publish_record(self.config_file, identity.to_json())
         self.checkpoints.mkdir(exist_ok=True)  # second: without config.json they are a stranger's
-        with self.metrics_file.open("ab") as file:
-            file.truncate(0 if mark is None else mark.num_bytes)
-        text = self.metrics_file.read_bytes()
-        self._num_metrics_bytes, self._metrics_hash = len(text), hashlib.sha256(text)
-
-    @property
-    def metrics_mark(self) -> MetricsMark:
-        """Mark of `metrics.jsonl` as this process left it; main process only, after `begin`."""
-        return MetricsMark(self._num_metrics_bytes, self._metrics_hash.hexdigest())
-
-    def check_metrics(self, mark: MetricsMark) -> None:
-        """Compare the first bytes of `metrics.jsonl` with a mark.
-
-        Raises:
-            DamagedFileError: If they differ, or there are fewer.
-        """
-        text = b""
-        if self.metrics_file.exists():
-            with self.metrics_file.open("rb") as file:
-                text = file.read(mark.num_bytes)
-        found = MetricsMark(len(text), hashlib.sha256(text).hexdigest())
-        if found != mark:
-            raise DamagedFileError(
-                f"{self.metrics_file}: damaged in its first {mark.num_bytes:,} bytes (sha256 "
-                f"{found.sha256[:16]}, expected {mark.sha256[:16]})."
-            )
-
-    def append_metrics(self, values: Mapping[str, Any]) -> None:
-        """Add one line to `metrics.jsonl`."""
-        line = (json.dumps(values) + "\n").encode()
-        with self.metrics_file.open("ab") as file:
-            file.write(line)
-        self._num_metrics_bytes += len(line)
-        self._metrics_hash.update(line)
-
-    def last_metrics(self) -> dict[str, Any]:
-        """The last line of `metrics.jsonl`; main process only, after `begin`."""
-        return self._metrics()[-1]
-
-    def metrics_of(self, step: int) -> dict[str, Any]:
-        """The line of a logged step; main process only, after `begin`."""
-        return next(values for values in self._metrics() if values["step"] == step)
-
-    def _metrics(self) -> list[dict[str, Any]]:
-        self.check_metrics(self.metrics_mark)
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        self.metrics.begin(mark)
 
     def write_result(self, metrics: Mapping[str, Any]) -> None:
         """Write the run's result, before the student gets its name."""
@@ -291,7 +232,9 @@ class RunFolder:
 def _holds_nothing(folder: Path) -> bool:
     """Whether it holds only a lock, or remains of a run that failed as it began."""
     names = (path.name for path in folder.iterdir())
-    return all(name == LOCK_NAME or name.startswith(_UNPUBLISHED_CONFIG) for name in names)
+    return all(
+        name == LOCK_NAME or name.startswith((_UNPUBLISHED_CONFIG, SEEN_PREFIX)) for name in names
+    )
 
 
 def student_of(name: str) -> str:

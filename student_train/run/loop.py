@@ -128,7 +128,7 @@ def _take_steps(run: Run) -> None:
             if is_end or heldout or _is_turn(state.step, config.log_every):
                 line = figures.line(totals, counts, grad_norm=grad_norm, lr=lr) | heldout
                 if accelerator.is_main_process:  # the main process alone
-                    inputs.folder.append_metrics(line)
+                    inputs.folder.metrics.append(line)
                 accelerator.log(grouped(line), step=state.step)
                 shown.set(state.step, describe(line))
 

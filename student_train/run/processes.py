@@ -2,9 +2,12 @@
 
 import importlib.util
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from socket import gethostname
 from typing import TypeVar, cast
 
 import torch
@@ -15,15 +18,20 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    gather_object,
 )
 
 from student_train.batch.gloo_exchange import TIMEOUT
 from student_train.run.config import TrainConfig
+from student_train.run.folder import SEEN_PREFIX
 from teacher_cache.format import CacheError
 from teacher_cache.format.folder_lock import LOCK_NAME, FolderLock
 
 # Variables in which launchers give the number of processes: torchrun and accelerate, MPIs.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+# Network file systems show a new file to other machines after some seconds.
+_SEEN_WITHIN_S = 15.0
 
 _T = TypeVar("_T")
 
@@ -99,4 +107,35 @@ def owned(folder: Path, accelerator: Accelerator) -> Iterator[None]:
             held.enter_context(FolderLock(folder / LOCK_NAME))
 
         decided_by_main(accelerator, lock)
+        _require_shared(folder, accelerator)
         yield
+
+
+def _require_shared(folder: Path, accelerator: Accelerator) -> None:
+    """Refuse a folder that is another one on some machine: all write their parts of a checkpoint.
+
+    Raises:
+        ValueError: In every process, if one does not see what the main one writes there.
+    """
+    if accelerator.num_processes == 1:
+        return
+
+    def show() -> tuple[Path, str]:
+        file = folder / f"{SEEN_PREFIX}{secrets.token_hex(8)}"
+        file.touch()
+        return file, gethostname()
+
+    file, main_host = decided_by_main(accelerator, show)
+    until_s = time.monotonic() + _SEEN_WITHIN_S
+    while not (is_seen := file.exists()) and time.monotonic() < until_s:
+        time.sleep(0.5)
+    found = gather_object([(gethostname(), is_seen)])
+    if accelerator.is_main_process:
+        file.unlink()
+    blind = [host for host, sees in found if not sees]
+    if blind:
+        raise ValueError(
+            f"{folder}: expected a folder that all machines share, found that {blind[0]} does not "
+            f"see what {main_host} writes there. Each process writes its part of a checkpoint: "
+            "give --out on a file system that all machines reach by the same path"
+        )

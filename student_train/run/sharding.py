@@ -106,10 +106,9 @@ def _settle_buckets(copied: nn.Module, accelerator: Accelerator) -> None:
     after a resume, buckets would give other last bits than in the run that was not interrupted.
     """
     device, num_positions = accelerator.device, 8  # or torch.compile would make code for one
+    empty = empty_micro_batch()
     nothing = replace(
-        empty_micro_batch(),
-        input_ids=torch.zeros(1, num_positions, dtype=torch.int64),
-        longest=num_positions,
+        empty, input_ids=empty.input_ids.repeat(1, num_positions), longest=num_positions
     )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         loss, _ = copied(nothing.to(device))
