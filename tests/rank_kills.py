@@ -54,7 +54,7 @@ class Outcome:
 def work(rank, port, config, said):
     torch.set_num_threads(1)
     try:
-        train_multiprocess.run(rank, NUM_RANKS, port, config, None)
+        train_multiprocess.run(rank, NUM_RANKS, [port], [config], None, NUM_RANKS)
     except Exception as error:
         (said / f"{rank}").write_text(f"{type(error).__name__}: {error}")
         raise SystemExit(1) from None  # as the command ends, without a traceback
