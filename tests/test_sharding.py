@@ -86,6 +86,7 @@ def test_sharded_bf16_stays_near_float32(tmp_path, changes):
 COMPARED = ("loss", "kl", "ce", "grad_norm", "student_mass", "teacher_mass", "top1_agreement")
 LAYOUTS = {
     "hybrid": {"sharding": "hybrid"},  # two nodes of two processes
+    "offloaded": {"sharding": "full", "offload": True},
     "compiled": {"sharding": "full", "compile": True, "gradient_checkpointing": True},
     "two teams": {"context_parallel": 2, "loss_reduction": "sequence", "batch_tokens": 50},
     "one team": {"context_parallel": 4, "sharding": "full", "gradient_checkpointing": True},
@@ -109,7 +110,7 @@ def test_every_layout_of_four_processes_equals_one(tmp_path):
     others = [replace(base, out=tmp_path / name, **LAYOUTS[name]) for name in LAYOUTS]
     run_processes(4, *others, on_each_node=2)
 
-    alone = {"sharding": "none", "context_parallel": 1, "compile": False}
+    alone = {"sharding": "none", "context_parallel": 1, "compile": False, "offload": False}
     for other in others:
         whole = replace(other, out=tmp_path / f"{other.out.name} alone", **alone)
         train(whole)

@@ -25,11 +25,11 @@ def run(rank, world_size, ports, configs, stop_at, on_each_node):
     }  # fmt: skip
     place, global_counts, num_calls = setup.place, loop.global_counts, 0
 
-    def checked_place(student, accelerator, sharding):
+    def checked_place(student, accelerator, sharding, **settings):
         # The main process alone has read the student's weights.
         has_weights = {not weight.is_meta for weight in student.parameters()}
         assert has_weights == {rank == 0}
-        placed = place(student, accelerator, sharding)
+        placed = place(student, accelerator, sharding, **settings)
         if sharding == "none":
             return placed
         for name, parameter in placed.named_parameters():

@@ -24,7 +24,7 @@ from student_train.run.checkpoint import (
 from student_train.run.file_work import FileWork
 from student_train.run.folder import RunFolder
 from student_train.run.state import RunState
-from student_train.run.tensors import copied_split_state, gathered_state, is_split
+from student_train.run.tensors import gathered_state, is_split, split_state_writer
 from teacher_cache.format.checksums import write_checksums
 from teacher_cache.format.files import fsync, publish_folder, remove_folder
 
@@ -35,17 +35,22 @@ class CheckpointWriter:
     """Writes a run's checkpoints, one at a time; a context manager that ends with the last one.
 
     Whole weights are gathered and written while all processes wait. Split ones are copied into
-    the memory of their hosts, and every process writes its part while training goes on.
+    the memory of their hosts, and every process writes its part while training goes on; but not
+    where they are in that memory already, which might not hold them twice.
     """
 
-    def __init__(self, run: RunFolder, files: FileWork, *, keep_last: int) -> None:
+    def __init__(
+        self, run: RunFolder, files: FileWork, *, keep_last: int, in_background: bool = True
+    ) -> None:
         """Prepare to write.
 
         Args:
             run: Folder of the run.
             files: Meeting point of the processes.
             keep_last: Number of newest checkpoints to keep, beside the best one.
+            in_background: Whether split weights are copied, and written while training goes on.
         """
+        self._in_background = in_background
         self._run, self._files, self._keep_last = run, files, keep_last
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -79,7 +84,9 @@ class CheckpointWriter:
         others: dict[str, Any] = {"scheduler": scheduler.state_dict()}
         save_split: Callable[[], None] | None = None
         if is_split(model):
-            save_split = copied_split_state(temporary / TENSORS_NAME, model, optimizer, self._files)
+            save_split = split_state_writer(
+                temporary / TENSORS_NAME, model, optimizer, self._files, copy=self._in_background
+            )
         else:
             others |= gathered_state(model, optimizer)
         progress = {}
@@ -94,7 +101,7 @@ class CheckpointWriter:
                 self._publish(temporary, folder, progress, others)
                 self._remove_old(best)
 
-        if save_split is not None:
+        if save_split is not None and self._in_background:
             self._pending = self._thread.submit(complete)
             return
         with self._files.shared():

@@ -1,6 +1,6 @@
 """Configuration of a run, checked without loading torch."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from student_train.batch.loss_tokens import Teaching
 from student_train.data.tokens import TokenSelection
 from student_train.model.lora import Lora
 from student_train.objective import DIVERGENCES, TAILS, Objective
+from student_train.run.config_checks import check_combinations
 from teacher_cache.format import CachePath, PrefixCache, shown
 from teacher_cache.format.lead_spans import LeadSpans, in_json
 from teacher_cache.terminal.option import check_options, option, same_option
@@ -266,6 +267,12 @@ class TrainConfig:
         choices=SHARDINGS,
         changeable=True,
     )
+    offload: bool = _speed(
+        "With --sharding, keep the parts of weights, gradients and optimizer in memory of their "
+        "hosts, where the optimizer works: little is left on a GPU, and steps are slower.",
+        default=False,
+        changeable=True,
+    )
     context_parallel: int = _speed(
         "Processes that share every trace, each with a part of its tokens, for traces too long for "
         "one GPU.",
@@ -359,63 +366,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.trace_fields is not None and self.where is None:
-            raise ValueError("--trace-fields: expected a --where that uses them, got none")
-        _ = self.selection  # refuses a lead span beside a budget
-        _ = self.objective  # refuses what is no divergence or cannot be known from a cache
-        self._check_match()
-        if self.sharding != "none" and self.optimizer == "adafactor":
-            raise ValueError(
-                f"--sharding {self.sharding}: adafactor works on whole matrices; use --optimizer "
-                "adamw, or adamw8bit with torchao"
-            )
-        self._check_context_parallel()
-        has_heldout = self.heldout_share > 0 or self.heldout_cache is not None
-        if not has_heldout and (self.eval_every is not None or self.select == "heldout"):
-            flag = "--select heldout" if self.eval_every is None else "--eval-every"
-            raise ValueError(
-                f"{flag}: expected held-out traces, from --heldout-share or --heldout-cache"
-            )
-        if self.patience is not None and self.eval_every is None:
-            raise ValueError("--patience: expected --eval-every, how often to measure")
-        if self.packing and self.live_teacher is not None:
-            raise ValueError("--packing: a live teacher reads rows of one trace; leave it out")
-
-    def _check_context_parallel(self) -> None:
-        if self.context_parallel == 1:
-            return
-        reasons = {
-            "--packing": self.packing and "rows of several traces are not divided",
-            "--attention": self.attention is not None and "it has an attention of its own",
-            "--match chunks": self.match == "chunks" and "a chunk may lie in two parts",
-            "--live-teacher": self.live_teacher is not None and "it reads whole traces",
-            "--router-aux-loss-coef": self.router_aux_loss_coef and "experts are counted in whole",
-        }
-        for flag, reason in reasons.items():
-            if reason:
-                raise ValueError(
-                    f"{flag}: --context-parallel cuts every trace into parts, and {reason}; leave "
-                    "one of them out"
-                )
-
-    def _check_match(self) -> None:
-        if self.match == "tokens":
-            if self.chunk_temperature is not None:
-                raise ValueError("--chunk-temperature: it is that of --match chunks; add this")
-            return
-        if self.loss_dropout:
-            raise ValueError(
-                "--loss-dropout: one token takes the likelihood of its whole chunk along; leave "
-                "this out, or --match chunks"
-            )
-        names = ("divergence", "mix", "tail", "loss_temperature", "live_teacher")
-        defaults = {item.name: item.default for item in fields(self)}
-        for name in names:
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(
-                    f"--{name.replace('_', '-')}: it belongs to distributions over tokens, which "
-                    "--match chunks does not use; leave one of them out"
-                )
+        check_combinations(self)
 
     @property
     def selection(self) -> TokenSelection:

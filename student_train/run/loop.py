@@ -74,7 +74,9 @@ def _take_steps(run: Run) -> None:
     shown = Progress(
         "training", run.num_steps, "steps", first=state.step, enabled=accelerator.is_main_process
     )
-    checkpoints = CheckpointWriter(inputs.folder, inputs.files, keep_last=config.keep_last)
+    checkpoints = CheckpointWriter(
+        inputs.folder, inputs.files, keep_last=config.keep_last, in_background=not config.offload
+    )
     with stop_after_step() as stop, shown, checkpoints, stream, advice_when_out_of_memory(config):
         figures = StepFigures(run, stream)
         for item in stream:

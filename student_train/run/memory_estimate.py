@@ -94,6 +94,8 @@ def estimate_line(config: TrainConfig, shape: PreTrainedConfig, drawn: Sequence[
         remedies.append("--gradient-checkpointing")
     if config.sharding == "none":
         remedies.append("--sharding full on several processes")
+    elif not config.offload:
+        remedies.append("--offload")
     if config.optimizer == "adamw":
         remedies.append("--optimizer adamw8bit")
     if config.lora_rank is None:
@@ -142,6 +144,8 @@ def estimate(
     if config.sharding != "none":  # the root and two layers are whole, the root's gradients too
         whole = (num_root + 2 * num_layers) * (2 if is_half else 4)
         weights, gradients = weights + whole, gradients + num_root * (2 if is_half else 4)
+        if config.offload:
+            weights, gradients = whole, num_root * (2 if is_half else 4)
     elif is_half:
         weights += 2 * trained  # autocast keeps copies through a step's forward and backward
     try:
@@ -162,7 +166,7 @@ def estimate(
     return MemoryEstimate(
         weights=weights,
         gradients=gradients,
-        optimizer=int(_STATE_BYTES[config.optimizer] * trained) // parts,
+        optimizer=0 if config.offload else int(_STATE_BYTES[config.optimizer] * trained) // parts,
         activations=per_token * num_tokens // _PROBE_TOKENS,
         loss=(CUDA_CHUNK_BYTES if is_cuda else CHUNK_BYTES) + head_bytes,
     )

@@ -34,9 +34,9 @@ def make_optimizer(
     groups = _parameter_groups(model, weight_decay)
     if name == "adamw":
         # The fused kernel reads and writes everything once; the usual one on CUDA also holds a
-        # tensor as large as all weights.
-        is_on_cuda = all(parameter.is_cuda for parameter in model.parameters())
-        return torch.optim.AdamW(groups, lr=lr, fused=True if is_on_cuda else None)
+        # tensor as large as all weights. On the CPU it serves weights that stay there beside a GPU.
+        fused = True if torch.cuda.is_available() else None
+        return torch.optim.AdamW(groups, lr=lr, fused=fused)
     optimizer: torch.optim.Optimizer
     if name == "adafactor":
         optimizer = Adafactor(groups, lr=lr, scale_parameter=False, relative_step=False)

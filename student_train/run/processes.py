@@ -60,7 +60,7 @@ def join_processes(config: TrainConfig) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=config.out, logging_dir=config.out),
         kwargs_handlers=[
             # A rank waits for the main one while it writes: a large checkpoint takes long.
-            InitProcessGroupKwargs(timeout=TIMEOUT),
+            InitProcessGroupKwargs(timeout=TIMEOUT, **_backend(config)),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # or both are in memory
         ],
     )
@@ -73,6 +73,12 @@ def join_processes(config: TrainConfig) -> Accelerator:
             "or unset these variables to train with one process"
         )
     return accelerator
+
+
+def _backend(config: TrainConfig) -> dict[str, str]:
+    """Argument for collectives on the CPU as well, where parts of the student stay."""
+    is_needed = config.offload and torch.cuda.is_available()
+    return {"backend": "cuda:nccl,cpu:gloo"} if is_needed else {}
 
 
 def decided_by_main(accelerator: Accelerator, decide: Callable[[], _T]) -> _T:

@@ -95,7 +95,7 @@ def prepare(inputs: RunInputs) -> Run:
         router_aux_loss_coef=config.router_aux_loss_coef,
     )
     with advice_when_out_of_memory(config):
-        student = place(with_loss, accelerator, config.sharding)
+        student = place(with_loss, accelerator, config.sharding, offload=config.offload)
     # Neither is prepared by accelerate, which would advance the schedule once per rank.
     optimizer = make_optimizer(
         config.optimizer, model, lr=config.lr, weight_decay=config.weight_decay

@@ -22,7 +22,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -33,7 +35,9 @@ from student_train.model.forward import StudentWithLoss
 from student_train.model.load import decoder_layers
 
 
-def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> nn.Module:
+def place(
+    student: StudentWithLoss, accelerator: Accelerator, sharding: str, *, offload: bool = False
+) -> nn.Module:
     """Move a student to the devices of a run; its optimizer is created afterwards.
 
     Args:
@@ -41,6 +45,7 @@ def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> 
         accelerator: Accelerator of the run.
         sharding: "none" (a copy in every process), "full" (parameters, gradients and optimizer
             state are split over the processes) or "hybrid" (over those of a node).
+        offload: Whether the parts stay in the memory of the hosts, and visit the device for use.
 
     Returns:
         The module to call; `student` holds the same parameters.
@@ -61,11 +66,13 @@ def place(student: StudentWithLoss, accelerator: Accelerator, sharding: str) -> 
         reduce_dtype=torch.float32 if is_half else None,  # sums over ranks keep their digits
         cast_forward_inputs=False,  # the teacher's logits and the tokens' weights stay float32
     )
+    is_cuda = accelerator.device.type == "cuda"
+    stays = CPUOffloadPolicy(pin_memory=is_cuda) if offload else OffloadPolicy()
     for layer in decoder_layers(student.model):
         _share(layer, accelerator)  # one by one: a device need not hold them all
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=stays)
     _share(student, accelerator)
-    fully_shard(student, mesh=mesh, mp_policy=policy)
+    fully_shard(student, mesh=mesh, mp_policy=policy, offload_policy=stays)
     register_fsdp_forward_method(student, "per_token")
     return student
 

@@ -45,7 +45,7 @@ def gathered_state(
 ) -> dict[str, dict[str, Any]]:
     """Weights and optimizer state by parameter name, as `gathered_weights`.
 
-    The main process holds them all in memory while they are written: see `copied_split_state` for
+    The main process holds them all in memory while they are written: see `split_state_writer` for
     those that are split.
     """
     return {
@@ -75,25 +75,34 @@ def is_split(model: PreTrainedModel) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def copied_split_state(
-    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, files: FileWork
+def split_state_writer(
+    folder: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    files: FileWork,
+    *,
+    copy: bool,
 ) -> Callable[[], None]:
-    """Copy this process' part of weights and optimizer state into its host's memory.
+    """Prepare to write this process' part of weights and optimizer state.
 
     Args:
         folder: Folder to write, which all processes reach; torch.distributed.checkpoint's.
         model: A split student.
         optimizer: Optimizer over its parameters.
         files: Meeting point of the processes.
+        copy: Whether to copy the part into the host's memory first, so that training may go on.
 
     Returns:
-        A function that writes the copy, raising ConnectionError or OSError; all processes call it,
+        A function that writes the part, raising ConnectionError or OSError; all processes call it,
         in any thread.
     """
     writer = dcp.FileSystemWriter(folder)
-    tensors = writer.stage(
-        {"student": _split_weights(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    )
+    tensors: dict[str, Any] = {
+        "student": _split_weights(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    if copy:
+        tensors = writer.stage(tensors)
 
     def save() -> None:
         try:
@@ -114,7 +123,7 @@ def copied_split_state(
 def read_split_state(
     folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, files: FileWork
 ) -> None:
-    """Load what `copied_split_state` wrote; each process reads what it needs."""
+    """Load what `split_state_writer` wrote; each process reads what it needs."""
     read_split_weights(folder, model, files)
     tensors = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     _load(tensors, folder, files)
@@ -122,7 +131,7 @@ def read_split_state(
 
 
 def read_split_weights(folder: Path, model: PreTrainedModel, files: FileWork) -> None:
-    """Load the weights of what `copied_split_state` wrote."""
+    """Load the weights of what `split_state_writer` wrote."""
     tensors = {"student": _split_weights(model)}
     _load(tensors, folder, files)
     options = StateDictOptions(strict=False)  # frozen and tied ones are not there
