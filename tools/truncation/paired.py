@@ -2,6 +2,7 @@
 
     python tools/truncation/paired.py answers FOLDER ... > answers.csv
     python tools/truncation/paired.py paired answers.csv > paired.csv
+    python tools/truncation/paired.py picture paired.csv > accuracy.svg
 
 `answers` collects, from sweeps or folders laid out like them (cells/GROUP_seed-N/ with
 completions.jsonl and run/result.json), a row per run: its group, seed and FLOPs, and a digit per
@@ -26,6 +27,9 @@ from student_train.sweep.results import CellResult
 
 OTHERS = ("half-steps", "half-traces", FULL, "mix-0.375x4+1x1")
 _SEED = "_seed-"
+_INTERVAL = ("accuracy", "low", "high")
+# Names where a group's own is too long for a picture.
+_SHORT = {"mix-" + "+".join(f"0.{n}x1" for n in range(1, 10)): "random spans 0.1 to 0.9"}
 
 
 def answer_rows(folder: Path) -> Iterator[dict[str, Any]]:
@@ -98,12 +102,37 @@ def _difference(groups: list[Group], group: Group, other: Group) -> list[str]:
     return [f"{100 * points:+.1f}" for points in (mean.value, *mean.interval)]
 
 
+def print_picture(file: str) -> None:
+    """Print accuracies with their intervals, the best on top, as SVG."""
+    with Path(file).open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    print(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {26 * len(rows) + 44}" '
+        'font-family="sans-serif" font-size="12"><rect width="640" height="100%" fill="#fff"/>'
+    )
+    for percent in range(0, 101, 20):
+        x, end = 300 + 3 * percent, 26 * len(rows) + 14
+        print(f'<path d="M{x} 8V{end}" stroke="#d8d8de"/>')
+        print(f'<text x="{x}" y="{end + 16}" text-anchor="middle">{percent} %</text>')
+    for number, row in enumerate(rows):
+        y = 24 + 26 * number
+        group = _SHORT.get(row["group"], row["group"])
+        name = f"{group}, {row['seeds']} x, {100 * float(row['flops_share']):.0f} % of FLOPs"
+        value, low, high = (300 + 3 * float(row[key] or row["accuracy"]) for key in _INTERVAL)
+        print(f'<text x="290" y="{y + 4}" text-anchor="end">{name}</text>')
+        print(f'<path d="M{low:.1f} {y}H{high:.1f}" stroke="#2b5fb4" stroke-width="2"/>')
+        print(f'<circle cx="{value:.1f}" cy="{y}" r="4" fill="#2b5fb4"/>')
+    print("</svg>")
+
+
 def main() -> None:
     match sys.argv[1:]:
         case ["answers", *folders] if folders:
             print_answers(folders)
         case ["paired", file]:
             print_paired(file)
+        case ["picture", file]:
+            print_picture(file)
         case _:
             sys.exit(__doc__)
 
