@@ -265,6 +265,23 @@ def test_an_error_of_the_consumer_ends_the_thread(cache_path):
     assert not stream_threads()
 
 
+def test_steps_are_prepared_in_the_thread_and_its_errors_reach_the_consumer(cache_path):
+    threads = []
+
+    def prepare(step):
+        threads.append(threading.current_thread().name)
+        if step.cursor.step == 3:
+            raise ValueError("cannot be prepared")
+        return step.trace_ids
+
+    with stream_of(cache_path).prefetched(prepare) as prepared:
+        found = [next(prepared), next(prepared)]
+        with pytest.raises(ValueError, match="cannot be prepared"):
+            next(prepared)
+    assert found == [step.trace_ids for step in steps_of(cache_path, limit=2)]
+    assert threads == ["trace-stream"] * 3
+
+
 def test_leaving_does_not_wait_for_a_store_that_does_not_answer(cache_path, monkeypatch):
     monkeypatch.setattr(prefetch, "CLOSE_S", 0.1)
     data = open_data([cache_path])

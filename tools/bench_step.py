@@ -197,8 +197,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
             for layout in ("alone", "packed")
         },
     }
-    compile_layers(bench.model)
-    result["compiled_pass_ms"] = bench.pass_ms(whole)
+    if not arguments.without_compile:
+        compile_layers(bench.model)
+        result["compiled_pass_ms"] = bench.pass_ms(whole)
     return result
 
 
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="of a forward pass")
     parser.add_argument("--kept", type=int, default=16, help="entries per token")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--without-compile", action="store_true", help="which takes a minute")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     result = measure(arguments)

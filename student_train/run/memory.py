@@ -59,6 +59,8 @@ def advice_when_out_of_memory(config: TrainConfig) -> Iterator[None]:
             remedies.append("split the student over several processes with --sharding full")
         elif not config.offload:
             remedies.append("add --offload")
+        if config.context_parallel == 1:
+            remedies.append("share long traces among several with --context-parallel")
         reason = str(error).strip().partition("\n")[0]
         raise OutOfMemoryError(f"out of memory: {'; '.join(remedies)} ({reason})") from error
 

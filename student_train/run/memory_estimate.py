@@ -96,6 +96,8 @@ def estimate_line(config: TrainConfig, shape: PreTrainedConfig, drawn: Sequence[
         remedies.append("--sharding full on several processes")
     elif not config.offload:
         remedies.append("--offload")
+    if config.context_parallel == 1 and config.batch_tokens <= longest:
+        remedies.append("--context-parallel 2 on several processes")
     if config.optimizer == "adamw":
         remedies.append("--optimizer adamw8bit")
     if config.lora_rank is None:
