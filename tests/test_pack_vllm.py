@@ -24,12 +24,14 @@ VLLM_FILES = {
     "vllm/vllm_flash_attn/__init__.py": b"",
     "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so": b"attention",
     "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so": b"attention",
+    "vllm/v1/worker/gpu_worker.py": b"from vllm.vllm_flash_attn import _vllm_fa3_C",
     "vllm/vllm-rs": b"rust",
     "vllm/third_party/deep_gemm/include/a/b.hpp": b"header",
     "vllm/third_party/flash.h": b"header",
 }
 LEFT_OUT = {name for name in VLLM_FILES if name not in {
     "vllm/__init__.py", "vllm/_C_stable_libtorch.abi3.so", "vllm/vllm_flash_attn/__init__.py",
+    "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so", "vllm/v1/worker/gpu_worker.py",
 }}  # fmt: skip
 
 
@@ -127,6 +129,22 @@ def test_what_a_dense_model_does_not_need_is_left_out_and_the_rest_is_untouched(
 
 
 @pytest.mark.slow
+def test_a_worker_that_cannot_be_imported_on_a_gpu_is_no_success(bundle, tmp_path):
+    """The libraries in the wheel are not real, so that its worker fails as one left out would."""
+    target = tmp_path / "site"
+    target.mkdir()
+    torch = "class cuda:\n    is_available = lambda: True\nops = type('', (), {'_C': cuda})\n"
+    torch += "cuda.rms_norm = None\n__version__ = '2.98'\n"
+    (target / "torch.py").write_text(torch)
+    (target / "vllm" / "platforms").mkdir(parents=True)
+    (target / "vllm" / "platforms" / "cuda.py").write_text("")
+    done = install(bundle[0], target)
+    assert done.returncode == 1
+    assert "_vllm_fa3_C" in done.stderr
+    assert "an engine cannot start with it" in done.stderr
+
+
+@pytest.mark.slow
 def test_what_was_decided_is_said(bundle):
     assert "left out: tilelang" in bundle[1]
     said = [line for line in bundle[1].splitlines() if line.startswith("used as installed")]
@@ -180,8 +198,8 @@ def test_a_group_can_be_kept(registry, tmp_path):
         gone = set(VLLM_FILES) - names
         assert gone <= LEFT_OUT
         assert bool(gone) == any(saved.values())
-        if group == "flash-attention":
-            assert gone == {name for name in VLLM_FILES if "_vllm_fa" in name}
+        if group == "flash-attention-2":
+            assert gone == {name for name in VLLM_FILES if "_vllm_fa2" in name}
 
 
 @pytest.mark.parametrize(
