@@ -31,7 +31,14 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from student_train.losses import TeacherTargets, chunks, sparse_kl, triton_fused, triton_rows
+from student_train.losses import (
+    TeacherTargets,
+    chunks,
+    sparse_kl,
+    triton_fused,
+    triton_rows,
+    triton_scale,
+)
 from student_train.losses.rows import Passes
 from student_train.objective import DEFAULT_MIXES, DIVERGENCES, TAILS, Objective
 
@@ -163,7 +170,7 @@ def _count(counts: Counter[str], name: str, *_: object, **__: object) -> None:
 def _counted_kernels(passes: type[Passes], counts: Counter[str]) -> Iterator[None]:
     """Count launches of our kernels instead of starting them; the loss is then garbage."""
     places = [(triton_fused, "_evaluate_row"), (triton_rows, "_sum_tails"),
-              (triton_rows, "_weight_softmax")]  # fmt: skip
+              (triton_rows, "_weight_softmax"), (triton_scale, "_multiply")]  # fmt: skip
     kept = [(module, name, getattr(module, name)) for module, name in places]
     chosen: Callable[..., type[Passes]] = chunks.passes_type
     for module, name in places:

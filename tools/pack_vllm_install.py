@@ -64,6 +64,11 @@ def main() -> None:
         command += ["--no-compile", "--disable-pip-version-check"]
         command += ["--target", str(target)] if target is not None else []
         subprocess.run([*command, *sorted(map(str, Path(folder).glob("*.whl")))], check=True)
+    check(target)
+
+
+def check(target: Path | None) -> None:
+    """Import what an engine imports; exit with 1 if that fails."""
     paths = [str(target.resolve())] if target is not None else []
     paths += filter(None, [os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
