@@ -66,28 +66,27 @@ def steps(*, smoke: bool, card: str | None = None) -> list[Step]:
 def _full_steps(card: str | None) -> list[Step]:
     cuda = ("--device", "cuda")
     loss = functools.partial(_loss, card=card)
-    found = [Step("checks", "the loss against float64", "tests/loss_on_device.py", cuda, 180,
+    found = [Step("checks", "the loss against float64", "tests/loss_on_device.py", cuda, 150,
                   _checks)]  # fmt: skip
     for hidden in (_GOAL_HIDDEN, 1024, 4096):
         # Compiling the dense formula takes longer than all else together.
         arguments = (*cuda, "--without", "naive_compiled", "--hidden", str(hidden))
         name = f"hidden size {hidden}"
-        found.append(Step("loss", name, "tools/bench_loss.py", arguments, 45, loss))
-    for shape in ("0.6b", "1.7b"):
-        for tokens in (8192, 4096):
-            # One trace, so that a shorter lead span cannot fill its place with more of them. So
-            # long a one has a row of its own, packing or not.
-            arguments = (*cuda, "--shape", shape, "--tokens", str(tokens), "--traces", "1",
-                         "--lead-spans", "1.0", "0.5", "0.25", "--repeats", "5")  # fmt: skip
-            name = f"Qwen3 {shape}, {tokens} tokens"
-            found.append(Step("train", name, "tools/bench_train.py", arguments, 45, _train))
+        found.append(Step("loss", name, "tools/bench_loss.py", arguments, 38, loss))
+    for tokens in (8192, 4096):
+        # One trace, so that a shorter lead span cannot fill its place with more of them. So long a
+        # one has a row of its own, packing or not.
+        arguments = (*cuda, "--shape", "1.7b", "--tokens", str(tokens), "--traces", "1",
+                     "--lead-spans", "1.0", "0.5", "0.25", "--repeats", "5")  # fmt: skip
+        name = f"Qwen3 1.7b, {tokens} tokens"
+        found.append(Step("train", name, "tools/bench_train.py", arguments, 50, _train))
     found.append(
         Step(
             "to-device",
             "teacher's rows to the device",
             "tools/bench_to_device.py",
             cuda,
-            40,
+            25,
             _to_device,
         )
     )
