@@ -1,5 +1,7 @@
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from fakes import VOCAB_SIZE, make_cache, make_trace, make_traces
@@ -16,6 +18,7 @@ from transformers import (
     GraniteForCausalLM,
 )
 
+from student_train.batch.loss_tokens import Teaching
 from student_train.batch.micro_batch import micro_batches
 from student_train.data.tokens import TokenSelection
 from student_train.losses import Objective
@@ -54,6 +57,25 @@ def test_the_loss_is_that_of_the_models_own_logits(head):
     )
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(sums[1].float(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("matched_chunks_at", [None, 100.0])
+def test_a_factor_scales_the_loss_and_its_gradient_and_no_figure(matched_chunks_at):
+    model = make_model().eval()
+    trace = replace(make_trace("t", 30), chunk_logprob=np.full(30, -1.0, np.float32))
+    teaching = Teaching(hard_labels=True, chunks=matched_chunks_at is not None)
+    (batch,) = micro_batches(
+        TokenSelection().selected([trace]), batch_tokens=1000, loss_reduction="token",
+        teaching=teaching,
+    )  # fmt: skip
+    student = StudentWithLoss(model, head_of(model), matched_chunks_at=matched_chunks_at)
+    found = []
+    for factor in (1.0, 0.25):
+        loss, sums = student(batch, factor)
+        (gradient,) = torch.autograd.grad(loss, model.lm_head.weight)
+        found.append((loss / factor, sums, gradient / factor))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -96,7 +96,12 @@ def test_what_is_not_installed_or_has_no_time_left_is_said_and_not_run(tmp_path)
 
 def test_both_files_hold_every_figure_its_goal_and_what_went_wrong(tmp_path):
     outcomes = [
-        gpu_report.Outcome("loss", "a", "done", figures=[Figure("ms", "30", "<= 27", False)]),
+        gpu_report.Outcome(
+            "loss",
+            "a",
+            "done",
+            figures=[Figure("ms", "30", "<= 27", False, "22 to 27", "the kernel is slow")],
+        ),
         gpu_report.Outcome("train", "b", "out of time", "after 45 s"),
     ]
     gpu_report.write(tmp_path, {"device": "H200", "torch": "2.11"}, outcomes)
@@ -106,8 +111,10 @@ def test_both_files_hold_every_figure_its_goal_and_what_went_wrong(tmp_path):
     table = (tmp_path / "gpu_report.md").read_text().splitlines()
     assert table[0] == "device H200, torch 2.11"
     assert table[4:] == [
-        "| loss | ms | 30 | <= 27: MISSED |",
-        "| train | b | out of time: after 45 s |  |",
+        "| loss | ms | 30 | 22 to 27 | <= 27: MISSED |",
+        "| train | b | out of time: after 45 s |  |  |",
+        "",
+        "ms, missed: the kernel is slow.",
     ]
 
 
@@ -126,17 +133,60 @@ def test_every_option_that_a_gpu_machine_will_be_given_exists():
     assert {step.part for step in every_step} == set(gpu_report.ALL_PARTS)
 
 
-def test_goals_belong_to_the_sizes_they_were_set_for():
-    table = {"tokens": 8192, "hidden": 2048}
-    row = {"ms": 26.0, "peak_extra_bytes": 2**31, "grad_rel_error": 1e-3,
-           "time_ratio_vs_plain_ce": 1.0, "time_ratio_vs_naive": 0.5}  # fmt: skip
-    rows = {"sparse_kl": row, "naive": row}
-    full = gpu_report_parts._loss({"tables": {"hidden 2048": table | {"rows": rows}}})
-    assert [figure.is_met for figure in full] == [True, False, True, True, True]
-    other = gpu_report_parts._loss(
-        {"tables": {"hidden 1024": table | {"hidden": 1024, "rows": rows}}}
-    )
-    assert [figure.is_met for figure in other] == [None, None, True, True, True]
+def loss_result(hidden=2048, **row):
+    table = {"tokens": 8192, "hidden": hidden, "vocab": 151_936, "dtype": "bfloat16"}
+    row = {"ms": 26.0, "peak_extra_bytes": 2**31, "grad_rel_error": 1e-3, **row}
+    rows = {"sparse_kl": row, "naive": {**row, "ms": 52.0}, "chunked_ce": {**row, "ms": 26.0}}
+    return {"tables": {f"hidden {hidden}": table | {"rows": rows}}}
+
+
+def test_goals_belong_to_a_card_and_to_the_sizes_they_were_set_for():
+    def verdicts(card, hidden=2048):
+        figures = gpu_report_parts._loss(loss_result(hidden), card)
+        return [figure.is_met for figure in figures]
+
+    assert verdicts("H200") == [False, True, True, True, True]
+    assert verdicts("H100") == [True, True, True, True, True]
+    assert verdicts(None) == [None, True, True, True, True]
+    assert verdicts("H200", 1024) == [None, True, True, None, True]
+    assert gpu_report_parts.card_of("NVIDIA H100 80GB HBM3, 81559 MiB") == "H100"
+    assert gpu_report_parts.card_of("NVIDIA A100-SXM4-80GB, 81920 MiB") is None
+
+
+def test_a_prediction_stands_beside_every_size():
+    for hidden, low, high in ((1024, 12, 18), (2048, 22, 28), (4096, 42, 56)):
+        figure = gpu_report_parts._loss(loss_result(hidden), "H200")[0]
+        best, worst = map(float, figure.predicted.removesuffix(" ms").split(" to "))
+        assert low < best < worst < high
+
+
+def test_a_bench_that_was_stopped_gives_the_figures_that_it_had():
+    only_times = loss_result(peak_extra_bytes=None, grad_rel_error=None)
+    assert len(gpu_report_parts._loss(only_times, "H200")) == 3
+    row = {"lead_span": 1.0, "step_s": 1.0, "tokens_per_s": 8.0, "time_ratio": 1.0}
+    half = {**row, "lead_span": 0.5, "time_ratio": 0.5}
+    result = {"shape": "1.7b", "tokens": 8192, "rows": {"1": row, "0.5": half}}
+    assert [figure.is_met for figure in gpu_report_parts._train(result)] == [None, None, True]
+
+
+def test_figures_of_a_running_step_are_in_the_report_before_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "_LOOK_S", 0.2)
+    step = make_step(tmp_path, f"{WRITES}\nimport time\ntime.sleep(600)", limit_s=1)
+    seen = []
+    gpu_report.run_step(step, tmp_path, 100, seen.append)
+    assert seen
+    assert {(each.status, *each.figures) for each in seen} == {("running", Figure("x", "7"))}
+
+
+@pytest.mark.parametrize("call", gpu_report.CALLS)
+def test_a_call_fits_into_nine_minutes_at_the_limits_of_its_steps(call):
+    parts = gpu_report.CALLS[call]
+    every_step = [
+        *gpu_report_parts.steps(smoke=False), *gpu_report_training.training_steps(smoke=False)
+    ]  # fmt: skip
+    found = [step for step in every_step if step.part in parts]
+    assert {step.part for step in found} == set(parts)
+    assert 0 < sum(step.limit_s for step in found) <= 540
 
 
 def test_training_figures_stand_beside_their_predictions_and_misses_are_shown():

@@ -35,7 +35,11 @@ RULES = [
     ("teacher_cache.cli", {"teacher_cache"}, {"click"}),
     ("teacher_cache", {"teacher_cache"}, set()),
     ("student_train.objective", set(), set()),
+    ("student_train.losses.triton_math", set(), {"triton"}),
+    ("student_train.losses.triton_sweeps", LOSSES, {"triton"}),
+    ("student_train.losses.triton_scale", set(), {"torch", "triton"}),
     ("student_train.losses.triton_rows", LOSSES, {"torch", "triton"}),
+    ("student_train.losses.triton_fused", LOSSES, {"torch", "triton"}),
     ("student_train.losses", LOSSES, {"torch"}),
     ("student_train.data", {"student_train.data", FORMAT, TERMINAL}, set()),
     (
@@ -65,7 +69,8 @@ LOW_TO_HIGH = {
         *("input_traces",),
     ],
     "teacher_cache.capture": [
-        *("worker_loop", "job", "run", "ray_actor", "ray_driver", "configs", "prepare"),
+        *("replica_gpus", "worker_loop", "job", "run", "ray_actor", "ray_driver", "configs"),
+        "prepare",
         *("generate", "score", "preview"),
     ],
     "student_train": [

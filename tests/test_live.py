@@ -9,6 +9,7 @@ from students import make_model, make_student
 from student_train.batch.micro_batch import empty_micro_batch, micro_batches
 from student_train.data.tokens import TokenSelection
 from student_train.losses import sparse_kl
+from student_train.model import live_teacher
 from student_train.model.live_teacher import LiveTeacher
 from teacher_cache.format import CacheMismatchError, Trace, keep_entries
 
@@ -56,7 +57,7 @@ def batch_of(model):
 def test_targets_are_the_whole_distributions_of_the_tokens_that_count(teacher):
     live, model = teacher
     batch = batch_of(model)
-    taught = live.taught(batch).targets
+    taught = live.taught(batch).targets.select(slice(None))
 
     assert taught.k.tolist() == [make_header().vocab_size] * batch.num_valid
     assert torch.equal(taught.target_ids, batch.targets.target_ids)
@@ -67,6 +68,22 @@ def test_targets_are_the_whole_distributions_of_the_tokens_that_count(teacher):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     # The likeliest first, as a cache has it, and the cached entries agree with it.
     assert torch.equal(taught.top_ids[:, 0], batch.targets.top_ids[:, 0])
+
+
+def test_the_loss_in_chunks_of_any_size_is_that_of_all_rows_at_once(teacher, monkeypatch):
+    live, model = teacher
+    batch = batch_of(model)
+    monkeypatch.setattr(live_teacher, "_CHUNK_BYTES", 1)
+    taught = live.taught(batch).targets
+    assert taught.top_logits.untyped_storage().nbytes() == 4  # no [N, V] anywhere
+    assert taught.top_ids.untyped_storage().nbytes() <= 8
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(batch.num_valid, 8), torch.randn(VOCAB_SIZE, 8)
+    for targets, chunk_bytes in ((taught, 1), (taught, None)):
+        found = sparse_kl(hidden, weight, targets, batch.token_weight, chunk_bytes=chunk_bytes)
+        whole = sparse_kl(hidden, weight, taught.select(slice(None)), batch.token_weight)
+        torch.testing.assert_close(found.kl, whole.kl, rtol=1e-5, atol=1e-6)
+        assert torch.equal(found.top1, whole.top1)
 
 
 def test_a_batch_without_valid_tokens_stays_as_it_is(teacher):

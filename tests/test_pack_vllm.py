@@ -24,13 +24,24 @@ VLLM_FILES = {
     "vllm/vllm_flash_attn/__init__.py": b"",
     "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so": b"attention",
     "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so": b"attention",
+    "vllm/v1/worker/gpu_worker.py": b"from vllm.vllm_flash_attn import _vllm_fa3_C",
     "vllm/vllm-rs": b"rust",
     "vllm/third_party/deep_gemm/include/a/b.hpp": b"header",
     "vllm/third_party/flash.h": b"header",
 }
 LEFT_OUT = {name for name in VLLM_FILES if name not in {
     "vllm/__init__.py", "vllm/_C_stable_libtorch.abi3.so", "vllm/vllm_flash_attn/__init__.py",
+    "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so", "vllm/v1/worker/gpu_worker.py",
 }}  # fmt: skip
+
+
+def module_of(name):
+    """A tool as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_wheel(folder, name, version, files, requires=(), tag="py3-none-any"):
@@ -126,6 +137,32 @@ def test_what_a_dense_model_does_not_need_is_left_out_and_the_rest_is_untouched(
     assert not any(name in record for name in LEFT_OUT)
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_without_what_a_worker_imports_there_is_no_success_on_a_gpu(tmp_path, capfd, is_whole):
+    install_vllm = module_of("pack_vllm_install")
+    files = {
+        "torch.py": "__version__ = '2.98'\nclass cuda:\n    is_available = lambda: True\n"
+        "class ops:\n    class _C:\n        rms_norm = None\n",
+        "vllm/__init__.py": VLLM_FILES["vllm/__init__.py"].decode().replace("import needed", "#"),
+        "vllm/platforms/cuda.py": "",
+        "vllm/model_executor/models/qwen3.py": "",
+        "vllm/v1/worker/gpu_worker.py": "from vllm.vllm_flash_attn import fa3",
+        "vllm/vllm_flash_attn/__init__.py": "",
+    }
+    if is_whole:
+        files["vllm/vllm_flash_attn/fa3.py"] = ""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    if is_whole:
+        install_vllm.check(tmp_path)
+        assert "an engine's worker load" in capfd.readouterr().out
+        return
+    with pytest.raises(SystemExit, match="an engine cannot start with it"):
+        install_vllm.check(tmp_path)
+    assert "cannot import name 'fa3'" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_what_was_decided_is_said(bundle):
     assert "left out: tilelang" in bundle[1]
@@ -169,10 +206,7 @@ def test_a_bundle_that_is_not_whole_or_for_another_python_is_refused(bundle, tmp
 
 
 def test_a_group_can_be_kept(registry, tmp_path):
-    spec = importlib.util.spec_from_file_location("pack_vllm", ROOT / "tools" / "pack_vllm.py")
-    pack_vllm = importlib.util.module_from_spec(spec)
-    sys.modules["pack_vllm"] = pack_vllm
-    spec.loader.exec_module(pack_vllm)
+    pack_vllm = module_of("pack_vllm")
     (whole,) = registry.glob("vllm-*.whl")
     for group, patterns in pack_vllm.LEFT_OUT_FILES.items():
         saved = pack_vllm.lighten(whole, patterns, tmp_path / f"{group}.whl")
@@ -180,8 +214,8 @@ def test_a_group_can_be_kept(registry, tmp_path):
         gone = set(VLLM_FILES) - names
         assert gone <= LEFT_OUT
         assert bool(gone) == any(saved.values())
-        if group == "flash-attention":
-            assert gone == {name for name in VLLM_FILES if "_vllm_fa" in name}
+        if group == "flash-attention-2":
+            assert gone == {name for name in VLLM_FILES if "_vllm_fa2" in name}
 
 
 @pytest.mark.parametrize(

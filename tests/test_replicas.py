@@ -11,6 +11,7 @@ from captures import TableTeacher, names, write_prompts
 from teacher_cache.capture import ray_driver
 from teacher_cache.capture.generate import generate
 from teacher_cache.capture.noise import PREFIX
+from teacher_cache.capture.replica_gpus import parallel_args
 from teacher_cache.engines import EngineDiedError, EngineError
 from teacher_cache.format import open_cache
 
@@ -59,15 +60,22 @@ class ThreadRay:
         RayError=nothing,
     )
 
-    def __init__(self, num_gpus):
-        self.num_gpus = num_gpus
+    def __init__(self, gpus_of_nodes=()):
+        self.gpus_of_nodes = gpus_of_nodes
+        self.asked = None  # options of the actors
 
-    def cluster_resources(self):
-        return {"GPU": float(self.num_gpus)} if self.num_gpus else {}
+    def nodes(self):
+        alive = [{"Alive": True, "Resources": {"GPU": float(n)}} for n in self.gpus_of_nodes]
+        return [*alive, {"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False}]
 
     def remote(self, kind):
         made = types.SimpleNamespace(remote=lambda *args: ThreadActor(kind(*args)))
-        return types.SimpleNamespace(options=lambda **_: made)
+
+        def options(**asked):
+            self.asked = asked
+            return made
+
+        return types.SimpleNamespace(options=options)
 
     def wait(self, refs, num_returns, timeout=None):
         done, rest = futures.wait(refs, timeout, futures.FIRST_COMPLETED)
@@ -104,7 +112,7 @@ class FailingTeacher(TableTeacher):
 @pytest.fixture
 def threads(capture_config, asked, monkeypatch):
     """A capture of 100 traces by two replicas in threads."""
-    ray = ThreadRay(num_gpus=0)
+    ray = ThreadRay()
     monkeypatch.setattr(ray_driver, "_connected", lambda _: ray)
     monkeypatch.setattr(ray_driver.os, "dup2", lambda *_: None)
     write_prompts(capture_config.prompts, 100)
@@ -159,12 +167,62 @@ def test_an_error_of_a_replica_ends_the_capture_as_it_would_alone(threads, asked
     assert generate(config).sealed
 
 
-def test_more_gpus_than_the_cluster_has_are_refused_before_anything_starts(threads, asked):
+@pytest.mark.parametrize(
+    ("gpus_of_nodes", "size", "engine_arg", "message"),
+    [
+        ([4], 4, {}, "2 replicas of 4 GPUs need 8, the Ray cluster has 4"),
+        ([4], 2, {"pipeline_parallel_size": 2}, "2 replicas of 4 GPUs need 8"),
+        ([8, 4, 4], 8, {}, "the nodes of the Ray cluster have 8, 4, 4 GPUs, room for 1"),
+    ],
+)
+def test_more_gpus_than_the_cluster_has_are_refused_before_anything_starts(
+    threads, asked, gpus_of_nodes, size, engine_arg, message
+):
     ray, config = threads
-    ray.num_gpus = 4
+    ray.gpus_of_nodes = gpus_of_nodes
     asked.teacher = None  # would fail when called
-    with pytest.raises(EngineError, match="2 replicas of 4 GPUs need 8, the Ray cluster has 4"):
-        generate(replace(config, tensor_parallel_size=4, engine="vllm"))
+    with pytest.raises(EngineError, match=message):
+        generate(replace(config, tensor_parallel_size=size, engine="vllm", engine_arg=engine_arg))
+
+
+@pytest.mark.parametrize(
+    ("gpus_of_nodes", "engine_arg", "expected"),
+    [
+        ([], {}, 0),
+        ([8], {}, 2),
+        ([8], {"pipeline_parallel_size": 2}, 4),
+        ([2, 2, 2], {"pipeline_parallel_size": 2, "distributed_executor_backend": "ray"}, 0),
+    ],
+    ids=["no-gpu", "tensors", "pipeline", "over-nodes"],
+)
+def test_a_replica_holds_the_gpus_of_all_its_degrees_of_parallelism(
+    threads, gpus_of_nodes, engine_arg, expected
+):
+    ray, config = threads
+    ray.gpus_of_nodes = gpus_of_nodes
+    num_replicas = 1 if sum(gpus_of_nodes) == 6 else 2
+    generate(
+        replace(
+            config, tensor_parallel_size=2, engine="vllm", engine_arg=engine_arg,
+            num_replicas=num_replicas, ray_address="auto",
+        )
+    )  # fmt: skip
+    assert ray.asked["num_gpus"] == expected
+
+
+def test_processes_of_a_replica_are_its_own_unless_ray_is_named():
+    assert parallel_args(1, {"max_num_seqs": 8}) == {"max_num_seqs": 8}
+    assert parallel_args(2, {}) == {
+        "tensor_parallel_size": 2, "distributed_executor_backend": "mp",
+    }  # fmt: skip
+    over_nodes = {"pipeline_parallel_size": 2, "distributed_executor_backend": "ray"}
+    assert parallel_args(1, over_nodes) == over_nodes
+
+
+@pytest.mark.parametrize("degree", [0, True, "2", 1.5])
+def test_a_degree_of_parallelism_is_a_positive_number(capture_config, degree):
+    with pytest.raises(ValueError, match="pipeline_parallel_size: expected a number from 1"):
+        replace(capture_config, engine="vllm", engine_arg={"pipeline_parallel_size": degree})
 
 
 def test_a_name_of_a_worker_has_no_meaning_on_a_cluster(capture_config):

@@ -16,9 +16,11 @@ SEPARATOR = "/"
 
 
 def write_figures(file: Path | None, result: Mapping[str, Any]) -> None:
-    """Write a bench's result to a file, if one was given."""
+    """Write a bench's result to a file, if one was given; in place of what it wrote before."""
     if file is not None:
-        file.write_text(json.dumps(dict(flat(result)), indent=1, default=float) + "\n")
+        temporary = file.with_name(file.name + ".new")  # a bench may be killed at any moment
+        temporary.write_text(json.dumps(dict(flat(result)), indent=1, default=float) + "\n")
+        temporary.replace(file)
 
 
 def flat(result: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -172,7 +172,7 @@ def chunked_ce(case: Case) -> None:
     for start in range(0, num_tokens, num_rows):
         stop = min(start + num_rows, num_tokens)
         logits, label = buffer[: stop - start], labels[start:stop, None]
-        head.logits_(start, stop, logits[:, :num_vocab])
+        head.products_(start, stop, logits[:, :num_vocab])
         logits[:, num_vocab:] = -torch.inf
         passes = passes_type(KL_ALONE)
         label_logit = logits.gather(1, label)[:, 0]
@@ -312,11 +312,20 @@ def in_float64(targets: TeacherTargets) -> TeacherTargets:
     return replace(targets, top_logits=top_logits, tail_logit=tail_logit)
 
 
+Rows = list[dict[str, object]]
+
+
 def measure(
-    sizes: Sizes, repeats: int, variants: dict[str, tuple[Variant, Variant | None]]
-) -> list[dict[str, object]]:
+    sizes: Sizes,
+    repeats: int,
+    variants: dict[str, tuple[Variant, Variant | None]],
+    save: Callable[[Rows], None],
+) -> Rows:
+    """Time, error and memory of every variant; `save` gets what there is after each round."""
     case = make_case(sizes)
     times: dict[str, list[float]] = {name: [] for name in variants}
+    errors: dict[str, float | None] = {}
+    peaks: dict[str, int] = {}
     for repeat in range(repeats + 1):
         for name, (step, _) in variants.items():
             if repeat > 1 and times[name][1] > SLOW * times["sparse_kl"][1]:
@@ -324,28 +333,35 @@ def measure(
             elapsed = timed_ms(step, case)
             print(f"round {repeat}/{repeats} {name}: {elapsed:.1f} ms", file=sys.stderr)
             times[name].append(elapsed)
-    # The first round warms up.
-    medians = {name: statistics.median(each[1:]) for name, each in times.items()}
-    errors = {
-        name: None if definition is None else gradient_error(step, definition, case)
-        for name, (step, definition) in variants.items()
-    }
+        if repeat:  # the first round warms up
+            save(rows_of(times, errors, peaks))
+    for name, (step, definition) in variants.items():
+        errors[name] = None if definition is None else gradient_error(step, definition, case)
+    save(rows_of(times, errors, peaks))
     if sizes.device == "cuda":
-        peaks = {name: peak_extra_bytes(step, case) for name, (step, _) in variants.items()}
+        peaks.update({name: peak_extra_bytes(step, case) for name, (step, _) in variants.items()})
     else:
         del case  # each process has one of its own
-        peaks = {name: peak_in_fresh_process(name, sizes) for name in variants}
+        peaks.update({name: peak_in_fresh_process(name, sizes) for name in variants})
+    return rows_of(times, errors, peaks)
+
+
+def rows_of(
+    times: dict[str, list[float]], errors: dict[str, float | None], peaks: dict[str, int]
+) -> Rows:
+    """One row per variant; None for what was not measured yet."""
+    medians = {name: statistics.median(each[1:]) for name, each in times.items()}
     return [
         {
             "name": name,
             "ms": medians[name],
-            "peak_extra_bytes": peaks[name],
-            "grad_rel_error": errors[name],
+            "peak_extra_bytes": peaks.get(name),
+            "grad_rel_error": errors.get(name),
             "time_ratio_vs_naive": medians[name] / medians["naive"],
-            "memory_ratio_vs_naive": peaks[name] / peaks["naive"],
+            "memory_ratio_vs_naive": peaks[name] / peaks["naive"] if peaks else None,
             "time_ratio_vs_plain_ce": medians[name] / medians["chunked_ce"],
         }
-        for name in variants
+        for name in medians
     ]
 
 
@@ -395,9 +411,19 @@ def main() -> None:
             step, _ = available(sizes.device)[arguments.memory_of]
             print(peak_extra_bytes(step, make_case(sizes)))
             return
-        rows = measure(sizes, arguments.repeats, variants)
+        table = {"name": f"hidden {hidden}", **vars(sizes)}
+        save = functools.partial(write, arguments.json, on_cuda, tables, table)
+        rows = measure(sizes, arguments.repeats, variants, save)
         print_table(sizes, rows)
-        tables.append({"name": f"hidden {hidden}", **vars(sizes), "rows": rows})
+        save(rows)
+        tables.append({**table, "rows": rows})
+
+
+def write(
+    file: Path | None, on_cuda: bool, tables: Rows, table: dict[str, object], rows: Rows
+) -> None:
+    """Write all tables, the last of which may still grow."""
+    tables = [*tables, {**table, "rows": rows}]
     # The figures of our loss at the middle size stand first, for scripts.
     headline = {k: v for k, v in tables[len(tables) // 2]["rows"][0].items() if k != "name"}
     machine = torch.cuda.get_device_name() if on_cuda else platform.processor()
@@ -407,7 +433,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
     }
-    write_figures(arguments.json, {**headline, **about, "tables": tables})
+    write_figures(file, {**headline, **about, "tables": tables})
 
 
 if __name__ == "__main__":

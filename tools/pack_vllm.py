@@ -10,17 +10,18 @@ against torch's stable interface, and load into other versions than the one that
 Packages installed in another version than asked for are listed at the end. Left out of the wheel,
 by group (`--keep` includes one again):
 
-    flash-attention  FlashAttention 2 and 3; vLLM falls back on FlashInfer or its Triton attention
-    moe              mixture-of-experts kernels, DeepGEMM
-    mla              kernels for multi-head latent, linear and sparse attention
-    fp4              four-bit kernels and Blackwell's attention
-    rust             the Rust front end of the server
-    headers          C++ headers for compiling kernels anew
+    flash-attention-2  FlashAttention 2: a Hopper GPU uses 3, which stays, because without either
+                       the worker of an engine cannot be imported
+    moe                mixture-of-experts kernels, DeepGEMM
+    mla                kernels for multi-head latent, linear and sparse attention
+    fp4                four-bit kernels and Blackwell's attention
+    rust               the Rust front end of the server
+    headers            C++ headers for compiling kernels anew
 
 and of the dependencies those in LEFT_OUT_PACKAGES (`--also` includes one again, or adds another).
 What remains runs dense bfloat16 models. A piece holds at most --piece-mib, and install_vllm.py,
 which needs nothing but Python and pip, checks every piece, joins and installs them, and imports
-vLLM.
+vLLM; on a GPU also the worker of an engine, and it fails where that does.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ TOOLS = Path(__file__).parent
 MIB = 2**20
 
 LEFT_OUT_FILES = {
-    "flash-attention": ("vllm/vllm_flash_attn/_vllm_fa[23]_C.*",),
+    "flash-attention-2": ("vllm/vllm_flash_attn/_vllm_fa2_C.*",),
     "moe": ("vllm/_moe_C*.so", "vllm/third_party/deep_gemm/*"),
     "mla": ("vllm/_flashmla*.so", "vllm/_deepselect_C.*", "vllm/_flashkda_C.*"),
     "fp4": ("vllm/_qutlass_C.*", "vllm/third_party/fmha_sm100/*"),

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 HERE = Path(__file__).resolve().parent
-# `import vllm` alone loads next to nothing of it, and its kernels want the driver's library.
+# `import vllm` alone loads next to nothing of it, and its kernels want the driver's library. The
+# worker imports attention, which needs its libraries, 40 s into the start of an engine.
 IMPORT = """
 import torch, vllm
 from vllm import EngineArgs, LLMEngine, SamplingParams
@@ -26,7 +27,10 @@ found = ["vLLM", vllm.__version__, "imports with torch", torch.__version__]
 if torch.cuda.is_available():
     import vllm.platforms.cuda
     torch.ops._C.rms_norm
-    found.append("and its kernels load")
+    import vllm.v1.worker.gpu_worker, vllm.model_executor.models.qwen3
+    found.append("and its kernels and an engine's worker load")
+else:
+    found.append("but its worker was not tried: no GPU here")
 print(*found)
 """
 
@@ -60,12 +64,18 @@ def main() -> None:
         command += ["--no-compile", "--disable-pip-version-check"]
         command += ["--target", str(target)] if target is not None else []
         subprocess.run([*command, *sorted(map(str, Path(folder).glob("*.whl")))], check=True)
+    check(target)
+
+
+def check(target: Path | None) -> None:
+    """Import what an engine imports; exit with 1 if that fails."""
     paths = [str(target.resolve())] if target is not None else []
     paths += filter(None, [os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     # In a folder without a `vllm` of its own.
     done = subprocess.run([sys.executable, "-c", IMPORT], env=environment, cwd=HERE, check=False)
-    sys.exit(done.returncode)
+    if done.returncode:
+        sys.exit("installed, but an engine cannot start with it: see the error above")
 
 
 if __name__ == "__main__":

@@ -9,26 +9,28 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from student_train.losses.head import HeadProducts
-from student_train.losses.rows import RowResults, Student, TorchPasses, evaluate_rows
+from student_train.losses.rows import Passes, RowResults, TorchPasses
+from student_train.losses.steps import RowSteps
 from student_train.losses.targets import TeacherTargets
 from student_train.objective import Objective
 
 if TYPE_CHECKING:
-    from student_train.losses.triton_rows import TritonPasses
+    from student_train.losses.triton_fused import FusedRows
     from student_train.losses.vocab_parallel import VocabShard
 
 logger = logging.getLogger(__name__)
 
-# Many rows at a time let the matrix products run at full speed: a GPU needs 1024 or more with a
-# vocabulary of 152k. On a CPU more than 100 to 200 gain nothing.
-CUDA_CHUNK_BYTES = 640 * 2**20
+# Many rows at a time let the matrix products run at full speed. With a vocabulary of 152k and
+# bfloat16 operands this holds the logits of 512 rows and the gradients of 2048, which are
+# multiplied together. On a CPU more than 100 to 200 rows gain nothing.
+CUDA_CHUNK_BYTES = 896 * 2**20
 CHUNK_BYTES = 96 * 2**20
 _CUDA_ROW_MULTIPLE = 128
 _COLUMN_MULTIPLE = 16
@@ -89,15 +91,16 @@ def run(
 
 
 def _loop(problem: Problem, head: HeadProducts, row_weight_N: Tensor | None) -> RowResults:
-    """Yield every chunk's results in turn; its gradients go into the head."""
+    """Results of all rows, chunk by chunk; their gradients go into the head."""
     num_rows, device, dtype = len(problem.targets), problem.targets.k.device, head.result_dtype
     width = buffer_width(head.num_vocab)
-    passes_cls = passes_type(device.type)
+    operation = row_operation(problem, head, row_weight_N)
     # Processes that share a vocabulary must cut at the same rows, whatever the size of their part.
     shard = problem.shard
     planned_width = width if shard is None else buffer_width(shard.even_share)
-    row_bytes = passes_cls.row_bytes(problem.objective, planned_width, dtype, head.operand_dtype)
+    row_bytes = operation.row_bytes(planned_width)
     chunk_rows = rows_per_chunk(num_rows, row_bytes, problem.chunk_bytes, device.type)
+    product_rows = chunk_rows * operation.chunks_per_product
     buffer = torch.empty(min(chunk_rows, num_rows), width, device=device, dtype=dtype)
     results = RowResults(
         kl=torch.empty(num_rows, device=device, dtype=dtype),
@@ -106,59 +109,26 @@ def _loop(problem: Problem, head: HeadProducts, row_weight_N: Tensor | None) -> 
         top1=torch.empty(num_rows, device=device, dtype=torch.bool),
     )
     for start in range(0, num_rows, chunk_rows):
-        stop = min(start + chunk_rows, num_rows)
+        first, stop = start - start % product_rows, min(start + chunk_rows, num_rows)
         logits_CV = buffer[: stop - start]
-        head.logits_(start, stop, logits_CV[:, : head.num_vocab])
-        part, grad_CV = _chunk(
-            problem,
-            passes_cls(problem.objective),
-            problem.targets.select(slice(start, stop)),
-            logits_CV,
-            head,
-            None if row_weight_N is None else row_weight_N[start:stop],
-        )
-        for name in ("kl", "ce", "student_mass", "top1"):
-            getattr(results, name)[start:stop] = getattr(part, name)
-        if grad_CV is not None:
-            head.accumulate_(start, stop, grad_CV[:, : head.num_vocab])
+        head.products_(start, stop, logits_CV[:, : head.num_vocab])
+        gradient_PV = operation(first, start, logits_CV, results)
+        if gradient_PV is not None and (stop == num_rows or stop == first + product_rows):
+            head.accumulate_(first, stop, gradient_PV[:, : head.num_vocab])
     return results
 
 
-def _chunk(
-    problem: Problem,
-    passes: TorchPasses | TritonPasses,
-    targets: TeacherTargets,
-    logits_CV: Tensor,
-    head: HeadProducts,
-    row_weight: Tensor | None,
-) -> tuple[RowResults, Tensor | None]:
-    """One chunk's results and, in the memory of its logits, its gradient."""
-    objective, shard, num_local = problem.objective, problem.shard, head.num_vocab
-    num_vocab = num_local if shard is None else shard.num_vocab
-    passes.transform_(logits_CV[:, :num_local])
-    logits_CV[:, num_local:] = -torch.inf
-    kept_ids = targets.top_ids.masked_fill(~targets.kept(), num_vocab).long()
-    label_ids = targets.target_ids.long()[:, None]
-    if shard is not None:
-        kept_ids = shard.local_columns(kept_ids, num_local)
-        label_ids = shard.local_columns(label_ids, num_local)
-    kept, label = logits_CV.gather(1, kept_ids), logits_CV.gather(1, label_ids)[:, 0]
-    logits_CV.scatter_(1, kept_ids, -torch.inf)
-    student = local = Student(kept, label, passes.reduce_(logits_CV))
-    if shard is not None:
-        student = shard.merge(local, objective.temperature)
-    results, gradients = evaluate_rows(objective, targets, student, num_vocab, row_weight)
-    if gradients is None:
-        return results, None
-    if shard is not None:
-        shares = shard.tail_shares(local.tail, student.tail, objective.temperature)
-        gradients = replace(
-            gradients,
-            tail=gradients.tail * shares[1],
-            tail_ce=gradients.tail_ce * shares[0],
-            columns=shard.local_columns(gradients.columns, num_local),
-        )
-    return results, passes.gradient_(logits_CV, gradients, head.operand_dtype)
+def row_operation(
+    problem: Problem, head: HeadProducts, row_weight_N: Tensor | None
+) -> RowSteps | FusedRows:
+    """The fused kernel where it is made for the case, else passes with PyTorch between them."""
+    objective, targets, shard = problem.objective, problem.targets, problem.shard
+    passes_cls = passes_type(targets.k.device.type)
+    if shard is None and targets.top_ids.shape[1] <= passes_cls.max_fused_kept:
+        from student_train.losses.triton_fused import FusedRows
+
+        return FusedRows(objective, targets, head, row_weight_N)
+    return RowSteps(objective, targets, head, row_weight_N, shard, passes_cls)
 
 
 def buffer_width(num_vocab: int) -> int:
@@ -167,7 +137,7 @@ def buffer_width(num_vocab: int) -> int:
 
 
 @functools.cache
-def passes_type(device_type: str) -> type[TorchPasses] | type[TritonPasses]:
+def passes_type(device_type: str) -> type[Passes]:
     """Triton's kernels on CUDA where Triton is installed, PyTorch's everywhere else."""
     if device_type != "cuda":
         return TorchPasses
@@ -177,6 +147,16 @@ def passes_type(device_type: str) -> type[TorchPasses] | type[TritonPasses]:
         logger.warning("the loss runs without its Triton kernels, at about half speed: %s", error)
         return TorchPasses
     return TritonPasses
+
+
+def multiply_in_place(values: Tensor, factor: Tensor) -> None:
+    """Multiply by a [] tensor; on CUDA with Triton a factor of 1 costs nothing."""
+    if passes_type(values.device.type).max_fused_kept == 0:
+        values.mul_(factor)
+        return
+    from student_train.losses.triton_scale import multiply_
+
+    multiply_(values, factor)
 
 
 def rows_per_chunk(num_rows: int, row_bytes: int, chunk_bytes: int | None, device_type: str) -> int:

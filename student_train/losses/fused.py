@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from student_train.losses.chunks import Gradients, Problem, Wanted, run
+from student_train.losses.chunks import Gradients, Problem, Wanted, multiply_in_place, run
 from student_train.losses.rows import RowResults
 from student_train.objective import Objective
 
@@ -115,5 +115,8 @@ def _scaled(gradient: Tensor | None, factor: Tensor | None, like: Tensor | None)
         return None
     if factor is None:
         return gradient.to(like.dtype)
-    out = gradient if gradient.dtype == like.dtype else torch.empty_like(gradient, dtype=like.dtype)
-    return torch.mul(gradient, factor, out=out)
+    if gradient.dtype != like.dtype:
+        out = torch.empty_like(gradient, dtype=like.dtype)
+        return torch.mul(gradient, factor, out=out)
+    multiply_in_place(gradient, factor)
+    return gradient

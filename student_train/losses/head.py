@@ -14,6 +14,7 @@ class HeadProducts:
 
     Attributes:
         result_dtype: float64 for float64 operands, else float32.
+        bias_V: [V] or None, in result_dtype; whoever takes the products adds it.
         grad_hidden: [N, D] or None.
         grad_weight: [V, D] or None, in result_dtype.
         grad_bias: [V] or None, in result_dtype.
@@ -36,7 +37,7 @@ class HeadProducts:
         operand_dtype = dtype if device.type == "cuda" else self.result_dtype
         self._hidden_ND = hidden_ND.to(dtype).to(operand_dtype)
         self._weight_VD = weight_VD.to(dtype).to(operand_dtype)
-        self._bias_V = None if bias_V is None else bias_V.to(dtype).to(self.result_dtype)
+        self.bias_V = None if bias_V is None else bias_V.to(dtype).to(self.result_dtype)
         self.grad_hidden: Tensor | None = None
         self.grad_weight: Tensor | None = None
         self.grad_bias: Tensor | None = None
@@ -62,11 +63,9 @@ class HeadProducts:
         """Dtype of the operands of the products."""
         return self._weight_VD.dtype
 
-    def logits_(self, start: int, stop: int, out_CV: Tensor) -> None:
-        """Write the outputs of rows [start, stop) into `out_CV`."""
+    def products_(self, start: int, stop: int, out_CV: Tensor) -> None:
+        """Write the outputs of rows [start, stop), short of the bias, into `out_CV`."""
         _product(self._hidden_ND[start:stop], self._weight_VD.t(), out_CV)
-        if self._bias_V is not None:
-            out_CV.add_(self._bias_V)
 
     def accumulate_(self, start: int, stop: int, grad_CV: Tensor) -> None:
         """Add the operands' gradients from the gradient of the outputs of rows [start, stop).

@@ -8,6 +8,7 @@ not kept, never one minus the rest (which is noise as soon as the student is sur
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -61,8 +62,37 @@ class RowGradients:
     values: Tensor
 
 
+class Passes(Protocol):
+    """The two dense passes over a chunk, in place."""
+
+    max_fused_kept: int  # kept entries up to which one kernel does all of a row, passes included
+
+    def __init__(self, objective: Objective) -> None: ...
+
+    @staticmethod
+    def row_bytes(
+        objective: Objective, width: int, dtype: torch.dtype, gradient_dtype: torch.dtype
+    ) -> int:
+        """Bytes of buffers per row of `width` columns: logits in `dtype`, gradients in theirs."""
+        ...
+
+    def transform_(self, logits_CV: Tensor) -> None:
+        """Scale and cap the head's outputs."""
+        ...
+
+    def reduce_(self, logits_CV: Tensor) -> TailSums:
+        """Sum over the columns that are not -inf."""
+        ...
+
+    def gradient_(self, logits_CV: Tensor, gradients: RowGradients, dtype: torch.dtype) -> Tensor:
+        """Turn what `reduce_` left into the gradient by the head's outputs, in `dtype`."""
+        ...
+
+
 class TorchPasses:
-    """The two dense passes over a chunk, in place, in PyTorch on any device."""
+    """The passes in PyTorch, on any device."""
+
+    max_fused_kept = 0
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective

@@ -72,7 +72,7 @@ def sparse_kl(
 
     The gradients of hidden_ND, weight_VD and bias, where they are required, are formed here, at
     three matrix products in all. Tokens of weight 0 are taken out first and cost nothing; finding
-    them is the one point at which a GPU is waited for (see `has_zero_weights`). Inside
+    them is the one point at which a GPU is waited for, and `has_zero_weights` spares it. Inside
     `torch.compile` this is a graph break. Under autocast operands are rounded as
     `torch.nn.functional.linear` would. Logits, losses and the sum over tokens in the weight's
     gradient are float32, or float64 for float64 operands.
@@ -87,11 +87,11 @@ def sparse_kl(
         objective: Divergence, tail, temperature and ce_weight, and what the head does to its
             outputs. By default half forward KL and half cross entropy, as in arXiv 2512.21002.
         bias: [V] or None.
-        chunk_bytes: Bound on the buffers for logits; one row always fits. None is 640 MiB on
+        chunk_bytes: Bound on the buffers for logits; one row always fits. None is 896 MiB on
             CUDA and 96 MiB elsewhere.
         shard: This process' part of the vocabulary, if weight_VD and bias are only a part.
-        has_zero_weights: Whether a token may have weight 0. With False none is looked for, so that
-            a GPU is never waited for.
+        has_zero_weights: False where the caller knows that no token has weight 0; one that has it
+            all the same costs as much as any other.
 
     Returns:
         The loss and its parts; the parts of a token of weight 0 are 0, its teacher_mass apart.

@@ -1,7 +1,7 @@
-"""The two dense passes over a chunk as Triton kernels: the only file that imports Triton.
+"""The two dense passes over a chunk as Triton kernels, a row to a program.
 
-Each kernel gives a row to a program and passes over it once, so a chunk is read twice and written
-once between its matrix products. The work per row and kept entry stays in `rows`.
+For a vocabulary that is split over processes, and more kept entries than `triton_fused` takes;
+the work per row and kept entry stays in `rows`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from student_train.losses.rows import RowGradients, TailSums, cap_
+from student_train.losses.triton_sweeps import sum_tail, write_tail_gradient
 from student_train.objective import Objective
 
 _BLOCK = 8192
@@ -19,7 +20,9 @@ _NUM_WARPS = 16
 
 
 class TritonPasses:
-    """`rows.TorchPasses` on a GPU: logits stay in place until the gradient takes their place."""
+    """`rows.Passes` on a GPU: logits stay in place until the gradient takes their place."""
+
+    max_fused_kept = 1024  # more would not fit into a program's registers
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
@@ -47,12 +50,11 @@ class TritonPasses:
             rest_tempered,
             logits_CV.stride(0),
             width,
-            temperature=self._objective.temperature,
-            block=min(_BLOCK, triton.next_power_of_2(width)),
+            temperature=float(self._objective.temperature),
+            block=_BLOCK,
             num_warps=_NUM_WARPS,
         )
-        tempered = self._objective.temperature != 1
-        self._sums = TailSums(peak, rest, rest_tempered if tempered else rest)
+        self._sums = TailSums(peak, rest, rest_tempered)
         return self._sums
 
     def gradient_(self, logits_CV: Tensor, gradients: RowGradients, dtype: torch.dtype) -> Tensor:
@@ -75,9 +77,9 @@ class TritonPasses:
             logits_CV.stride(0),
             packed_CV.stride(0),
             width,
-            temperature=self._objective.temperature,
+            temperature=float(self._objective.temperature),
             softcap=self._objective.softcap,
-            block=min(_BLOCK, triton.next_power_of_2(width)),
+            block=_BLOCK,
             num_warps=_NUM_WARPS,
             num_stages=1,
         )
@@ -97,26 +99,12 @@ def _sum_tails(
 ) -> None:
     """Peak of a row, and log-sum-exp of its logits minus the peak, at temperature 1 and another."""
     row = tl.program_id(0).to(tl.int64)
-    element = logits.dtype.element_ty
-    peak = tl.full((), float("-inf"), element)
-    total = tl.full((), 0.0, element)
-    total_tempered = tl.full((), 0.0, element)
-    for start in range(0, width, block):
-        columns = start + tl.arange(0, block)
-        z = tl.load(logits + row * stride + columns, mask=columns < width, other=float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(z, axis=0))
-        # All -inf so far: any finite reference keeps the sums 0, -inf would make them NaN.
-        reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        total = total * tl.exp(peak - reference) + tl.sum(tl.exp(z - reference), axis=0)
-        if temperature != 1:
-            total_tempered = total_tempered * tl.exp((peak - reference) / temperature)
-            total_tempered += tl.sum(tl.exp((z - reference) / temperature), axis=0)
-        peak = new_peak
-    none = peak == float("-inf")
+    peak, rest, rest_tempered = sum_tail(
+        logits + row * stride, None, width, width, temperature, 1.0, None, block
+    )
     tl.store(peak_out + row, peak)
-    tl.store(rest_out + row, tl.log(tl.where(none, 1.0, total)))
-    if temperature != 1:
-        tl.store(rest_tempered_out + row, tl.log(tl.where(none, 1.0, total_tempered)))
+    tl.store(rest_out + row, rest)
+    tl.store(rest_tempered_out + row, rest_tempered)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no types
@@ -137,21 +125,10 @@ def _weight_softmax(
 ) -> None:
     """A row's softmax times a factor, plus that at temperature 1, times the slope of the cap."""
     row = tl.program_id(0).to(tl.int64)
-    peak = tl.load(peaks + row)
-    rest = tl.load(rests + row)
-    rest_tempered = tl.load(rests_tempered + row)
-    factor = tl.load(factors + row)
-    factor_ce = tl.load(factors_ce + row)
-    for start in range(0, width, block):
-        columns = start + tl.arange(0, block)
-        z = tl.load(logits + row * stride + columns, mask=columns < width, other=float("-inf"))
-        # A narrower `out` overlaps this block and earlier ones: none may be written before all
-        # warps have read it.
-        tl.debug_barrier()
-        g = tl.exp((z - peak) / temperature - rest_tempered) * factor
-        if temperature != 1:
-            g += tl.exp((z - peak) - rest) * factor_ce
-        if softcap is not None:
-            g *= 1 - (z / softcap) * (z / softcap)
-        out_pointers = out + row * out_stride + columns
-        tl.store(out_pointers, g.to(out.dtype.element_ty), mask=columns < width)
+    write_tail_gradient(
+        logits + row * stride, out + row * out_stride, None,
+        tl.load(peaks + row), tl.load(rests + row), tl.load(rests_tempered + row),
+        tl.load(factors + row), tl.load(factors_ce + row),
+        width, width, temperature, 1.0, softcap,
+        is_capped=True, is_packed=True, block=block,
+    )  # fmt: skip

@@ -80,8 +80,13 @@ class StudentWithLoss(nn.Module):
         if router_aux_loss_coef:
             self._num_chosen = chosen_experts(model)
 
-    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: MicroBatch, loss_factor: float = 1.0) -> tuple[Tensor, Tensor]:
         """Run one micro-batch.
+
+        Args:
+            batch: Micro-batch.
+            loss_factor: Factor of the loss. Behind the loss it would cost one more pass over the
+                gradient of the head's weight.
 
         Returns:
             The loss [], weighted and summed over loss tokens, and the detached sums over loss
@@ -95,10 +100,10 @@ class StudentWithLoss(nn.Module):
                 hidden_ND,
                 output.weight,
                 batch.targets,
-                batch.token_weight,
+                batch.token_weight if loss_factor == 1 else batch.token_weight * loss_factor,
                 self._objective,
                 bias=output.bias,
-                has_zero_weights=False,
+                has_zero_weights=False,  # what is not learned from is no loss token
             )
             loss = result.loss
         else:
@@ -111,11 +116,13 @@ class StudentWithLoss(nn.Module):
                 ce_weight=self._objective.ce_weight,
                 temperature=self._matched_chunks_at,
             )
+            loss = loss * loss_factor if loss_factor != 1 else loss
         parts = (result.kl, result.ce, result.student_mass, result.teacher_mass, result.top1)
         sums = torch.stack([part.double().sum() for part in parts])
         if self._router_aux_loss_coef:
             aux_loss = self._router_aux_loss(batch, body)
-            loss = loss + self._router_aux_loss_coef * batch.token_weight.sum() * aux_loss
+            weight = self._router_aux_loss_coef * batch.token_weight.sum() * loss_factor
+            loss = loss + weight * aux_loss
             sums = torch.cat([sums, batch.num_valid * aux_loss.detach().double()[None]])
         if self._num_sources > 1:
             sums = torch.cat([sums, self._sums_by_source(batch, result.kl)])

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from teacher_cache.capture.job import ONLY_WORKER
+from teacher_cache.capture.replica_gpus import replica_gpus
 from teacher_cache.engines.start import DTYPES, ENGINES
 from teacher_cache.format import MAX_K, CachePath, parse_worker
 from teacher_cache.sources import ASSISTANT_TURNS, PROMPT_TURNS, Input, RowColumns, TraceSlice
@@ -160,6 +161,7 @@ class CaptureConfig(RowsConfig):
             raise ValueError("--tensor-parallel-size is vLLM's; transformers runs on one GPU")
         if "tensor_parallel_size" in self.engine_arg:
             raise ValueError("--engine-arg: give --tensor-parallel-size instead")
+        replica_gpus(self.engine_arg)
 
     @property
     def on_cluster(self) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from teacher_cache.capture.configs import CaptureConfig, GenerateConfig, RowsConfig, ScoreConfig
 from teacher_cache.capture.job import Job
 from teacher_cache.capture.ray_driver import Cluster, ReplicaPlan
+from teacher_cache.capture.replica_gpus import parallel_args, replica_gpus
 from teacher_cache.capture.run import CaptureReport, capture
 from teacher_cache.engines import Sampling, Teacher, TeacherFacts, TeacherRequest
 from teacher_cache.engines.start import start_teacher
@@ -26,7 +27,8 @@ def run_job(config: CaptureConfig, job: Job) -> CaptureReport:
     """Run a job on one engine in this process, or on replicas that Ray places."""
     if not config.on_cluster:
         return capture(job)
-    placement = ReplicaPlan(config.num_replicas, config.ray_address, config.tensor_parallel_size)
+    gpus = replica_gpus(parallel_args(config.tensor_parallel_size, config.engine_arg))
+    placement = ReplicaPlan(config.num_replicas, config.ray_address, gpus)
     return capture(job, partial(Cluster, placement))
 
 
@@ -149,15 +151,6 @@ def _start(
         top_k=min(config.top_k, files.vocab_size()),  # a small vocabulary has no more candidates
         max_model_len=longest,
         sampling=sampling,
-        engine_args={**_parallel_args(config.tensor_parallel_size), **config.engine_arg},
+        engine_args=parallel_args(config.tensor_parallel_size, config.engine_arg),
         trust_remote_code=config.trust_remote_code,
-    )
-
-
-def _parallel_args(num_gpus: int) -> dict[str, object]:
-    # On a cluster vLLM would use Ray for its own processes too, which one replica does not need.
-    return (
-        {"tensor_parallel_size": num_gpus, "distributed_executor_backend": "mp"}
-        if num_gpus > 1
-        else {}
     )

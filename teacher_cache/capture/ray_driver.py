@@ -16,6 +16,7 @@ from typing import Any
 
 from teacher_cache.capture.job import Job
 from teacher_cache.capture.ray_actor import UNIT_TRACES, Place, Replica, Report
+from teacher_cache.capture.replica_gpus import ReplicaGpus
 from teacher_cache.capture.worker_loop import Done, Work
 from teacher_cache.engines import EngineDiedError, EngineError, TeacherFacts
 from teacher_cache.engines.checks import one_line
@@ -36,7 +37,7 @@ class ReplicaPlan:
 
     num_workers: int
     address: str | None  # of a running cluster; None to start one on this machine
-    gpus_per_worker: int  # ignored if the cluster has no GPU
+    gpus: ReplicaGpus  # of each; ignored if the cluster has no GPU
 
 
 class _DeathError(Exception):
@@ -127,17 +128,14 @@ class Cluster:
                 self._ray.kill(worker.actor)
 
     def _actor_class(self, placement: ReplicaPlan) -> Any:  # noqa: ANN401 (Ray is untyped here)
-        num_gpus = int(self._ray.cluster_resources().get("GPU", 0))
-        needed = placement.num_workers * placement.gpus_per_worker
-        if 0 < num_gpus < needed:
-            raise EngineError(
-                f"{placement.num_workers} replicas of {placement.gpus_per_worker} GPUs need "
-                f"{needed}, the Ray cluster has {num_gpus}: lower --num-replicas or "
-                "--tensor-parallel-size"
-            )
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        of_nodes = [int(resources["GPU"]) for resources in nodes if resources.get("GPU")]
+        placement.gpus.check(placement.num_workers, of_nodes)
+        # Where Ray places vLLM's workers, these hold the GPUs, and their driver none.
+        own = 0 if placement.gpus.ray_places or not of_nodes else placement.gpus.number
         return self._ray.remote(Replica).options(
             num_cpus=0,
-            num_gpus=placement.gpus_per_worker if num_gpus else 0,
+            num_gpus=own,
             max_concurrency=4,
             scheduling_strategy="SPREAD",
         )

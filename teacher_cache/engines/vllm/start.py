@@ -26,7 +26,9 @@ _RESERVED = {
     "logprobs_mode": "a cache holds raw logprobs at temperature 1",
     "max_logprobs": "it follows from the number of kept entries",
     "skip_tokenizer_init": "the end-of-sequence token comes from the tokenizer",
-    "data_parallel_size": "run one capture worker per replica",
+    "data_parallel_size": "one process drives one rank of vLLM's: use --num-replicas or --worker; "
+    "the experts of a mixture are spread over the GPUs of --tensor-parallel-size by "
+    "enable_expert_parallel=true",
     "speculative_config": "it can corrupt the logprobs of given tokens",
     "spec_method": "speculation can corrupt the logprobs of given tokens",
     "spec_model": "speculation can corrupt the logprobs of given tokens",
