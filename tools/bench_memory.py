@@ -3,7 +3,7 @@
     python tools/bench_memory.py --json memory.json
 
 predicted: what `train-student run --estimate` says, for Qwen3 shapes on CUDA in bfloat16.
-counted: the largest number of bytes that live at once in two real steps on fake tensors (forward,
+counted: the largest number of bytes that live at once in a real step on fake tensors (forward,
 loss, backward, AdamW), by torch's MemTracker, which sees every tensor that torch makes.
 fits: tokens of the largest forward pass that fits a card, by the prediction, with gradient
 checkpointing and 2 GiB left for CUDA, libraries and the allocator's slack.
@@ -116,7 +116,7 @@ def largest_passes(student: str, name: str) -> dict[str, int]:
 
 
 def counted_peak(shape: Qwen3Config, config: TrainConfig, num_tokens: int) -> int:
-    """Most bytes alive at once in two steps; the first makes the optimizer's state."""
+    """Most bytes alive at once in a step after the first."""
     with FakeTensorMode():
         model: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).train()
         if config.gradient_checkpointing:
@@ -132,10 +132,12 @@ def counted_peak(shape: Qwen3Config, config: TrainConfig, num_tokens: int) -> in
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
         with tracker:
-            for _ in range(2):
-                take_step(model, ids, targets, weight)
-                optimizer.step()
-                optimizer.zero_grad()
+            for parameter in trained:  # makes the optimizer's state, as an earlier step has
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
+            take_step(model, ids, targets, weight)
+            optimizer.step()
         peak = tracker.get_tracker_snapshot("peak")
     return sum(parts["Total"] for parts in peak.values())
 

@@ -94,7 +94,7 @@ def faults() -> list[Fault]:
         Fault("disk full: before a capture", capture + "{disk}/cache", "MB left", held="before"),
         Fault(
             "disk full: a checkpoint", run + "{disk}/run", "disk",
-            held="student_train.run.checkpoint:_save",
+            held="student_train.run.checkpoint_writer:_save",
         ),
         Fault(
             "disk full: the student", run + "{disk}/run", "space",

@@ -283,10 +283,10 @@ def moments(parts: Path) -> list[Moment]:
         Moment(audit, "audit", "teacher_cache.examine.audit:_compare"),
         Moment(run, "first import", "teacher_cache.terminal.entry"),
         Moment(run, "heavy imports", "torch"),
-        Moment(run, "loading", "student_train.run.inputs:load_model"),
+        Moment(run, "loading", "student_train.run.student:load_model"),
         Moment(run, "first step", "student_train.run.loop:global_counts", num_holds=1),
         Moment(
-            (*run, "--save-every", "1"), "checkpoint", "student_train.run.checkpoint:_save",
+            (*run, "--save-every", "1"), "checkpoint", "student_train.run.checkpoint_writer:_save",
             num_holds=2,
         ),
         Moment(run, "student", "student_train.run.finish:save_student"),
