@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from teacher_cache.format import SECTIONS, Cache, Trace
+from teacher_cache.format import SECTIONS, Cache, Trace, bands_of_tokens, lead_span_lengths
 from teacher_cache.pages.packing import StudentView, facts, pack, texts_index
 from teacher_cache.pages.page import json_for_script, render
 from teacher_cache.terminal.escape import printable
@@ -139,28 +139,24 @@ def _mean_kl(shown: Sequence[ShownTrace]) -> Mapping[str, tuple[int, float]]:
 
 
 def bytes_before(cache: Cache) -> list[int | None]:
-    """Bytes that a reader of the whole cache takes at lead spans of 1 to 100 %; None if not held.
-
-    As `lead_span_length` and `num_bands_needed`, for all traces of a shard at once.
-    """
+    """Bytes that a run on the whole cache reads at lead spans of 1 to 100 %; None if not held."""
+    catalog, num_bands = cache.catalog, cache.header.num_bands
+    n_total = catalog.numbers("n_total")
     sizes: list[int | None] = []
-    totals = [np.array([info.n_total for info in shard.traces], np.int64) for shard in cache.shards]
-    held = [
-        np.array([cache.num_held(info) for info in shard.traces], np.int64)
-        for shard in cache.shards
-    ]
     for percent in range(1, 101):
         if percent / 100 > cache.header.max_lead_span:
             sizes.append(None)
             continue
-        size_bytes = 0
-        for shard, n_total, num_held in zip(cache.shards, totals, held, strict=True):
-            keep = np.maximum(1, n_total * percent // 100)
-            if (keep > num_held).any():
-                return [*sizes, *[None] * (101 - percent)]  # nor at any longer span
-            bands = -(-keep * len(shard.blocks) // num_held)
-            size_bytes += shard.prefix_bytes(int(bands.max()))
-        sizes.append(size_bytes)
+        keep = lead_span_lengths(n_total, percent / 100)
+        if (keep > catalog.num_held).any():
+            return [*sizes, *[None] * (101 - percent)]  # nor at any longer span
+        bands = bands_of_tokens(catalog.num_held, keep, num_bands)
+        of_shard = np.maximum.reduceat(bands, catalog.first_row[:-1]).tolist()
+        sizes.append(
+            sum(
+                shard.prefix_bytes(most) for shard, most in zip(cache.shards, of_shard, strict=True)
+            )
+        )
     return sizes
 
 
