@@ -11,6 +11,7 @@ import numpy as np
 from teacher_cache.format import SECTIONS, Cache, Trace, bands_of_tokens, lead_span_lengths
 from teacher_cache.pages.packing import StudentView, facts, pack, texts_index
 from teacher_cache.pages.page import json_for_script, render
+from teacher_cache.pages.sections import SECTION_NAMES
 from teacher_cache.terminal.escape import printable
 
 _TEMPLATE = Path(__file__).with_name("traces.html")
@@ -79,6 +80,7 @@ def trace_page(
         header=header_rows(cache),
         data=json_for_script(data),
         packed=[pack(one.trace, known_ids, one.student) for one in shown],
+        section_names=SECTION_NAMES,
         worst={name: [one for one in worst if one.section == name] for name in SECTIONS},
         mean_kl=_mean_kl(shown),
     )
