@@ -553,16 +553,30 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(config, monkeypatch):
         train(config())
 
 
-def test_weights_and_biases_gets_the_metrics(config, monkeypatch):
+def test_weights_and_biases_gets_the_metrics_and_what_runs_are_compared_by(
+    config, monkeypatch, tmp_path
+):
     logged = []
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setattr(
         "accelerate.tracking.WandBTracker.log",
         lambda self, values, step=None, **_: logged.append((step, values)),
     )
-    settings = config(max_steps=2, tracker="wandb")
+    initialised = []
+    real = Accelerator.init_trackers
+    monkeypatch.setattr(
+        Accelerator, "init_trackers",
+        lambda *args, **named: (initialised.append(named), real(*args, **named)),
+    )  # fmt: skip
+    settings = config(
+        max_steps=2, tracker="wandb", lead_span=0.5, out=tmp_path / "s/cells/span-0.5_seed-0/run"
+    )
     train(settings)
 
+    shown = initialised[0]["init_kwargs"]["wandb"]
+    assert (shown["name"], shown["group"]) == ("span-0.5_seed-0", "s")
+    assert shown["notes"].endswith(": lead span 0.5, seed 0")
+    assert shown["config"]["lead_span"] == 0.5
     assert [step for step, _ in logged] == [1, 2]
     assert logged[1][1]["loss/loss"] == metrics_of(settings)[1]["loss"]
     assert not (settings.out / "tensorboard").exists()
@@ -624,6 +638,7 @@ def test_tensorboard_shows_the_metrics_in_groups_and_the_settings(config, tmp_pa
     assert not [path for path in (settings.out / "tensorboard").iterdir() if path.is_dir()]
     (text,) = events.Tensors("settings/text_summary")
     assert b"| lead_span | 0.5 |" in text.tensor_proto.string_val[0]
+    assert b": lead span 0.5, seed 0" in text.tensor_proto.string_val[0]
 
 
 def test_steps_without_a_valid_token_are_counted_and_change_nothing(config, tmp_path, caplog):

@@ -255,9 +255,24 @@ def test_a_long_trace_shows_quickly_and_scrolls_with_few_rows(browser, tmp_path)
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    out = make_sweep(tmp_path_factory.mktemp("sweep"), curve({0.5: 0.7, 1.0: 0.8}))
+    cells = curve({0.5: 0.7, 1.0: 0.8})
+    cells += [("mix-0.375x4+1x1", "mixture", 0, {"lead_span": "0.375:4,1:1"}, 0.79)]
+    cells += [("half-steps", "half-steps", 0, {"max_steps": 5}, 0.65)]
+    out = make_sweep(tmp_path_factory.mktemp("sweep"), cells)
     write_report(out, {"teacher": STRANGER}, costs)
     return out
+
+
+CLIPPED_OR_SMALL = """
+const found = [];
+for (const text of document.querySelectorAll(".chart text")) {
+  const [box, chart] = [text, text.closest("svg")].map((one) => one.getBoundingClientRect());
+  const pixels = (parseFloat(getComputedStyle(text).fontSize) * chart.width) / 400;
+  if (box.left < chart.left - 1 || box.right > chart.right + 1 || pixels < 10)
+    found.push(text.textContent);
+}
+return found;
+"""
 
 
 @pytest.mark.parametrize(("width", "dark"), WIDTHS)
@@ -271,6 +286,7 @@ def test_a_sweep_and_its_comparison_fit_every_screen(browser, sweep, width, dark
         assert complaints(browser) == []
         assert requested(browser) == []
         assert width_of(browser) == width
+        assert browser.execute_script(CLIPPED_OR_SMALL) == []
 
 
 def test_a_flipped_answer_is_opened_and_read(browser, sweep):

@@ -150,8 +150,9 @@ def test_the_report_is_written_after_every_cell(parts, monkeypatch):
     )
     run_sweep(config)
 
+    assert reports[0] == 2
     assert reports[-1] == 0
-    assert len(reports) == 3  # after each of two cells, and at the end
+    assert len(reports) == 4  # before and after each of two cells, and at the end
     assert "still to come" not in page.read_text()
     assert len(counted) == 2  # of two cells, each once for all reports
 

@@ -101,8 +101,10 @@ def bytes_asked_for() -> int:
 
 
 if __name__ == "__main__":
-    command, *arguments = sys.argv[1:]
-    if command == "write":
-        write(Path(arguments[0]), Path(arguments[1]), arguments[2] or None)
-    else:
-        print(json.dumps(read(Path(arguments[0]), float(arguments[1]))))
+    match sys.argv[1:]:
+        case ["write", traces, folder, *compression]:
+            write(Path(traces), Path(folder), (compression or [""])[0] or None)
+        case ["read", folder, lead_span]:
+            print(json.dumps(read(Path(folder), float(lead_span))))
+        case _:
+            sys.exit(__doc__)

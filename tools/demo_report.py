@@ -1,12 +1,14 @@
 """Results of tools/demo as a table: accuracy before and after, and the bytes that were read."""
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="folder that tools/demo wrote")
+    out = parser.parse_args().out
     rows = [("student", "right", "95 % interval", "unfinished", "bytes read", "tokens trained")]
     bytes_read = {}
     for name, label in (

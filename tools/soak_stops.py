@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ _HELD_S = 1.0
 # For processes that notice the end of the command by themselves; a sweep's write a checkpoint.
 _LEAVING_S = 15.0
 AT_THE_MOMENT = "at the moment"
+_PROGRESS = re.compile(r"[-0-9]+ [:0-9]+ captured ")  # with its time
 
 # Holds one of our functions until the signal has come; late imports are held late.
 HOLDING = """
@@ -151,7 +153,7 @@ def stop(
             os.kill(pid, signal.SIGKILL)
     after = said.read_text(errors="replace")[len(before) :].splitlines()
     # Progress is a line every 10 s, whatever happens: it is not of the stop.
-    lines = tuple(x for x in after if x != AT_THE_MOMENT and not x.startswith("captured "))
+    lines = tuple(x for x in after if x != AT_THE_MOMENT and not _PROGRESS.match(x))
     expected = {"INT": 130, "TERM": 143, "KILL": -9}[signal_name] if to != "child" else 1
     limit_s += _HELD_S * moment.num_holds
     is_right = (

@@ -13,12 +13,12 @@ from teacher_cache.format.files import publish
 from teacher_cache.pages.charts import LineChart, Series, line_chart
 from teacher_cache.pages.numbers import percent, quantity
 from teacher_cache.pages.page import render
+from teacher_cache.pages.sections import SECTION_NAMES
 from teacher_cache.terminal.early_checks import check_file
 from teacher_cache.terminal.escape import printable
 from teacher_cache.terminal.progress import duration
 
 _TEMPLATE = Path(__file__).with_name("compare.html")
-_SECTIONS = ("prompt", "cot", "answer")
 _UNKNOWN = "-"
 
 
@@ -60,7 +60,7 @@ def comparison_page(
         charts=_charts(runs),
         heldout_differs=len({run.settings["heldout_fingerprint"] for run in _measured(runs)}) > 1,
         heldout=_heldout_rows(runs),
-        sections=_SECTIONS,
+        sections=list(SECTION_NAMES.values()),
         paired=[_shown_pair(one, prompts, num_flips) for one in paired if one.difference],
         first=paired[0].name if paired else None,
         differing=differing_settings(runs),
@@ -131,7 +131,7 @@ def _charts(runs: Sequence[ComparedRun]) -> list[LineChart]:
 
 
 def _heldout_rows(runs: Sequence[ComparedRun]) -> list[list[str]]:
-    names = [*(f"heldout_kl_{name}" for name in _SECTIONS), "heldout_kl"]
+    names = [*(f"heldout_kl_{name}" for name in SECTION_NAMES), "heldout_kl"]
     return [[run.name, *(_number(run.latest(name)) for name in names)] for run in _measured(runs)]
 
 

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from student_train.data.tokens import TokenSelection, TraceBounds
 from student_train.data.traces import CacheTraces
-from teacher_cache.format import CacheMismatchError, lead_span_lengths
+from teacher_cache.format import CacheMismatchError, bands_of_tokens, lead_span_lengths
 from teacher_cache.format.lead_spans import LeadSpans
 from teacher_cache.format.span_draw import MIN_SHARDS_PER_SPAN, deals_shards, drawn_choice
 
@@ -99,7 +99,7 @@ class DrawnSpans:
         cache, train = self.source.cache, self.source.train
         held, num_bands = cache.catalog.num_held[train.catalog_rows], cache.header.num_bands
         needed = np.zeros(cache.catalog.num_shards, np.int64)
-        np.maximum.at(needed, train.shard, -(-self.num_read * num_bands // held))
+        np.maximum.at(needed, train.shard, bands_of_tokens(held, self.num_read, num_bands))
         return int(cache.catalog.band_ends[np.arange(len(needed)), needed].sum())
 
     @property

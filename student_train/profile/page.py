@@ -10,6 +10,7 @@ from student_train.profile.advice import Advice
 from teacher_cache.pages.charts import BarChart, LineChart, Series, bar_chart, line_chart
 from teacher_cache.pages.numbers import percent
 from teacher_cache.pages.page import render
+from teacher_cache.pages.sections import SECTION_NAMES
 from teacher_cache.terminal.escape import printable
 
 _TEMPLATE = Path(__file__).with_name("profile.html")
@@ -81,8 +82,9 @@ def _before_span(rows: Sequence[Mapping[str, Any]]) -> LineChart:
 
 def _by_section(rows: Sequence[Mapping[str, Any]]) -> list[BarChart]:
     num_tokens = sum(row["num_tokens"] for row in rows)
-    tokens = {row["section"]: row["num_tokens"] / num_tokens for row in rows}
-    divergence = {row["section"]: row["divergence_share"] for row in rows}
+    names = [SECTION_NAMES[row["section"]] for row in rows]
+    tokens = {n: row["num_tokens"] / num_tokens for n, row in zip(names, rows, strict=True)}
+    divergence = {n: row["divergence_share"] for n, row in zip(names, rows, strict=True)}
     return [
         bar_chart("Share of the divergence by section", divergence, form="{:.1%}"),
         bar_chart("Share of the tokens by section", tokens, form="{:.1%}"),

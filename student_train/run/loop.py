@@ -14,7 +14,7 @@ from student_train.run.inputs import open_inputs
 from student_train.run.memory import advice_when_out_of_memory
 from student_train.run.precision import with_precision
 from student_train.run.processes import join_processes, owned
-from student_train.run.progress import describe, stop_after_step
+from student_train.run.progress import describe, heldout_line, stop_after_step
 from student_train.run.setup import Run, open_stream, prepare
 from student_train.run.sharding import clip_gradients
 from student_train.run.step import (
@@ -123,7 +123,7 @@ def _take_steps(run: Run) -> None:
                 heldout = run.validation.measure()
                 state.note_heldout(heldout["heldout_kl"])
                 if accelerator.is_main_process:
-                    logger.info("step %d: held-out KL %.4f", state.step, heldout["heldout_kl"])
+                    logger.info("%s", heldout_line(state.step, heldout))
                 is_end = run.is_over  # the last one, if it has not fallen for long enough
 
             # Every log_every steps, after the last, and where held-out traces were measured.
@@ -133,6 +133,8 @@ def _take_steps(run: Run) -> None:
                     inputs.folder.metrics.append(line)
                 accelerator.log(grouped(line), step=state.step)
                 shown.set(state.step, describe(line))
+            else:
+                shown.set(state.step)
 
             # Every save_every steps, after the last, when asked to stop, and after a best step.
             is_best = config.select == "heldout" and state.best_step == state.step

@@ -23,12 +23,25 @@ def _say_stop(signum: int, *, insists: bool) -> None:
 
 
 def describe(metrics: Mapping[str, Any]) -> str:
-    """The figures of a step in one line."""
-    heldout = f" | held-out kl {metrics['heldout_kl']:.4f}" if "heldout_kl" in metrics else ""
+    """The figures of a step in one line, the most important first; a terminal cuts the rest."""
     return (
         f"loss {metrics['loss']:.4f} | kl {metrics['kl']:.4f} | ce {metrics['ce']:.4f} | "
-        f"mass {metrics['student_mass']:.3f} of {metrics['teacher_mass']:.3f} | "
-        f"top-1 {metrics['top1_agreement']:.1%} | lr {metrics['lr']:.1e} | "
-        f"{metrics['tokens_per_s']:,.0f} tok/s | data {metrics['data_wait_share']:.0%} | "
-        f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB{heldout}"
+        f"top-1 {metrics['top1_agreement']:.1%} | {metrics['tokens_per_s']:,.0f} tok/s | "
+        f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB | lr {metrics['lr']:.1e} | "
+        f"data {metrics['data_wait_share']:.0%} | "
+        f"mass {metrics['student_mass']:.3f} of {metrics['teacher_mass']:.3f}"
+    )
+
+
+def heldout_line(step: int, figures: Mapping[str, float]) -> str:
+    """What the held-out traces say, in a line that stays above the progress; 80 columns."""
+    of_sections = [
+        f"{section} {figures[f'heldout_kl_{section}']:.4f}"
+        for section in ("cot", "answer")
+        if f"heldout_kl_{section}" in figures
+    ]
+    by_section = f" ({', '.join(of_sections)})" if of_sections else ""
+    return (
+        f"step {step:,}: held-out KL {figures['heldout_kl']:.4f}{by_section}, "
+        f"top-1 {figures['heldout_top1_agreement']:.1%}"
     )

@@ -50,19 +50,38 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig, done_steps: in
         config: Configuration of the run.
         done_steps: Steps before this process; later ones of an earlier process are removed.
     """
-    name = hashlib.sha256(str(config.out.resolve()).encode()).hexdigest()[:16]
+    run_id = hashlib.sha256(str(config.out.resolve()).encode()).hexdigest()[:16]
+    name, group = shown_name(config)
     accelerator.init_trackers(
         "tensorboard" if config.tracker == "tensorboard" else "leadspan",
         init_kwargs={
             "tensorboard": {"purge_step": done_steps + 1},
             "wandb": {
-                "id": name, "name": config.out.name, "resume": "allow", "dir": str(config.out),
-                "config": config.to_json(),
+                "id": run_id, "name": name, "group": group, "notes": summary(config),
+                "resume": "allow", "dir": str(config.out), "config": config.to_json(),
             },
         },
     )  # fmt: skip
     if config.tracker == "tensorboard" and accelerator.is_main_process:
         _describe_run(accelerator.get_tracker("tensorboard", unwrap=True), config)
+
+
+def shown_name(config: TrainConfig) -> tuple[str, str | None]:
+    """Name of a run among others, and of its sweep, if its folder is SWEEP/cells/NAME/run."""
+    cell = config.out.resolve().parent
+    if config.out.name == "run" and cell.parent.name == "cells":
+        return cell.name, cell.parent.parent.name
+    return config.out.resolve().name, None
+
+
+def summary(config: TrainConfig) -> str:
+    """The run in one line: who learns how much of what."""
+    settings = config.to_json()
+    caches = " and ".join(printable(path) for path in settings["cache"])
+    length = f"lead span {settings['lead_span']}"
+    if settings["trace_tokens"] is not None:
+        length = f"{settings['trace_tokens']} tokens of each trace"
+    return f"{printable(config.student)} learns from {caches}: {length}, seed {config.seed}"
 
 
 def _describe_run(writer: Any, config: TrainConfig) -> None:  # noqa: ANN401  # a SummaryWriter
@@ -82,7 +101,9 @@ def _describe_run(writer: Any, config: TrainConfig) -> None:  # noqa: ANN401  # 
     for summary in summaries:
         writer.file_writer.add_summary(summary)
     rows = (f"| {name} | {_in_table(value)} |" for name, value in settings.items())
-    writer.add_text("settings", "\n".join(["| setting | value |", "| --- | --- |", *rows]))
+    heading = f"**{_in_table(shown_name(config)[0])}**: {_in_table(summary(config))}"
+    table = "\n".join(["| setting | value |", "| --- | --- |", *rows])
+    writer.add_text("settings", f"{heading}\n\n{table}")
 
 
 def _in_table(value: object) -> str:

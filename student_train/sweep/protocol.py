@@ -31,6 +31,7 @@ from student_train.evaluation.prompts import (
 from student_train.model.flops import compare_flops, count_parameters
 from student_train.model.load import load_tokenizer
 from student_train.run.config import TrainConfig
+from student_train.sweep.at_work import CellsAtWork
 from student_train.sweep.cell_run import Children, cell_folder, is_finished, run_cell, sweep_record
 from student_train.sweep.cells import FULL, Cell
 from student_train.sweep.config import SweepConfig
@@ -117,6 +118,8 @@ def _run_and_report(
         except ValueError as error:  # raised again at the end; no cell may be lost
             logger.warning("the report was not updated: %s", error)
 
+    if unfinished:
+        report_so_far()  # from the beginning there is a page to look at
     _run_all(config, unfinished, report_so_far)
     left = [cell for cell in cells if not is_finished(config, cell)]
     failed = tuple(c.name for c in left if cell_folder(config, c).joinpath("failed.txt").exists())
@@ -233,19 +236,25 @@ def _has_group(config: SweepConfig, group: str) -> bool:
 
 
 def _run_all(config: SweepConfig, cells: Sequence[Cell], after_each: Callable[[], None]) -> None:
-    shown = Progress("finished", len(cells), "cells")
+    at_work = CellsAtWork()
+    shown = Progress("finished", len(cells), "cells", watch=at_work.described)
+
+    def run(cell: Cell, children: Children) -> str:
+        with at_work.of(cell.name, cell_folder(config, cell) / "log.txt"):
+            return run_cell(config, cell, children)
+
     with Children() as children, ThreadPoolExecutor(config.num_parallel) as pool, shown:
-        running = {pool.submit(run_cell, config, cell, children): cell for cell in cells}
+        running = {pool.submit(run, cell, children): cell for cell in cells}
         for number, done in enumerate(as_completed(running), start=1):
             if children.stopped_by:
                 continue
             shown.set(number)
             logger.info("%d/%d %s: %s", number, len(cells), running[done].name, done.result())
             after_each()
-    if children.stopped_by:
-        raise InterruptedRunError(
-            "stopped; run the same command again to resume", children.stopped_by
-        )
+        if children.stopped_by:  # inside, so that no last line of progress comes between
+            raise InterruptedRunError(
+                "stopped; run the same command again to resume", children.stopped_by
+            )
 
 
 def _compare_flops(config: SweepConfig, cache: Cache) -> None:

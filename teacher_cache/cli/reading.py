@@ -94,8 +94,8 @@ def export_command(config: ExportConfig) -> None:
     """
     check_cache(config.cache)
     check_out_file(config.out, "OUT", force=config.force)
-    with Progress(f"exporting {shown(config.cache)}"):
-        num_traces = export(config)
+    with Progress("exported", unit="traces") as progress:
+        num_traces = export(config, lambda done, total: progress.set(done, total=total))
     click.echo(f"{printable(config.out)}: {num_traces:,} traces")
 
 
@@ -109,13 +109,14 @@ def truncate_command(config: TruncateConfig) -> None:
     """
     check_cache(config.cache)
     check_out_cache(config.out, "OUT")
-    with Progress(f"truncating {shown(config.cache)}"):
+    with Progress("truncated", unit="traces") as progress:
         manifest = truncate_cache(
             open_cache(config.cache),
             config.out,
             lead_span=config.lead_span,
             seed=config.seed or 0,
             top_k=config.top_k,
+            on_trace=lambda done, total: progress.set(done, total=total),
         )
     seal = manifest.seal
     if seal is not None:

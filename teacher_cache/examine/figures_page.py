@@ -6,6 +6,7 @@ from teacher_cache.examine.inspection import Inspection
 from teacher_cache.format import Cache
 from teacher_cache.pages.charts import BarChart, bar_chart
 from teacher_cache.pages.page import render
+from teacher_cache.pages.sections import SECTION_NAMES
 from teacher_cache.pages.traces import header_rows
 from teacher_cache.terminal.escape import printable
 
@@ -21,7 +22,8 @@ def figures_page(cache: Cache, figures: Inspection) -> bytes:
         figures=figures,
         charts=entry_charts(figures),
         lengths=[
-            bar_chart(f"{name}, tokens", counts) for name, counts in figures.section_lengths.items()
+            bar_chart(f"{SECTION_NAMES[name]}, tokens", counts)
+            for name, counts in figures.section_lengths.items()
         ],
         header=header_rows(cache),
     )

@@ -15,6 +15,7 @@ from teacher_cache.format import (
     CacheError,
     CacheMismatchError,
     CachePath,
+    bands_of_tokens,
     lead_span_lengths,
     open_cache,
 )
@@ -149,7 +150,7 @@ def _bytes_read(cache: Cache, lead_span: float) -> int:
     """Bytes that a reader of all traces reads from the shards: whole bands."""
     catalog, num_bands = cache.catalog, cache.header.num_bands
     n_total = catalog.numbers("n_total")
-    needed = -(-lead_span_lengths(n_total, lead_span) * num_bands // n_total)
+    needed = bands_of_tokens(n_total, lead_span_lengths(n_total, lead_span), num_bands)
     of_shard = np.maximum.reduceat(needed, catalog.first_row[:-1])
     return int(catalog.band_ends[np.arange(catalog.num_shards), of_shard].sum())
 

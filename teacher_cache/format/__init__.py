@@ -1,6 +1,7 @@
 """The cache on disk: numpy, pyarrow and zstandard only. SPEC.md describes the bytes."""
 
 from teacher_cache.format.bands import (
+    bands_of_tokens,
     lead_span_length,
     lead_span_lengths,
     num_bands_needed,
@@ -74,6 +75,7 @@ __all__ = [
     "Trace",
     "TraceInfo",
     "TraceNotFoundError",
+    "bands_of_tokens",
     "compact_journals",
     "content_hash",
     "entry_offsets",

@@ -42,6 +42,15 @@ def band_start(n_total: _Tokens, band: int, num_bands: int) -> _Tokens:
     return n_total * band // num_bands
 
 
+def bands_of_tokens(num_held: _Tokens, keep: _Tokens, num_bands: int) -> _Tokens:
+    """Number of leading bands of `num_bands` that hold the first `keep` of a trace's tokens.
+
+    The smallest b with floor(num_held * b / num_bands) >= keep; 0 if nothing is kept.
+    """
+    # floor(n*b/S) >= keep  <=>  n*b >= keep*S  <=>  b >= ceil(keep*S/n)
+    return -(-keep * num_bands // num_held)
+
+
 def num_bands_needed(spans: Iterable[tuple[int, int]], num_bands: int) -> int:
     """Number of leading bands that hold the first `keep` tokens of every trace.
 
@@ -52,5 +61,4 @@ def num_bands_needed(spans: Iterable[tuple[int, int]], num_bands: int) -> int:
     Returns:
         The smallest b with floor(n_total*b/S) >= keep for all traces; 0 if nothing is kept.
     """
-    # floor(n*b/S) >= keep  <=>  n*b >= keep*S  <=>  b >= ceil(keep*S/n)
-    return max((-(-keep * num_bands // n_total) for n_total, keep in spans), default=0)
+    return max((bands_of_tokens(n_total, keep, num_bands) for n_total, keep in spans), default=0)

@@ -12,7 +12,7 @@ from teacher_cache.pages.axis import Axis, Form, Tick, prefixed
 
 WIDTH, HEIGHT = 400.0, 250.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 10.0, 38.0
-_BAR_HEIGHT, _BAR_LEFT, _BAR_RIGHT = 20.0, 92.0, 62.0
+_BAR_HEIGHT, _BAR_LEFT, _BAR_RIGHT = 20.0, 116.0, 62.0
 _MAX_POINTS = 300  # of a curve: more are averaged in groups
 NUM_COLOURS = 8
 

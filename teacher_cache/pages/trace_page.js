@@ -44,10 +44,10 @@ function showSpan() {
   const share = trace.entropyBefore[held] / (trace.entropyBefore[trace.num_tokens] || 1);
   const bytes = page.bytes_before[percent - 1];
   const whole = page.bytes_before.findLast((size) => size !== null);
-  const read = bytes === null ? "more than the cache holds" : `${byteText(bytes)} of the cache's ${byteText(whole)}`;
+  const read = bytes === null ? "more than the cache holds" : `${byteText(bytes)} of ${byteText(whole)}`;
   at("span-holds").value =
     `${(percent / 100).toFixed(2)}: ${countText(keep)} of ${countText(trace.n_total)} tokens, ` +
-    `${percentText(share)} of this trace's entropy; reads ${read}`;
+    `${percentText(share)} of this trace's entropy; of the whole cache a run reads ${read}`;
   text.paint();
   strip.draw(trace, text.quantity, keep);
   text.draw();

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from teacher_cache.format import SECTIONS, Cache, Trace
+from teacher_cache.format import SECTIONS, Cache, Trace, bands_of_tokens, lead_span_lengths
 from teacher_cache.pages.packing import StudentView, facts, pack, texts_index
 from teacher_cache.pages.page import json_for_script, render
+from teacher_cache.pages.sections import SECTION_NAMES
 from teacher_cache.terminal.escape import printable
 
 _TEMPLATE = Path(__file__).with_name("traces.html")
@@ -79,6 +80,7 @@ def trace_page(
         header=header_rows(cache),
         data=json_for_script(data),
         packed=[pack(one.trace, known_ids, one.student) for one in shown],
+        section_names=SECTION_NAMES,
         worst={name: [one for one in worst if one.section == name] for name in SECTIONS},
         mean_kl=_mean_kl(shown),
     )
@@ -139,28 +141,24 @@ def _mean_kl(shown: Sequence[ShownTrace]) -> Mapping[str, tuple[int, float]]:
 
 
 def bytes_before(cache: Cache) -> list[int | None]:
-    """Bytes that a reader of the whole cache takes at lead spans of 1 to 100 %; None if not held.
-
-    As `lead_span_length` and `num_bands_needed`, for all traces of a shard at once.
-    """
+    """Bytes that a run on the whole cache reads at lead spans of 1 to 100 %; None if not held."""
+    catalog, num_bands = cache.catalog, cache.header.num_bands
+    n_total = catalog.numbers("n_total")
     sizes: list[int | None] = []
-    totals = [np.array([info.n_total for info in shard.traces], np.int64) for shard in cache.shards]
-    held = [
-        np.array([cache.num_held(info) for info in shard.traces], np.int64)
-        for shard in cache.shards
-    ]
     for percent in range(1, 101):
         if percent / 100 > cache.header.max_lead_span:
             sizes.append(None)
             continue
-        size_bytes = 0
-        for shard, n_total, num_held in zip(cache.shards, totals, held, strict=True):
-            keep = np.maximum(1, n_total * percent // 100)
-            if (keep > num_held).any():
-                return [*sizes, *[None] * (101 - percent)]  # nor at any longer span
-            bands = -(-keep * len(shard.blocks) // num_held)
-            size_bytes += shard.prefix_bytes(int(bands.max()))
-        sizes.append(size_bytes)
+        keep = lead_span_lengths(n_total, percent / 100)
+        if (keep > catalog.num_held).any():
+            return [*sizes, *[None] * (101 - percent)]  # nor at any longer span
+        bands = bands_of_tokens(catalog.num_held, keep, num_bands)
+        of_shard = np.maximum.reduceat(bands, catalog.first_row[:-1]).tolist()
+        sizes.append(
+            sum(
+                shard.prefix_bytes(most) for shard, most in zip(cache.shards, of_shard, strict=True)
+            )
+        )
     return sizes
 
 

@@ -38,5 +38,12 @@ class CaptureProgress:
         self.num_traces += 1
         self.num_tokens += num_tokens
         self.num_unfinished += cut_by_length
+        self._show()
+
+    def leave_out(self) -> None:
+        """Count one trace that is not wanted after all: it is done with, and has no tokens."""
+        self._show()
+
+    def _show(self) -> None:
         per_second = self.num_tokens / max(self.seconds, 1e-9)
         self._shown.add(1, f"{self.num_tokens:,} tokens | {per_second:,.0f} tok/s")

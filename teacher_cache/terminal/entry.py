@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from teacher_cache.terminal import stop_signals
 from teacher_cache.terminal.escape import printable_lines
 from teacher_cache.terminal.messages import Messages, configure, program_messages, say
-from teacher_cache.terminal.progress import Progress, at_work
+from teacher_cache.terminal.progress import Progress, at_work, clear_displays
 
 _OURS = ("teacher_cache", "student_train")
 _EXTRAS = {
@@ -189,6 +189,7 @@ def _leave(messages: Messages, signum: int) -> NoReturn:
     try:
         for child in multiprocessing.active_children():
             _kill(child.pid)
+        clear_displays()
         what = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
         _say(messages.name, f"stopped by {what}")
         _flush()

@@ -115,8 +115,10 @@ class Messages:
         logging.getLogger().setLevel(logging.INFO if self.is_verbose else logging.WARNING)
         for name in _OURS:
             logging.getLogger(name).setLevel(logging.WARNING if self.is_quiet else logging.INFO)
-        form = "%(asctime)s %(message)s" if self.is_verbose else "%(message)s"
-        self._handler.setFormatter(_Printable(form))
+        # A file of a night's run wants to know when; whoever looks at a terminal does.
+        has_time = self.is_verbose or not self.stream.isatty()
+        form = "%(asctime)s %(message)s" if has_time else "%(message)s"
+        self._handler.setFormatter(_Printable(form, datefmt="%Y-%m-%d %H:%M:%S"))
 
 
 class _Printable(logging.Formatter):

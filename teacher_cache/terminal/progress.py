@@ -1,9 +1,9 @@
-"""Progress of a task: a bar on a terminal, a line every 10 s elsewhere."""
+"""Progress of a task: two rows on a terminal, a line every 10 s elsewhere."""
 
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Self
 from teacher_cache.terminal.messages import console, is_quiet, is_terminal, silence_s
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
+    from rich.live import Live
 
 logger = logging.getLogger(__name__)
 
 LINE_INTERVAL_S = 10.0
 _FIRST_S = 0.8  # shorter tasks are not shown
+_CLEAR_S = 0.3
 
 
 def duration(seconds: float) -> str:
@@ -44,6 +45,7 @@ class Progress:
         unit: Name of the units, such as "traces".
         first: Number of units done before.
         hint: Usual duration, if there is no total.
+        watch: Gives the figures whenever they are shown, for work that other processes do.
         enabled: Whether to show anything; among several processes, one does.
     """
 
@@ -55,13 +57,14 @@ class Progress:
         *,
         first: int = 0,
         hint: str = "",
+        watch: Callable[[], str] | None = None,
         enabled: bool = True,
     ) -> None:
-        self._doing, self._unit, self._hint = doing, unit, hint
+        self.doing, self._unit, self._hint, self._watch = doing, unit, hint, watch
         self._total, self._first, self._done = total, first, first
         self._figures = ""
         self._enabled = enabled and not is_quiet()
-        self._bar: RichProgress | None = None
+        self._display: Live | None = None
         self._has_ended = threading.Event()
         self._started_s = self._said_s = time.monotonic()
         self._has_said = False
@@ -86,10 +89,10 @@ class Progress:
         self._has_ended.set()
         self._ticker.join()
         _shown.remove(self)
-        if self._bar is not None:
-            self._bar.stop()
-            if self._outer is not None and self._outer._bar is not None:
-                self._outer._bar.start()
+        if self._display is not None:
+            self._display.stop()
+            if self._outer is not None and self._outer._display is not None:
+                self._outer._display.start()
         if self._has_said and self._done != self._first and kind is None:
             logger.info("%s", self.line)
 
@@ -101,8 +104,36 @@ class Progress:
     @property
     def line(self) -> str:
         """The progress on one line."""
-        parts = (f"{self._doing} {self.counted}".rstrip(), self._figures, self._time())
+        parts = (f"{self.doing} {self.counted}".rstrip(), self.figures, self._time(), self.rate)
         return " | ".join(text for text in parts if text)
+
+    @property
+    def figures(self) -> str:
+        """Figures of the work."""
+        return self._figures if self._watch is None else self._watch()
+
+    @property
+    def counts(self) -> Sequence[str]:
+        """Units done, time and rate, as far as they are known; the most important first."""
+        return [text for text in (self.counted, self._time(), self.rate) if text]
+
+    @property
+    def share(self) -> float | None:
+        """Share of the units done; None if there is no total."""
+        return None if self._total is None else self._done / max(1, self._total)
+
+    @property
+    def rate(self) -> str:
+        """Units per second, minute or hour since the beginning; empty before anything is done."""
+        num_now = self._done - self._first
+        if num_now <= 0 or not self._unit:
+            return ""
+        for unit_s, unit in ((1, "s"), (60, "min"), (3600, "h")):
+            rate = num_now / max(self.seconds, 1e-9) * unit_s
+            if rate >= 1 or unit == "h":
+                break
+        number = f"{rate:,.0f}" if rate >= 99.5 else f"{rate:.2g}"
+        return f"{number} {self._unit}/{unit}"
 
     @property
     def counted(self) -> str:
@@ -111,15 +142,15 @@ class Progress:
             return f"{self._done:,} {self._unit}" if self._done else ""
         return f"{self._done:,}/{self._total:,} {self._unit}".rstrip()
 
-    def set(self, done: int, figures: str = "", *, total: int | None = None) -> None:
-        """Set the number of units done."""
-        self._done, self._figures = done, figures
+    def set(self, done: int, figures: str | None = None, *, total: int | None = None) -> None:
+        """Set the number of units done; figures stay as they are without new ones."""
+        self._done = done
+        if figures is not None:
+            self._figures = figures
         if total is not None:
             self._total = total
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, total=self._total)
 
-    def add(self, num_units: int = 1, figures: str = "") -> None:
+    def add(self, num_units: int = 1, figures: str | None = None) -> None:
         """Add finished units."""
         self.set(self._done + num_units, figures)
 
@@ -144,11 +175,12 @@ class Progress:
         if self._has_ended.wait(_FIRST_S):
             return
         if is_terminal():
-            if self._outer is not None and self._outer._bar is not None:
-                self._outer._bar.stop()
+            from teacher_cache.terminal.display import start_display
+
+            if self._outer is not None and self._outer._display is not None:
+                self._outer._display.stop()
             self._has_said = True
-            self._bar = _bar(self)
-            self._bar.start()
+            self._display = start_display(self, console())
             return
         wait_s = 0.0
         while not self._has_ended.wait(wait_s):
@@ -175,31 +207,18 @@ def at_work(name: str) -> Iterator[None]:
         has_ended.set()
 
 
+def clear_displays() -> None:
+    """Leave a clean terminal before the process ends at once."""
+
+    def clear() -> None:
+        for progress in reversed(_shown):
+            if progress._display is not None:
+                progress._display.stop()
+
+    # Whoever holds a display's lock may never let it go.
+    clearing = threading.Thread(target=clear, daemon=True, name="clear-displays")
+    clearing.start()
+    clearing.join(_CLEAR_S)
+
+
 _shown: list[Progress] = []  # from the outermost to the innermost
-
-
-def _bar(progress: Progress) -> "RichProgress":
-    """The bar in one row and the figures below: side by side, the bar would have no room."""
-    from collections.abc import Iterable
-
-    from rich.console import RenderableType
-    from rich.progress import BarColumn, SpinnerColumn, TextColumn
-    from rich.progress import Progress as Rich
-    from rich.text import Text
-
-    class Rows(Rich):
-        def get_renderables(self) -> Iterable[RenderableType]:
-            yield self.make_tasks_table(self.tasks)
-            if progress._figures:
-                yield Text(progress._figures, overflow="fold")
-
-    class Counted(TextColumn):
-        def render(self, task: object) -> Text:
-            return Text(" | ".join(text for text in (progress.counted, progress._time()) if text))
-
-    columns = [SpinnerColumn(), TextColumn(progress._doing, markup=False)]
-    if progress._total is not None:
-        columns.append(BarColumn())
-    bar = Rows(*columns, Counted(""), console=console(), transient=True, redirect_stdout=False)
-    bar.add_task("", total=progress._total, completed=progress._done)
-    return bar

@@ -1,7 +1,7 @@
 """`cache-teacher export`: a cache or part of it as JSONL, which `score` reads, or as Parquet."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ from teacher_cache.format import (
     rows_by_shard,
 )
 from teacher_cache.format.files import publish_file
+from teacher_cache.format.reading.places import Place
 from teacher_cache.sources.tokenizer import TeacherTokenizer, load_tokenizer
 from teacher_cache.terminal.option import check_options, option
+
+OnTrace = Callable[[int, int], None]  # traces done, and in all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +84,14 @@ class ExportConfig:
         return self.parquet or self.out.suffix in (".parquet", ".pq")
 
 
-def export(config: ExportConfig) -> int:
+def export(config: ExportConfig, on_trace: OnTrace = lambda done, total: None) -> int:
     """Write every trace once; returns how many.
 
     The file is written under a temporary name and renamed, so that it is complete or absent.
+
+    Args:
+        config: What to write, and where.
+        on_trace: Called after every trace, with their number so far and in all.
 
     Raises:
         CacheError: If the cache cannot be read, or lacks a named trace or part of the lead
@@ -93,19 +100,22 @@ def export(config: ExportConfig) -> int:
     """
     cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
     if config.is_parquet:
-        return _export_parquet(cache, config)
+        return _export_parquet(cache, config, on_trace)
     tokenizer = load_tokenizer(cache.header, config.model) if config.text else None
-    return _export_jsonl(cache, tokenizer, config)
+    return _export_jsonl(cache, tokenizer, config, on_trace)
 
 
-def _export_jsonl(cache: Cache, tokenizer: TeacherTokenizer | None, config: ExportConfig) -> int:
+def _export_jsonl(
+    cache: Cache, tokenizer: TeacherTokenizer | None, config: ExportConfig, on_trace: OnTrace
+) -> int:
     """With logprobs: `top_ids`, `top_logprobs` and `tail_mass`, lists with one item per token."""
-    num_traces = 0
+    places, num_traces = _places(cache, config), 0
     with publish_file(config.out) as temporary, temporary.open("w") as file:
-        for trace in _traces(cache, config):
+        for trace in _traces(cache, config, places):
             row = _row(trace, tokenizer) | (_distributions(trace) if config.logprobs else {})
             file.write(json.dumps(row) + "\n")
             num_traces += 1
+            on_trace(num_traces, len(places))
     return num_traces
 
 
@@ -120,7 +130,7 @@ PARQUET_SCHEMA = pa.schema({
 })  # fmt: skip
 
 
-def _export_parquet(cache: Cache, config: ExportConfig) -> int:
+def _export_parquet(cache: Cache, config: ExportConfig, on_trace: OnTrace) -> int:
     """Write one plain row per token, distributions included.
 
     Columns: `trace_id`, `position`, `section` (prompt, cot, answer), `token_id`, `top_ids` and
@@ -129,14 +139,15 @@ def _export_parquet(cache: Cache, config: ExportConfig) -> int:
     """
     import pyarrow.parquet as pq  # 30 ms that other commands should not pay
 
-    num_traces = 0
+    places, num_traces = _places(cache, config), 0
     with (
         publish_file(config.out) as temporary,
         pq.ParquetWriter(temporary, PARQUET_SCHEMA, compression="zstd") as writer,
     ):
-        for trace in _traces(cache, config):
+        for trace in _traces(cache, config, places):
             writer.write_batch(_token_rows(trace))
             num_traces += 1
+            on_trace(num_traces, len(places))
     return num_traces
 
 
@@ -162,10 +173,13 @@ def _distributions(trace: Trace) -> dict[str, Any]:
     return {name: rows[name].to_pylist() for name in ("top_ids", "top_logprobs", "tail_mass")}
 
 
-def _traces(cache: Cache, config: ExportConfig) -> Iterator[Trace]:
+def _places(cache: Cache, config: ExportConfig) -> Sequence[Place]:
     named = {cache.place(trace_id) for trace_id in config.trace}
-    places = [place for place in cache.traces if place in named or not named]
-    for shard, rows in rows_by_shard(places[: config.limit]).items():
+    return [place for place in cache.traces if place in named or not named][: config.limit]
+
+
+def _traces(cache: Cache, config: ExportConfig, places: Sequence[Place]) -> Iterator[Trace]:
+    for shard, rows in rows_by_shard(places).items():
         keep = {row: _num_exported(cache, cache.shards[shard].traces[row], config) for row in rows}
         yield from cache.read(shard, keep).values()
 

@@ -4,6 +4,7 @@ Tokens and entries are those of the full cache, split into new bands without a n
 of a cache with another grid are rounded to this version's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -73,6 +74,7 @@ def truncate_cache(
     lead_span: float | LeadSpans = 1.0,
     seed: int = 0,
     top_k: int | None = None,
+    on_trace: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
     """Write the first part of every trace as a cache of its own, and seal it.
 
@@ -85,6 +87,7 @@ def truncate_cache(
             is the one that a run on all traces of `cache` draws.
         seed: Seed of that run.
         top_k: Largest number of entries to keep per token, besides the token itself.
+        on_trace: Called after every trace, with their number so far and in all.
 
     Raises:
         CacheMismatchError: If the cache holds less than that, or `out` holds something else.
@@ -105,6 +108,7 @@ def truncate_cache(
             for shard, rows in rows_by_shard(cache.traces).items():
                 first = cache.catalog.index(shard, 0)
                 _copy_shard(cache, shard, {row: int(keep[first + row]) for row in rows}, writer)
+                on_trace(len(writer.finished()), len(cache))
             if cache.manifest.noise is not None:  # the same rows, of the same engine
                 writer.keep_noise(cache.manifest.noise)
             writer.finish()

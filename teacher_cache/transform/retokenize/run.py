@@ -128,6 +128,7 @@ def _run(config: RetokenizeConfig, source: Cache, writer: CacheWriter) -> Retoke
                 with switch.held():
                     if isinstance(result, Rejected):
                         rejects.add(source.path, 0, result.trace_id, result.error)
+                        progress.leave_out()
                         continue
                     writer.append(result)
                     trace = result.trace

@@ -1,0 +1,3 @@
+"""The sections of a trace in words, for readers who have not seen the code."""
+
+SECTION_NAMES = {"prompt": "prompt", "cot": "chain of thought", "answer": "answer"}
