@@ -86,7 +86,8 @@ def _share(module: nn.Module, accelerator: Accelerator) -> None:
         return
     shared: dict[int, tuple[Tensor, Tensor]] = {}  # with the old ones, whose ids stay taken
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
+        both: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for tensors in both:
             for name, tensor in tensors.items():
                 if tensor is None or isinstance(tensor, DTensor):
                     continue

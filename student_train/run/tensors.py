@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -96,7 +98,7 @@ def split_state_writer(
         A function that writes the part, raising ConnectionError or OSError; all processes call it,
         in any thread.
     """
-    writer = dcp.FileSystemWriter(folder)
+    writer = FileSystemWriter(folder)
     tensors: dict[str, Any] = {
         "student": _split_weights(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
@@ -104,9 +106,9 @@ def split_state_writer(
     if copy:
         tensors = writer.stage(tensors)
 
-    def save() -> None:
+    def write() -> None:
         try:
-            dcp.save(tensors, storage_writer=writer, process_group=files.group)
+            save(tensors, storage_writer=writer, process_group=files.group)
         except CheckpointException as error:
             rank, (failure, _) = next(iter(error.failures.items()))
             raise OSError(
@@ -117,7 +119,7 @@ def split_state_writer(
         except RuntimeError as error:  # gloo's only error
             raise lost_process(error, "a checkpoint was written") from error
 
-    return save
+    return write
 
 
 def read_split_state(
@@ -139,11 +141,11 @@ def read_split_weights(folder: Path, model: PreTrainedModel, files: FileWork) ->
 
 
 def _load(tensors: dict[str, Any], folder: Path, files: FileWork) -> None:
-    reader = dcp.FileSystemReader(folder)
+    reader = FileSystemReader(folder)
     try:
         with warnings.catch_warnings():  # about one process, which is no mistake
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(tensors, storage_reader=reader, process_group=files.group)
+            load(tensors, storage_reader=reader, process_group=files.group)
     except CheckpointException as error:
         rank, (failure, _) = next(iter(error.failures.items()))
         raise OSError(

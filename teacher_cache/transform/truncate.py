@@ -94,9 +94,10 @@ def truncate_cache(
     """
     top_k = min(top_k or cache.header.top_k, cache.header.top_k)
     keep = _kept(cache, lead_span, seed)
-    largest, drawn = lead_span, None
     if isinstance(lead_span, LeadSpans):
         largest, drawn = lead_span.lengths[-1], {"spans": str(lead_span), "seed": seed}
+    else:
+        largest, drawn = lead_span, None
     header = replace(cache.header, top_k=top_k, max_lead_span=largest, lead_spans=drawn)
     origin = {"truncated_from": cache.fingerprint}
     with CacheWriter(out, header, config={**cache.manifest.config, **origin}) as writer:
