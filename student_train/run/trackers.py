@@ -98,8 +98,8 @@ def _describe_run(writer: Any, config: TrainConfig) -> None:  # noqa: ANN401  # 
         if value is not None
     }
     summaries = hparams(values, dict.fromkeys(_COMPARED_BY, 0.0))  # type: ignore[no-untyped-call]  # torch's
-    for summary in summaries:
-        writer.file_writer.add_summary(summary)
+    for record in summaries:
+        writer.file_writer.add_summary(record)
     rows = (f"| {name} | {_in_table(value)} |" for name, value in settings.items())
     heading = f"**{_in_table(shown_name(config)[0])}**: {_in_table(summary(config))}"
     table = "\n".join(["| setting | value |", "| --- | --- |", *rows])
