@@ -4,7 +4,7 @@
 
 predicted: what `train-student run --estimate` says, for Qwen3 shapes on CUDA in bfloat16.
 counted: the largest number of bytes that live at once in a real step on fake tensors (forward,
-loss, backward, AdamW), by torch's MemTracker, which sees every tensor that torch makes.
+loss, backward, AdamW), which are seen where torch makes them.
 fits: tokens of the largest forward pass that fits a card, by the prediction, with gradient
 checkpointing and 2 GiB left for CUDA, libraries and the allocator's slack.
 """
@@ -12,13 +12,16 @@ checkpointing and 2 GiB left for CUDA, libraries and the allocator's slack.
 from __future__ import annotations
 
 import argparse
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_json import write_figures
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from student_train.losses import TeacherTargets, sparse_kl
@@ -115,6 +118,43 @@ def largest_passes(student: str, name: str) -> dict[str, int]:
     return found
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, from first use to their end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._live = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        """Run an operation, and count what it returns."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.count(leaf)
+        return result
+
+    def count(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage, once, until it ends."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive.add(key)
+            weakref.finalize(storage, self._end, key, size)
+            self._live += size
+            self.peak = max(self.peak, self._live)
+
+    def _end(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self._live -= size
+
+
 def counted_peak(shape: Qwen3Config, config: TrainConfig, num_tokens: int) -> int:
     """Most bytes alive at once in a step after the first."""
     with FakeTensorMode():
@@ -129,17 +169,17 @@ def counted_peak(shape: Qwen3Config, config: TrainConfig, num_tokens: int) -> in
         optimizer = torch.optim.AdamW(trained, fused=True)
         ids = torch.zeros(1, num_tokens, dtype=torch.int64)
         targets, weight = targets_of(num_tokens), torch.ones(num_tokens)
-        tracker = MemTracker()
-        tracker.track_external(model, optimizer)
-        with tracker:
+        live = LiveBytes()
+        for tensor in (*model.parameters(), *model.buffers()):
+            live.count(tensor)
+        with live:
             for parameter in trained:  # makes the optimizer's state, as an earlier step has
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             optimizer.zero_grad()
             take_step(model, ids, targets, weight)
             optimizer.step()
-        peak = tracker.get_tracker_snapshot("peak")
-    return sum(parts["Total"] for parts in peak.values())
+    return live.peak
 
 
 def targets_of(num_tokens: int) -> TeacherTargets:
