@@ -2,10 +2,11 @@
 
     python tools/bench_memory.py --json memory.json
 
-predicted: what `train-student run --estimate` says, for Qwen3 shapes on CUDA in bfloat16.
+predicted: what `train-student run --estimate` says, for Qwen3 shapes in bfloat16 on a CPU, whose
+buffers for logits are smaller.
 counted: the largest number of bytes that live at once in a real step on fake tensors (forward,
 loss, backward, AdamW), which are seen where torch makes them.
-fits: tokens of the largest forward pass that fits a card, by the prediction, with gradient
+fits: tokens of the largest forward pass that fits a card, by the prediction for CUDA, with gradient
 checkpointing and 2 GiB left for CUDA, libraries and the allocator's slack.
 """
 
@@ -19,13 +20,13 @@ from typing import Any
 
 import torch
 from bench_json import write_figures
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from student_train.losses import TeacherTargets, sparse_kl
-from student_train.losses.chunks import CUDA_CHUNK_BYTES
 from student_train.model.adapters import add_adapters
 from student_train.model.load import output_layer
 from student_train.run.config import TrainConfig
@@ -68,12 +69,13 @@ def main() -> None:
     for student in arguments.students:
         for layout, changes in LAYOUTS.items():
             config = config_of(changes)
-            predicted = estimate(shape_of(student), config, num_tokens=arguments.tokens).total
+            found = estimate(shape_of(student), config, num_tokens=arguments.tokens, is_cuda=False)
+            predicted = found.total
             counted = counted_peak(shape_of(student), config, arguments.tokens)
             rows.append({"name": f"{student} {layout}", "predicted": predicted, "counted": counted})
             print(
                 f"{student:8}{layout:25}{predicted / GIB:10.1f}{counted / GIB:9.1f}"
-                f"{predicted / counted:7.2f}",
+                f"{predicted / counted:7.2f}   {found}",
                 flush=True,
             )
     print(f"\n{'student':8}{'run':25}{''.join(f'{card:>9}' for card in CARDS_GIB)}   tokens")
@@ -157,13 +159,15 @@ class LiveBytes(TorchDispatchMode):
 
 def counted_peak(shape: Qwen3Config, config: TrainConfig, num_tokens: int) -> int:
     """Most bytes alive at once in a step after the first."""
-    with FakeTensorMode():
+    with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).train()
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        if config.lora is not None:
-            add_adapters(model, config.lora)
-            halve_frozen_layers(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.lora is not None:
+        add_adapters(model, config.lora)
+        halve_frozen_layers(model)
+    with FakeTensorMode():
+        give_memory(model)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         # As the fused kernel, which makes no temporary tensor.
         optimizer = torch.optim.AdamW(trained, fused=True)
@@ -180,6 +184,22 @@ def counted_peak(shape: Qwen3Config, config: TrainConfig, num_tokens: int) -> in
             take_step(model, ids, targets, weight)
             optimizer.step()
     return live.peak
+
+
+def give_memory(model: nn.Module) -> None:
+    """Move weights and buffers from "meta" to a device that has memory to count."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # old, whose id stays taken, and new
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    real = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    if isinstance(tensor, nn.Parameter):
+                        real = nn.Parameter(real, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = tensor, real
+                tensors[name] = made[id(tensor)][1]
 
 
 def targets_of(num_tokens: int) -> TeacherTargets:
@@ -200,7 +220,7 @@ def take_step(
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         output = sparse_kl(
             hidden.flatten(0, 1), output_layer(model).weight, targets, weight,
-            chunk_bytes=CUDA_CHUNK_BYTES, has_zero_weights=False,
+            has_zero_weights=False,
         )  # fmt: skip
     output.loss.backward()
 
