@@ -70,8 +70,9 @@ def started(config, said):
     return processes
 
 
-def kill_ranks(folder, num_kills, *, seed):
-    """Kill processes until there were so many kills, and let the last run finish."""
+def kill_ranks(folder, num_kills, *, seed, limit_s):
+    """Kill processes until there were so many kills, or for so long; let the last run finish."""
+    until_s = time.monotonic() + limit_s
     rng, outcome = random.Random(seed), Outcome()
     said = folder / "said"
     said.mkdir()
@@ -91,22 +92,22 @@ def kill_ranks(folder, num_kills, *, seed):
                 process.join()
             whole_s = time.monotonic() - started_s
         wholes[sharding] = config, whole_s
-    while outcome.num_kills < num_kills:
+    while outcome.num_kills < num_kills and time.monotonic() < until_s:
         whole, whole_s = wholes[("none", "full")[outcome.num_runs % 2]]
         run = replace(whole, out=folder / f"run-{outcome.num_runs:04d}")
-        finish(run, outcome, num_kills, rng, whole_s, said)
+        finish(run, outcome, num_kills, rng, whole_s, said, until_s)
         outcome.num_runs += 1
         outcome.findings += differences(whole.out, run.out)
         shutil.rmtree(run.out)
     return outcome
 
 
-def finish(run, outcome, num_kills, rng, whole_s, said):
+def finish(run, outcome, num_kills, rng, whole_s, said, until_s):
     """Start a run again and again until it finishes."""
     while True:
         processes = started(run, said)
         victim = rng.randrange(NUM_RANKS)
-        is_last = outcome.num_kills >= num_kills
+        is_last = outcome.num_kills >= num_kills or time.monotonic() > until_s
         processes[victim].join(None if is_last else rng.uniform(0, whole_s))
         if processes[victim].exitcode is None:
             processes[victim].kill()
@@ -170,9 +171,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit-s", type=float, default=float("inf"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        outcome = kill_ranks(Path(folder), arguments.kills, seed=arguments.seed)
+        outcome = kill_ranks(
+            Path(folder), arguments.kills, seed=arguments.seed, limit_s=arguments.limit_s
+        )
     sys.stdout.write(json.dumps(outcome.__dict__, indent=1) + "\n")
     sys.exit(1 if outcome.findings else 0)
 

@@ -2,27 +2,31 @@
 
     python tools/bench_memory.py --json memory.json
 
-predicted: what `train-student run --estimate` says, for Qwen3 shapes on CUDA in bfloat16.
+predicted: what `train-student run --estimate` says, for Qwen3 shapes in bfloat16 on a CPU, whose
+buffers for logits are smaller.
 counted: the largest number of bytes that live at once in a real step on fake tensors (forward,
-loss, backward, AdamW), by torch's MemTracker, which sees every tensor that torch makes.
-fits: tokens of the largest forward pass that fits a card, by the prediction, with gradient
+loss, backward, AdamW), which are seen where torch makes them.
+fits: tokens of the largest forward pass that fits a card, by the prediction for CUDA, with gradient
 checkpointing and 2 GiB left for CUDA, libraries and the allocator's slack.
 """
 
 from __future__ import annotations
 
 import argparse
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_json import write_figures
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from student_train.losses import TeacherTargets, sparse_kl
-from student_train.losses.chunks import CUDA_CHUNK_BYTES
 from student_train.model.adapters import add_adapters
 from student_train.model.load import output_layer
 from student_train.run.config import TrainConfig
@@ -65,12 +69,13 @@ def main() -> None:
     for student in arguments.students:
         for layout, changes in LAYOUTS.items():
             config = config_of(changes)
-            predicted = estimate(shape_of(student), config, num_tokens=arguments.tokens).total
+            found = estimate(shape_of(student), config, num_tokens=arguments.tokens, is_cuda=False)
+            predicted = found.total
             counted = counted_peak(shape_of(student), config, arguments.tokens)
             rows.append({"name": f"{student} {layout}", "predicted": predicted, "counted": counted})
             print(
                 f"{student:8}{layout:25}{predicted / GIB:10.1f}{counted / GIB:9.1f}"
-                f"{predicted / counted:7.2f}",
+                f"{predicted / counted:7.2f}   {found}",
                 flush=True,
             )
     print(f"\n{'student':8}{'run':25}{''.join(f'{card:>9}' for card in CARDS_GIB)}   tokens")
@@ -115,31 +120,86 @@ def largest_passes(student: str, name: str) -> dict[str, int]:
     return found
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, from first use to their end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._live = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        """Run an operation, and count what it returns."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.count(leaf)
+        return result
+
+    def count(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage, once, until it ends."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive.add(key)
+            weakref.finalize(storage, self._end, key, size)
+            self._live += size
+            self.peak = max(self.peak, self._live)
+
+    def _end(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self._live -= size
+
+
 def counted_peak(shape: Qwen3Config, config: TrainConfig, num_tokens: int) -> int:
     """Most bytes alive at once in a step after the first."""
-    with FakeTensorMode():
+    with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).train()
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        if config.lora is not None:
-            add_adapters(model, config.lora)
-            halve_frozen_layers(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.lora is not None:
+        add_adapters(model, config.lora)
+        halve_frozen_layers(model)
+    with FakeTensorMode():
+        give_memory(model)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         # As the fused kernel, which makes no temporary tensor.
         optimizer = torch.optim.AdamW(trained, fused=True)
         ids = torch.zeros(1, num_tokens, dtype=torch.int64)
         targets, weight = targets_of(num_tokens), torch.ones(num_tokens)
-        tracker = MemTracker()
-        tracker.track_external(model, optimizer)
-        with tracker:
+        live = LiveBytes()
+        for tensor in (*model.parameters(), *model.buffers()):
+            live.count(tensor)
+        with live:
             for parameter in trained:  # makes the optimizer's state, as an earlier step has
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             optimizer.zero_grad()
             take_step(model, ids, targets, weight)
             optimizer.step()
-        peak = tracker.get_tracker_snapshot("peak")
-    return sum(parts["Total"] for parts in peak.values())
+    return live.peak
+
+
+def give_memory(model: nn.Module) -> None:
+    """Move weights and buffers from "meta" to a device that has memory to count."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # old, whose id stays taken, and new
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    real = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    if isinstance(tensor, nn.Parameter):
+                        real = nn.Parameter(real, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = tensor, real
+                tensors[name] = made[id(tensor)][1]
 
 
 def targets_of(num_tokens: int) -> TeacherTargets:
@@ -160,7 +220,7 @@ def take_step(
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         output = sparse_kl(
             hidden.flatten(0, 1), output_layer(model).weight, targets, weight,
-            chunk_bytes=CUDA_CHUNK_BYTES, has_zero_weights=False,
+            has_zero_weights=False,
         )  # fmt: skip
     output.loss.backward()
 
