@@ -56,10 +56,14 @@ def targets_of(teacher_logits, k, target_ids=None, dtype=torch.float32):
     )
 
 
-def ragged_case(dtype=torch.float64, num_vocab=7, hidden_size=3, seed=0):
-    """Rows with k = 1, ragged, V - 1 and V, the realised id inside and outside, one weight 0."""
+def ragged_case(dtype=torch.float64, num_vocab=7, hidden_size=3, seed=0, most_kept=None):
+    """Rows with k = 1, ragged, V - 1 and V, the realised id inside and outside, one weight 0.
+
+    `most_kept` stands in for V where rows are to keep fewer.
+    """
     generator = torch.Generator().manual_seed(seed)
-    k = [1, 1, 3, 3, num_vocab - 1, num_vocab - 1, num_vocab, 2]
+    most = num_vocab if most_kept is None else most_kept
+    k = [1, 1, 3, 3, most - 1, most - 1, most, 2]
     teacher = torch.randn(len(k), num_vocab, generator=generator, dtype=torch.float64) * 1.5
     order = teacher.argsort(dim=1, descending=True)
     realised = [order[n, place] for n, place in enumerate([0, 4, 2, 5, 1, num_vocab - 1, 3, 0])]

@@ -44,9 +44,18 @@ def some_on_a_gpu(device):
 def every_objective(device, num_vocab):
     """Values, parts and gradients of every divergence, tail and temperature, in float64."""
     worst, num_cases = 0.0, 0
-    for settings in [*loss_cases.allowed_objectives(), *HEADS]:
-        for width in (7, num_vocab):
-            hidden, weight, targets, token_weight = loss_cases.ragged_case(num_vocab=width)
+    # As many entries as caches keep, and more: of a large vocabulary the last are more than the
+    # fused kernel takes. Each is another kernel to compile.
+    usual, more = [(7, 7), (num_vocab, min(num_vocab, 60))], [300, num_vocab]
+    for number, settings in enumerate([*loss_cases.allowed_objectives(), *HEADS]):
+        sizes = [
+            *usual,
+            *((num_vocab, min(num_vocab, k)) for k in more[number % 4 : number % 4 + 1]),
+        ]
+        for width, most_kept in sizes:
+            hidden, weight, targets, token_weight = loss_cases.ragged_case(
+                num_vocab=width, most_kept=most_kept
+            )
             bias = torch.linspace(-1, 1, width, dtype=torch.float64)
             got = _loss_and_gradients(
                 _fused, device, (hidden, weight, bias), targets, token_weight, settings

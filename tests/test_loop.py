@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, Mamba
 
 import student_train.run.finish as finish
 import student_train.run.loop as loop
+import student_train.run.step as step
 from student_train.data.order import data_order
 from student_train.data.traces import open_data
 from student_train.errors import InterruptedRunError, NonFiniteLossError, OutOfMemoryError
@@ -531,7 +532,7 @@ def test_as_many_checkpoints_stay_as_asked(config):
 
 
 def test_running_out_of_memory_says_what_to_lower(config, monkeypatch):
-    def forward(self, batch):
+    def forward(self, batch, loss_factor):
         return torch.empty(2**60, dtype=torch.uint8)  # which no machine has
 
     monkeypatch.setattr(StudentWithLoss, "forward", forward)
@@ -544,8 +545,19 @@ def test_running_out_of_memory_says_what_to_lower(config, monkeypatch):
     assert "add --gradient-checkpointing" not in str(error.value)
 
 
+def test_a_gpus_factor_stands_in_the_tokens_weights_and_gives_the_same_step(config, monkeypatch):
+    found = []
+    for factors in (None, lambda accelerator, divisor: (accelerator.num_processes / divisor, 1.0)):
+        if factors is not None:
+            monkeypatch.setattr(step, "_loss_factors", factors)
+        run = config(max_steps=1, out=config().out / str(len(found)))
+        train(run)
+        found.append([metrics_of(run)[0][name] for name in ("loss", "grad_norm", "kl", "ce")])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(config, monkeypatch):
-    def forward(self, batch):
+    def forward(self, batch, loss_factor):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(StudentWithLoss, "forward", forward)

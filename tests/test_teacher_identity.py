@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from fakes import make_header
 
+from teacher_cache.capture import run
 from teacher_cache.engines import EngineError, EngineStartError
 from teacher_cache.engines.checks import looks_rounded
-from teacher_cache.engines.start import check_engine_args_early
+from teacher_cache.engines.start import check_engine_args_early, remedy_of
 from teacher_cache.engines.vllm.start import start_engine
 from teacher_cache.format import CacheMismatchError, CacheWriter
 
@@ -117,3 +118,21 @@ def test_a_head_that_is_rounded_is_seen_in_its_logprobs(scale):
 
 def test_a_few_entries_are_no_evidence():
     assert not looks_rounded(np.array([[-0.1, -2.1]], np.float32))
+
+
+def test_a_quantised_head_that_does_not_start_is_told_what_helps(monkeypatch):
+    monkeypatch.setattr(
+        run, "last_error_said",
+        lambda: "ValueError: A head_dtype different from the model dtype is only supported for an "
+        "unquantized lm_head.",
+    )  # fmt: skip
+
+    def start():
+        raise EngineStartError("model 'm': vLLM's process ended before the engine was ready")
+
+    with pytest.raises(
+        EngineError, match=r"unquantized lm_head\.: .*hf_overrides=.*model"
+    ) as found:
+        run.started("starting", start)
+    assert remedy_of("CUDA out of memory") == ""
+    assert str(found.value).count("head_dtype") == 2

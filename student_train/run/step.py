@@ -72,10 +72,6 @@ def add_gradients(run: Run, batches: Sequence[MicroBatch], counts: GlobalCounts)
     accelerator = run.inputs.accelerator
     divisor = normaliser(counts.num_valid, counts.num_traces, run.inputs.config.loss_reduction)
     sums = torch.zeros(len(_names(run)), dtype=torch.float64, device=accelerator.device)
-    # Ranks average their gradients; the loss is one sum over all of them.
-    factor = accelerator.num_processes / divisor
-    # Where the loss has a kernel that skips a factor of 1, all of it goes into tokens' weights.
-    inside, outside = (factor, 1.0) if accelerator.device.type == "cuda" else (1.0, factor)
     for index in range(counts.num_batches if counts.num_valid else 0):
         batch = batches[index] if index < len(batches) else empty_micro_batch()
         batch = batch.to(accelerator.device)
@@ -83,11 +79,22 @@ def add_gradients(run: Run, batches: Sequence[MicroBatch], counts: GlobalCounts)
             batch = run.teacher.taught(batch)
         is_last = index == counts.num_batches - 1
         with without_exchange(run.student, accelerator, is_last=is_last):
+            inside, outside = _loss_factors(accelerator, divisor)
             loss, parts = run.student(batch, inside)
             accelerator.backward(loss * outside)
         share = loss.detach().double()[None] / (inside * divisor)
         sums += torch.cat([share, parts.double()])
     return sums
+
+
+def _loss_factors(accelerator: Accelerator, divisor: int) -> tuple[float, float]:
+    """Factors of the loss within the student's forward, and behind it.
+
+    Ranks average their gradients; the loss is one sum over all of them. On a GPU all of the factor
+    is part of the tokens' weights, since behind the loss only 1 costs nothing.
+    """
+    factor = accelerator.num_processes / divisor
+    return (factor, 1.0) if accelerator.device.type == "cuda" else (1.0, factor)
 
 
 def _names(run: Run) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from teacher_cache.capture.job import Job, Survey, take_survey
 from teacher_cache.capture.noise import Repeats
 from teacher_cache.capture.worker_loop import Done, run_requests
 from teacher_cache.engines import EngineError, EngineStartError, Teacher, TeacherFacts
+from teacher_cache.engines.start import remedy_of
 from teacher_cache.format import (
     CacheHeader,
     CacheMismatchError,
@@ -82,7 +83,8 @@ def started(doing: str, start: Callable[[], Teacher]) -> Teacher:
             return start()
         except EngineStartError as error:
             cause = last_error_said()
-            raise EngineError(f"{error}: {cause}" if cause else str(error)) from error
+            said = [str(error), cause, remedy_of(cause)]
+            raise EngineError(": ".join(filter(None, said))) from error
 
 
 class Alone:

@@ -7,6 +7,18 @@ from teacher_cache.engines import Sampling, Teacher
 ENGINES = ("vllm", "transformers")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
+# By a part of the error with which vLLM's process ends.
+_REMEDIES = {
+    "unquantized lm_head": "the teacher's head is quantised and its logits cannot be float32: "
+    '--engine-arg \'hf_overrides={"head_dtype": "model"}\' takes them as they are, and the '
+    "cache's header says so",
+}
+
+
+def remedy_of(cause: str) -> str:
+    """What to do about the error of an engine that does not start; nothing where it is unknown."""
+    return next((remedy for part, remedy in _REMEDIES.items() if part in cause), "")
+
 
 def check_engine_args_early(engine: str, engine_args: Mapping[str, object]) -> None:
     """Refuse arguments that the engine does not know, without importing it.
