@@ -86,9 +86,10 @@ def kill_ranks(folder, num_kills, *, seed, limit_s):
             max_steps=NUM_STEPS, save_every=2, keep_last=2, heldout_share=0.1, eval_every=5,
             select="heldout", tracker="none", sharding=sharding,
         )  # fmt: skip
-        for out in (folder / f"warm-{sharding}", config.out):  # imports, then the run
+        warm = replace(config, out=folder / f"warm-{sharding}", max_steps=1)  # the imports
+        for run in (warm, config):
             started_s = time.monotonic()
-            for process in started(replace(config, out=out), said):
+            for process in started(run, said):
                 process.join()
             whole_s = time.monotonic() - started_s
         wholes[sharding] = config, whole_s

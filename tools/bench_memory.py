@@ -4,8 +4,8 @@
 
 predicted: what `train-student run --estimate` says, for Qwen3 shapes in bfloat16 on a CPU, whose
 buffers for logits are smaller.
-counted: the largest number of bytes that live at once in a real step on fake tensors (forward,
-loss, backward, AdamW), which are seen where torch makes them.
+counted: the largest number of bytes that live at once in a real step of two passes on fake tensors
+(forward, loss, backward, AdamW), which are seen where torch makes them.
 fits: tokens of the largest forward pass that fits a card, by the prediction for CUDA, with gradient
 checkpointing and 2 GiB left for CUDA, libraries and the allocator's slack.
 """
@@ -24,7 +24,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from student_train.losses import TeacherTargets, sparse_kl
 from student_train.model.adapters import add_adapters
@@ -159,8 +159,10 @@ class LiveBytes(TorchDispatchMode):
 
 def counted_peak(shape: Qwen3Config, config: TrainConfig, num_tokens: int) -> int:
     """Most bytes alive at once in a step after the first."""
+    AttentionInterface.register("causal", causal_attention)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).train()
+    model.set_attn_implementation("causal")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora is not None:
@@ -181,9 +183,27 @@ def counted_peak(shape: Qwen3Config, config: TrainConfig, num_tokens: int) -> in
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             optimizer.zero_grad()
-            take_step(model, ids, targets, weight)
+            for _ in range(2):  # gradients of the first are there while the second runs
+                run_pass(model, ids, targets, weight)
             optimizer.step()
     return live.peak
+
+
+def causal_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    **_others: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention as on a GPU: for fake tensors `transformers` would make a mask of all pairs."""
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2).contiguous(), None
 
 
 def give_memory(model: nn.Module) -> None:
@@ -212,7 +232,7 @@ def targets_of(num_tokens: int) -> TeacherTargets:
     )
 
 
-def take_step(
+def run_pass(
     model: PreTrainedModel, ids: torch.Tensor, targets: TeacherTargets, weight: torch.Tensor
 ) -> None:
     """Forward, loss and backward; the body's output lives no longer than in a run."""

@@ -21,7 +21,7 @@ from student_train.losses.chunks import CHUNK_BYTES, CUDA_CHUNK_BYTES
 from student_train.model.adapters import add_adapters
 from student_train.model.load import decoder_layers, output_layer
 from student_train.run.config import TrainConfig
-from student_train.run.precision import with_precision
+from student_train.run.precision import halve_frozen_layers, with_precision
 
 _PROBE_TOKENS = 64
 _STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1}  # per trained weight
@@ -132,22 +132,25 @@ def estimate(
         )
     is_half = config.dtype == "bfloat16"
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(shape)
+        model: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
     head = output_layer(model).weight
     num_layers, num_root = _weights_of_parts(model)
     if config.lora is not None:
         add_adapters(model, config.lora)
+        if is_half:
+            halve_frozen_layers(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
+    frozen_bytes = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     parts = num_processes if config.sharding != "none" else 1
-    frozen_bytes = frozen * (2 if is_half and config.lora is not None else 4)
     weights = (trained * 4 + frozen_bytes) // parts
     gradients = trained * 4 // parts
     if config.sharding != "none":  # the root and two layers are whole, the root's gradients too
-        whole = (num_root + 2 * num_layers) * (2 if is_half else 4)
-        weights, gradients = weights + whole, gradients + num_root * (2 if is_half else 4)
+        num_bytes = 2 if is_half else 4
+        of_root = num_root * num_bytes if head.requires_grad else 0
         if config.offload:
-            weights, gradients = whole, num_root * (2 if is_half else 4)
+            weights = gradients = 0
+        weights += (num_root + 2 * num_layers) * num_bytes
+        gradients += of_root
     elif is_half:
         weights += 2 * trained  # autocast keeps copies through a step's forward and backward
     try:
@@ -165,6 +168,8 @@ def estimate(
         per_token = rest + per_layer * count
     # One chunk of logits, and the gradients of the head's weight: float32, then as it is used.
     head_bytes = head.numel() * (4 + (2 if is_half else 0)) if head.requires_grad else 0
+    if is_half and not head.requires_grad and head.dtype == torch.float32:
+        head_bytes = 2 * head.numel()  # tied to an embedding, it is cast for the loss
     return MemoryEstimate(
         weights=weights,
         gradients=gradients,
