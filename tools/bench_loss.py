@@ -320,6 +320,8 @@ def measure(
     repeats: int,
     variants: dict[str, tuple[Variant, Variant | None]],
     save: Callable[[Rows], None],
+    *,
+    with_memory: bool,
 ) -> Rows:
     """Time, error and memory of every variant; `save` gets what there is after each round."""
     case = make_case(sizes)
@@ -338,6 +340,8 @@ def measure(
     for name, (step, definition) in variants.items():
         errors[name] = None if definition is None else gradient_error(step, definition, case)
     save(rows_of(times, errors, peaks))
+    if not with_memory:
+        return rows_of(times, errors, peaks)
     if sizes.device == "cuda":
         peaks.update({name: peak_extra_bytes(step, case) for name, (step, _) in variants.items()})
     else:
@@ -373,9 +377,11 @@ def print_table(sizes: Sizes, rows: list[dict[str, object]]) -> None:
     print(f"{'':22}{'ms':>9}{'MiB':>8}{'/naive ms':>11}{'MiB':>7}{'/CE ms':>8}{'error':>10}")
     for row in rows:
         error = "-" if row["grad_rel_error"] is None else f"{row['grad_rel_error']:.1e}"
+        peak, ratio = row["peak_extra_bytes"], row["memory_ratio_vs_naive"]
+        memory = f"{'-':>8}" if peak is None else f"{peak / MIB:>8.0f}"
         print(
-            f"{row['name']:22}{row['ms']:>9.1f}{row['peak_extra_bytes'] / MIB:>8.0f}"
-            f"{row['time_ratio_vs_naive']:>11.2f}{row['memory_ratio_vs_naive']:>7.2f}"
+            f"{row['name']:22}{row['ms']:>9.1f}{memory}{row['time_ratio_vs_naive']:>11.2f}"
+            f"{'-' if ratio is None else f'{ratio:.2f}':>7}"
             f"{row['time_ratio_vs_plain_ce']:>8.2f}{error:>10}"
         )
 
@@ -391,6 +397,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     others = [name for name in (*VARIANTS, *ON_CUDA) if name not in NEEDED]
     parser.add_argument("--without", nargs="+", choices=others, default=[], metavar="VARIANT")
+    parser.add_argument("--no-memory", action="store_true", help="on a CPU, a process for each row")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # a CPU run starts itself with it
     return parser.parse_args()
@@ -413,7 +420,9 @@ def main() -> None:
             return
         table = {"name": f"hidden {hidden}", **vars(sizes)}
         save = functools.partial(write, arguments.json, on_cuda, tables, table)
-        rows = measure(sizes, arguments.repeats, variants, save)
+        rows = measure(
+            sizes, arguments.repeats, variants, save, with_memory=not arguments.no_memory
+        )
         print_table(sizes, rows)
         save(rows)
         tables.append({**table, "rows": rows})

@@ -200,24 +200,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
                 found.append(elapsed_s)
         if repeat:
             write_figures(arguments.json, {**about, "rows": _times(times, tokens)})
-    shares = {lead_span: step.shares(lead_span) for lead_span in times}
+    rows = [{**row, **step.shares(row["lead_span"])} for row in _times(times, tokens)]
+    if arguments.no_memory:
+        return {**about, "rows": rows}
     if on_cuda:
-        peaks = {lead_span: step.peak_bytes(lead_span) for lead_span in times}
+        peaks = [step.peak_bytes(row["lead_span"]) for row in rows]
     else:
         del step  # each process has one of its own
-        peaks = {lead_span: peak_in_fresh_process(lead_span) for lead_span in times}
-    first = peaks[arguments.lead_spans[0]]
-    rows = [
-        {
-            **row,
-            "peak_bytes": peaks[row["lead_span"]],
-            "memory_ratio": peaks[row["lead_span"]] / first,
-            "memory_ratio_above_state": (peaks[row["lead_span"]] - state_bytes)
-            / (first - state_bytes),
-            **shares[row["lead_span"]],
-        }
-        for row in _times(times, tokens)
-    ]
+        peaks = [peak_in_fresh_process(row["lead_span"]) for row in rows]
+    for row, peak in zip(rows, peaks, strict=True):
+        row["peak_bytes"] = peak
+        row["memory_ratio"] = peak / peaks[0]
+        row["memory_ratio_above_state"] = (peak - state_bytes) / (peaks[0] - state_bytes)
     return {**about, "rows": rows}
 
 
@@ -249,10 +243,15 @@ def print_table(result: dict[str, object]) -> None:
         f"{'less state':>11}{'loss':>7}{'data':>7}{'optim.':>8}"
     )
     for row in result["rows"]:
+        memory = f"{'-':>10}{'-':>7}{'-':>11}"
+        if "peak_bytes" in row:
+            memory = (
+                f"{row['peak_bytes'] / MIB:>10,.0f}{row['memory_ratio']:>7.2f}"
+                f"{row['memory_ratio_above_state']:>11.2f}"
+            )
         print(
             f"{row['lead_span']:>9g}{row['step_s'] * 1e3:>10,.0f}{row['time_ratio']:>7.2f}"
-            f"{row['tokens_per_s']:>10,.0f}{row['peak_bytes'] / MIB:>10,.0f}"
-            f"{row['memory_ratio']:>7.2f}{row['memory_ratio_above_state']:>11.2f}"
+            f"{row['tokens_per_s']:>10,.0f}{memory}"
             f"{row['loss_share']:>7.0%}{row['data_share']:>7.1%}{row['optimizer_share']:>8.0%}"
         )
 
@@ -275,6 +274,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kept", type=int, default=16, help="entries per token")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-memory", action="store_true", help="on a CPU, a process for each row")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--memory-of", type=float, help=argparse.SUPPRESS)  # it starts itself so
     arguments = parser.parse_args()
