@@ -25,7 +25,9 @@ HELDOUT = {
     "heldout_top1_agreement": 0.971,
 }  # fmt: skip
 LONG_RUN = """
-import logging, sys, time
+import logging, os, sys, time
+os.close(os.open(os.ttyname(0), os.O_RDWR))  # the terminal is ours from now on, with its Ctrl-C
+
 from teacher_cache.terminal import entry
 from teacher_cache.terminal.progress import Progress
 
@@ -71,7 +73,6 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=theirs, stdout=out, stderr=theirs,
             env=environment, start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(theirs)
         os.close(out)
