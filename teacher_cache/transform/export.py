@@ -109,7 +109,9 @@ def export(config: ExportConfig, on_trace: OnTrace = lambda done, total: None) -
     """
     cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
     if config.axolotl:
-        return write_axolotl_rows(_traces(cache, config), config.out)
+        places = _places(cache, config)
+        traces = _traces(cache, config, places)
+        return write_axolotl_rows(traces, config.out, lambda done: on_trace(done, len(places)))
     if config.is_parquet:
         return _export_parquet(cache, config, on_trace)
     tokenizer = load_tokenizer(cache.header, config.model) if config.text else None

@@ -3,7 +3,7 @@
 Its collator pads rows of fewer candidates, so that an adaptive k is kept.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,8 @@ SCHEMA = pa.schema({
 })  # fmt: skip
 
 
-def write_axolotl_rows(traces: Iterable[Trace], file: Path) -> int:
-    """Write one row per trace, as Parquet; returns how many.
+def write_axolotl_rows(traces: Iterable[Trace], file: Path, on_trace: Callable[[int], None]) -> int:
+    """Write one row per trace, as Parquet; returns how many, and tells `on_trace` on the way.
 
     Row t is the distribution over token t + 1: its loss compares it with the hidden state of token
     t, and shifts nothing but the labels. As in Axolotl's own files, it is divided by the sum of the
@@ -42,6 +42,7 @@ def write_axolotl_rows(traces: Iterable[Trace], file: Path) -> int:
         for trace in traces:
             writer.write_batch(_row(trace))
             num_traces += 1
+            on_trace(num_traces)
     return num_traces
 
 

@@ -284,7 +284,7 @@ def _run(
     report = ImportReport(0, 0, convert.counts, convert.meaning, Rejects())
     seen: set[str] = set()
     num_present, stopped_by = 0, None
-    with CaptureProgress(0, doing="imported") as progress, stop_signals() as switch:
+    with CaptureProgress(None, doing="imported") as progress, stop_signals() as switch:
         try:
             for row, values, foreign in _foreign_traces(config, rows, parse, report.rejects):
                 with switch.held():
