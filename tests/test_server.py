@@ -88,6 +88,7 @@ def test_a_window_of_requests_is_in_flight_and_no_more_are_drawn():
         assert 2 <= server.most_at_once <= 5
 
 
+@pytest.mark.slow
 def test_failed_requests_are_sent_again_and_every_trace_comes_once():
     with table_server() as server:
         teacher = teacher_of(server)
@@ -134,6 +135,7 @@ def test_a_server_that_begins_to_lie_later_is_caught_too(lie, monkeypatch):
         teacher.close()
 
 
+@pytest.mark.slow
 def test_honest_servers_whose_batches_differ_raise_no_alarm():
     with table_server(jitter=0.01) as server:
         for seed in range(5):
