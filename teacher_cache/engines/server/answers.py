@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_TOKEN_ID = "token_id:"  # how vLLM writes a token with return_tokens_as_token_ids
+TOKEN_ID = "token_id:"  # how vLLM writes a token with return_tokens_as_token_ids
 NO_LOGPROB = -9000.0  # what is below it stands for a logprob that the server does not have
 
 
@@ -92,12 +92,12 @@ def _id_of(item: Mapping[str, Any]) -> int:
 
 
 def _id_of_text(token: str) -> int:
-    if not token.startswith(_TOKEN_ID):
+    if not token.startswith(TOKEN_ID):
         raise AnswerError(
             f"token {token!r} is text, which does not tell its id: ask the server with "
             "return_tokens_as_token_ids"
         )
-    return int(token[len(_TOKEN_ID) :])
+    return int(token[len(TOKEN_ID) :])
 
 
 def _known(entries: dict[int, float]) -> dict[int, float]:

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from teacher_cache.engines.server.answers import TOKEN_ID
 from teacher_cache.sources import BadRow, Reason, TraceRenderer
 from teacher_cache.transform.importing.columns import AXOLOTL
 from teacher_cache.transform.importing.foreign import ForeignTrace, rows_from_lists
 
-_TOKEN_ID = "token_id:"  # how vLLM names a token by its id
 _IDS_COLUMN = "target_token_ids"
 
 
@@ -64,7 +64,7 @@ class AxolotlRows:
 
 def _id_of(entry: object) -> int:
     token = entry.get("token") if isinstance(entry, dict) else None
-    number = token.removeprefix(_TOKEN_ID) if isinstance(token, str) else ""
+    number = token.removeprefix(TOKEN_ID) if isinstance(token, str) else ""
     if not (number.isdecimal() and isinstance(entry, dict) and "logprob" in entry):
         raise BadRow(
             Reason.BAD_DISTRIBUTIONS,

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from teacher_cache.engines.server.answers import NO_LOGPROB
 from teacher_cache.sources import BadRow, Reason, SourceTrace
-
-# Servers write this for a logprob that they do not have (vLLM also for -inf and NaN).
-_NO_LOGPROB = -9000.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +103,7 @@ def _padded(
         raise BadRow(
             Reason.BAD_DISTRIBUTIONS, f"a row's ids or values are not numbers: {error}"
         ) from error
-    values[np.isnan(values) | (values <= _NO_LOGPROB)] = -np.inf
+    values[np.isnan(values) | (values <= NO_LOGPROB)] = -np.inf
     return top_ids, values
 
 

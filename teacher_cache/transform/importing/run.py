@@ -6,13 +6,10 @@ before anything is written, and is the same for all.
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 import teacher_cache
 from teacher_cache.format import (
@@ -40,31 +37,22 @@ from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer
 from teacher_cache.sources.turn_layout import GivenMarks
 from teacher_cache.terminal.capture_progress import CaptureProgress
 from teacher_cache.terminal.stop_signals import Stopped, stop_signals
-from teacher_cache.transform.importing.axolotl import AxolotlRows, is_prepared
+from teacher_cache.transform.importing.axolotl import AxolotlRows
 from teacher_cache.transform.importing.columns import DISTILLKIT_PLAIN, Columns
 from teacher_cache.transform.importing.configs import ImportConfig
 from teacher_cache.transform.importing.convert import (
-    EXACT_EXCESS,
-    FITTED_EXCESS,
     Converter,
     Counts,
     Meaning,
-    log_sums,
     source_hash,
 )
 from teacher_cache.transform.importing.distillkit import CONFIG_NAME, DistillKit
 from teacher_cache.transform.importing.foreign import ForeignTrace
-from teacher_cache.transform.importing.placing import found_shift
+from teacher_cache.transform.importing.meaning import Parse, found_meaning, values_of
 from teacher_cache.transform.importing.responses import server_traces, trl_traces
 
 logger = logging.getLogger(__name__)
 
-Parse = Callable[[Mapping[str, Any]], list[ForeignTrace]]
-_NUM_LOOKED_AT = 32  # first traces, which tell what the rows mean
-# Rows whose sums are all this close to 1, though none of them is sure of its token, were divided by
-# their sums: of a real distribution something is left over.
-_RENORMALISED = 1e-5
-_FEWEST_UNSURE, _SURE = 16, 0.9
 _NO_LIMIT = 1 << 31  # on a trace: it exists, whatever the teacher's context
 
 
@@ -103,7 +91,7 @@ def import_cache(config: ImportConfig) -> ImportReport:
     files = ModelFiles(config.model, config.revision, config.trust_remote_code)
     tokenizer = TeacherTokenizer(files, config.template_arg, _marks(config))
     parse = _parser(config, rows, tokenizer, files.vocab_size())
-    meaning = _meaning(config, rows, parse)
+    meaning = found_meaning(config, rows, parse)
     convert = Converter(
         tokenizer,
         files.vocab_size(),
@@ -155,7 +143,7 @@ def _parser(
             render = TraceRenderer(tokenizer, _NO_LIMIT, vocab_size, config.columns)
             return AxolotlRows(render, config.values_column or "logprobs")
         case "distillkit":
-            first = next(_values_of(rows), {})
+            first = next(values_of(rows), {})
             if "top_values" in first:
                 return DISTILLKIT_PLAIN
             folder = rows.path if rows.path.is_dir() else rows.path.parent
@@ -164,74 +152,6 @@ def _parser(
             return server_traces
         case _:
             return trl_traces
-
-
-def _values_of(rows: Input) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        try:
-            yield row_values(row)
-        except BadRow:
-            continue  # counted when the rows are imported
-
-
-def _meaning(config: ImportConfig, rows: Input, parse: Parse) -> Meaning:
-    """Find on the first traces where rows stand and whether they tell their tails."""
-    traces: list[ForeignTrace] = []
-    last: BadRow | None = None
-    has_tails = config.tail == "known"
-    for values in islice(_values_of(rows), 2 * _NUM_LOOKED_AT):
-        try:
-            traces += parse(values)
-        except BadRow as error:
-            last = error
-        if has_tails and config.format == "axolotl" and is_prepared(values):
-            raise SourceError(
-                f"{rows.path}: `axolotl preprocess` divides every row by its sum, so the "
-                "probability outside the entries is lost. Import the rows it was given, or these "
-                "with --tail unknown"
-            )
-        if len(traces) >= _NUM_LOOKED_AT:
-            break
-    if not traces:
-        raise SourceError(f"{rows.path}: no row can be imported: {last or 'there is none'}")
-    try:
-        shift = found_shift(traces) if config.row_shift is None else config.row_shift
-    except SourceError as error:
-        raise SourceError(f"{rows.path}: {error}") from error
-    is_fitted = isinstance(parse, DistillKit)
-    if has_tails:
-        is_logits = is_fitted and isinstance(parse, DistillKit) and parse.is_legacy
-        _require_tails(rows.path, traces, is_logits=is_logits)
-    return Meaning(shift, has_tails, FITTED_EXCESS if is_fitted else EXACT_EXCESS)
-
-
-def _require_tails(path: Path, traces: list[ForeignTrace], *, is_logits: bool) -> None:
-    """Refuse rows that do not tell the mass outside their entries.
-
-    Raises:
-        SourceError: If they are logits, or were divided by their sums.
-    """
-    if is_logits:
-        raise SourceError(
-            f"{path}: rows of DistillKit's older kind are logits less their mean, without a "
-            "normaliser: the probability outside the entries is not in them. Import them with "
-            "--tail unknown"
-        )
-    finite = [t.values[np.isfinite(t.values).any(axis=1)] for t in traces if t.values.size]
-    sums = np.concatenate([log_sums(values) for values in finite] or [np.zeros(0)])
-    largest = np.concatenate([values.max(axis=1) for values in finite] or [np.zeros(0)])
-    if len(sums) and (np.expm1(sums) > FITTED_EXCESS).mean() > 1 / 2:
-        raise SourceError(
-            f"{path}: the entries' probabilities add up to {np.exp(np.median(sums)):.4g} in the "
-            "median row: these are no logprobs. If they are logits: --values logits"
-        )
-    unsure = sums[largest < np.log(_SURE)]
-    if len(unsure) >= _FEWEST_UNSURE and (np.abs(np.expm1(unsure)) < _RENORMALISED).all():
-        raise SourceError(
-            f"{path}: in all {len(unsure):,} rows that are not sure of their token the entries "
-            "add up to 1 exactly: they were divided by their sums, and the probability outside "
-            "them is lost. Import them with --tail unknown"
-        )
 
 
 def _header(
