@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.dataset
 import pytest
 from click.testing import CliRunner
-from fakes import make_cache, make_traces
+from fakes import make_cache, make_traces, write_shards
 
 from teacher_cache.cli.group import cli
-from teacher_cache.format import open_cache
+from teacher_cache.format import open_cache, seal_cache
 
 COLUMNS = ("token_ids", "k", "top_ids", "top_logits", "tail_logit")
 
@@ -80,6 +80,25 @@ def test_datasets_reads_it(cache, shard, tmp_path):
         "arrow", data_files=str(shard), split="train", cache_dir=str(tmp_path)
     )
     assert_rows_are_the_traces(list(found), cache)
+
+
+def test_datasets_loads_the_folder_by_its_card(tmp_path):
+    import datasets
+
+    folder = make_cache(tmp_path / "cache", make_traces(6), traces_per_shard=2)
+    found = datasets.load_dataset(folder, split="train", cache_dir=str(tmp_path / "hf"))
+    assert_rows_are_the_traces(list(found), open_cache(folder))
+    assert len(set(found["trace_id"])) == 6
+    card = (tmp_path / "cache" / "README.md").read_text()
+    assert "# Logits of table" in card
+    assert open_cache(folder).fingerprint in card
+
+
+def test_a_card_of_the_users_own_stays(tmp_path):
+    write_shards(tmp_path, make_traces(2))
+    (tmp_path / "README.md").write_text("mine")
+    seal_cache(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def export(cache, out, *options):

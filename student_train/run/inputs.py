@@ -67,6 +67,8 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     )
     if config.match == "chunks":
         _require_chunks(data)
+    if config.tail != "renormalise" and config.ce_weight < 1:
+        _require_tails(data)
     if config.chat_template == "cache":
         _require_one_template(data)
     headers = [source.cache.header for source in data.sources]
@@ -105,6 +107,20 @@ def _require_chunks(data: TrainingData) -> None:
                 f"{source.cache.path}: it holds no likelihoods of chunks, which --match chunks "
                 "needs: those are of text that two tokenizers write. Give a cache made by "
                 "`cache-teacher retokenize`, or leave --match out"
+            )
+
+
+def _require_tails(data: TrainingData) -> None:
+    """Refuse caches that do not tell the mass outside their entries.
+
+    Raises:
+        CacheMismatchError: If there is one.
+    """
+    for source in data.sources:
+        if not source.cache.header.has_tails:
+            raise CacheMismatchError(
+                f"{source.cache.path}: it was imported from rows that do not tell the probability "
+                "outside their entries. Train with --tail renormalise, which does without"
             )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from teacher_cache.capture.job import ONLY_WORKER
 from teacher_cache.capture.replica_gpus import replica_gpus
+from teacher_cache.engines.server.settings import ServerSettings
 from teacher_cache.engines.start import DTYPES, ENGINES
 from teacher_cache.format import MAX_K, CachePath, parse_worker
 from teacher_cache.sources import ASSISTANT_TURNS, PROMPT_TURNS, Input, RowColumns, TraceSlice
@@ -82,10 +83,27 @@ class CaptureConfig(RowsConfig):
     )
     engine: str = _teacher(
         "Program that runs the teacher; transformers is for small teachers and machines "
-        "without vLLM.",
+        "without vLLM, server for a vLLM server that runs already (--url).",
         default="vllm",
         basic=True,
         choices=ENGINES,
+    )
+    url: str | None = _teacher(
+        "Address of the server, http://HOST:PORT; VLLM_API_KEY is sent if it is set.",
+        default=None,
+        unset="none",
+    )
+    served_model: str | None = _teacher(
+        "The teacher's name at the server.", default=None, unset="that of its only model"
+    )
+    in_flight: int = _teacher(
+        "Requests sent to the server at once.", default=ServerSettings.in_flight, at_least=1
+    )
+    server_tolerance: float = _teacher(
+        "Largest mean KL between two answers of the server to the same question, in nats per "
+        "token.",
+        default=ServerSettings.tolerance,
+        above=0,
     )
     dtype: str = _teacher(
         "Precision of the teacher's weights; auto uses the checkpoint's on a GPU and float32 on "
@@ -158,10 +176,29 @@ class CaptureConfig(RowsConfig):
                 "--ray-address"
             )
         if self.tensor_parallel_size > 1 and self.engine != "vllm":
-            raise ValueError("--tensor-parallel-size is vLLM's; transformers runs on one GPU")
+            raise ValueError(f"--tensor-parallel-size is vLLM's; --engine {self.engine} has none")
         if "tensor_parallel_size" in self.engine_arg:
             raise ValueError("--engine-arg: give --tensor-parallel-size instead")
         replica_gpus(self.engine_arg)
+
+        self._check_server()
+
+    def _check_server(self) -> None:
+        if self.engine != "server":
+            for name in ("url", "served_model", "in_flight", "server_tolerance"):
+                default = type(self).__dataclass_fields__[name].default
+                if getattr(self, name) != default:
+                    raise ValueError(f"--{name.replace('_', '-')}: only --engine server has one")
+            return
+        if self.url is None:
+            raise ValueError("--engine server: give its address, --url http://HOST:PORT")
+        if self.dtype != "auto":
+            raise ValueError("--dtype: the server has chosen its own; leave it out")
+        if self.on_cluster:
+            raise ValueError(
+                "--num-replicas and --ray-address start engines; with --engine server the server "
+                "has its own replicas"
+            )
 
     @property
     def on_cluster(self) -> bool:
@@ -176,7 +213,7 @@ def check_engine_args(engine: str, engine_args: Mapping[str, object]) -> None:
         ValueError: If there are any such arguments.
     """
     if engine_args and engine != "vllm":
-        raise ValueError("--engine-arg: only vLLM takes these; the transformers engine has none")
+        raise ValueError(f"--engine-arg: only vLLM takes these; the {engine} engine has none")
 
 
 _PROMPT_TURNS_HELP = "Turns of the prompt whose tokens get distributions, with --capture-prompt."

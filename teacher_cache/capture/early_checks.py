@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from teacher_cache.capture.configs import CaptureConfig, PreviewConfig
 from teacher_cache.capture.prepare import input_rows
+from teacher_cache.engines.server.client import check_server
 from teacher_cache.engines.start import check_engine_args_early
 from teacher_cache.format import read_manifest, require_same_capture, shown
 from teacher_cache.sources import Input, SourceError
@@ -28,7 +29,7 @@ def check_early(config: CaptureConfig, rows: Input) -> None:
     Raises:
         ValueError: Names the option, what was expected and what was found.
         SourceError: If the input is not a file of rows.
-        EngineError: If vLLM knows no such argument.
+        EngineError: If vLLM knows no such argument, or the server does not answer.
         CacheError: If the cache's server does not answer, or the cache is another capture's.
         OSError: If the disk is full.
     """
@@ -42,6 +43,8 @@ def check_early(config: CaptureConfig, rows: Input) -> None:
     check_engine_args_early(config.engine, config.engine_arg)
     _check_settings(config)
     check_ray_address(config.ray_address)
+    if config.url is not None:
+        check_server(config.url)
 
 
 def _check_settings(config: CaptureConfig) -> None:

@@ -12,6 +12,7 @@ from teacher_cache.capture.ray_driver import Cluster, ReplicaPlan
 from teacher_cache.capture.replica_gpus import parallel_args, replica_gpus
 from teacher_cache.capture.run import CaptureReport, capture
 from teacher_cache.engines import Sampling, Teacher, TeacherFacts, TeacherRequest
+from teacher_cache.engines.server.settings import ServerSettings
 from teacher_cache.engines.start import start_teacher
 from teacher_cache.format import CacheHeader, parse_worker, shown
 from teacher_cache.sources import Input, InputTraces, Render, RowColumns, SourceTrace, read_ids
@@ -130,7 +131,7 @@ def prepare_job(
         tokenizer=tokenizer,
         requests=requests,
         header=header,
-        start_teacher=partial(_start, config, files, sampling),
+        start_teacher=partial(_start, config, files, sampling, _server(config, files, tokenizer)),
     )
 
 
@@ -140,8 +141,31 @@ def _resolved(config: CaptureConfig) -> dict[str, object]:
     return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
 
+_PROBE_TEXT = "The sum of 17 and 25 is 42: first 7 + 5 = 12, so write 2 and carry 1; then 1 + 2 + 1"
+
+
+def _server(
+    config: CaptureConfig, files: ModelFiles, tokenizer: TeacherTokenizer
+) -> ServerSettings | None:
+    if config.url is None:
+        return None
+    return ServerSettings(
+        url=config.url,
+        vocab_size=files.vocab_size(),
+        probe_ids=tuple(tokenizer.encode_document(_PROBE_TEXT)),
+        decode=tokenizer.decode,
+        served_model=config.served_model,
+        in_flight=config.in_flight,
+        tolerance=config.server_tolerance,
+    )
+
+
 def _start(
-    config: CaptureConfig, files: ModelFiles, sampling: Sampling | None, longest: int
+    config: CaptureConfig,
+    files: ModelFiles,
+    sampling: Sampling | None,
+    server: ServerSettings | None,
+    longest: int,
 ) -> Teacher:
     return start_teacher(
         config.engine,
@@ -153,4 +177,5 @@ def _start(
         sampling=sampling,
         engine_args=parallel_args(config.tensor_parallel_size, config.engine_arg),
         trust_remote_code=config.trust_remote_code,
+        server=server,
     )

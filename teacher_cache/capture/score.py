@@ -20,8 +20,9 @@ def score(config: ScoreConfig) -> CaptureReport:
     check_early(config, input_rows(config, config.traces))
     files = model_files(config)
     tokenizer = teacher_tokenizer(config, files)
-    # vLLM scores a trace as the prompt of one more token.
-    context = files.context_length(config.max_model_len, num_reserved=config.engine == "vllm")
+    # vLLM, also behind a server, scores a trace as the prompt of one more token.
+    num_reserved = config.engine in ("vllm", "server")
+    context = files.context_length(config.max_model_len, num_reserved=num_reserved)
 
     def requests(item: SourceTrace) -> list[TeacherRequest]:
         return [

@@ -2,7 +2,16 @@
 
 import click
 
-from teacher_cache.cli import capturing, checking, planning, previewing, reading, viewing
+from teacher_cache.cli import (
+    capturing,
+    checking,
+    importing,
+    planning,
+    previewing,
+    pushing,
+    reading,
+    viewing,
+)
 from teacher_cache.terminal.group import Program
 
 
@@ -28,6 +37,8 @@ for _command in (
     reading.export_command,
     reading.truncate_command,
     reading.retokenize_command,
+    importing.import_command,
+    pushing.push_command,
     viewing.view_command,
 ):
     cli.add_command(_command)

@@ -91,6 +91,7 @@ def export_command(config: ExportConfig) -> None:
     cache-teacher export cache traces.jsonl
     cache-teacher export cache look.jsonl --limit 3 --lead-span 0.1 --text --logprobs
     cache-teacher export cache tokens.parquet --parquet
+    cache-teacher export cache rows.parquet --axolotl
     """
     check_cache(config.cache)
     check_out_file(config.out, "OUT", force=config.force)

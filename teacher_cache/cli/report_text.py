@@ -22,6 +22,7 @@ from teacher_cache.terminal.escape import printable, printable_lines
 from teacher_cache.terminal.progress import duration
 
 if TYPE_CHECKING:
+    from teacher_cache.transform.importing.run import ImportReport
     from teacher_cache.transform.retokenize.run import RetokenizeReport
 
 _BAR_COLUMNS = 16  # of a histogram beside another, on a terminal of 80
@@ -203,6 +204,27 @@ def estimate_line(report: CaptureReport, cache: Cache) -> str:
         f"starting the teacher; {disk.of(num_tokens) / 1e6:,.1f} MB (+-{disk_error:.0%}), "
         f"{disk.token_bytes:.1f} bytes/token and {disk.shard_bytes / 1e3:,.0f} kB for every "
         f"shard. {rest}"
+    )
+
+
+def imported_line(report: "ImportReport", out: str) -> str:
+    """Summary of `import`."""
+    if report.stopped_by is not None:
+        return (
+            f"stopped: {report.num_present + report.num_traces:,} traces are kept in {out}; run "
+            "the same command again to resume"
+        )
+    counts = report.counts
+    tail = (
+        "tails as the rows tell them"
+        if report.meaning.has_tails
+        else "tails unknown: train with --tail renormalise"
+    )
+    return (
+        f"{out}: {report.num_traces:,} traces imported now ({counts.num_tokens:,} tokens, "
+        f"{counts.num_rows:,} with a distribution; of {counts.num_without_own:,} more the rows "
+        f"lack the token itself), {report.num_present:,} were already there, "
+        f"{report.rejects.total:,} rows left out; {tail}; sealed"
     )
 
 

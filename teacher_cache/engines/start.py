@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 
-from teacher_cache.engines import Sampling, Teacher
+from teacher_cache.engines import EngineError, Sampling, Teacher
+from teacher_cache.engines.server.settings import ServerSettings
 
-ENGINES = ("vllm", "transformers")
+LOCAL_ENGINES = ("vllm", "transformers")  # those that load the model
+ENGINES = (*LOCAL_ENGINES, "server")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 # By a part of the error with which vLLM's process ends.
@@ -43,12 +45,19 @@ def start_teacher(
     sampling: Sampling | None,
     engine_args: Mapping[str, object],
     trust_remote_code: bool = False,
+    server: ServerSettings | None = None,
 ) -> Teacher:
-    """Start an engine; `engine_args` are for vLLM only.
+    """Start an engine; `engine_args` are for vLLM only, `server` is for a server.
 
     Raises:
         EngineError: If it cannot be started.
     """
+    if engine == "server":
+        from teacher_cache.engines.server.teacher import ServerTeacher
+
+        if server is None:
+            raise EngineError("engine server: expected the server's settings, got none")
+        return ServerTeacher(server, top_k=top_k, max_model_len=max_model_len, sampling=sampling)
     if engine == "transformers":
         from teacher_cache.engines.transformers import TransformersTeacher
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from teacher_cache.capture.configs import CaptureConfig, check_engine_args
 from teacher_cache.capture.run import started
 from teacher_cache.engines import Teacher, TeacherRequest
-from teacher_cache.engines.start import check_engine_args_early, start_teacher
+from teacher_cache.engines.start import LOCAL_ENGINES, check_engine_args_early, start_teacher
 from teacher_cache.examine.fidelity import Compared, add_noise, compare_trace
 from teacher_cache.format import (
     Cache,
@@ -47,6 +47,7 @@ class AuditConfig:
         "engine",
         default="transformers",
         help="Program that scores the sample; best not the one that made the cache.",
+        choices=LOCAL_ENGINES,
         basic=False,
     )
     dtype: str = same_option(CaptureConfig, "dtype")

@@ -59,6 +59,7 @@ class CacheHeader:
     added_tokens: Mapping[str, Any] | None = None  # token -> {"id": int, "special": bool}
     turn_layout: Mapping[str, Any] | None = None  # how the template lays out a turn
     derived: Mapping[str, Any] | None = None  # source and settings of `retokenize`
+    imported: Mapping[str, Any] | None = None  # what `import` read, and whether it had the tails
 
     @property
     def has_chunks(self) -> bool:
@@ -84,6 +85,11 @@ class CacheHeader:
             return "at most this lead span"
         spans, seed = self.lead_spans["spans"], self.lead_spans["seed"]
         return f"--lead-span {spans} with --seed {seed}, or at most the shortest of these spans"
+
+    @property
+    def has_tails(self) -> bool:
+        """Whether the mass outside the kept entries is the teacher's; a placeholder otherwise."""
+        return self.imported is None or self.imported.get("tail") != "unknown"
 
     def num_held(self, n_total: int, n_held: int | None = None) -> int:
         """Number of leading tokens of a trace that the cache holds: all, unless truncated.
@@ -148,7 +154,7 @@ class CacheHeader:
 
 _MAPPINGS = (
     *("sampling", "teacher_settings", "chat_template_args"),
-    *("special_tokens", "added_tokens", "turn_layout", "derived"),
+    *("special_tokens", "added_tokens", "turn_layout", "derived", "imported"),
 )
 
 

@@ -73,6 +73,11 @@ class Store:
         """Read bytes of a file from `offset`, fewer if it ends early; raises as `read`."""
 
         def action() -> pa.Buffer:
+            handler = getattr(self.filesystem, "handler", None)
+            if isinstance(handler, pafs.FSSpecHandler):  # its files read 5 MiB ahead otherwise
+                with handler.fs.open(self._path(name), "rb", cache_type="none") as file:
+                    file.seek(offset)
+                    return pa.py_buffer(file.read(num_bytes))
             with self._opened(self._path(name)) as file:
                 file.seek(offset)
                 return file.read_buffer(num_bytes)
@@ -188,13 +193,31 @@ def open_store(path: CachePath) -> Store:
     where = shown(text)
     check_reachable(text, where)
     try:
-        filesystem, root = _retried(where, lambda: pafs.FileSystem.from_uri(text))
-    except (pa.ArrowInvalid, OSError) as error:
+        filesystem, root = _retried(where, lambda: _filesystem(text))
+    except (pa.ArrowInvalid, OSError, ValueError, ImportError) as error:
         reason = str(error).replace(text, where)
         raise CacheError(f"{where}: cannot be opened: {reason}") from error
     if not root.strip("/"):
         raise CacheError(f"{where}: expected a bucket and a folder")
     return Store(where, filesystem, root.rstrip("/"))
+
+
+def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a URI and the path in it: pyarrow's own, or else fsspec's.
+
+    Raises:
+        ValueError: If neither knows the scheme (pyarrow's ArrowInvalid is one).
+        ImportError: If fsspec, or what it needs for the scheme, is not installed.
+    """
+    try:
+        return pafs.FileSystem.from_uri(uri)
+    except pa.ArrowInvalid as error:
+        if "Unrecognized filesystem type" not in str(error):
+            raise
+    import fsspec
+
+    filesystem, root = fsspec.core.url_to_fs(uri)
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), root
 
 
 def shown(path: CachePath) -> str:

@@ -54,6 +54,10 @@ class Reason(StrEnum):
     NOTHING_HELD = "nothing-held"
     TOKEN_WITHOUT_COUNTERPART = "token-without-counterpart"
     TEXT_CHANGES = "text-changes"
+    # Reasons of `import`.
+    BAD_DISTRIBUTIONS = "bad-distributions"
+    NOT_NORMALISED = "not-normalised"
+    ROWS_OF_OTHER_TOKENS = "rows-of-other-tokens"
 
 
 class BadRow(ValueError):

@@ -44,7 +44,7 @@ class PromptRenderer:
             tuple(ids),
             len(ids),
             None,
-            _own_fields(row, self.columns.id_field, *exchange.used),
+            own_fields(row, self.columns.id_field, *exchange.used),
             without_rows=prompt.without_rows,
             opened_at=prompt.opened_at,
             messages=_asked(exchange),
@@ -108,7 +108,7 @@ class TraceRenderer:
                 f"expected 0 <= cot_start <= answer_start <= {len(ids)}, "
                 f"got cot_start={cot_start}, answer_start={answer_start}",
             )
-        own = _own_fields(row, self.columns.id_field, "token_ids", "cot_start", "answer_start")
+        own = own_fields(row, self.columns.id_field, "token_ids", "cot_start", "answer_start")
         return SourceTrace(
             _trace_id(row, self.columns.id_field, ids),
             tuple(ids),
@@ -164,7 +164,7 @@ class TraceRenderer:
             tuple(ids),
             num_prompt,
             bounds,
-            _own_fields(row, self.columns.id_field, *exchange.used),
+            own_fields(row, self.columns.id_field, *exchange.used),
             "length" if response.is_cut else None,
             prompt.without_rows,
             messages=_asked(exchange),
@@ -295,7 +295,8 @@ def _trace_id(row: Mapping[str, Any], id_field: str, ids: Sequence[int]) -> str:
     return given_id(row, id_field) or content_hash(list(ids))[:16]
 
 
-def _own_fields(row: Mapping[str, Any], *used: str) -> dict[str, Any]:
+def own_fields(row: Mapping[str, Any], *used: str) -> dict[str, Any]:
+    """The user's own fields of a row: all but those used; raises BadRow if one is not JSON."""
     own = {name: value for name, value in row.items() if name not in used}
     try:
         json.dumps(own, allow_nan=False)

@@ -9,8 +9,8 @@ from teacher_cache.terminal.progress import Progress
 class CaptureProgress:
     """Counts finished traces and tokens, and shows them; a `with` block."""
 
-    def __init__(self, num_traces: int, *, doing: str = "captured") -> None:
-        """Begin to count towards `num_traces`; `doing` is the verb shown."""
+    def __init__(self, num_traces: int | None, *, doing: str = "captured") -> None:
+        """Begin to count towards `num_traces`, None if unknown; `doing` is the verb shown."""
         self._shown = Progress(doing, num_traces, "traces")
         self.num_traces = 0
         self.num_tokens = 0

@@ -23,6 +23,7 @@ from teacher_cache.format.files import publish_file
 from teacher_cache.format.reading.places import Place
 from teacher_cache.sources.tokenizer import TeacherTokenizer, load_tokenizer
 from teacher_cache.terminal.option import check_options, option
+from teacher_cache.transform.export_axolotl import write_axolotl_rows
 
 OnTrace = Callable[[int, int], None]  # traces done, and in all
 
@@ -63,6 +64,11 @@ class ExportConfig:
         "Write Parquet, one row per token with its logprobs, whatever the file is called.",
         default=False,
     )
+    axolotl: bool = option(
+        "Write Parquet with the rows of Axolotl's kd trainer, one per trace, whatever the file is "
+        "called.",
+        default=False,
+    )
     force: bool = option("Overwrite the file if it exists.", default=False)
     allow_unsealed: bool = option(
         "Export the committed part of an incomplete cache.", default=False
@@ -70,8 +76,11 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.parquet and self.out.suffix in (".jsonl", ".json", ".ndjson"):
-            raise ValueError(f"--parquet: {self.out.name} is the name of a JSONL file")
+        for name in ("parquet", "axolotl"):
+            if getattr(self, name) and self.out.suffix in (".jsonl", ".json", ".ndjson"):
+                raise ValueError(f"--{name}: {self.out.name} is the name of a JSONL file")
+        if self.parquet and self.axolotl:
+            raise ValueError("--parquet and --axolotl: expected one of them")
         if self.is_parquet and (self.text or self.logprobs):
             raise ValueError(
                 "--text and --logprobs add to JSONL; leave them out with Parquet, which has the "
@@ -81,7 +90,7 @@ class ExportConfig:
     @property
     def is_parquet(self) -> bool:
         """Whether the file is Parquet: its name decides, unless an option does."""
-        return self.parquet or self.out.suffix in (".parquet", ".pq")
+        return self.parquet or self.axolotl or self.out.suffix in (".parquet", ".pq")
 
 
 def export(config: ExportConfig, on_trace: OnTrace = lambda done, total: None) -> int:
@@ -99,6 +108,10 @@ def export(config: ExportConfig, on_trace: OnTrace = lambda done, total: None) -
         EngineError: If the teacher's tokenizer is needed and cannot be loaded.
     """
     cache = open_cache(config.cache, allow_unsealed=config.allow_unsealed)
+    if config.axolotl:
+        places = _places(cache, config)
+        traces = _traces(cache, config, places)
+        return write_axolotl_rows(traces, config.out, lambda done: on_trace(done, len(places)))
     if config.is_parquet:
         return _export_parquet(cache, config, on_trace)
     tokenizer = load_tokenizer(cache.header, config.model) if config.text else None

@@ -123,8 +123,8 @@ def broken_promises(trace: Trace, header: CacheHeader) -> Iterator[str]:
     tail, probs = trace.tail, np.exp(trace.top_logprobs)
     mass = np.bincount(trace.token_of_entry, weights=probs, minlength=len(trace)) + tail
     outside = (1 - header.mass) * _TAIL_SLACK + 1e-6
-    # In a row carried over from another tokenizer, only the entries are known.
-    needs_mass = header.derived is None
+    # A row carried over from another tokenizer, or from another program, has what its source had.
+    needs_mass = header.derived is None and header.imported is None
     checks = (
         ("has more entries than top_k plus the token itself", trace.k > header.top_k + 1),
         (

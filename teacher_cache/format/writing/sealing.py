@@ -17,6 +17,7 @@ from teacher_cache.format.records import (
 )
 from teacher_cache.format.shares import require_all_parts
 from teacher_cache.format.store import CachePath, Store, open_store
+from teacher_cache.format.writing.card import publish_card
 from teacher_cache.format.writing.catalog_file import publish_catalog
 from teacher_cache.format.writing.journal_places import open_journals
 from teacher_cache.format.writing.writer import CacheWriter
@@ -70,6 +71,7 @@ def seal_cache(
     _require_known(store, catalog, known)
     noise = read_noise(store)
     seal = catalog.seal(publish_catalog(store, catalog))
+    publish_card(store, manifest.header, seal)
     sealed = Manifest(manifest.header, manifest.config, seal, noise)
     store.publish(MANIFEST_NAME, sealed.to_bytes())
     return sealed

@@ -1,0 +1,1 @@
+"""A teacher behind a vLLM server: each answer is checked before it is kept."""

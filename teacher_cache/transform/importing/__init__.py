@@ -1,0 +1,1 @@
+"""`cache-teacher import`: rows that other programs wrote, as a cache; README.md is the guide."""

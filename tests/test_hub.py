@@ -1,0 +1,133 @@
+"""Caches on the Hugging Face Hub, read from a stand-in on loopback; and others through fsspec."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from caches import assert_same, read_all
+from commands import COMMAND
+from fakes import make_cache, make_header, make_traces, write_shards
+from hub_server import hub_server
+
+from teacher_cache.format import (
+    CacheError,
+    CacheWriter,
+    FinishedTrace,
+    open_cache,
+    open_store,
+    seal_cache,
+)
+from teacher_cache.format.checking.verify import verify_cache
+from teacher_cache.transform.push import PushConfig, push
+
+URI = "hf://datasets/me/cache"
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub") / "cache"
+    return make_cache(folder, make_traces(12, lengths=(200, 300)), traces_per_shard=6)
+
+
+def run(hub, tmp_path, *args):
+    """A command as a process: the Hub's address is read when its library is imported."""
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+    }  # fmt: skip
+    environment.pop("HF_HUB_OFFLINE", None)
+    return subprocess.run(
+        [*COMMAND, *map(str, args)], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_a_cache_on_the_hub_is_read_as_a_local_one_and_by_range(local, tmp_path):
+    with hub_server(local) as hub:
+        done = run(hub, tmp_path, "verify", URI)
+        assert done.returncode == 0, done.stderr
+        assert "no errors" in done.stdout
+        hub.num_bytes.clear()
+        hub.num_ranges = 0
+        out = tmp_path / "lead.jsonl"
+        done = run(hub, tmp_path, "export", URI, out, "--lead-span", "0.1", "--logprobs")
+        assert done.returncode == 0, done.stderr
+    traces = {trace.trace_id: trace for trace in open_cache(local)}
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == len(traces)
+    for row in rows:
+        n = len(row["token_ids"])
+        assert row["token_ids"] == traces[row["id"]].token_ids[:n].tolist()
+    shards = {name: size for name, size in hub.num_bytes.items() if name.endswith(".arrow")}
+    assert hub.num_ranges > 0
+    assert len(shards) == 2
+    for name, num_bytes in shards.items():
+        assert num_bytes < 0.6 * Path(local, name).stat().st_size
+
+
+@pytest.mark.slow
+def test_what_the_hub_lacks_is_said_in_one_line(local, tmp_path):
+    with hub_server(local) as hub:
+        for uri in ("hf://datasets/me/other", f"{URI}/nothing"):
+            done = run(hub, tmp_path, "inspect", uri)
+            assert done.returncode == 1, done.stderr
+            *progress, last = done.stderr.strip().splitlines()
+            assert progress in ([], ["cache-teacher inspect: loading"])
+            assert f"{uri}: no cache here" in last
+
+
+@pytest.mark.slow
+def test_a_push_resumes_and_leaves_the_whole_cache_there(local, tmp_path):
+    (tmp_path / "remote").mkdir()
+    arguments = ("push", local, "hf://datasets/me/cache", "--license", "apache-2.0")
+    with hub_server(tmp_path / "remote") as hub:
+        hub.fail_at_commit = 1  # that of cache.json
+        done = run(hub, tmp_path, *arguments)
+        assert done.returncode == 1, done.stdout
+        assert "the Hub is tired" in done.stderr.splitlines()[-1]
+        assert "cache.json" not in hub.sent
+        num_sent = len(hub.sent)
+        done = run(hub, tmp_path, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert hub.sent[num_sent:] == ["cache.json"]
+        assert "1 of them sent now" in done.stdout
+        done = run(hub, tmp_path, *arguments)
+        assert "0 of them sent now" in done.stdout
+    pushed = open_cache(str(tmp_path / "remote"))
+    assert pushed.fingerprint == open_cache(local).fingerprint
+    assert verify_cache(pushed.path).errors == []
+    assert (tmp_path / "remote" / "README.md").read_text().startswith("---\nlicense: apache-2.0\n")
+
+
+def test_what_is_not_whole_is_not_pushed(tmp_path):
+    write_shards(tmp_path / "open", make_traces(2))
+    config = PushConfig(cache=tmp_path / "open", to="hf://datasets/me/cache")
+    with pytest.raises(CacheError, match="not sealed"):
+        push(config)
+    make_cache(tmp_path / "torn", make_traces(2))
+    shard = next((tmp_path / "torn" / "shards").glob("*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(CacheError, match="damaged, so not sent"):
+        push(PushConfig(cache=tmp_path / "torn", to="hf://datasets/me/cache"))
+    with pytest.raises(ValueError, match="expected hf://datasets/OWNER/NAME"):
+        PushConfig(cache=tmp_path, to="me/cache")
+
+
+def test_an_uri_that_pyarrow_does_not_know_goes_through_fsspec(tmp_path):
+    traces = make_traces(5)
+    uri = "memory://bucket/cache"
+    with CacheWriter(uri, make_header(), journal=tmp_path / "journal") as writer:
+        for trace in traces:
+            writer.append(FinishedTrace(trace, "source"))
+        writer.finish()
+    seal_cache(uri, journal=tmp_path / "journal")
+    found = read_all(open_cache(uri))
+    for trace in traces:
+        assert_same(found[trace.trace_id], trace)
+
+
+def test_an_uri_that_nobody_knows_is_refused():
+    with pytest.raises(CacheError, match=r"nothing://x/y: cannot be opened: .*nothing"):
+        open_store("nothing://x/y")
