@@ -61,7 +61,8 @@ def with_ending(trace: Trace, lead_span: float, num_closing: int) -> Trace:
     if end >= start:
         return trace
     tokens = np.concatenate([np.arange(end), np.arange(start, len(trace))])
-    return with_tokens(replace(trace, answer_start=end + num_closing), tokens)
+    bounds = {"cot_start": min(trace.cot_start, end), "answer_start": end + num_closing}
+    return with_tokens(replace(trace, **bounds), tokens)
 
 
 def cut_at_gap(cache: Cache, share: float, student: str) -> Iterator[Trace]:
