@@ -210,10 +210,12 @@ def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         ImportError: If fsspec, or what it needs for the scheme, is not installed.
     """
     try:
-        return pafs.FileSystem.from_uri(uri)
+        found: tuple[pafs.FileSystem, str] = pafs.FileSystem.from_uri(uri)
     except pa.ArrowInvalid as error:
         if "Unrecognized filesystem type" not in str(error):
             raise
+    else:
+        return found
     import fsspec
 
     filesystem, root = fsspec.core.url_to_fs(uri)

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,8 +208,11 @@ class _Hub:
             entry.path: entry
             for first in range(0, len(names), _PATHS_AT_ONCE)
             for entry in self._tried(
-                lambda part=names[first : first + _PATHS_AT_ONCE]: self._api.get_paths_info(
-                    self._repository, part, repo_type="dataset"
+                partial(
+                    self._api.get_paths_info,
+                    self._repository,
+                    names[first : first + _PATHS_AT_ONCE],
+                    repo_type="dataset",
                 )
             )
         }
