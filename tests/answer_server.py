@@ -5,6 +5,7 @@ those of vLLM 0.32 in data/others/vllm-*.jsonl.
 """
 
 import json
+import socket
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -89,7 +90,8 @@ class _Answer(BaseHTTPRequestHandler):
             if fails and kind:
                 return self.send({"error": {"message": "overloaded"}}, 503)
             if fails:
-                return self.connection.close()
+                self.close_connection = True
+                return self.connection.shutdown(socket.SHUT_RDWR)
             return self.answer(body)
         finally:
             with server.lock:

@@ -92,13 +92,13 @@ def test_a_window_of_requests_is_in_flight_and_no_more_are_drawn():
 def test_failed_requests_are_sent_again_and_every_trace_comes_once():
     with table_server() as server:
         teacher = teacher_of(server)
-        calm = {r.request_id: r.token_ids.tolist() for r in teacher.run(requests(30))}
+        calm = {r.request_id: r.token_ids.tolist() for r in teacher.run(requests(16))}
         server.fault_share = 0.2
-        found = list(teacher.run(requests(30)))
+        found = list(teacher.run(requests(16)))
         teacher.close()
         assert server.num_faults > 0
     assert {r.request_id: r.token_ids.tolist() for r in found} == calm
-    assert len(found) == 30
+    assert len(found) == 16
 
 
 LIES = {

@@ -130,9 +130,11 @@ class Wire:
                     "may write -9999 below its last rank)"
                 )
             best = sorted(row.items(), key=lambda entry: (-entry[1], entry[0]))
-            asked = self.top_k if number < num_prompt_rows else self.num_asked
+            is_given = number < num_prompt_rows  # such rows have K besides the token itself
+            asked = self.top_k if is_given else self.num_asked
             self._check_row(where, number, best, token, asked)
-            best = best[: self.top_k] if asked > self.top_k else _ranked(best, token, self.top_k)
+            is_whole = is_given or asked > self.top_k
+            best = best[: self.top_k] if is_whole else _ranked(best, token, self.top_k)
             ids[number, 0], logprobs[number, 0] = token, row[token]
             ids[number, 1 : 1 + len(best)] = [entry[0] for entry in best]
             logprobs[number, 1 : 1 + len(best)] = [entry[1] for entry in best]
@@ -156,10 +158,10 @@ class Wire:
 
 
 def _ranked(best: list[tuple[int, float]], token: int, top_k: int) -> list[tuple[int, float]]:
-    """The candidates of a row that has K and the token itself, or K with it in the last's place."""
-    if len(best) > top_k and best[-1][0] == token:
-        return best[:top_k]
-    # K entries of which the last is the token itself: it may have taken the place of the K-th.
+    """The candidates of a row of K entries, the token itself among them.
+
+    If it is the least probable one, it may have taken the place of the K-th.
+    """
     if len(best) == top_k and best[-1][0] == token:
         return best[:-1]
     return best[:top_k]
