@@ -101,6 +101,7 @@ class Terminal:
         return [row.rstrip() for row in self.screen.display if row.strip()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, 44])
 def test_two_rows_fit_and_what_is_held_out_stays(columns):
     said = heldout_line(22_500, HELDOUT)
@@ -128,6 +129,7 @@ def test_two_rows_fit_and_what_is_held_out_stays(columns):
     assert not terminal.screen.cursor.hidden
 
 
+@pytest.mark.slow
 def test_a_program_that_ends_itself_leaves_a_clean_terminal_too():
     code = LONG_RUN.format(doing="training " * 20, figures="x" * 200, heldout="held", end=SWALLOW)
     terminal = Terminal(code, 80)

@@ -234,7 +234,7 @@ def test_a_student_is_shown_with_its_worst_tokens_by_section(cache, tmp_path):
     invoke(group, "view", cache.path, "--student", model, "--sample", 3, "-o", page)
     text = page.read_text()
 
-    counts = [int(n) for n in re.findall(r"<summary>\w+: (\d+) of the fifty", text)]
+    counts = [int(n) for n in re.findall(r"<summary>[a-z ]+: (\d+) of the fifty", text)]
     assert len(counts) == 3
     assert sum(counts) == 50 == text.count('<button type="button" data-trace=')
     wrong = make_student(tmp_path / "wrong", tokens=[*TOKENS[:-1], "other"])

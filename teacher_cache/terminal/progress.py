@@ -92,7 +92,8 @@ class Progress:
         if self._display is not None:
             self._display.stop()
             if self._outer is not None and self._outer._display is not None:
-                self._outer._display.start()
+                # A new one: a display that starts again erases lines above that are not its own.
+                self._outer._start_display()
         if self._has_said and self._done != self._first and kind is None:
             logger.info("%s", self.line)
 
@@ -171,16 +172,19 @@ class Progress:
             return self._hint
         return f"{duration(self.seconds)} so far" + (f" ({self._hint})" if self._hint else "")
 
+    def _start_display(self) -> None:
+        from teacher_cache.terminal.display import start_display
+
+        self._display = start_display(self, console())
+
     def _tick(self) -> None:
         if self._has_ended.wait(_FIRST_S):
             return
         if is_terminal():
-            from teacher_cache.terminal.display import start_display
-
             if self._outer is not None and self._outer._display is not None:
                 self._outer._display.stop()
             self._has_said = True
-            self._display = start_display(self, console())
+            self._start_display()
             return
         wait_s = 0.0
         while not self._has_ended.wait(wait_s):
