@@ -1,14 +1,21 @@
 """Memory predicted on shapes alone, against what a model really keeps."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from click.testing import CliRunner
 from fakes import make_cache, make_traces
 from students import make_family, make_model, make_student
+from transformers import Qwen3Config
 
 from student_train.cli.group import cli
 from student_train.run.config import TrainConfig
 from student_train.run.memory_estimate import counted_activations, estimate
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import bench_memory
 
 
 def kept_by(model, num_tokens, *, is_half):
@@ -54,6 +61,18 @@ def test_an_estimate_counts_every_layer_and_every_weight():
     num_weights = sum(p.numel() for p in make_model(**wide, tied=False).parameters())
     assert found.gradients == 4 * num_weights
     assert found.optimizer == 8 * num_weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_estimate_is_what_is_alive_at_once_in_a_step(tied):
+    shape = Qwen3Config(
+        vocab_size=20_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=6,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    config = bench_memory.config_of({})
+    predicted = estimate(shape, config, num_tokens=4096, is_cuda=False).total
+    assert predicted == pytest.approx(bench_memory.counted_peak(shape, config, 4096), rel=0.1)
 
 
 def test_what_shrinks_memory_shrinks_the_estimate():
