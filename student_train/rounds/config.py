@@ -23,6 +23,11 @@ _SET_FOR = {
     | {"other_teacher", "stale_rollouts", "allow_unsealed"},
     "evaluate": {"model", "prompts", "cache", "completions", "force"},
 }
+# Options that may change between calls, or are compared by what they name.
+_COMPARED_OTHERWISE = {
+    *("out", "num_rounds", "cache_teacher", "other_teacher"),
+    *("teacher", "student", "prompts"),
+}
 _CONFIGS = {"rollout": RolloutConfig, "run": TrainConfig, "evaluate": EvaluateConfig}
 
 _chain = partial(option, group="Student, teacher and prompts")
@@ -140,8 +145,7 @@ class RoundsConfig:
         values = {
             name: value
             for name, value in asdict(self).items()
-            if name not in ("out", "num_rounds", "cache_teacher", "teacher", "student", "prompts")
-            and not name.endswith("_options")
+            if name not in _COMPARED_OTHERWISE and not name.endswith("_options")
         }
         values["cache"] = None if self.cache is None else shown(self.cache)
         values["eval_prompts"] = self.eval_prompts and str(self.eval_prompts)

@@ -262,7 +262,7 @@ def _check_logprobs(name: str, logprob: NDArray[np.float32], where: str) -> None
     known = logprob[~np.isnan(logprob)]
     is_chunks = name == "chunk_logprob"
     if not (np.isfinite(known).all() and ((known <= 0) | (is_chunks & (known == 1))).all()):
-        values = "NaN, 1," if is_chunks else "NaN,"
+        values = "NaN, 1," if is_chunks else "NaN"
         raise CacheFormatError(f"{where}: {name} must be {values} or finite and at most 0")
 
 

@@ -244,13 +244,13 @@ def _decode(payload: bytes) -> FinishedTrace:
     token_ids, k, top_ids, codes, tail_logit, *others = columns
     counts = {name: head.pop(name) for name in ("num_clamped_tails", "num_clamped_logits")}
     source_hash, messages = head.pop("source_hash"), head.pop("messages", None)
+    head |= zip(optional, others, strict=True)
     trace = Trace(
         token_ids=token_ids,
         k=k,
         top_ids=top_ids,
         top_logits=LOGIT_GRID[codes],
         tail_logit=tail_logit,
-        **dict(zip(optional, others, strict=True)),
         **head,
     )
     trace.validate()
