@@ -123,7 +123,7 @@ def test_own_tokens_have_the_policy_gradient_and_others_the_objective(mixed):
     found = torch.autograd.grad(loss, (hidden, weight))
     whole = sparse_kl(hidden, weight, batch.targets, batch.token_weight, objective)
     logprobs = (hidden @ weight.T).log_softmax(1)
-    nll = -logprobs.gather(1, batch.targets.target_ids[:, None])[:, 0]
+    nll = -logprobs.gather(1, batch.targets.target_ids.long()[:, None])[:, 0]
     rollout, teacher = batch.rollout_logprob.double(), teacher_logprob_of_labels(batch.targets)
     own = sampled_token_loss(nll[is_own], rollout[is_own], teacher[is_own], ratio_clip=0.2)
     given = sparse_kl(hidden, weight, batch.targets, batch.token_weight * ~is_own, objective)
