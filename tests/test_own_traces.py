@@ -50,6 +50,7 @@ def config_of(caches, student, out, **changes):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_metrics_tell_own_tokens_and_how_far_the_student_has_moved(start, tmp_path):
     given, student, rollouts = start
     cache = rollouts("plain")

@@ -153,6 +153,7 @@ def test_completions_of_an_evaluation_are_refused_with_what_to_do(render):
         plain(row)
 
 
+@pytest.mark.slow
 def test_a_stopped_rollout_continues_to_the_same_traces(rolled, tmp_path, monkeypatch):
     (tmp_path / "prompts.jsonl").write_bytes((rolled[0].parent / "prompts.jsonl").read_bytes())
     file = tmp_path / "r.jsonl"

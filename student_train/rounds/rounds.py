@@ -79,13 +79,11 @@ def check_rounds_input(config: RoundsConfig) -> str:
     records = list(read_records(config.prompts))
     for where, record in records:
         parse_prompt(record, where, needs_answer=False)
-    needed = (config.prompts_per_round or 1) * (
-        config.num_rounds if config.prompts_per_round else 1
-    )
+    needed = max(1, (config.prompts_per_round or 0) * config.num_rounds)
     if len(records) < needed:
         raise ValueError(
-            f"{config.prompts}: expected {needed:,} prompts, {config.prompts_per_round or 1:,} in "
-            f"each round, found {len(records):,}"
+            f"{config.prompts}: expected {needed:,} prompts for {config.num_rounds} rounds, found "
+            f"{len(records):,}"
         )
     if config.eval_prompts is not None:
         prompts = list(read_prompts(config.eval_prompts))
