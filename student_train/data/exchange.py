@@ -6,7 +6,7 @@ as in `Trace`: m tokens, E entries.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,15 +109,16 @@ def unpacked(data: _Bytes, infos: Sequence[TraceInfo]) -> list[Trace]:
     width = 2 + len(OPTIONAL_COLUMNS)
     end = 8 * width * len(infos)
     num_tokens, num_entries, *num_optional = data[:end].view(np.int64).reshape(-1, width).T
-    columns = []
-    for lengths, dtype in (
+    kinds: list[tuple[NDArray[np.int64], np.dtype[Any]]] = [
         (num_tokens, np.dtype(np.int32)),
         (num_tokens, np.dtype(np.float32)),
         (num_entries, np.dtype(np.int32)),
         (num_entries, np.dtype(np.float32)),
         *((lengths, np.dtype(np.float32)) for lengths in num_optional),
         (num_tokens, np.dtype(np.uint8)),
-    ):
+    ]
+    columns = []
+    for lengths, dtype in kinds:
         begin, end = end, end + int(lengths.sum()) * dtype.itemsize
         columns.append(np.split(data[begin:end].view(dtype), np.cumsum(lengths)[:-1]))
     return [

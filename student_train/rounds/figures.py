@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from student_train.rounds.config import RoundsConfig
 from student_train.rounds.stages import Stage, round_folder
@@ -50,7 +51,7 @@ class OwnFigures:
         )
 
 
-def _sampled_gaps(trace: Trace) -> "np.ndarray[Any, np.dtype[np.float64]]":
+def _sampled_gaps(trace: Trace) -> NDArray[np.float64]:
     """Log q - log p of each token that the student sampled, nats."""
     if trace.student_logprob is None:
         raise ValueError(f"trace {trace.trace_id!r} has no student_logprob")
@@ -59,7 +60,8 @@ def _sampled_gaps(trace: Trace) -> "np.ndarray[Any, np.dtype[np.float64]]":
     gaps = np.full(len(trace), np.nan)
     places = token_of_entry[is_target]
     gaps[places] = trace.student_logprob[places] - trace.top_logprobs[is_target]
-    return gaps[~np.isnan(gaps)]
+    found: NDArray[np.float64] = gaps[~np.isnan(gaps)]
+    return found
 
 
 def figures_of(config: RoundsConfig, done: list[Stage]) -> list[dict[str, Any]]:
