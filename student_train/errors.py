@@ -13,6 +13,10 @@ class OutOfMemoryError(Exception):
     """The device or the machine has no memory left; the message says what to lower."""
 
 
+class StageFailedError(Exception):
+    """A command of some rounds failed; the message names it and its last line."""
+
+
 class InterruptedRunError(Exception):
     """The run was asked to stop and has written a checkpoint.
 

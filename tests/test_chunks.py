@@ -172,6 +172,10 @@ def test_a_column_that_holds_no_logprobs_is_refused(tmp_path):
         _ = cache["t"]
     with pytest.raises(ValueError, match="'t': expected chunk_logprob, got none"):
         make_cache(tmp_path / "other", [trace], **DERIVED)
+    unknown = replace(trace, student_logprob=np.ones(24, np.float32))  # 1 is no mark here
+    cache = open_cache(make_cache(tmp_path / "own", [unknown], rollout={"round": 1}))
+    with pytest.raises(CacheFormatError, match="student_logprob must be NaN or finite"):
+        _ = cache["t"]
 
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.25])

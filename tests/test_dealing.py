@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from student_train.data.dealing import deal, dealt_by_length
 from student_train.data.exchange import packed, unpacked
+from teacher_cache.format import OPTIONAL_COLUMNS
 
 lengths = st.lists(st.integers(0, 9000), max_size=80)
 
@@ -60,9 +61,11 @@ def test_traces_survive_the_way_from_rank_to_rank():
     traces[2] = traces[2][:1]  # no entries
     column = np.linspace(-1, 0, len(traces[3]), dtype=np.float32)
     traces[3] = replace(traces[3], chunk_logprob=column)
+    traces[4] = replace(traces[4], student_logprob=-np.arange(len(traces[4]), dtype=np.float32))
     again = unpacked(packed(traces), traces)
 
     for trace, received in zip(traces, again, strict=True):
         assert_same(received, trace)
-        np.testing.assert_array_equal(received.chunk_logprob, trace.chunk_logprob)
+        for name in OPTIONAL_COLUMNS:
+            np.testing.assert_array_equal(getattr(received, name), getattr(trace, name))
     assert unpacked(packed([]), []) == []

@@ -19,7 +19,7 @@ from student_train.evaluation import evaluate as evaluate_module
 from student_train.evaluation import generation, mathematics
 from student_train.evaluation.checker import Checker
 from student_train.evaluation.completions import Completion
-from student_train.evaluation.config import EvaluateConfig
+from student_train.evaluation.config import EvaluateConfig, Generation
 from student_train.evaluation.evaluate import evaluate
 from student_train.evaluation.golds import check_golds
 from student_train.evaluation.prompts import read_prompts, seen_in
@@ -36,8 +36,13 @@ def config_of(**changes):
 def generate(model, tokenizer, prompts, config, done=()):
     """The first sample of every prompt that is not done, by prompt."""
     requests = [Request(tuple(ids), config.max_new_tokens) for ids in prompts]
-    found = generation.generate(model, tokenizer, requests, config, (), done)
-    by_prompt = {prompt: completion for prompt, sample, completion in found if sample == 0}
+    settings = Generation.of(config)
+    found = generation.generate(model, tokenizer, requests, settings, (), done)
+    by_prompt = {
+        prompt: Completion(tokenizer.decode(tokens.ids), len(tokens.ids), tokens.finished)
+        for prompt, sample, tokens in found
+        if sample == 0
+    }
     return [by_prompt[prompt] for prompt in sorted(by_prompt)]
 
 

@@ -65,7 +65,15 @@ LOW_TO_HIGH = {
     "teacher_cache.sources": [
         *("row", "rejects", "tables", "json_files", "files", "marks", "trace", "slices"),
         *("chat_template", "probes", "turn_layout", "tokenizer", "marks_in_tokens"),
-        *("marks_in_text", "conversations", "columns", "prompt_turns", "responses", "render"),
+        *(
+            "marks_in_text",
+            "conversations",
+            "columns",
+            "rollouts",
+            "prompt_turns",
+            "responses",
+            "render",
+        ),
         *("input_traces",),
     ],
     "teacher_cache.capture": [
@@ -86,6 +94,7 @@ LOW_TO_HIGH = {
             "evaluation",
             "compare",
             "sweep",
+            "rounds",
             "cli",
         ),
     ],

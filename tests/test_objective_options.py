@@ -128,7 +128,7 @@ def test_the_sum_of_a_cache_is_that_of_its_traces(layout):
         return
     student = StudentWithLoss(model, head_of(model), num_sources=3)
     sums = sum(student(batch)[1] for batch in batches)
-    named = dict(zip(sum_names(3), sums.tolist(), strict=True))
+    named = dict(zip(sum_names(3, has_own=False), sums.tolist(), strict=True))
     for source in range(3):
         own = [t.trace for t in selected if t.source == source]
         figures = heldout_figures(student, own, "cpu")["all"]

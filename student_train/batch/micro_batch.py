@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from student_train.batch.dense_targets import targets_of
@@ -40,6 +41,8 @@ class MicroBatch:
     targets: TeacherTargets  # N rows
     token_weight: Tensor  # [N] float32, not yet divided by the step's normaliser
     source: Tensor  # [N] integer, the token's cache, where a run has several
+    # [N] float32, of the student that sampled the token, nats; NaN for tokens of other origin.
+    rollout_logprob: Tensor
     num_positions: tuple[int, ...]  # of each trace that has a loss token
     num_absent: int  # kept entries whose id the student lacks; they are in the tail
     chunks: ChunkTargets | None  # None where distributions teach
@@ -179,6 +182,7 @@ def empty_micro_batch() -> MicroBatch:
         targets=targets,
         token_weight=torch.zeros(0),
         source=nothing,
+        rollout_logprob=torch.zeros(0),
         num_positions=(),
         num_absent=0,
         chunks=None,
@@ -193,7 +197,7 @@ def _collate(rows: Sequence[Sequence[LossTokens]], *, per_trace: bool, is_flat: 
     width = int(row_lengths.max())
     input_ids_BT = np.zeros((len(rows), width), np.int32)
     position_ids_BT = np.zeros((len(rows), width), np.int32)
-    hidden_index, weights, sources = [], [], []
+    hidden_index, weights, sources, rollout_logprobs = [], [], [], []
     for number, row in enumerate(rows):
         begin = 0
         for part in row:
@@ -204,6 +208,7 @@ def _collate(rows: Sequence[Sequence[LossTokens]], *, per_trace: bool, is_flat: 
             hidden_index.append((number * width + begin + part.valid - 1).astype(np.int32))
             weights.append(np.full(len(part.valid), _weight(part, per_trace), np.float32))
             sources.append(np.full(len(part.valid), part.source, np.int32))
+            rollout_logprobs.append(_rollout_logprob(part))
             begin = end
     parts = [part for row in rows for part in row]
     trace_ends = np.cumsum([0, *(part.length for part in parts)], dtype=np.int32)
@@ -217,6 +222,7 @@ def _collate(rows: Sequence[Sequence[LossTokens]], *, per_trace: bool, is_flat: 
         targets=targets_of([(part.trace, part.valid) for part in parts]),
         token_weight=torch.from_numpy(np.concatenate(weights)),
         source=torch.from_numpy(np.concatenate(sources)),
+        rollout_logprob=torch.from_numpy(np.concatenate(rollout_logprobs)),
         num_positions=tuple(part.length for part in parts),
         num_absent=sum(part.num_absent for part in parts),
         chunks=_chunk_targets(parts, per_trace=per_trace),
@@ -224,6 +230,11 @@ def _collate(rows: Sequence[Sequence[LossTokens]], *, per_trace: bool, is_flat: 
         num_hard_labels=sum(part.num_hard_labels for part in parts),
         num_left_out=sum(part.num_left_out for part in parts),
     )
+
+
+def _rollout_logprob(part: LossTokens) -> NDArray[np.float32]:
+    column = part.trace.student_logprob
+    return np.full(len(part.valid), np.nan, np.float32) if column is None else column[part.valid]
 
 
 def _weight(part: LossTokens, per_trace: bool) -> float:

@@ -43,6 +43,7 @@ class SequencePart:
             targets=batch.targets.select(kept),
             token_weight=batch.token_weight[kept],
             source=batch.source[kept],
+            rollout_logprob=batch.rollout_logprob[kept],
             num_positions=batch.num_positions if is_first else (),
             num_absent=batch.num_absent if is_first else 0,
             num_distributions=batch.num_distributions if is_first else 0,

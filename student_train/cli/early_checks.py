@@ -8,6 +8,9 @@ from student_train.data.where import Where
 from student_train.evaluation.config import EvaluateConfig
 from student_train.evaluation.prompts import read_prompts
 from student_train.profile.config import ProfileConfig
+from student_train.rounds.config import RoundsConfig
+from student_train.rounds.rollout_config import RolloutConfig
+from student_train.rounds.rows import read_questions
 from student_train.run.config import TrainConfig
 from student_train.run.folder import RunFolder, student_of
 from student_train.sweep.config import SweepConfig
@@ -90,6 +93,27 @@ def check_evaluate(config: EvaluateConfig) -> None:
     _check_prompts(config.prompts, "--prompts")
     for _ in islice(read_prompts(config.prompts, config.group_by), config.limit):
         pass  # reading is checking
+
+
+def check_rollout(config: RolloutConfig) -> None:
+    """Check the paths and names of a rollout, and all its prompts; raises as `check_run`."""
+    check_model(config.model, "--model")
+    check_out_file(config.out, "--out", force=True)
+    _check_prompts(config.prompts, "--prompts")
+    read_questions(config)  # reading is checking
+
+
+def check_rounds(config: RoundsConfig) -> None:
+    """Check the paths and names of rounds; raises as `check_run`."""
+    check_model(config.student, "--student")
+    for teacher in config.teacher:
+        check_model(teacher, "--teacher")
+    if config.cache is not None:
+        check_cache(config.cache, "--cache")
+    check_out_folder(config.out)
+    _check_prompts(config.prompts, "--prompts")
+    if config.eval_prompts is not None:
+        _check_prompts(config.eval_prompts, "--eval-prompts")
 
 
 def check_sweep(config: SweepConfig) -> None:

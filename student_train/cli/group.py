@@ -4,7 +4,9 @@ import click
 
 from student_train.cli.comparing import compare_command
 from student_train.cli.evaluating import evaluate_command
+from student_train.cli.going_rounds import rounds_command
 from student_train.cli.profiling import profile_command
+from student_train.cli.rolling_out import rollout_command
 from student_train.cli.running import run_command
 from student_train.cli.sweeping import sweep_command
 from student_train.cli.viewing import view_command
@@ -25,8 +27,10 @@ for _command in (
     profile_command,
     run_command,
     evaluate_command,
+    rollout_command,
     view_command,
     compare_command,
     sweep_command,
+    rounds_command,
 ):
     cli.add_command(_command)

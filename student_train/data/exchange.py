@@ -1,16 +1,17 @@
 """Handing of traces from the rank that reads them to the rank that trains on them.
 
-A trace travels as its arrays, 9 bytes a token (13 with chunks) and 8 a kept entry; everything else
-about it every rank knows from the commit records. Letters as in `Trace`: m tokens, E entries.
+A trace travels as its arrays, 9 bytes a token (4 more for each of the columns that only some caches
+have) and 8 a kept entry; everything else about it every rank knows from the commit records. Letters
+as in `Trace`: m tokens, E entries.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.format import Trace, TraceInfo
+from teacher_cache.format import OPTIONAL_COLUMNS, Trace, TraceInfo
 
 _Bytes = NDArray[np.uint8]
 
@@ -78,9 +79,15 @@ def packed(traces: Sequence[Trace]) -> _Bytes:
     if not traces:
         return np.zeros(0, np.uint8)
     none = np.zeros(0, np.float32)
-    chunk_logprobs = [none if t.chunk_logprob is None else t.chunk_logprob for t in traces]
+    optional = [
+        [none if getattr(trace, name) is None else getattr(trace, name) for trace in traces]
+        for name in OPTIONAL_COLUMNS
+    ]
     counts = np.array(
-        [(len(t), t.num_entries, len(c)) for t, c in zip(traces, chunk_logprobs, strict=True)],
+        [
+            (len(trace), trace.num_entries, *(len(column[number]) for column in optional))
+            for number, trace in enumerate(traces)
+        ],
         np.int64,
     )
     columns = [
@@ -89,7 +96,7 @@ def packed(traces: Sequence[Trace]) -> _Bytes:
         *(trace.tail_logit for trace in traces),
         *(trace.top_ids for trace in traces),
         *(trace.top_logits for trace in traces),
-        *chunk_logprobs,
+        *(values for column in optional for values in column),
         *(trace.k for trace in traces),  # last: a byte each, so that all others are aligned
     ]
     return np.concatenate([np.ascontiguousarray(column).view(np.uint8) for column in columns])
@@ -99,17 +106,19 @@ def unpacked(data: _Bytes, infos: Sequence[TraceInfo]) -> list[Trace]:
     """The traces of `packed`, which have these commit records."""
     if not infos:
         return []
-    counts, end = data[: 24 * len(infos)].view(np.int64).reshape(-1, 3), 24 * len(infos)
-    num_tokens, num_entries, num_in_chunks = counts.T
-    columns = []
-    for lengths, dtype in (
+    width = 2 + len(OPTIONAL_COLUMNS)
+    end = 8 * width * len(infos)
+    num_tokens, num_entries, *num_optional = data[:end].view(np.int64).reshape(-1, width).T
+    kinds: list[tuple[NDArray[np.int64], np.dtype[Any]]] = [
         (num_tokens, np.dtype(np.int32)),
         (num_tokens, np.dtype(np.float32)),
         (num_entries, np.dtype(np.int32)),
         (num_entries, np.dtype(np.float32)),
-        (num_in_chunks, np.dtype(np.float32)),
+        *((lengths, np.dtype(np.float32)) for lengths in num_optional),
         (num_tokens, np.dtype(np.uint8)),
-    ):
+    ]
+    columns = []
+    for lengths, dtype in kinds:
         begin, end = end, end + int(lengths.sum()) * dtype.itemsize
         columns.append(np.split(data[begin:end].view(dtype), np.cumsum(lengths)[:-1]))
     return [
@@ -117,10 +126,14 @@ def unpacked(data: _Bytes, infos: Sequence[TraceInfo]) -> list[Trace]:
             trace_id=info.trace_id, token_ids=token_ids, n_total=info.n_total,
             cot_start=info.cot_start, answer_start=info.answer_start,
             k=k, top_ids=top_ids, top_logits=top_logits, tail_logit=tail_logit,
-            chunk_logprob=chunk_logprob if len(chunk_logprob) else None,
             finish_reason=info.finish_reason, fields=info.fields,
+            **{
+                name: column
+                for name, column in zip(OPTIONAL_COLUMNS, optional, strict=True)
+                if len(column)
+            },
         )
-        for info, token_ids, tail_logit, top_ids, top_logits, chunk_logprob, k in zip(
+        for info, token_ids, tail_logit, top_ids, top_logits, *optional, k in zip(
             infos, *columns, strict=True
         )
     ]  # fmt: skip

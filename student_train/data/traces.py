@@ -72,6 +72,11 @@ class TrainingData:
         return sizes if self.weights is None else shares_of_epoch(sizes, self.weights)
 
     @property
+    def has_own_traces(self) -> bool:
+        """Whether some cache holds rollouts of a student."""
+        return any(source.cache.header.rollout is not None for source in self.sources)
+
+    @property
     def summary(self) -> str:
         """One line on the traces that are trained on and those that are not."""
         parts = [f"{self.num_traces:,} traces per epoch"]

@@ -1,6 +1,6 @@
 """Configuration of an evaluation, checked without loading torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +9,29 @@ from teacher_cache.format import CachePath
 from teacher_cache.terminal.option import check_options, option
 
 ENGINES = ("transformers", "vllm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What both engines need to know of a command that generates; see its options."""
+
+    model: str
+    engine: str
+    dtype: str | None
+    samples_per_prompt: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    batch_size: int
+    with_logprobs: bool  # whether the model's own logprobs are wanted
+
+    @classmethod
+    def of(cls, config: object, *, with_logprobs: bool = False) -> "Generation":
+        """Those of a command's options that have these names."""
+        names = [item.name for item in fields(cls) if item.name != "with_logprobs"]
+        return cls(**{n: getattr(config, n) for n in names}, with_logprobs=with_logprobs)
+
 
 _measured = partial(option, group="What is measured")
 _sampling = partial(option, group="Sampling")

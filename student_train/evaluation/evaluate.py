@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 from student_train.errors import InterruptedRunError
 from student_train.evaluation.answers import ThinkingMarks, extract_answer
 from student_train.evaluation.checker import Checker
-from student_train.evaluation.completions import Completion, CompletionLog, Sample, completion_log
-from student_train.evaluation.config import EvaluateConfig
+from student_train.evaluation.completions import Completion, Sample, completion_log
+from student_train.evaluation.config import EvaluateConfig, Generation
 from student_train.evaluation.figures import Answers, Evaluation
 from student_train.evaluation.golds import check_golds
 from student_train.evaluation.prompts import Prompt, read_prompts
+from student_train.evaluation.sample_log import SampleLog
 from teacher_cache.format import open_cache
 from teacher_cache.terminal.progress import Progress
 from teacher_cache.terminal.stop_signals import Stopped, stop_signals
 
 # torch and transformers take seconds to load: mistakes in files are found before that.
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from student_train.evaluation.requests import Request
@@ -59,15 +59,16 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     with Checker() as checker:
         check_golds(prompts, checker)
         with Progress("loading torch"):
+            from student_train.evaluation.engines import device, usual_dtype
             from student_train.evaluation.requests import make_requests, settings_of
             from student_train.model.load import load_tokenizer
             from student_train.model.save import check_saved
 
         check_saved(config.model)
-        config = replace(config, dtype=config.dtype or _usual_dtype(config.model))
+        config = replace(config, dtype=config.dtype or usual_dtype(config.model))
         end_ids = () if cache is None else tuple(cache.header.terminal_token_ids)
         tokenizer = load_tokenizer(config.model)
-        requests = make_requests(tokenizer, prompts, config)
+        requests = make_requests(tokenizer, prompts, Generation.of(config))
         task = _Task(config, prompts, tokenizer, requests, end_ids)
         settings = {}
         if config.completions is not None:
@@ -77,7 +78,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             if cache is not None:
                 from student_train.evaluation.heldout_cache import measure_on_cache
 
-                heldout = measure_on_cache(config.model, cache, _device())
+                heldout = measure_on_cache(config.model, cache, device())
             _answer_all(task, checker, log)
     samples = [log.samples[key] for key in sorted(log.samples)]
     groups: dict[str, list[Sample]] = {}
@@ -95,7 +96,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     )
 
 
-def _answer_all(task: _Task, checker: Checker, log: CompletionLog) -> None:
+def _answer_all(task: _Task, checker: Checker, log: SampleLog[Sample]) -> None:
     """Generate and check the samples that the log lacks."""
     config = task.config
     num_all = len(task.requests) * config.samples_per_prompt
@@ -118,19 +119,14 @@ def _answer_all(task: _Task, checker: Checker, log: CompletionLog) -> None:
 
 
 def _completions(task: _Task, done: set[tuple[int, int]]) -> Iterator[tuple[int, int, Completion]]:
-    if task.config.engine == "vllm":
-        from student_train.evaluation.generation_vllm import generate_with_vllm
+    from student_train.evaluation.engines import generated
 
-        return generate_with_vllm(task.tokenizer, task.requests, task.config, task.end_ids, done)
-    import torch
-
-    from student_train.evaluation.generation import generate
-    from student_train.model.load import load_model
-
-    dtype = None if task.config.dtype is None else getattr(torch, task.config.dtype)
-    model, _ = load_model(task.config.model, dtype=dtype)
-    model.to(_device()).eval()
-    return generate(model, task.tokenizer, task.requests, task.config, task.end_ids, done)
+    generation = Generation.of(task.config)
+    for prompt, sample, tokens in generated(
+        generation, task.tokenizer, task.requests, task.end_ids, done
+    ):
+        text = str(task.tokenizer.decode(tokens.ids, clean_up_tokenization_spaces=False))
+        yield prompt, sample, Completion(text, len(tokens.ids), tokens.finished)
 
 
 def _checked(
@@ -151,21 +147,3 @@ def _checked(
         closed=not marks.is_open(asked + completion.text),
         completion=completion,
     )
-
-
-def _usual_dtype(name: str) -> str | None:
-    """Name of the dtype in which a model answers; None where nothing but its weights says."""
-    import torch
-
-    from student_train.model.load import stored_dtype
-
-    dtype = stored_dtype(name)
-    if dtype == torch.float32 and _device().type == "cuda":
-        dtype = torch.bfloat16
-    return None if dtype is None else str(dtype).removeprefix("torch.")
-
-
-def _device() -> "torch.device":
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,39 +1,41 @@
 """Completions of prompts by a student, with transformers."""
 
 from collections.abc import Collection, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from student_train.evaluation.completions import Completion
-from student_train.evaluation.config import EvaluateConfig
-from student_train.evaluation.requests import Request, draw_seed
+from student_train.evaluation.config import Generation
+from student_train.evaluation.requests import Request, Tokens, draw_seed
+from student_train.losses import Objective, outcome_logprobs
+from student_train.model.load import HeadScaling, head_of, output_layer
 
 
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
-    config: EvaluateConfig,
+    config: Generation,
     end_ids: Collection[int] = (),
     done: Collection[tuple[int, int]] = (),
-) -> Iterator[tuple[int, int, Completion]]:
+) -> Iterator[tuple[int, int, Tokens]]:
     """Complete every prompt `config.samples_per_prompt` times, in batches of similar length.
 
     Args:
         model: Causal language model, in evaluation mode.
         tokenizer: Tokenizer of the model.
         requests: The prompts.
-        config: Settings of the generation.
+        config: How to generate.
         end_ids: Tokens that end a completion, beside the model's own.
         done: Pairs (prompt, sample) to skip; a batch of nothing else is left out, without effect
             on the results of other batches.
 
     Yields:
-        Number of the prompt, number of the sample, and the completion, batch by batch.
+        Number of the prompt, number of the sample, and the tokens, batch by batch.
     """
+    head = head_of(model) if config.with_logprobs else None
     ends = sorted(end_tokens(model) | set(end_ids))
     batches = list(_batches(requests, config.batch_size))
     for sample in range(config.samples_per_prompt):
@@ -42,10 +44,13 @@ def generate(
             if not wanted:
                 continue
             torch.manual_seed(draw_seed(config.seed, sample, number))
-            rows = _complete(model, tokenizer, [requests[prompt] for prompt in batch], config, ends)
-            for prompt, ids in zip(batch, rows, strict=True):
+            asked = [requests[prompt] for prompt in batch]
+            rows = [_ended(ids, ends) for ids in _complete(model, tokenizer, asked, config, ends)]
+            if head is not None:
+                rows = _with_logprobs(model, head, asked, rows)
+            for prompt, tokens in zip(batch, rows, strict=True):
                 if prompt in wanted:
-                    yield prompt, sample, _completion(tokenizer, ids, ends)
+                    yield prompt, sample, tokens
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:
@@ -72,7 +77,7 @@ def _complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batch: Sequence[Request],
-    config: EvaluateConfig,
+    config: Generation,
     ends: Sequence[int],
 ) -> list[list[int]]:
     """Token ids after each prompt of a batch, padded after the end."""
@@ -97,11 +102,39 @@ def _complete(
     return ids
 
 
-def _completion(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], end_ids: Sequence[int]
-) -> Completion:
+def _ended(ids: list[int], end_ids: Sequence[int]) -> Tokens:
     """Cut the batch's padding after the end token."""
     end = next((place + 1 for place, token in enumerate(ids) if token in end_ids), None)
-    kept = ids[:end]
-    text = str(tokenizer.decode(kept, clean_up_tokenization_spaces=False))
-    return Completion(text, len(kept), finished=end is not None)
+    return Tokens(tuple(ids[:end]), finished=end is not None)
+
+
+@torch.inference_mode()
+def _with_logprobs(
+    model: PreTrainedModel, head: HeadScaling, batch: Sequence[Request], rows: Sequence[Tokens]
+) -> list[Tokens]:
+    """Logprobs of what was written, from one pass over prompts and completions.
+
+    The logits of all tokens never exist at once, as they would if generation kept them. Rows are
+    padded on the right, where no token looks.
+    """
+    whole = [[*one.ids, *row.ids] for one, row in zip(batch, rows, strict=True)]
+    width = max(map(len, whole))
+    ids_BT = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in whole], device=model.device)
+    index = [
+        number * width + place - 1  # the position that predicts the token
+        for number, (one, ids) in enumerate(zip(batch, whole, strict=True))
+        for place in range(len(one.ids), len(ids))
+    ]
+    written = torch.tensor([i for row in rows for i in row.ids], device=model.device)[:, None]
+    hidden_BTD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+    output = output_layer(model)
+    logprobs_N2 = outcome_logprobs(
+        hidden_BTD.flatten(0, 1)[index],
+        output.weight,
+        written,
+        torch.ones_like(written, dtype=torch.bool),
+        Objective(softcap=head.softcap, logit_scale=head.logit_scale),
+        bias=output.bias,
+    )
+    found = iter(logprobs_N2[:, 0].tolist())
+    return [Tokens(row.ids, row.finished, tuple(islice(found, len(row.ids)))) for row in rows]

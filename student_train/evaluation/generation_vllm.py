@@ -5,33 +5,29 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from student_train.evaluation.completions import Completion
-from student_train.evaluation.config import EvaluateConfig
-from student_train.evaluation.requests import Request, draw_seed
+from student_train.evaluation.config import Generation
+from student_train.evaluation.requests import Request, Tokens, draw_seed
 from teacher_cache.terminal.messages import others_into_log
 from teacher_cache.terminal.progress import Progress
 
 
 def generate_with_vllm(
-    tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
-    config: EvaluateConfig,
+    config: Generation,
     end_ids: Collection[int] = (),
     done: Collection[tuple[int, int]] = (),
-) -> Iterator[tuple[int, int, Completion]]:
+) -> Iterator[tuple[int, int, Tokens]]:
     """Complete every prompt `config.samples_per_prompt` times, in an engine of this process.
 
     Args:
-        tokenizer: Tokenizer of the model.
         requests: The prompts.
         config: Model and settings; vLLM batches by itself.
         end_ids: Tokens that end a completion, beside the model's own.
         done: Pairs (prompt, sample) to skip.
 
     Yields:
-        Number of the prompt, number of the sample, and the completion, as each finishes.
+        Number of the prompt, number of the sample, and the tokens, as each finishes.
     """
     # In this process: an engine process would be one more that must be ended in every case.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -46,6 +42,7 @@ def generate_with_vllm(
         "max_model_len": max(len(each.ids) + each.num_new_tokens for each in requests),
         "dtype": config.dtype or "auto",
         "seed": config.seed,
+        "logprobs_mode": "raw_logprobs",  # at temperature 1, before top-p
     }
     if not torch.cuda.is_available():  # compiling takes longer than small models run
         settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
@@ -63,6 +60,7 @@ def generate_with_vllm(
                 stop_token_ids=sorted(end_ids),
                 seed=draw_seed(config.seed, sample, prompt),
                 detokenize=False,
+                logprobs=0 if config.with_logprobs else None,  # of the sampled token alone
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             name = f"{prompt}/{sample}"
@@ -71,10 +69,13 @@ def generate_with_vllm(
     while asked:
         for output in engine.step():
             if output.finished:
-                yield *asked.pop(output.request_id), _completion(tokenizer, output.outputs[0])
+                yield *asked.pop(output.request_id), _tokens(output.outputs[0])
 
 
-def _completion(tokenizer: PreTrainedTokenizerBase, output: Any) -> Completion:  # noqa: ANN401  # vLLM's
-    ids = list(output.token_ids)
-    text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-    return Completion(text, len(ids), finished=output.finish_reason == "stop")
+def _tokens(output: Any) -> Tokens:  # noqa: ANN401  # vLLM's
+    ids = tuple(output.token_ids)
+    logprobs = None
+    if output.logprobs is not None:
+        found = zip(output.logprobs, ids, strict=True)
+        logprobs = tuple(float(of_token[token].logprob) for of_token, token in found)
+    return Tokens(ids, output.finish_reason == "stop", logprobs)

@@ -36,9 +36,19 @@ def read_prompts(path: Path, group_field: str | None = None) -> Iterator[Prompt]
     Raises:
         ValueError: If a row is wrong; it names file and row.
     """
+    for where, record in read_records(path):
+        yield parse_prompt(record, where, group_field)
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of prompts, each with its place as `file:row`.
+
+    Raises:
+        ValueError: If a row is no object.
+    """
     for row in Input(path):
         where = f"{row.file}:{row.number}"
-        yield _parse_prompt(_record(row.content, where), where, group_field)
+        yield where, _record(row.content, where)
 
 
 def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -61,7 +71,18 @@ def _record(content: object, where: str) -> dict[str, Any]:
     return content
 
 
-def _parse_prompt(record: dict[str, Any], where: str, group_field: str | None) -> Prompt:
+def parse_prompt(
+    record: dict[str, Any],
+    where: str,
+    group_field: str | None = None,
+    *,
+    needs_answer: bool = True,
+) -> Prompt:
+    """A row as a prompt, with an empty answer where none is needed.
+
+    Raises:
+        ValueError: If the row is wrong; it begins with `where`.
+    """
     text, messages = record.get("prompt"), record.get("messages")
     has_messages = isinstance(messages, list) and bool(messages)
     if not has_messages and not (isinstance(text, str) and text):
@@ -76,7 +97,7 @@ def _parse_prompt(record: dict[str, Any], where: str, group_field: str | None) -
                 f"{where}: no field {group_field!r} to group by; found {', '.join(record)}"
             )
         group = str(record[group_field])
-    answer = _gold(record.get("answer"), where)
+    answer = _gold(record.get("answer"), where) if needs_answer else ""
     if has_messages:
         return Prompt(None, messages, answer, group, where)
     return Prompt(text, None, answer, group, where)

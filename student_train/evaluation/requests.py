@@ -4,18 +4,15 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from student_train.evaluation.config import EvaluateConfig
+from student_train.evaluation.config import EvaluateConfig, Generation
 from student_train.evaluation.prompts import Prompt, prompt_ids, prompts_fingerprint
-from teacher_cache.format.checksums import sha256_of
+from student_train.model.load import model_fingerprint
 
 logger = logging.getLogger(__name__)
-
-_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -26,8 +23,17 @@ class Request:
     num_new_tokens: int  # at most, so that all has a position
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What a model wrote after a prompt."""
+
+    ids: tuple[int, ...]  # the end token included
+    finished: bool  # whether it ended by itself
+    logprobs: tuple[float, ...] | None = None  # of each token, nats, temperature 1; if wanted
+
+
 def make_requests(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], config: EvaluateConfig
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], config: Generation
 ) -> list[Request]:
     """Turn prompts into requests, the same for every engine.
 
@@ -69,37 +75,26 @@ def settings_of(
     config: EvaluateConfig, prompts: Sequence[Prompt], end_ids: Sequence[int], checker: str
 ) -> dict[str, Any]:
     """Everything that completions and their verdicts depend on."""
-    settings: dict[str, Any] = {
+    return generation_settings(Generation.of(config), prompts) | {
+        "checker": checker,
+        "end_ids": sorted(end_ids),
+        "think_open": config.think_open,
+        "think_close": config.think_close,
+    }
+
+
+def generation_settings(config: Generation, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Everything that generated tokens depend on."""
+    names = ["engine", "dtype", "samples_per_prompt", "max_new_tokens"]
+    names += ["temperature", "top_p", "seed"]
+    if config.engine == "transformers":
+        names.append("batch_size")  # draws and rounding depend on it
+    return {
         "model": model_fingerprint(config.model),
         "prompts": prompts_fingerprint(prompts),
         "num_prompts": len(prompts),
-        "checker": checker,
-        "end_ids": sorted(end_ids),
+        **{name: getattr(config, name) for name in names},
     }
-    names = [
-        "engine",
-        "dtype",
-        "samples_per_prompt",
-        "max_new_tokens",
-        "temperature",
-        "top_p",
-        "seed",
-    ]
-    names += ["think_open", "think_close"]
-    if config.engine == "transformers":
-        names.append("batch_size")  # draws and rounding depend on it
-    return settings | {name: getattr(config, name) for name in names}
-
-
-def model_fingerprint(model: str) -> str:
-    """Hash of a folder's weights, configuration and tokenizer, or commit of a hub id."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return f"{model} {AutoConfig.from_pretrained(model)._commit_hash}"
-    digest = hashlib.sha256()
-    for file in sorted({file for kind in _MODEL_FILES for file in folder.glob(kind)}):
-        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
-    return digest.hexdigest()
 
 
 def draw_seed(*parts: int) -> int:

@@ -3,7 +3,8 @@
 `sparse_kl` is the loss, `sparse_kl_per_token` the same per token; `TeacherTargets` is their input
 from a cache, `SparseKLOutput` their result, and `VocabShard` is for a head whose vocabulary is
 split over processes. `chunk_likelihood_loss` matches whole chunks of text instead, for a student
-with another tokenizer. `target_ranks` and `outcome_logprobs` only measure. Imports torch and
+with another tokenizer. `sampled_token_loss` is the policy gradient on a student's own tokens.
+`target_ranks` and `outcome_logprobs` only measure. Imports torch and
 nothing else.
 
 Shape letters in this package: N loss tokens, C rows of one chunk, D hidden size, V vocabulary,
@@ -16,6 +17,12 @@ from student_train.losses.chunk_likelihood import (
     chunk_likelihood_loss,
 )
 from student_train.losses.outcomes import outcome_logprobs
+from student_train.losses.policy_gradient import (
+    SampledTokenLoss,
+    sampled_token_loss,
+    staleness,
+    teacher_logprob_of_labels,
+)
 from student_train.losses.ranks import target_ranks
 from student_train.losses.router_balance import router_balance_loss
 from student_train.losses.sparse_kl import SparseKLOutput, sparse_kl, sparse_kl_per_token
@@ -29,6 +36,7 @@ __all__ = [
     "TAILS",
     "ChunkTargets",
     "Objective",
+    "SampledTokenLoss",
     "SparseKLOutput",
     "TeacherTargets",
     "VocabShard",
@@ -36,7 +44,10 @@ __all__ = [
     "chunk_likelihood_loss",
     "outcome_logprobs",
     "router_balance_loss",
+    "sampled_token_loss",
     "sparse_kl",
     "sparse_kl_per_token",
+    "staleness",
     "target_ranks",
+    "teacher_logprob_of_labels",
 ]

@@ -25,14 +25,18 @@ from student_train.losses import (
 )
 from student_train.model.attention import known_rows
 from student_train.model.load import HeadScaling, chosen_experts, output_layer
+from student_train.model.own_traces import OWN_SUMS, OwnTraces
 
 # Sums over loss tokens by StudentWithLoss, beside the loss; kl is the objective's divergence.
 SUMS = ("kl", "ce", "student_mass", "teacher_mass", "top1_agreement")
 
 
-def sum_names(num_sources: int, *, balances_experts: bool = False) -> tuple[str, ...]:
-    """`SUMS`, the routers' loss, and of several caches divergence and taught tokens of each."""
+def sum_names(
+    num_sources: int, *, balances_experts: bool = False, has_own: bool = False
+) -> tuple[str, ...]:
+    """`SUMS`, the routers' loss, `OWN_SUMS`, and of several caches divergence and taught tokens."""
     names = (*SUMS, "router_aux_loss") if balances_experts else SUMS
+    names = (*names, *OWN_SUMS) if has_own else names
     if num_sources == 1:
         return names
     numbers = range(1, num_sources + 1)
@@ -51,6 +55,7 @@ class StudentWithLoss(nn.Module):
         num_sources: int = 1,
         matched_chunks_at: float | None = None,
         router_aux_loss_coef: float = 0.0,
+        own_traces: OwnTraces | None = None,
     ) -> None:
         """Add the loss to a model.
 
@@ -63,6 +68,8 @@ class StudentWithLoss(nn.Module):
                 of the objective's divergence; None for the divergence.
             router_aux_loss_coef: Weight of `router_balance_loss`, a mean over micro-batches with
                 the weights of their tokens.
+            own_traces: How tokens that the student sampled itself are learned from; None where
+                no cache has any.
 
         Raises:
             ValueError: If the weight is not 0, and the model has no routers that tell.
@@ -79,6 +86,7 @@ class StudentWithLoss(nn.Module):
         self._router_aux_loss_coef = router_aux_loss_coef
         if router_aux_loss_coef:
             self._num_chosen = chosen_experts(model)
+        self._own_traces = own_traces
 
     def forward(self, batch: MicroBatch, loss_factor: float = 1.0) -> tuple[Tensor, Tensor]:
         """Run one micro-batch.
@@ -94,7 +102,16 @@ class StudentWithLoss(nn.Module):
         """
         body = self._body(batch, with_routers=self._router_aux_loss_coef > 0)
         hidden_ND = _at_loss_tokens(body, batch)
-        if self._matched_chunks_at is None:
+        own_sums: list[Tensor] = []
+        if self._own_traces is not None:
+            weight_N = batch.token_weight if loss_factor == 1 else batch.token_weight * loss_factor
+            output = output_layer(self.model)
+            loss, result, own = self._own_traces.loss(
+                hidden_ND, output.weight, output.bias, replace(batch, token_weight=weight_N),
+                self._objective,
+            )  # fmt: skip
+            own_sums = [own]
+        elif self._matched_chunks_at is None:
             output = output_layer(self.model)
             result = sparse_kl(
                 hidden_ND,
@@ -124,6 +141,7 @@ class StudentWithLoss(nn.Module):
             weight = self._router_aux_loss_coef * batch.token_weight.sum() * loss_factor
             loss = loss + weight * aux_loss
             sums = torch.cat([sums, batch.num_valid * aux_loss.detach().double()[None]])
+        sums = torch.cat([sums, *own_sums])
         if self._num_sources > 1:
             sums = torch.cat([sums, self._sums_by_source(batch, result.kl)])
         return loss, sums

@@ -24,7 +24,9 @@ from transformers.utils import logging as hf_logging
 
 from student_train.model.attention import caps_scores
 from teacher_cache.format import CacheHeader, CacheMismatchError, tokenizer_fingerprint
+from teacher_cache.format.checksums import sha256_of
 
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.jinja")
 _PROBE_LENGTH = 8
 _PROBE_TOLERANCE = 1e-3  # relative to the largest logit; a forgotten scale or cap is far off
 
@@ -263,3 +265,14 @@ def student_fingerprint(model: PreTrainedModel) -> str:
         first = parameter.detach().flatten()[:1024].float().cpu()
         digest.update(first.numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def model_fingerprint(model: str) -> str:
+    """Hash of a folder's weights, configuration and tokenizer, or commit of a hub id."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return f"{model} {AutoConfig.from_pretrained(model)._commit_hash}"
+    digest = hashlib.sha256()
+    for file in sorted({file for kind in _MODEL_FILES for file in folder.glob(kind)}):
+        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()

@@ -11,13 +11,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from student_train.model.load import no_bars
-from teacher_cache.format.checksums import CHECKSUMS_NAME, check_folder, write_checksums
+from teacher_cache.format.checksums import (
+    CHECKSUMS_NAME,
+    check_folder,
+    publish_record,
+    read_record,
+    write_checksums,
+)
 from teacher_cache.format.files import publish_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 _CARD = "README.md"
+_TEACHERS = "teachers.json"
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +65,7 @@ def save_student(
     dtype: torch.dtype,
     terminal_token_ids: tuple[int, ...],
     card: str,
+    teachers: Mapping[str, str],
 ) -> None:
     """Write a Hugging Face model folder; under its name it is whole or missing.
 
@@ -69,6 +77,7 @@ def save_student(
         dtype: Dtype in which a model is written; adapters stay as they are.
         terminal_token_ids: Ids that end a generation; the model's own where empty.
         card: Model card, Markdown.
+        teachers: Fingerprint -> name of every teacher that it has learned from.
 
     Raises:
         OSError: If it cannot be written, as on a full disk.
@@ -92,6 +101,7 @@ def save_student(
         model.generation_config.save_pretrained(temporary)  # beside adapters there would be none
         tokenizer.save_pretrained(temporary)
         (temporary / _CARD).write_text(card, encoding="utf-8")
+        publish_record(temporary / _TEACHERS, {"teachers": dict(teachers)})
         write_checksums(temporary, leave_out=[_CARD])  # which people edit
 
 
@@ -132,3 +142,19 @@ def check_saved(name: str) -> None:
             f"Restore it from a copy; or, if it was changed on purpose, remove "
             f"{folder / CHECKSUMS_NAME}.",
         )
+
+
+def read_teachers(name: str) -> dict[str, str]:
+    """Fingerprint -> name of the teachers that a student of `save_student` has learned from.
+
+    Empty for every other model.
+
+    Raises:
+        DamagedFileError: If the record is damaged.
+    """
+    file = Path(name) / _TEACHERS
+    if not file.is_file():
+        return {}
+    remedy = "Restore it from a copy, or train the student again."
+    teachers: dict[str, str] = read_record(file, remedy)["teachers"]
+    return teachers

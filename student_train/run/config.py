@@ -23,8 +23,9 @@ TRACKERS = ("tensorboard", "wandb", "none")
 DTYPES = ("float32", "bfloat16")
 SAVE_DTYPES = (*DTYPES, "float16")
 LORA_OUTPUTS = ("merged", "adapter")
-MATCHES = ("tokens", "chunks")
+MATCHES = ("tokens", "chunks", "samples")
 CHUNK_TEMPERATURE = 100.0  # that of arXiv 2503.20083
+RATIO_CLIP = 0.2  # that of arXiv 1707.06347
 
 _data = partial(option, group="Data")
 _student = partial(option, group="Student")
@@ -98,6 +99,18 @@ class TrainConfig:
         at_least=1,
         changeable=True,
     )
+    other_teacher: bool = _data(
+        "Train on rollouts that another teacher scored than the one that the student has learned "
+        "from so far.",
+        default=False,
+        changeable=True,
+    )
+    stale_rollouts: bool = _data(
+        "Train on rollouts of another student than the one to start from; the metric staleness "
+        "says how far it has moved since.",
+        default=False,
+        changeable=True,
+    )
     student: str = _student("Model folder or hub id to start from.", basic=True, changeable=True)
     student_revision: str | None = _student(
         "Branch, tag or commit of a hub id.", default=None, changeable=True
@@ -166,9 +179,10 @@ class TrainConfig:
         at_most=1,
     )
     match: str = _loss(
-        "What is matched with the teacher's: distributions over tokens, or the likelihoods of "
+        "What is matched with the teacher's: distributions over tokens; the likelihoods of "
         "chunks of text that both tokenizers write in whole tokens (approximate likelihood "
-        "matching, for caches from `cache-teacher retokenize`).",
+        "matching, for caches from `cache-teacher retokenize`); or, of traces that the student "
+        "sampled, the sampled token alone (policy gradient, as arXiv 2604.13010).",
         default="tokens",
         choices=MATCHES,
     )
@@ -177,6 +191,14 @@ class TrainConfig:
         default=None,
         at_least=1,
         unset="100",
+    )
+    ratio_clip: float | None = _loss(
+        "Change of a sampled token's probability since the rollout beyond which it has no "
+        "gradient, with --match samples.",
+        default=None,
+        above=0,
+        below=1,
+        unset="0.2",
     )
     loss_reduction: str = _loss(
         "Unit that weighs the same in a step: every loss token, or every trace (sequence).",
@@ -390,13 +412,25 @@ class TrainConfig:
     @property
     def matched_chunks_at(self) -> float | None:
         """Temperature of the chunks' likelihoods; None where distributions are matched."""
-        if self.match == "tokens":
+        if self.match != "chunks":
             return None
         return CHUNK_TEMPERATURE if self.chunk_temperature is None else self.chunk_temperature
 
     @property
+    def used_ratio_clip(self) -> float | None:
+        """Clip of the policy gradient on sampled tokens; None where they have another loss."""
+        if self.match != "samples":
+            return None
+        return RATIO_CLIP if self.ratio_clip is None else self.ratio_clip
+
+    @property
     def loss_text(self) -> str:
         """The loss in words."""
+        if self.used_ratio_clip is not None:
+            return (
+                f"policy gradient on the student's own tokens, ratios clipped at "
+                f"{self.used_ratio_clip:g}; on others {self.objective}"
+            )
         if self.matched_chunks_at is None:
             return str(self.objective)
         return (

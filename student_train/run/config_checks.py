@@ -63,9 +63,16 @@ def _check_context_parallel(config: "TrainConfig") -> None:
 
 
 def _check_match(config: "TrainConfig") -> None:
-    if config.match == "tokens":
-        if config.chunk_temperature is not None:
-            raise ValueError("--chunk-temperature: it is that of --match chunks; add this")
+    if config.match != "chunks" and config.chunk_temperature is not None:
+        raise ValueError("--chunk-temperature: it is that of --match chunks; add this")
+    if config.match != "samples" and config.ratio_clip is not None:
+        raise ValueError("--ratio-clip: it is that of --match samples; add this")
+    if config.match == "samples" and config.live_teacher is not None:
+        raise ValueError(
+            "--live-teacher: --match samples uses the cached logprob of each token alone; leave "
+            "one of them out"
+        )
+    if config.match != "chunks":
         return
     if config.loss_dropout:
         raise ValueError(

@@ -18,6 +18,7 @@ from student_train.run.config import TrainConfig
 from student_train.run.inputs import RunInputs
 from student_train.run.model_card import model_card
 from student_train.run.processes import decided_by_main
+from student_train.run.rollouts import taught_by
 from student_train.run.setup import Run
 from student_train.run.tensors import gathered_weights
 
@@ -97,7 +98,11 @@ def _check_weights(weights: Mapping[str, Tensor]) -> None:
             )
 
 
-_TAUGHT_BY = {"tokens": "distribution", "chunks": "chunk of known likelihood"}
+_TAUGHT_BY = {
+    "tokens": "distribution",
+    "chunks": "chunk of known likelihood",
+    "samples": "distribution",
+}
 
 
 def _log_counts(run: Run) -> None:
@@ -158,4 +163,5 @@ def _write_student(run: Run, weights: Mapping[str, Tensor], metrics: Mapping[str
         if config.chat_template == "cache"
         else (),
         card=model_card(config, inputs.data, metrics, run.state.step),
+        teachers=taught_by(config, inputs.data),
     )

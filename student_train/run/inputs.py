@@ -14,6 +14,8 @@ from student_train.run.config import TrainConfig
 from student_train.run.file_work import FileWork
 from student_train.run.folder import RunFolder, RunIdentity
 from student_train.run.memory import PeakMemory
+from student_train.run.processes import decided_by_main
+from student_train.run.rollouts import check_rollouts
 from student_train.run.student import load_student
 from student_train.run.teams import Teams, make_teams
 from student_train.run.validation import check_positions, heldout_data, num_trained_too
@@ -69,6 +71,7 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
         _require_chunks(data)
     if config.tail != "renormalise" and config.ce_weight < 1:
         _require_tails(data)
+    decided_by_main(accelerator, lambda: check_rollouts(config, data))
     if config.chat_template == "cache":
         _require_one_template(data)
     headers = [source.cache.header for source in data.sources]

@@ -21,6 +21,7 @@ from student_train.model.flops import FlopFormula
 from student_train.model.forward import StudentWithLoss
 from student_train.model.live_teacher import LiveTeacher
 from student_train.model.load import compile_layers, output_layer
+from student_train.model.own_traces import OwnTraces
 from student_train.run.checkpoint import (
     read_checkpoint,
     restore,
@@ -93,6 +94,7 @@ def prepare(inputs: RunInputs) -> Run:
         num_sources=len(inputs.data.sources),
         matched_chunks_at=config.matched_chunks_at,
         router_aux_loss_coef=config.router_aux_loss_coef,
+        own_traces=OwnTraces(config.used_ratio_clip) if inputs.data.has_own_traces else None,
     )
     with advice_when_out_of_memory(config):
         student = place(with_loss, accelerator, config.sharding, offload=config.offload)

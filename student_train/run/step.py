@@ -13,6 +13,7 @@ from student_train.batch.micro_batch import MicroBatch, empty_micro_batch, norma
 from student_train.batch.prepared import PreparedStep
 from student_train.data.prefetch import Prefetch
 from student_train.model.forward import SUMS, sum_names
+from student_train.model.own_traces import OWN_SUMS
 from student_train.run.setup import Run
 from student_train.run.sharding import without_exchange
 
@@ -99,9 +100,13 @@ def _loss_factors(accelerator: Accelerator, divisor: int) -> tuple[float, float]
 
 def _names(run: Run) -> tuple[str, ...]:
     """Names of the loss and of the sums beside it."""
-    balances_experts = run.inputs.config.router_aux_loss_coef > 0
-    num_sources = len(run.inputs.data.sources)
-    return ("loss", *sum_names(num_sources, balances_experts=balances_experts))
+    data, config = run.inputs.data, run.inputs.config
+    names = sum_names(
+        len(data.sources),
+        balances_experts=config.router_aux_loss_coef > 0,
+        has_own=data.has_own_traces,
+    )
+    return ("loss", *names)
 
 
 def all_reduced(
@@ -158,6 +163,7 @@ class StepFigures:
             "ce": totals.sums["ce"] / max(1, counts.num_valid),
             **_of_routers(totals.sums, counts.num_valid),
             **_of_each_cache(totals.sums),
+            **_of_own_traces(totals.sums, counts.num_valid),
             "grad_norm": grad_norm,
             "lr": lr,
             "tokens": counts.num_valid,
@@ -192,3 +198,12 @@ def _of_each_cache(sums: Mapping[str, float]) -> dict[str, float]:
     prefix = "tokens_cache_"
     counts = {name.removeprefix(prefix): n for name, n in sums.items() if name.startswith(prefix)}
     return {f"kl_cache_{n}": sums[f"kl_cache_{n}"] / count for n, count in counts.items() if count}
+
+
+def _of_own_traces(sums: Mapping[str, float], num_valid: int) -> dict[str, float]:
+    """Means over the tokens that the student sampled, and their share of the loss tokens."""
+    if "own_tokens" not in sums:
+        return {}
+    num_own = sums["own_tokens"]
+    means = {name: sums[name] / max(1.0, num_own) for name in OWN_SUMS if name != "own_tokens"}
+    return {**means, "own_token_share": num_own / max(1, num_valid)}

@@ -80,9 +80,9 @@ def _config_words(options: Path | None) -> list[str]:
 
 
 class Children:
-    """The processes of a sweep: SIGINT and SIGTERM end them, and no others start.
+    """The processes of a sweep or of rounds: SIGINT and SIGTERM end them, and no others start.
 
-    If the sweep is killed, a guard ends them.
+    If this process is killed, a guard ends them.
     """
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class Children:
         self._guard = Guard()
 
     def run(self, arguments: Sequence[str], *, stdout: int, stderr: int, lock: int) -> int:
-        """Run `train-student` with arguments and open files.
+        """Run a program, its words first, with open files.
 
         Returns:
             Its exit code, or -1 if it may no longer start.
@@ -102,7 +102,7 @@ class Children:
             if self.stopped_by:
                 return -1
             child = subprocess.Popen(
-                [*PROGRAM, *arguments],
+                arguments,
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -165,7 +165,7 @@ def _run_commands(config: SweepConfig, cell: Cell, children: Children, lock: Fol
         for command in commands:
             out = log if command[0] == "run" else answer
             code = children.run(
-                command, stdout=out.fileno(), stderr=log.fileno(), lock=lock.fileno()
+                [*PROGRAM, *command], stdout=out.fileno(), stderr=log.fileno(), lock=lock.fileno()
             )
             if children.stopped_by:
                 return "stopped"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from teacher_cache.capture.configs import CaptureConfig, GenerateConfig, RowsConfig, ScoreConfig
 from teacher_cache.capture.job import Job
@@ -71,6 +72,7 @@ def prepare_job(
     requests: Callable[[SourceTrace], list[TeacherRequest]],
     sampling: Sampling | None,
     recorded: Mapping[str, float | int | None] | None,
+    rollout: Mapping[str, Any] | None = None,
 ) -> Job:
     """Everything that a capture needs, whether it generates or scores."""
     worker, part = parse_worker(config.worker)
@@ -110,6 +112,7 @@ def prepare_job(
             special_tokens=tokenizer.special_tokens or None,
             added_tokens=tokenizer.added_tokens or None,
             turn_layout=layout.to_json(),
+            rollout=rollout,
         )
 
     return Job(

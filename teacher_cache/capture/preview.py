@@ -16,6 +16,7 @@ from teacher_cache.sources import (
     responses_of,
     row_values,
 )
+from teacher_cache.sources.rollouts import facts_of_input
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 from teacher_cache.sources.turn_layout import layout_lines
 
@@ -64,8 +65,9 @@ def preview_rows(config: PreviewConfig) -> Iterator[ShownRow]:
     tokenizer, vocab_size = teacher_tokenizer(config, files), files.vocab_size()
     columns = row_columns(config)
     prompts = PromptRenderer(tokenizer, _ANY_LENGTH, vocab_size, columns)
-    traces = TraceRenderer(tokenizer, _ANY_LENGTH, vocab_size, columns)
     rows = Input(Path(path), config.dataset_config, config.split)
+    rollout = facts_of_input(rows) if config.traces is not None else None
+    traces = TraceRenderer(tokenizer, _ANY_LENGTH, vocab_size, columns, rollout=rollout)
     for row in islice(rows, config.limit):
         where = f"{row.file}:{row.number}"
         try:

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from teacher_cache.capture.noise import Repeats
 from teacher_cache.engines import EngineError, Teacher, TeacherRequest, TeacherRows
@@ -129,6 +130,7 @@ def finished_trace(
         tail_logit=tail_logit,
         finish_reason=source.finish_reason or rows.finish_reason,
         fields=source.fields,
+        student_logprob=_student_logprob(source, len(ids)),
     )
     return FinishedTrace(
         trace,
@@ -137,3 +139,11 @@ def finished_trace(
         kept.num_clamped_logits,
         messages=source.messages,
     )
+
+
+def _student_logprob(source: SourceTrace, num_tokens: int) -> NDArray[np.float32] | None:
+    if source.student_logprobs is None:
+        return None
+    column = np.full(num_tokens, np.nan, np.float32)
+    column[source.num_prompt :] = source.student_logprobs
+    return column

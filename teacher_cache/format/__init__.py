@@ -40,7 +40,7 @@ from teacher_cache.format.shares import (
     shares_to_come,
 )
 from teacher_cache.format.store import CachePath, Store, open_store, shown
-from teacher_cache.format.trace import MAX_K, SECTIONS, TokenLogprobs, Trace
+from teacher_cache.format.trace import MAX_K, OPTIONAL_COLUMNS, SECTIONS, TokenLogprobs, Trace
 from teacher_cache.format.writing.journal import FinishedTrace
 from teacher_cache.format.writing.sealing import compact_journals, seal_cache
 from teacher_cache.format.writing.writer import CacheWriter
@@ -48,6 +48,7 @@ from teacher_cache.format.writing.writer import CacheWriter
 __all__ = [
     "LOGIT_GRID",
     "MAX_K",
+    "OPTIONAL_COLUMNS",
     "SECTIONS",
     "TAIL_FLOOR",
     "Cache",

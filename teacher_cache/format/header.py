@@ -60,11 +60,18 @@ class CacheHeader:
     turn_layout: Mapping[str, Any] | None = None  # how the template lays out a turn
     derived: Mapping[str, Any] | None = None  # source and settings of `retokenize`
     imported: Mapping[str, Any] | None = None  # what `import` read, and whether it had the tails
+    rollout: Mapping[str, Any] | None = None  # the student whose own traces these are, the round
 
     @property
     def has_chunks(self) -> bool:
         """Whether traces have the likelihoods of chunks that both tokenizers write."""
         return self.derived is not None and self.derived.get("chunks") is True
+
+    @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """Names of the columns of a trace, a float32 per token, that only some caches have."""
+        has = {"chunk_logprob": self.has_chunks, "student_logprob": self.rollout is not None}
+        return tuple(name for name, is_there in has.items() if is_there)
 
     @property
     def is_truncated(self) -> bool:
@@ -154,7 +161,7 @@ class CacheHeader:
 
 _MAPPINGS = (
     *("sampling", "teacher_settings", "chat_template_args"),
-    *("special_tokens", "added_tokens", "turn_layout", "derived", "imported"),
+    *("special_tokens", "added_tokens", "turn_layout", "derived", "imported", "rollout"),
 )
 
 

@@ -29,8 +29,7 @@ def shard_schema(header: CacheHeader, *, wide_ids: bool) -> pa.Schema:
         "top_logits": pa.list_(pa.dictionary(pa.uint8(), pa.float32())),
         "tail_logit": pa.list_(pa.float32()),
     }
-    if header.has_chunks:
-        columns["chunk_logprob"] = pa.list_(pa.float32())
+    columns |= {name: pa.list_(pa.float32()) for name in header.optional_columns}
     about = {
         "format": FORMAT_NAME,
         "format_version": FORMAT_VERSION,

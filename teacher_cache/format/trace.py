@@ -15,6 +15,7 @@ from teacher_cache.format.codec import stored_logprobs
 from teacher_cache.format.ragged import entry_offsets, row_of_entry, tail_mass
 
 MAX_K = 254  # the target token may come on top of the top-k, and `k` is a uint8
+OPTIONAL_COLUMNS = ("chunk_logprob", "student_logprob")  # of a trace: a float32 per token
 SECTIONS = ("prompt", "cot", "answer")  # of a trace, in order
 
 
@@ -56,6 +57,9 @@ class Trace:
     # that both tokenizers write in whole tokens, or the whole prompt: where one ends, the teacher's
     # logprob of it, or 1 if that is unknown; NaN elsewhere.
     chunk_logprob: NDArray[np.float32] | None = None
+    # [m], in caches of a student's rollouts: the logprob, at temperature 1, that the student gave
+    # each token when it sampled it; NaN for the prompt's tokens, which it did not sample.
+    student_logprob: NDArray[np.float32] | None = None
     finish_reason: str = "stop"
     fields: Mapping[str, Any] = field(default_factory=dict)  # the user's own, JSON values
 
@@ -102,6 +106,7 @@ class Trace:
             top_logits=self.top_logits[:entries],
             tail_logit=self.tail_logit[:end],
             chunk_logprob=None if self.chunk_logprob is None else self.chunk_logprob[:end],
+            student_logprob=None if self.student_logprob is None else self.student_logprob[:end],
         )
 
     @property
@@ -191,10 +196,10 @@ class Trace:
                 f"{where}: expected {m} values in k and tail_logit, "
                 f"got {len(self.k)} and {len(self.tail_logit)}"
             )
-        if self.chunk_logprob is not None and len(self.chunk_logprob) != m:
-            raise ValueError(
-                f"{where}: expected {m} values in chunk_logprob, got {len(self.chunk_logprob)}"
-            )
+        for name in OPTIONAL_COLUMNS:
+            column = getattr(self, name)
+            if column is not None and len(column) != m:
+                raise ValueError(f"{where}: expected {m} values in {name}, got {len(column)}")
         num_entries = int(self.k.sum(dtype=np.int64))
         if len(self.top_ids) != num_entries or len(self.top_logits) != num_entries:
             raise ValueError(

@@ -30,6 +30,8 @@ _RESPONSE_COLUMNS = (
 _REASONING_COLUMNS = (
     *("thinking_trajectories", "deepseek_thinking_trajectory", "deepseek_reasoning"),
 )
+# Columns of a line of `train-student evaluate --completions`.
+_EVALUATED = frozenset({"prompt", "sample", "found", "right", "compared_as", "completion"})
 _SWITCHES = {"on", "off", "true", "false", "yes", "no"}  # of a `reasoning` column that is no text
 
 
@@ -83,6 +85,12 @@ def read_trace(row: Mapping[str, Any], layout: RowColumns) -> Exchange:
     Raises:
         BadRow: If one of them is missing.
     """
+    if _EVALUATED.issubset(row):
+        raise BadRow(
+            Reason.BAD_PROMPT,
+            "a line of `train-student evaluate --completions` has the number of its prompt, not "
+            "its tokens; let `train-student rollout` write the same model's traces",
+        )
     column = _prompt_column(row, layout)
     prompt, used = _asked(row, column, layout)
     response = _response_column(row, layout)

@@ -58,6 +58,10 @@ class Reason(StrEnum):
     BAD_DISTRIBUTIONS = "bad-distributions"
     NOT_NORMALISED = "not-normalised"
     ROWS_OF_OTHER_TOKENS = "rows-of-other-tokens"
+    # Reasons of rollouts.
+    OTHER_ROLLOUT = "other-rollout"
+    BAD_LOGPROBS = "bad-logprobs"
+    PROMPT_DIFFERS = "prompt-differs"
 
 
 class BadRow(ValueError):

@@ -12,6 +12,13 @@ from teacher_cache.sources.marks_in_tokens import find_sections, opening_token
 from teacher_cache.sources.prompt_turns import tokens_of_others
 from teacher_cache.sources.rejects import BadRow, Reason
 from teacher_cache.sources.responses import own_rendering, response_of
+from teacher_cache.sources.rollouts import (
+    COLUMNS,
+    check_facts,
+    check_same_text,
+    read_rollout,
+    rollout_facts,
+)
 from teacher_cache.sources.slices import TraceSlice
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 from teacher_cache.sources.trace import SourceTrace, TokenRanges
@@ -60,6 +67,8 @@ class TraceRenderer:
     - `messages` or `conversations`, the last message the assistant's, its chain of thought separate
       (`reasoning_content`, `reasoning`, `thinking`) or between thinking marks in the content.
     - A prompt and a response, with the chain of thought likewise.
+    - A rollout of a student: `token_ids`, used as they are once prompt and text are the teacher's
+      too.
 
     The prompt is rendered as for generating, and the assistant's turn follows as the teacher
     writes it (see `turn_layout`): a trace has every token of it, even if a template drops
@@ -72,11 +81,16 @@ class TraceRenderer:
     vocab_size: int  # of the teacher's softmax: padded ids are occasionally sampled
     columns: RowColumns
     slice: TraceSlice | None = None
+    rollout: Mapping[str, Any] | None = None  # whose rollouts all rows are; None if they are none
 
     def __call__(self, row: dict[str, Any]) -> SourceTrace:
         """Render one row; raises BadRow."""
+        check_facts(rollout_facts(row), self.rollout)
         is_ready = self.columns.prompt_field is None and row.get("token_ids") is not None
-        trace = self._ready_ids(row) if is_ready else self._rendered(row)
+        if self.rollout is not None:
+            trace = self._rollout(row)
+        else:
+            trace = self._ready_ids(row) if is_ready else self._rendered(row)
         if self.slice is not None:
             trace = self.slice.cut(trace)
         if len(trace.token_ids) < 2:
@@ -117,6 +131,31 @@ class TraceRenderer:
             own,
             _finish_reason(row, is_cut=self._is_open(ids, (cot_start, answer_start))),
             () if self.columns.prompt_turns == "all" or not cot_start else ((0, cot_start),),
+        )
+
+    def _rollout(self, row: dict[str, Any]) -> SourceTrace:
+        rollout, exchange = read_rollout(row), read_prompt(row, self.columns)
+        prompt = _rendered_prompt(exchange, self.tokenizer, self.columns)
+        ids, num_prompt = rollout.token_ids, rollout.num_prompt
+        _check_ids(ids, self.vocab_size, self.tokenizer)
+        check_same_text(
+            rollout,
+            prompt.token_ids,
+            prompt.text,
+            asked=self.tokenizer.decode(ids[:num_prompt]),
+            said=self.tokenizer.decode(ids[num_prompt:]),
+        )
+        marks = prompt.layout.marks
+        return SourceTrace(
+            _trace_id(row, self.columns.id_field, ids),
+            ids,
+            num_prompt,
+            find_sections(list(ids), num_prompt, prompt.opened_at, marks, self.tokenizer),
+            own_fields(row, self.columns.id_field, *exchange.used, *COLUMNS),
+            "length" if rollout.is_cut else None,
+            prompt.without_rows,
+            messages=_asked(exchange),
+            student_logprobs=rollout.student_logprobs,
         )
 
     def template_rendering(self, row: dict[str, Any]) -> str | None:

@@ -24,11 +24,14 @@ class SourceTrace:
     opened_at: int | None = None  # token at which a prompt opens a chain of thought
     messages: Mapping[str, Any] | None = None  # the prompt's messages; None if it was text
     marks: ThinkMarks | None = None  # the teacher's, for a generated trace
+    student_logprobs: tuple[float, ...] | None = None  # of a rollout's tokens after its prompt
 
     @property
     def source_hash(self) -> str:
         """Hash of the trace's input, which reveals a changed input under the same id."""
         parts: list[object] = [self.token_ids, self.bounds]
+        if self.student_logprobs is not None:
+            parts.append(self.student_logprobs)
         return content_hash([*parts, self.without_rows] if self.without_rows else parts)
 
 

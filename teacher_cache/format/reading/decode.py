@@ -50,7 +50,7 @@ class Band:
     top_ids: NDArray[np.int32]
     top_logits: Coded
     tail_logit: NDArray[np.float32]
-    chunk_logprob: NDArray[np.float32] | None  # None in caches without chunks
+    optional: Mapping[str, NDArray[np.float32]]  # columns that only some caches have, by name
 
 
 def decode_bands(
@@ -159,10 +159,11 @@ def _decode_batch(
     id_codes, id_lengths = _codes(batch, "top_ids", dictionaries, where)
     logit_codes, logit_lengths = _codes(batch, "top_logits", dictionaries, where)
     per_token = [lengths, token_lengths, tail_lengths]
-    chunk_logprob = None
-    if header.has_chunks:
-        chunk_logprob, chunk_lengths = _flat(batch, "chunk_logprob", where)
-        per_token.append(chunk_lengths)
+    optional: dict[str, NDArray[np.float32]] = {}
+    for name in header.optional_columns:
+        optional[name], num_values = _flat(batch, name, where)
+        per_token.append(num_values)
+        _check_logprobs(name, optional[name], where)
     if not all(np.array_equal(found, num_tokens) for found in per_token):
         raise CacheFormatError(f"{where}: the lists of its columns have wrong lengths")
     token_ends, entry_ends = entry_offsets(num_tokens), entry_offsets(k)
@@ -173,8 +174,6 @@ def _decode_batch(
     _check_range(token_ids, "token_ids", header.vocab_size, where)
     if not np.isfinite(tail_logit).all():
         raise CacheFormatError(f"{where}: tail_logit must be finite")
-    if chunk_logprob is not None:
-        _check_chunks(chunk_logprob, where)
     top_logits = Coded(logit_codes.to_numpy(), dictionaries["top_logits"].to_numpy())
     _check_logits(top_logits, entry_ends[:-1][k > 0], where)
     top_ids = pc.take(dictionaries["top_ids"], id_codes, boundscheck=False).to_numpy()
@@ -195,7 +194,7 @@ def _decode_batch(
         top_ids=top_ids,
         top_logits=top_logits,
         tail_logit=tail_logit,
-        chunk_logprob=chunk_logprob,
+        optional=optional,
     )
 
 
@@ -259,10 +258,12 @@ def _check_logits(logits: Coded, starts: NDArray[np.int64], where: str) -> None:
         raise CacheFormatError(f"{where}: the first top_logits of a token must be 0")
 
 
-def _check_chunks(chunk_logprob: NDArray[np.float32], where: str) -> None:
-    known = chunk_logprob[~np.isnan(chunk_logprob)]
-    if not (np.isfinite(known).all() and ((known <= 0) | (known == 1)).all()):
-        raise CacheFormatError(f"{where}: chunk_logprob must be NaN, 1, or finite and at most 0")
+def _check_logprobs(name: str, logprob: NDArray[np.float32], where: str) -> None:
+    known = logprob[~np.isnan(logprob)]
+    is_chunks = name == "chunk_logprob"
+    if not (np.isfinite(known).all() and ((known <= 0) | (is_chunks & (known == 1))).all()):
+        values = "NaN, 1," if is_chunks else "NaN"
+        raise CacheFormatError(f"{where}: {name} must be {values} or finite and at most 0")
 
 
 def _without_itself(
@@ -315,15 +316,10 @@ def assemble(
         top_ids=np.concatenate([band.top_ids[entries] for band, _, entries in parts]),
         top_logits=bands[0].top_logits.values(logit_codes),
         tail_logit=np.concatenate([band.tail_logit[tokens] for band, tokens, _ in parts]),
-        chunk_logprob=_joined([(band.chunk_logprob, tokens) for band, tokens, _ in parts]),
         finish_reason=info.finish_reason,
         fields=info.fields,
+        **{
+            name: np.concatenate([band.optional[name][tokens] for band, tokens, _ in parts])
+            for name in bands[0].optional
+        },
     )
-
-
-def _joined(
-    parts: Sequence[tuple[NDArray[np.float32] | None, slice]],
-) -> NDArray[np.float32] | None:
-    """A column's part of every band; None if the cache has no such column."""
-    held = [column[tokens] for column, tokens in parts if column is not None]
-    return np.concatenate(held) if held else None

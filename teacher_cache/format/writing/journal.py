@@ -19,7 +19,7 @@ from teacher_cache.format.codec import LOGIT_GRID, logit_codes
 from teacher_cache.format.errors import CacheFormatError
 from teacher_cache.format.files import fsync, naming, require_file
 from teacher_cache.format.header import UNUSABLE_JSON
-from teacher_cache.format.trace import Trace
+from teacher_cache.format.trace import OPTIONAL_COLUMNS, Trace
 
 _READ_BYTES = 1 << 16
 _FRAME_HEADER_BYTES = 18  # at most
@@ -209,9 +209,9 @@ def _encode(finished: FinishedTrace) -> bytes:
     }
     if finished.messages is not None:
         head["messages"] = finished.messages
-    chunks = trace.chunk_logprob
-    if chunks is not None:
-        head["has_chunks"] = True
+    optional = [name for name in OPTIONAL_COLUMNS if getattr(trace, name) is not None]
+    if optional:
+        head["optional_columns"] = optional
     text = json.dumps(head).encode()
     columns = (
         trace.token_ids.astype("<i4"),
@@ -219,7 +219,7 @@ def _encode(finished: FinishedTrace) -> bytes:
         trace.top_ids.astype("<i4"),
         logit_codes(trace.top_logits),
         trace.tail_logit.astype("<f4"),
-        *(() if chunks is None else (chunks.astype("<f4"),)),
+        *(getattr(trace, name).astype("<f4") for name in optional),
     )
     return b"".join([_HEAD_LENGTH.pack(len(text)), text, *(c.tobytes() for c in columns)])
 
@@ -229,10 +229,10 @@ def _decode(payload: bytes) -> FinishedTrace:
     position = _HEAD_LENGTH.size + length
     head: dict[str, Any] = json.loads(payload[_HEAD_LENGTH.size : position])
     num_tokens, num_entries = head.pop("num_tokens"), head.pop("num_entries")
-    has_chunks = head.pop("has_chunks", False)
+    optional = head.pop("optional_columns", [])
     kinds = [
         ("<i4", num_tokens), ("u1", num_tokens), ("<i4", num_entries), ("u1", num_entries),
-        ("<f4", num_tokens), *([("<f4", num_tokens)] if has_chunks else []),
+        ("<f4", num_tokens), *[("<f4", num_tokens)] * len(optional),
     ]  # fmt: skip
     expected = sum(np.dtype(kind).itemsize * count for kind, count in kinds)
     if len(payload) - position != expected or num_tokens < 1:
@@ -241,16 +241,16 @@ def _decode(payload: bytes) -> FinishedTrace:
     for kind, count in kinds:
         columns.append(np.frombuffer(payload, kind, count, position))
         position += columns[-1].nbytes
-    token_ids, k, top_ids, codes, tail_logit, *chunks = columns
+    token_ids, k, top_ids, codes, tail_logit, *others = columns
     counts = {name: head.pop(name) for name in ("num_clamped_tails", "num_clamped_logits")}
     source_hash, messages = head.pop("source_hash"), head.pop("messages", None)
+    head |= zip(optional, others, strict=True)
     trace = Trace(
         token_ids=token_ids,
         k=k,
         top_ids=top_ids,
         top_logits=LOGIT_GRID[codes],
         tail_logit=tail_logit,
-        chunk_logprob=chunks[0] if has_chunks else None,
         **head,
     )
     trace.validate()

@@ -16,7 +16,7 @@ from teacher_cache.format.commit import Block, block_of
 from teacher_cache.format.header import CacheHeader
 from teacher_cache.format.ragged import entry_offsets
 from teacher_cache.format.schema import MAX_NARROW_IDS, shard_schema
-from teacher_cache.format.trace import Trace
+from teacher_cache.format.trace import OPTIONAL_COLUMNS, Trace
 
 BYTE_COST_OFFSET = 0.3  # slightly the best of 0.3 to 8 on Zipf ids
 THIRD_BYTE_COST = 3.0  # bits
@@ -144,19 +144,20 @@ class _Columns:
             ),
             "tail_logit": _lists(per_token, [t.tail_logit for t in traces], tokens),
         }
-        if "chunk_logprob" in self.schema.names:
-            arrays["chunk_logprob"] = _lists(per_token, _chunk_logprobs(traces), tokens)
+        for name in set(OPTIONAL_COLUMNS).intersection(self.schema.names):
+            arrays[name] = _lists(per_token, _optional(name, traces), tokens)
         return pa.RecordBatch.from_arrays(
             [pa.array(arrays[name]) for name in self.schema.names], schema=self.schema
         )
 
 
-def _chunk_logprobs(traces: Sequence[Trace]) -> list[NDArray[np.float32]]:
+def _optional(name: str, traces: Sequence[Trace]) -> list[NDArray[np.float32]]:
     columns = []
     for trace in traces:
-        if trace.chunk_logprob is None:
-            raise ValueError(f"trace {trace.trace_id!r}: expected chunk_logprob, got none")
-        columns.append(trace.chunk_logprob)
+        column = getattr(trace, name)
+        if column is None:
+            raise ValueError(f"trace {trace.trace_id!r}: expected {name}, got none")
+        columns.append(column)
     return columns
 
 

@@ -126,11 +126,13 @@ class Converter:
         num_prompt = len(prompt.token_ids)
         ids = np.concatenate([np.array(prompt.token_ids, np.int32), response.student_ids])
         n_total = self._whole_length(source, len(ids))
+        cot_start, answer_start = self._sections(source, prompt, ids, n_total)
         trace = Trace(
             trace_id=source.trace_id,
             token_ids=ids,
             n_total=n_total,
-            **self._sections(source, prompt, ids, n_total),
+            cot_start=cot_start,
+            answer_start=answer_start,
             k=np.concatenate([np.zeros(num_prompt, np.uint8), rows.k]),
             top_ids=rows.top_ids,
             top_logits=rows.top_logits,
@@ -157,10 +159,10 @@ class Converter:
 
     def _sections(
         self, source: Trace, prompt: SourceTrace, ids: NDArray[np.int32], n_total: int
-    ) -> dict[str, int]:
+    ) -> tuple[int, int]:
         num_prompt = len(prompt.token_ids)
         if source.cot_start == source.answer_start:
-            return {"cot_start": num_prompt, "answer_start": num_prompt}
+            return num_prompt, num_prompt
         marks = self._words.marks
         cot_start, answer_start = find_sections(
             ids.tolist(), num_prompt, prompt.opened_at, marks, self._chat
@@ -168,7 +170,7 @@ class Converter:
         if answer_start == len(ids) and source.answer_start > len(source.token_ids):
             share = source.answer_start / source.n_total  # beyond what a truncated cache holds
             answer_start = min(n_total, max(len(ids), round(share * n_total)))
-        return {"cot_start": cot_start, "answer_start": answer_start}
+        return cot_start, answer_start
 
 
 def _part(rows: Rows, tokens: slice) -> Rows:

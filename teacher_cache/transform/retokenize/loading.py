@@ -64,6 +64,7 @@ def student_header(config: RetokenizeConfig, source: Cache) -> CacheHeader:
             "student": files.name,
             "chunks": True,
         },
+        rollout=None,  # whose logprobs are of its own tokens
     )
 
 

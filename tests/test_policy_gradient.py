@@ -1,0 +1,137 @@
+"""The one-sample estimator: against its definition in float64, and against what it estimates."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fakes import make_trace, make_traces
+from students import make_model
+
+from student_train.batch.micro_batch import one_micro_batch
+from student_train.data.tokens import TokenSelection
+from student_train.losses import (
+    Objective,
+    sampled_token_loss,
+    sparse_kl,
+    staleness,
+    teacher_logprob_of_labels,
+)
+from student_train.model.load import output_layer
+from student_train.model.own_traces import OWN_SUMS, OwnTraces
+
+
+def logits(num_rows, num_vocab, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_rows, num_vocab, generator=generator, dtype=torch.float64)
+
+
+def test_gradients_are_those_of_the_definition():
+    nll = logits(24, 1, 0)[:, 0].abs().requires_grad_()
+    rollout, teacher = -logits(24, 1, 1)[:, 0].abs(), -logits(24, 1, 2)[:, 0].abs()
+
+    def loss(values):
+        return sampled_token_loss(values, rollout, teacher, ratio_clip=0.2).loss
+
+    assert torch.autograd.gradcheck(loss, (nll,))
+    advantage, ratio = teacher - rollout, torch.exp(-nll.detach() - rollout)
+    expected = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    torch.testing.assert_close(loss(nll).detach(), expected)
+    held = sampled_token_loss(nll, rollout, teacher, ratio_clip=0.2).is_clipped
+    (gradient,) = torch.autograd.grad(loss(nll).sum(), nll)
+    assert held.any()
+    assert (~held).any()
+    assert (gradient[held] == 0).all()
+    assert (gradient[~held] != 0).all()
+
+
+def test_the_mean_gradient_over_all_samples_is_that_of_the_reverse_kl():
+    values, log_p = logits(1, 9, 3).requires_grad_(), logits(1, 9, 4).log_softmax(1)
+    log_q = values.log_softmax(1)
+    (expected,) = torch.autograd.grad((log_q.exp() * (log_q - log_p)).sum(), values)
+    q = log_q.detach()[0]
+    losses = sampled_token_loss(-values.log_softmax(1)[0], q, log_p[0], ratio_clip=0.2).loss
+    (found,) = torch.autograd.grad((q.exp() * losses).sum(), values)
+
+    torch.testing.assert_close(found, expected)
+
+
+def test_staleness_has_the_kl_from_rollout_to_student_as_its_mean():
+    before, now = logits(1, 9, 5).log_softmax(1)[0], logits(1, 9, 6).log_softmax(1)[0]
+    each = staleness(-now, before)
+
+    torch.testing.assert_close((before.exp() * each).sum(), (before.exp() * (before - now)).sum())
+    assert (each >= 0).all()
+    assert (staleness(-before, before) == 0).all()
+
+
+def test_the_teacher_s_logprob_of_a_token_is_the_trace_s():
+    traces = make_traces(4)
+    batch = one_micro_batch(TokenSelection().selected(traces))
+    found = teacher_logprob_of_labels(batch.targets).numpy()
+    rows = sorted(traces, key=lambda trace: -len(trace))
+    expected = [
+        float(entries.logprobs[entries.ids == trace.token_ids[t]][0])
+        for trace in rows
+        for t in np.flatnonzero(trace.k)
+        for entries in [trace.logprobs(int(t))]
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def sampled(trace, first, seed=0):
+    """The trace as a student's own from its token `first` on."""
+    column = np.full(len(trace), np.nan, np.float32)
+    column[first:] = -np.random.default_rng(seed).exponential(1.5, len(trace) - first)
+    return replace(trace, student_logprob=column)
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """A batch of a teacher's trace and a student's, hidden states, and which tokens are its own."""
+    traces = [make_trace("given", 30, seed=1), sampled(make_trace("own", 26, seed=2), 7)]
+    batch = one_micro_batch(TokenSelection().selected(traces))
+    weight = output_layer(make_model()).weight.detach().double()
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(batch.num_valid, weight.shape[1], generator=generator).double()
+    return batch, hidden, weight, ~batch.rollout_logprob.isnan()
+
+
+def test_own_tokens_have_the_divergence_without_the_cross_entropy(mixed):
+    batch, hidden, weight, is_own = mixed
+    assert (int(is_own.sum()), len(is_own)) == (19, 29 + 25)
+    objective = Objective("reverse_kl", ce_weight=0.5)
+    loss, parts, sums = OwnTraces(None).loss(hidden, weight, None, batch, objective)
+    whole = sparse_kl(hidden, weight, batch.targets, batch.token_weight, objective)
+    expected = torch.where(is_own, whole.kl, 0.5 * whole.kl + 0.5 * whole.ce).sum()
+
+    torch.testing.assert_close(loss, expected)
+    for name in ("kl", "ce", "student_mass", "teacher_mass", "top1"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+    named = dict(zip(OWN_SUMS, sums.tolist(), strict=True))
+    each = staleness(whole.ce, batch.rollout_logprob.double())
+    assert named["staleness"] == pytest.approx(float(each[is_own].sum()))
+    assert (named["own_tokens"], named["clipped_share"]) == (19, 0)
+
+
+def test_own_tokens_have_the_policy_gradient_and_others_the_objective(mixed):
+    batch, hidden, weight, is_own = mixed
+    hidden = hidden.clone().requires_grad_()
+    weight = weight.clone().requires_grad_()
+    objective = Objective(ce_weight=0.5)
+    loss, parts, sums = OwnTraces(0.2).loss(hidden, weight, None, batch, objective)
+    found = torch.autograd.grad(loss, (hidden, weight))
+    whole = sparse_kl(hidden, weight, batch.targets, batch.token_weight, objective)
+    logprobs = (hidden @ weight.T).log_softmax(1)
+    nll = -logprobs.gather(1, batch.targets.target_ids.long()[:, None])[:, 0]
+    rollout, teacher = batch.rollout_logprob.double(), teacher_logprob_of_labels(batch.targets)
+    own = sampled_token_loss(nll[is_own], rollout[is_own], teacher[is_own], ratio_clip=0.2)
+    given = sparse_kl(hidden, weight, batch.targets, batch.token_weight * ~is_own, objective)
+    expected = torch.autograd.grad(own.loss.sum() + given.loss, (hidden, weight))
+
+    torch.testing.assert_close(loss, own.loss.sum() + given.loss)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(parts.kl, whole.kl)
+    assert dict(zip(OWN_SUMS, sums.tolist(), strict=True))["clipped_share"] == int(
+        own.is_clipped.sum()
+    )
