@@ -19,12 +19,13 @@ from teacher_cache.format.catalog import CATALOG_FILE
 from teacher_cache.format.manifest import JOURNAL_FOLDER, MANIFEST_NAME, SHARD_FOLDER
 from teacher_cache.format.reachable import check_reachable
 from teacher_cache.format.shares import PARTS_FOLDER
+from teacher_cache.format.writing.card import CARD_NAME
 from teacher_cache.terminal.escape import printable
 
 _ANSWER_S = 5.0  # time for an address to answer
 _LEAST_FREE_BYTES = 8 << 20
 _OF_CACHE = {
-    *(MANIFEST_NAME, CATALOG_FILE),
+    *(MANIFEST_NAME, CATALOG_FILE, CARD_NAME),
     *(SHARD_FOLDER, JOURNAL_FOLDER, PARTS_FOLDER, "noise", "removed"),
 }
 

@@ -8,6 +8,7 @@ from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER, Seal
 from teacher_cache.format.store import Store
 
 CARD_NAME = "README.md"
+_FINGERPRINT = "| fingerprint | "
 
 # Without `configs` a loader takes every file of the folder for rows, commit records too. It reads
 # all configs of a folder as one format, so that the catalogue cannot be one of them.
@@ -33,7 +34,7 @@ the token itself.
 | --- | --- |
 | teacher | `{teacher}`{revision} |
 | made by | {engine} {engine_version}, {mode}, dtype {dtype} |
-| fingerprint | `{fingerprint}` |
+{fingerprint_cell}`{fingerprint}` |
 
 `{manifest}` has the rest; `{catalog}` is a table of all traces, for DuckDB or polars. With
 `datasets`, one row is a slice of a trace (`band`): `token_ids`, and flat lists `top_ids` and
@@ -46,13 +47,18 @@ train-student run --cache PATH_OR_URI_OF_THIS_FOLDER --student STUDENT --out run
 
 
 def publish_card(store: Store, header: CacheHeader, seal: Seal) -> None:
-    """Write the card of a complete cache; one that is there already stays as it is.
+    """Write the card of a complete cache.
+
+    A card that is there stays as it is, unless it is one of ours that describes another cache: this
+    one, before it was repaired.
 
     Raises:
         OSError: If it cannot be written.
     """
     if store.size(CARD_NAME) is not None:
-        return
+        there = store.read(CARD_NAME).decode(errors="replace")
+        if _FINGERPRINT not in there or f"{_FINGERPRINT}`{seal.fingerprint}`" in there:
+            return
     teacher = " ".join(header.teacher.split())
     text = _CARD.format(
         pretty_name=json.dumps(f"Logits of {teacher}"),
@@ -66,6 +72,7 @@ def publish_card(store: Store, header: CacheHeader, seal: Seal) -> None:
         mode=header.mode,
         dtype=header.dtype,
         top_k=header.top_k,
+        fingerprint_cell=_FINGERPRINT,
         fingerprint=seal.fingerprint,
         num_tokens=seal.num_tokens,
         num_traces=seal.num_traces,
