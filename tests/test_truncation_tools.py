@@ -1,4 +1,4 @@
-"""Tools of tools/truncation: what they cut, and in which order they deal it."""
+"""Tools of tools/truncation: what they cut and deal; a table follows from the data beside it."""
 
 import importlib.util
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from fakes import make_traces
 
 ROOT = Path(__file__).parents[1]
+MIXTURES = ROOT / "tools/results/mixtures"
 
 
 def tool(name):
@@ -15,6 +16,12 @@ def tool(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_table_of_mixtures_follows_from_the_answers_beside_it(capsys):
+    tool("paired").print_paired(str(MIXTURES / "answers.csv"))
+
+    assert capsys.readouterr().out == (MIXTURES / "paired.csv").read_text()
 
 
 def test_a_trace_with_its_ending_has_the_distributions_of_the_whole_one():
