@@ -11,7 +11,9 @@ from teacher_cache.transform.push import PushConfig, push
 
 @config_command("push", PushConfig)
 def push_command(config: PushConfig) -> None:
-    """Send a sealed cache to the Hugging Face Hub; run again to resume.
+    """Send a sealed cache to the Hugging Face Hub.
+
+    Run it again to resume: only what the Hub lacks is sent.
 
     \b
     cache-teacher push cache hf://datasets/me/qwen3-32b-math --license apache-2.0
