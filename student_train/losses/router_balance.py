@@ -19,8 +19,7 @@ def router_balance_loss(
         loss = E sum_e f_e P_e
 
     f_e is the number of times that expert e is chosen per position, P_e its mean probability. Equal
-    use gives `num_chosen`, the least that training leads to. It is what models of `transformers`
-    add to their own loss.
+    use gives `num_chosen`. It is what models of `transformers` add to their own loss.
 
     Args:
         router_logits: L times [R, E], with their gradients.
