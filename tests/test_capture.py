@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from caches import read_all
+from caches import assert_same, read_all
 from captures import (
     CLOSE_ID,
     END_ID,
@@ -33,6 +33,7 @@ from teacher_cache.format import (
 )
 from teacher_cache.format.writing import writer
 from teacher_cache.sources import SourceError
+from teacher_cache.transform.truncate import truncate_cache
 
 
 def test_every_prompt_becomes_a_trace_with_its_sections_and_fields(capture_config, asked):
@@ -335,6 +336,35 @@ def test_a_slice_is_scored_as_a_sequence_of_its_own(scoring, tmp_path, part, fir
     assert trace.fields == {"slice": cut}
     with pytest.raises(CacheMismatchError, match=f"slice: {part}:0.5 there, lead:0.9 now"):
         scoring(slice="lead:0.9")
+
+
+def test_a_lead_span_of_a_capture_is_the_truncated_cache(capture_config, asked, tmp_path):
+    generate(capture_config)
+    parted = replace(capture_config, out=tmp_path / "parted", lead_span=0.5, capture_prompt=False)
+    generate(parted)
+    whole, part = (open_cache(str(each.out)) for each in (capture_config, parted))
+    assert part.header.max_lead_span == 0.5
+    truncate_cache(whole, tmp_path / "truncated", lead_span=0.5)
+    expected = read_all(open_cache(str(tmp_path / "truncated")), lead_span=0.5)
+    found = read_all(part, lead_span=0.5)
+    assert found.keys() == expected.keys() and len(found) == 6
+    for trace_id, trace in expected.items():
+        assert_same(found[trace_id], trace)
+    with pytest.raises(CacheMismatchError, match=r"truncated to a lead span of 0\.5 and holds"):
+        read_all(part)
+    with pytest.raises(CacheMismatchError, match=r"max_lead_span: 0\.5 there, 1\.0 now"):
+        generate(replace(parted, lead_span=1.0))
+
+
+def test_scoring_computes_nothing_beyond_its_lead_span(scoring, asked, tmp_path):
+    whole = scoring()
+    (tmp_path / "scored").rename(tmp_path / "whole")
+    with pytest.raises(CacheMismatchError, match="holds 6 tokens of trace 'x', 22 were asked for"):
+        scoring(lead_span=0.3)
+    assert [len(request.token_ids) for request in asked] == [22, 6]
+    part = read_all(open_cache(str(tmp_path / "scored")), lead_span=0.3)["x"]
+    assert_same(part, whole[:6])
+    assert (part.n_total, part.cot_start, part.answer_start) == (22, 17, 20)
 
 
 def test_a_given_trace_that_was_cut_is_flagged_and_counted(capture_config, asked, tmp_path):

@@ -32,6 +32,7 @@ from teacher_cache.engines import transformers as transformers_engine
 from teacher_cache.engines.checks import check_rows
 from teacher_cache.engines.transformers import TransformersTeacher
 from teacher_cache.engines.vllm import VllmTeacher
+from teacher_cache.engines.vllm import requests as vllm_requests
 from teacher_cache.engines.vllm import teacher as vllm_module
 from teacher_cache.engines.vllm.processes import EngineProcesses
 from teacher_cache.engines.vllm.rows import ArrayRows, to_rows, why_untapped
@@ -112,6 +113,7 @@ def vllm_teacher(model):
     )
     started = set(engine_processes()) - before
     assert started
+    assert teacher._worker_rows is not None
     yield teacher
     teacher.close()
     _, alive = psutil.wait_procs(started, timeout=10)
@@ -473,28 +475,67 @@ def run_alone(teacher, requests, monkeypatch):
 
 
 @pytest.mark.slow
-def test_rows_with_and_without_the_tap_are_the_same_bits(vllm_teacher, monkeypatch):
+def test_rows_from_the_worker_from_arrays_and_from_objects_are_the_same(vllm_teacher, monkeypatch):
     requests = [
         generation(str(seed), seed=seed, length=3 + 20 * seed, capture_prompt=seed % 2 == 1)
         for seed in range(5)
     ]
     requests.append(scoring("scored", prompt(30, 150)))
-    assert vllm_teacher._is_tapped
     seen = []
-    real = vllm_module.to_rows
+    real = vllm_requests.to_rows
     monkeypatch.setattr(
-        vllm_module, "to_rows", lambda *call: seen.append(type(call[1]).__name__) or real(*call)
+        vllm_requests, "to_rows", lambda *call: seen.append(type(call[1]).__name__) or real(*call)
     )
+    monkeypatch.setattr(vllm_teacher, "_num_in_worker", itertools.count(1))  # no check is due
+    taken = run_alone(vllm_teacher, requests, monkeypatch)
+    monkeypatch.setattr(vllm_teacher, "_worker_rows", None)
     tapped = run_alone(vllm_teacher, requests, monkeypatch)
     monkeypatch.setattr(vllm_teacher, "_is_tapped", False)
     untapped = run_alone(vllm_teacher, requests, monkeypatch)
-    assert seen == ["ArrayRows"] * 8 + ["FlatLogprobs"] * 8
+    # Given tokens have logprobs of their own: of two prompts, and of the scored trace.
+    assert seen == ["ArrayRows"] * 3 + ["ArrayRows"] * 8 + ["FlatLogprobs"] * 8
     for request in requests:
-        one, other = tapped[request.request_id], untapped[request.request_id]
-        assert one.token_ids.tolist() == other.token_ids.tolist()
-        assert np.array_equal(one.row_ids, other.row_ids)
-        assert np.array_equal(one.row_logprobs, other.row_logprobs)
-        assert (one.first_row, one.finish_reason) == (other.first_row, other.finish_reason)
+        one, two, three = (each[request.request_id] for each in (taken, tapped, untapped))
+        for other in (one, three):
+            assert two.token_ids.tolist() == other.token_ids.tolist()
+            assert np.array_equal(two.row_ids, other.row_ids)
+            assert (two.first_row, two.finish_reason) == (other.first_row, other.finish_reason)
+        assert np.array_equal(two.row_logprobs, three.row_logprobs)
+        assert np.abs(one.row_logprobs - two.row_logprobs).max() < 4e-6
+        assert two.row_tails is None and three.row_tails is None
+        if request.request_id == "scored":
+            assert one.row_tails is None
+            continue
+        drawn = slice(one.num_given - one.first_row, None)
+        assert np.isnan(one.row_tails[: drawn.start]).all()
+        assert np.abs(np.exp(one.row_tails) - tails(one.row_logprobs[:, 1:]))[drawn].max() < 1e-5
+
+
+@pytest.mark.slow
+def test_a_check_compares_the_workers_rows_with_vllms_own(vllm_teacher, monkeypatch):
+    """Beside the first request of an engine, and one in a thousand from there on."""
+    checked = []
+    real = vllm_requests.require_same_rows
+    monkeypatch.setattr(
+        vllm_requests, "require_same_rows", lambda *call: checked.append(call) or real(*call)
+    )
+    monkeypatch.setattr(vllm_teacher, "_num_in_worker", itertools.count(998))
+    requests = [generation(str(seed), seed=seed) for seed in range(4)]
+    assert run(vllm_teacher, *requests).keys() == {"0", "1", "2", "3"}
+    ((where, ours, stock, _),) = checked
+    assert where == "request '2'" and 1 < len(ours[0]) <= 32 and np.array_equal(ours[0], stock[0])
+    monkeypatch.setattr(vllm_teacher, "_num_in_worker", itertools.count())
+    real_rows = vllm_teacher._worker_rows.rows
+
+    def wrong(slot, num_rows):
+        found = real_rows(slot, num_rows)
+        return found and (found[0], found[1] + np.float32(0.002), found[2])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_teacher._worker_rows, "rows", wrong)
+        with pytest.raises(EngineError, match=r"request '0': row 0 .*--rows-from logprobs"):
+            run(vllm_teacher, requests[0])
+    assert run(vllm_teacher, requests[1]).keys() == {"1"}  # nothing is left of the others
 
 
 @pytest.mark.slow
@@ -504,6 +545,7 @@ def test_a_vllm_that_cannot_be_tapped_is_said_once_and_read_all_the_same(
     def fail(*_):
         raise AttributeError("no such thing in this version")
 
+    monkeypatch.setattr(vllm_teacher, "_worker_rows", None)
     monkeypatch.setattr(vllm_teacher, "_is_tapped", True)
     monkeypatch.setattr(vllm_module, "tap", fail)
     rows = run(vllm_teacher, *(generation(str(seed), seed=seed) for seed in range(3)))

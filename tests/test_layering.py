@@ -25,6 +25,7 @@ RULES = [
     ("teacher_cache.terminal.group", {TERMINAL, FORMAT}, {"click"}),
     (TERMINAL, {TERMINAL, FORMAT}, set()),
     (PAGES, {PAGES, TERMINAL, FORMAT}, set()),
+    ("teacher_cache.engines.vllm.outside_triton", set(), {"torch", "triton"}),
     ("teacher_cache.engines.vllm", {ENGINES, FORMAT}, {"vllm", "torch"}),
     ("teacher_cache.engines.transformers", {ENGINES, FORMAT}, {"torch", "transformers"}),
     (ENGINES, {ENGINES, FORMAT}, set()),

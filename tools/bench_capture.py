@@ -10,12 +10,14 @@ Ways, all with the same requests, window and sampling:
     dropped   K logprobs per token, thrown away: the worker's top-k and the transport come on top
     flat      K logprobs as `FlatLogprobs`, each read once by plain Python, nothing stored
     fallback  our capture to disk from `FlatLogprobs`
-    fast      our capture to disk from vLLM's arrays
+    arrays    our capture to disk from the arrays that vLLM ships with its logprobs
+    fast      our capture to disk from the rows that vLLM's worker takes from the logits
 
-`host_us_per_token_fast` is the CPU time of our own parts: the tap, choosing entries, checks and the
-journal, the compacting thread. The engine's output to a capture is recorded and replayed to
-captures of the same requests with the engine idle, because beside a busy engine that shares the
-same cores' caches the clock would count the engine's work too. The median of these is shown.
+`host_us_per_token_fast` is the CPU time of our own parts in this process: rows from the ring and
+put together, choosing entries, checks and the journal, the compacting thread. The rows of a capture
+are recorded and replayed to captures of the same requests with the engine idle, because beside a
+busy engine that shares the same cores' caches the clock would count the engine's work too. The
+median of these is shown. What the worker does for a row is in `fast_over_bare` alone.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ from teacher_cache.engines.vllm.rows import tap
 from teacher_cache.format import open_cache
 
 TOOLS = Path(__file__).parent
-WAYS = ("bare", "one", "dropped", "flat", "fallback", "fast")
+WAYS = ("bare", "one", "dropped", "flat", "fallback", "arrays", "fast")
+OURS = ("fallback", "arrays", "fast")
 
 
 @dataclass
@@ -70,6 +73,16 @@ class Shared:
 
     def __post_init__(self) -> None:
         self.facts = self.teacher.facts
+        self.worker_rows = self.teacher._worker_rows
+        if self.worker_rows is None:
+            raise SystemExit(
+                "this engine's worker gives no rows; --debug of cache-teacher says why"
+            )
+
+    def take(self, way: str) -> None:
+        """Take rows this way from now on."""
+        self.teacher._worker_rows = self.worker_rows if way == "fast" else None
+        self.teacher._is_tapped = way != "fallback"
 
     def run(self, requests: Iterable[TeacherRequest]) -> Iterator[TeacherRows]:
         """Generate as a Teacher does, and count; the noise floor's repeats are left out."""
@@ -145,24 +158,25 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     try:
         captures = itertools.count()
 
-        def capture(is_tapped: bool) -> None:
+        def capture(way: str) -> None:
             if shared:
-                shared[0].teacher._is_tapped = is_tapped
+                shared[0].take(way)
             name = folder / f"cache-{next(captures)}"
             generate(replace(config, out=name))
 
-        capture(True)  # starts the engine, warms it up, and yields the requests
+        capture("fast")  # starts the engine, warms it up, and yields the requests
         return run_ways(arguments, shared[0], capture, folder)
     finally:
         prepare._start = start
         for each in shared:
+            each.take("fast")
             each.teacher.close()
 
 
 def run_ways(
     arguments: argparse.Namespace,
     shared: Shared,
-    capture: Callable[[bool], None],
+    capture: Callable[[str], None],
     folder: Path,
 ) -> dict[str, Any]:
     requests, teacher = list(shared.requests), shared.teacher
@@ -172,21 +186,21 @@ def run_ways(
     for turn in range(arguments.rounds):
         for way in ways if turn % 2 == 0 else reversed(ways):
             reset_peak_rss()
-            if way in ("fast", "fallback"):
-                capture(way == "fast")
+            if way in OURS:
+                capture(way)
                 seconds, num_tokens = time.perf_counter() - shared.started_s, shared.num_tokens
             else:
                 seconds, num_tokens = drive(teacher, requests, way)
             rates.setdefault(way, []).append(num_tokens / seconds)
             peaks[way] = max(peaks.get(way, 0), peak_rss_bytes())
             print(f"round {turn}: {way:9}{rates[way][-1]:9,.0f} tokens/s", file=sys.stderr)
-    parts_s = host_parts(shared, lambda: capture(True), arguments.rounds)
+    parts_s = host_parts(shared, lambda: capture("fast"), arguments.rounds)
     cache = open_cache(str(max(folder.glob("cache-*"), key=lambda each: each.stat().st_mtime)),
                        allow_unsealed=True)  # fmt: skip
     result: dict[str, Any] = {
         f"tokens_per_s_{way}": statistics.median(values) for way, values in rates.items()
     }
-    for below in ("flat", "bare", "fallback"):
+    for below in ("flat", "bare", "fallback", "arrays"):
         if below in rates and "fast" in rates:
             ratios = [f / b for f, b in zip(rates["fast"], rates[below], strict=True)]
             result[f"fast_over_{below}"] = statistics.median(ratios)
@@ -213,7 +227,8 @@ def run_ways(
 
 def host_parts(shared: Shared, capture: Callable[[], None], num_replays: int) -> dict[str, float]:
     """CPU seconds of our own parts in the median of several captures."""
-    shared.recording = Recording()
+    num_slots, num_pages = shared.worker_rows._pages._pages.shape
+    shared.recording = Recording(shared.teacher._top_k, (num_slots, num_pages * 64))
     with shared.recording.made():
         capture()
     recording, shared.recording = shared.recording, None
@@ -306,11 +321,11 @@ def table(result: dict[str, Any]) -> str:
             peak = result["peak_rss_bytes_of"][way] / 2**20
             lines.append(f"{way:10}{rate:10,.0f}{share}{peak:7,.0f} MiB")
     lines.append("")
-    for name, goal in (("fast_over_flat", ">= 1.0"), ("fast_over_bare", ">= 0.95 on a GPU")):
+    for name, goal in (("fast_over_flat", ">= 1.0"), ("fast_over_bare", ">= 0.92, on a GPU 0.97")):
         if name in result:
             lines.append(f"{name:24}{result[name]:8.2f}   goal {goal}")
     lines.append(
-        f"{'host us per token, fast':24}{result['host_us_per_token_fast']:8.2f}   goal <= 6"
+        f"{'host us per token, fast':24}{result['host_us_per_token_fast']:8.2f}   goal <= 4"
     )
     for name, value in result["host_us_per_token"].items():
         lines.append(f"  {name:22}{value:8.2f}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import resource
 import shutil
@@ -15,12 +14,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
-from numpy.typing import NDArray
-
 from teacher_cache.capture import worker_loop
 from teacher_cache.engines import TeacherFacts, TeacherRequest, TeacherRows
-from teacher_cache.engines.vllm import rows
+from teacher_cache.engines.vllm.pages import RowPages
+from teacher_cache.engines.vllm.ring import RowRing
+from teacher_cache.engines.vllm.worker_rows import WorkerRows
 from teacher_cache.format.writing import writer
 
 # Sizes of the published models; weights are random.
@@ -57,42 +55,39 @@ def shaped_model(shape: str, folder: Path, tokenizer: Path) -> str:
 
 @dataclass
 class Recording:
-    """Recording of the engine's output to one capture, in order, to replay without the engine.
+    """Recording of the worker's rows to one capture, in order, to replay without the engine.
 
-    Every event is a message to the rows of one request, the rows' end, or a finished request.
+    Every event is a call of `WorkerRows`, rows read from the ring, or a finished request.
     """
 
-    events: list[tuple[str, int, Any]] = field(default_factory=list)
-    widths: dict[int, int] = field(default_factory=dict)  # columns of a request's rows
+    num_candidates: int
+    room: tuple[int, int]  # requests in flight, and tokens of one
+    events: list[tuple[str, Any]] = field(default_factory=list)
 
     @contextlib.contextmanager
     def made(self) -> Iterator[None]:
         """Record what passes inside the block."""
-        number_of: dict[rows.ArrayRows, int] = {}
-        add, arrays = rows.ArrayRows.add, rows.ArrayRows.arrays
 
-        def noting_add(kept: rows.ArrayRows, shipped: tuple[Any, ...]) -> None:
-            number = number_of.setdefault(kept, len(number_of))
-            self.widths[number] = kept.num_columns
-            copied = (np.array(shipped[0]), np.array(shipped[1]))  # they are views into a message
-            self.events.append(("message", number, copied))
-            add(kept, shipped)
+        def noting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+            def noted(own: object, *call: Any) -> Any:  # noqa: ANN401 (as the method)
+                result = method(own, *call)
+                # Rows are views into the ring.
+                self.events.append((name, call[0].copy() if name == "add" else call))
+                return result
 
-        def noting_arrays(kept: rows.ArrayRows) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-            self.events.append(("arrays", number_of[kept], None))
-            return arrays(kept)
+            return noted
 
-        with (
-            mock.patch.object(rows.ArrayRows, "add", noting_add),
-            mock.patch.object(rows.ArrayRows, "arrays", noting_arrays),
-        ):
+        with contextlib.ExitStack() as stack:
+            for owner, names in ((WorkerRows, ("rows",)), (RowPages, ("open", "add", "close"))):
+                for name in names:
+                    noted = noting(name, getattr(owner, name))
+                    stack.enter_context(mock.patch.object(owner, name, noted))
             yield
 
     def note_finished(self, finished: TeacherRows) -> None:
-        """Record a finished request; its rows are those that ended since the last one."""
-        nothing = (finished.row_ids[:0], finished.row_logprobs[:0])
-        light = replace(finished, row_ids=nothing[0], row_logprobs=nothing[1])
-        self.events.append(("finished", 0, light))
+        """Record a finished request; its rows are those that were last put together."""
+        nothing = {"row_ids": finished.row_ids[:0], "row_logprobs": finished.row_logprobs[:0]}
+        self.events.append(("finished", replace(finished, **nothing, row_tails=None)))
 
 
 class ReplayedTeacher:
@@ -106,25 +101,24 @@ class ReplayedTeacher:
     def run(self, requests: Iterable[TeacherRequest]) -> Iterator[TeacherRows]:
         """Every recorded request, in the recorded order."""
         _ = list(requests)  # the caller notes what it has handed out
-        kept: dict[int, rows.ArrayRows] = {}
-        pieces = []
-        for event, events in itertools.groupby(self._recording.events, key=lambda each: each[0]):
-            if event == "message":
-                with self._times.counted("tap"):  # one clock for many messages
-                    for _, number, shipped in events:
-                        if number not in kept:
-                            kept[number] = rows.ArrayRows(self._recording.widths[number])
-                        kept[number].add(shipped)
-            elif event == "arrays":
+        reader = WorkerRows(num_candidates=self._recording.num_candidates, max_num_seqs=1024)
+        reader.set_room(*self._recording.room)
+        writer = RowRing.opened(reader._ring.address)
+        found = None
+        for event, call in self._recording.events:
+            if event == "add":
+                writer.write(call)
+                with self._times.counted("rows from the ring"):
+                    reader.drain()
+            elif event == "finished":
+                ids, logprobs, tails = found
+                yield replace(call, row_ids=ids, row_logprobs=logprobs, row_tails=tails)
+            elif event == "rows":
                 with self._times.counted("rows together"):
-                    pieces += [kept.pop(number).arrays() for _, number, _ in events]
+                    found = reader.rows(*call) or found
             else:
-                for _, _, finished in events:
-                    with self._times.counted("rows together"):
-                        row_ids = np.concatenate([ids for ids, _ in pieces])
-                        row_logprobs = np.concatenate([logprobs for _, logprobs in pieces])
-                    pieces.clear()
-                    yield replace(finished, row_ids=row_ids, row_logprobs=row_logprobs)
+                getattr(reader._pages, event)(*call)
+        reader.close()
 
     def close(self) -> None:
         """Do nothing: nothing is open."""
@@ -141,7 +135,7 @@ class PartTimes:
 
     def __init__(self) -> None:
         self.seconds = {
-            "tap": 0.0,
+            "rows from the ring": 0.0,
             "rows together": 0.0,
             **{name: 0.0 for name, _, _ in self.PARTS},
         }

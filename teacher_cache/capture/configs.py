@@ -8,7 +8,7 @@ from pathlib import Path
 from teacher_cache.capture.job import ONLY_WORKER
 from teacher_cache.capture.replica_gpus import replica_gpus
 from teacher_cache.engines.server.settings import ServerSettings
-from teacher_cache.engines.start import DTYPES, ENGINES
+from teacher_cache.engines.start import DTYPES, ENGINES, ROWS_FROM
 from teacher_cache.format import MAX_K, CachePath, parse_worker
 from teacher_cache.sources import ASSISTANT_TURNS, PROMPT_TURNS, Input, RowColumns, TraceSlice
 from teacher_cache.terminal.option import check_options, option
@@ -120,6 +120,12 @@ class CaptureConfig(RowsConfig):
     engine_arg: Mapping[str, object] = _teacher(
         "Engine argument of vLLM, such as max_num_seqs=128; repeatable.", default_factory=dict
     )
+    rows_from: str = _teacher(
+        "Source of the rows of drawn tokens: the logits in vLLM's worker, or the logprobs that "
+        "vLLM returns, which is slower.",
+        default="worker",
+        choices=ROWS_FROM,
+    )
     out: CachePath = _kept(
         "Folder or URI of the cache (s3://, gs://, hdfs://); run again to resume.", basic=True
     )
@@ -134,6 +140,13 @@ class CaptureConfig(RowsConfig):
         "Probability that the kept entries must reach; the fewest that do are kept.",
         default=0.999,
         basic=True,
+        above=0,
+        at_most=1,
+    )
+    lead_span: float = _kept(
+        "Proportion of every trace to keep, from its start; no student can train on more. Scoring "
+        "computes nothing beyond it, generating still writes the whole trace.",
+        default=1.0,
         above=0,
         at_most=1,
     )

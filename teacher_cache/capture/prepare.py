@@ -106,6 +106,7 @@ def prepare_job(
             mass=config.mass,
             capture_prompt=config.capture_prompt,
             num_bands=config.num_bands,
+            max_lead_span=config.lead_span,
             teacher_settings=facts.settings or None,
             chat_template=tokenizer.template.text,
             chat_template_args=tokenizer.template.arguments or None,
@@ -179,6 +180,7 @@ def _start(
         max_model_len=longest,
         sampling=sampling,
         engine_args=parallel_args(config.tensor_parallel_size, config.engine_arg),
+        rows_from=config.rows_from,
         trust_remote_code=config.trust_remote_code,
         server=server,
     )

@@ -15,6 +15,7 @@ from teacher_cache.capture.prepare import (
 )
 from teacher_cache.capture.run import CaptureReport
 from teacher_cache.engines import TeacherRequest
+from teacher_cache.format import lead_span_length
 from teacher_cache.sources import SourceError, SourceTrace, TraceRenderer, TraceSlice
 from teacher_cache.sources.rollouts import facts_of_input
 from teacher_cache.sources.tokenizer import TeacherTokenizer
@@ -36,7 +37,7 @@ def score(config: ScoreConfig) -> CaptureReport:
         return [
             TeacherRequest(
                 request_id=item.trace_id,
-                token_ids=item.token_ids,
+                token_ids=item.token_ids[: lead_span_length(len(item.token_ids), config.lead_span)],
                 max_new_tokens=0,
                 seed=0,
                 capture_prompt=True,

@@ -101,11 +101,15 @@ def _check_head(rows: TeacherRows, header: CacheHeader) -> None:
 def finished_trace(
     rows: TeacherRows, source: SourceTrace, header: CacheHeader, tokenizer: TeacherTokenizer
 ) -> FinishedTrace:
-    """Turn a teacher's rows into a trace: find sections, choose entries, count both."""
-    ids = rows.token_ids
+    """Turn a teacher's rows into a trace: find sections, choose entries, count both.
+
+    Of a given trace the rows may be those of its lead span alone.
+    """
     bounds = source.bounds or find_sections(
-        ids.tolist(), source.num_prompt, source.opened_at, source.marks, tokenizer
+        rows.token_ids.tolist(), source.num_prompt, source.opened_at, source.marks, tokenizer
     )
+    n_total = max(len(rows.token_ids), len(source.token_ids))
+    ids = rows.token_ids[: header.num_held(n_total)]
     # When scoring, rows of prompt tokens may arrive even if they were not requested.
     first = rows.first_row if header.capture_prompt else max(rows.first_row, source.num_prompt)
     policy = KeepPolicy(header.top_k, header.mass)
@@ -115,13 +119,16 @@ def finished_trace(
         has_row[start:end] = False
     given = has_row[rows.first_row :]
     which = slice(None) if given.all() else given  # a mask would copy all rows
-    kept = keep_entries(rows.row_ids[which], rows.row_logprobs[which], policy)
+    row_ids = rows.row_ids[: len(given)][which]
+    row_logprobs = rows.row_logprobs[: len(given)][which]
+    tails = None if rows.row_tails is None else rows.row_tails[: len(given)][which]
+    kept = keep_entries(row_ids, row_logprobs, policy, tails)
     k, tail_logit = np.zeros(len(ids), np.uint8), np.zeros(len(ids), np.float32)
     k[has_row], tail_logit[has_row] = kept.k, kept.tail_logit
     trace = Trace(
         trace_id=rows.request_id,
         token_ids=ids,
-        n_total=len(ids),
+        n_total=n_total,
         cot_start=bounds[0],
         answer_start=bounds[1],
         k=k,

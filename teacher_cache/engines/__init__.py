@@ -78,6 +78,9 @@ class TeacherRows:
     row_ids: NDArray[np.int32]  # [R, 1 + K]
     row_logprobs: NDArray[np.float32]  # [R, 1 + K] nats, temperature 1, over the whole vocabulary
     finish_reason: str  # "stop" or "length" when generated, "scored" otherwise
+    # [R] logarithms of the mass outside the K candidates, where the engine summed that mass itself:
+    # exact, however small. NaN for a row of which the candidates alone are known; None for all.
+    row_tails: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from teacher_cache.engines.server.settings import ServerSettings
 
 LOCAL_ENGINES = ("vllm", "transformers")  # those that load the model
 ENGINES = (*LOCAL_ENGINES, "server")
+ROWS_FROM = ("worker", "logprobs")  # where vLLM's rows of drawn tokens are taken
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 # By a part of the error with which vLLM's process ends.
@@ -44,10 +45,11 @@ def start_teacher(
     max_model_len: int,
     sampling: Sampling | None,
     engine_args: Mapping[str, object],
+    rows_from: str,
     trust_remote_code: bool = False,
     server: ServerSettings | None = None,
 ) -> Teacher:
-    """Start an engine; `engine_args` are for vLLM only, `server` is for a server.
+    """Start an engine; `engine_args` and `rows_from` are for vLLM only, `server` is for a server.
 
     Raises:
         EngineError: If it cannot be started.
@@ -80,5 +82,6 @@ def start_teacher(
         max_model_len=max_model_len,
         sampling=sampling,
         engine_args=engine_args,
+        rows_from=rows_from,
         trust_remote_code=trust_remote_code,
     )

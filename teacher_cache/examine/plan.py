@@ -113,8 +113,8 @@ class _Sample:
         cache = open_cache(path, allow_unsealed=True)
         if cache.header.is_truncated:
             raise CacheMismatchError(
-                f"{cache.path}: a sample must hold whole traces; plan from the cache it was "
-                "made from"
+                f"{cache.path}: a sample must hold whole traces; plan from one that was "
+                "captured without a lead span"
             )
         catalog = cache.catalog
         lengths = catalog.numbers("n_total")[catalog.counted]

@@ -13,6 +13,8 @@ from teacher_cache.format.ragged import row_of_entry
 # Logprobs arrive as float32, which resolve the mass outside the kept entries to about 1e-7.
 TAIL_FLOOR = 1e-7
 
+_SUMMED_BELOW = 1e-4  # a larger tail is 1 minus the kept mass to a thousandth, half a bfloat16 step
+
 FINE_STEP = 1 / 32  # nats; a bfloat16 head's own rounding is of this size
 STEP_GROWTH = 4.0  # nats over which the step grows by a factor of e: far entries weigh less
 GROWTH_END = 16.0  # nats; evenly spaced from there on
@@ -67,7 +69,10 @@ class KeptEntries:
 
 
 def keep_entries(
-    row_ids: NDArray[np.int32], row_logprobs: NDArray[np.float32], policy: KeepPolicy
+    row_ids: NDArray[np.int32],
+    row_logprobs: NDArray[np.float32],
+    policy: KeepPolicy,
+    row_tails: NDArray[np.float32] | None = None,
 ) -> KeptEntries:
     """Choose and encode the entries to keep of every row.
 
@@ -76,6 +81,8 @@ def keep_entries(
         row_logprobs: [R, 1 + K] nats, normalised over the whole vocabulary. -inf candidates are
             dropped; a target token at -inf is kept at the grid's far end.
         policy: The adaptive rule.
+        row_tails: [R] logarithms of the mass outside the K candidates, NaN where unknown; a small
+            tail is then a sum. Without them it is 1 minus the mass that is kept.
     """
     num_rows, width = row_ids.shape
     num_top, top_mass = _num_kept(row_logprobs[:, 1:], policy)
@@ -91,14 +98,40 @@ def keep_entries(
     logprobs = row_logprobs.ravel().take(places)
     gaps = logprobs - np.repeat(row_logprobs[:, 1], k)
     top_mass[is_apart] += np.exp(row_logprobs[is_apart, 0], dtype=np.float64)
+    tail_logit, is_clamped = tail_logit_of(top_mass), top_mass > 1 - TAIL_FLOOR
+    if row_tails is not None:
+        rows = np.flatnonzero((top_mass > 1 - _SUMMED_BELOW) & ~np.isnan(row_tails))
+        tail = _summed_tails(
+            row_ids[rows], row_logprobs[rows], row_tails[rows], num_top[rows], is_apart[rows]
+        )
+        tail_logit[rows], is_clamped[rows] = _logit_of_tail(tail), tail < TAIL_FLOOR
     return KeptEntries(
         k=k.astype(np.uint8),
         top_ids=row_ids.ravel().take(places),
         top_logits=LOGIT_GRID[logit_codes(gaps)],
-        tail_logit=tail_logit_of(top_mass),
-        num_clamped_tails=int((top_mass > 1 - TAIL_FLOOR).sum()),
+        tail_logit=tail_logit,
+        num_clamped_tails=int(is_clamped.sum()),
         num_clamped_logits=int((gaps < -MAX_GAP).sum()),
     )
+
+
+def _summed_tails(
+    row_ids: NDArray[np.int32],
+    row_logprobs: NDArray[np.float32],
+    row_tails: NDArray[np.float32],
+    num_top: NDArray[np.int64],
+    is_apart: NDArray[np.bool_],
+) -> NDArray[np.float64]:
+    """[R] mass of all that is not kept: outside the candidates, and of those beyond `num_top`."""
+    beyond = np.arange(row_ids.shape[1] - 1) >= num_top[:, None]
+    beyond[is_apart] &= row_ids[is_apart, 1:] != row_ids[is_apart, :1]
+    mass: NDArray[np.float64] = np.exp(row_tails, dtype=np.float64)
+    is_outside = is_apart.copy()
+    is_outside[is_apart] = (row_ids[is_apart, 1:] != row_ids[is_apart, :1]).all(axis=1)
+    mass[is_outside] -= np.exp(row_logprobs[is_outside, 0], dtype=np.float64)
+    np.maximum(mass, 0, out=mass)
+    mass += np.where(beyond, np.exp(row_logprobs[:, 1:]), 0).sum(axis=1, dtype=np.float64)
+    return mass
 
 
 def _num_kept(
@@ -148,6 +181,13 @@ def tail_logit_of(kept_mass: NDArray[np.float64]) -> NDArray[np.float32]:
     """[R] log(tail / (1 - tail)) in bfloat16; tail = 1 - kept_mass, at least TAIL_FLOOR."""
     inside = np.clip(kept_mass, np.finfo(np.float32).tiny, 1 - TAIL_FLOOR)
     return round_to_bfloat16((np.log1p(-inside) - np.log(inside)).astype(np.float32))
+
+
+def _logit_of_tail(tail: NDArray[np.float64]) -> NDArray[np.float32]:
+    """[R] the same from the tail itself, which is exact where 1 - kept_mass is not."""
+    outside = np.maximum(tail, TAIL_FLOOR)
+    inside = np.maximum(1 - outside, np.finfo(np.float32).tiny)
+    return round_to_bfloat16((np.log(outside) - np.log(inside)).astype(np.float32))
 
 
 def is_clamped_tail(tail_logit: NDArray[np.float32]) -> NDArray[np.bool_]:

@@ -48,7 +48,7 @@ class CacheHeader:
     mass: float
     capture_prompt: bool
     num_bands: int
-    max_lead_span: float = 1.0  # part of every trace that `truncate` kept; of a mixture the largest
+    max_lead_span: float = 1.0  # part of every trace that is kept; of a mixture the largest
     # Mixture from which `truncate` drew the part of each trace: its `spans` in writing, the `seed`.
     lead_spans: Mapping[str, Any] | None = None
     # Everything else that changes numbers, as the engine reports it (quantisation, ...).

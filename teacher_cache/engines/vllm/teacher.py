@@ -3,13 +3,12 @@
 Letters: R rows (tokens with a distribution), K kept candidates per row.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
-
-import numpy as np
 
 from teacher_cache.engines import (
     EngineDiedError,
@@ -19,9 +18,10 @@ from teacher_cache.engines import (
     TeacherRequest,
     TeacherRows,
 )
-from teacher_cache.engines.checks import check_model, check_request, check_rows
+from teacher_cache.engines.checks import check_model, check_request
 from teacher_cache.engines.vllm.processes import EngineProcesses
-from teacher_cache.engines.vllm.rows import tap, to_rows, why_untapped
+from teacher_cache.engines.vllm.requests import Flight, check_of, finished_rows, sampling_params
+from teacher_cache.engines.vllm.rows import tap, why_untapped
 from teacher_cache.engines.vllm.settings import reported_settings
 from teacher_cache.engines.vllm.start import (
     check_engine_args,
@@ -31,12 +31,22 @@ from teacher_cache.engines.vllm.start import (
     set_environment,
     start_engine,
 )
+from teacher_cache.engines.vllm.worker_rows import (
+    NO_SLOT,
+    PROCESSOR,
+    REQUEST_KEY,
+    worker_rows_of,
+)
 
 logger = logging.getLogger(__name__)
 
 # Time for the engine's processes to end before they are killed. They need 4 s on a CPU.
 _CLOSING_S = 30.0
 _BREAKING_OFF_S = 0.3  # when its answers are no longer wanted
+
+# One request in so many is run once more, with vLLM's own logprobs beside the worker's rows.
+_CHECK_EVERY = 1000
+_MOST_IDLE_STEPS = 100  # of an engine that has finished, until the last rows have arrived
 
 
 class VllmTeacher:
@@ -60,6 +70,8 @@ class VllmTeacher:
         sampling: Settings for drawing new tokens; None for an engine that only scores.
         window: Requests in flight; None for 1.5 times vLLM's `max_num_seqs`.
         engine_args: Further arguments of `vllm.EngineArgs`, by name.
+        rows_from: "worker" takes the rows of drawn tokens from the logits in vLLM's worker, where
+            the engine's settings allow it; "logprobs" from the logprobs that vLLM returns.
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
@@ -80,6 +92,7 @@ class VllmTeacher:
         sampling: Sampling | None = None,
         window: int | None = None,
         engine_args: Mapping[str, object] | None = None,
+        rows_from: str = "worker",
         trust_remote_code: bool = False,
     ) -> None:
         version, is_cpu_build = installed_version()
@@ -118,19 +131,24 @@ class VllmTeacher:
         if on_cpu and args["enforce_eager"]:
             # Eager vLLM still compiles the token-ranking kernel: seconds, and a C++ compiler.
             set_environment(TORCH_COMPILE_DISABLE="1")
+        self._top_k = top_k
+        self._sampling = sampling
+        self._worker_rows = worker_rows_of(args, sampling, top_k) if rows_from == "worker" else None
         self._processes = EngineProcesses()
         try:
-            with self._processes.starting():
+            with self._processes.starting(), contextlib.ExitStack() as stack:
+                if self._worker_rows is not None:
+                    args["logits_processors"] = [PROCESSOR]
+                    stack.enter_context(self._worker_rows.offered())
                 self._engine = start_engine(
                     vllm, args, max_model_len, on_cpu=on_cpu, seeded=sampling is not None
                 )
         except BaseException:
             self._processes.close()
+            self._close_worker_rows()
             raise
         self._processes.report_death(self._engine)
         self._is_at_work = False
-        self._sampling = sampling
-        self._top_k = top_k
         config = self._engine.vllm_config
         self._context = config.model_config.max_model_len
         self.facts = TeacherFacts(
@@ -147,6 +165,14 @@ class VllmTeacher:
             self._leave_untapped(reason)
         self._window = window or max(1, config.scheduler_config.max_num_seqs * 3 // 2)
         self._serial = itertools.count()
+        self._num_in_worker = itertools.count()
+        self._num_idle_steps = 0
+        if self._worker_rows is not None:
+            if self._worker_rows.are_sent(config):
+                num_checks = 1 + self._window // _CHECK_EVERY
+                self._worker_rows.set_room(self._window + num_checks, self._context)
+            else:
+                self._close_worker_rows()
 
     def run(self, requests: Iterable[TeacherRequest]) -> Iterator[TeacherRows]:
         """Generate or score every request; traces are yielded as they finish. One run at a time.
@@ -158,28 +184,67 @@ class VllmTeacher:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         source = iter(requests)
-        in_flight: dict[str, TeacherRequest] = {}
+        flights: dict[str, Flight] = {}
+        landed: dict[str, Any] = {}  # outputs of those that the engine has finished
         self._is_at_work = True
         try:
             while True:
-                for request in itertools.islice(source, self._window - len(in_flight)):
-                    in_flight[self._submit(request)] = request
-                if not in_flight:
+                num_asked = sum(not flight.is_check for flight in flights.values())
+                for request in itertools.islice(source, self._window - num_asked):
+                    self._submit(request, flights)
+                if not flights:
                     self._is_at_work = False
                     return
-                for output in self._engine.step():
-                    if output.finished:
-                        yield self._finished(in_flight.pop(output.request_id), output)
+                self._step(flights, landed)
+                for name in list(landed):
+                    rows = finished_rows(
+                        flights[name], landed[name], self._top_k, self._worker_rows
+                    )
+                    if rows is None:
+                        continue
+                    del landed[name]
+                    if not self._forget(flights.pop(name)).is_check:
+                        yield rows
         except EngineDeadError as error:
-            in_flight.clear()
+            flights.clear()
             raise EngineDiedError("the vLLM engine died") from error
         finally:
-            if in_flight:
-                self._engine.abort_request(list(in_flight))
+            for flight in flights.values():
+                self._forget(flight)
+            if flights:
+                self._engine.abort_request([name for name in flights if name not in landed])
+
+    def _forget(self, flight: Flight) -> Flight:
+        if flight.slot is not None and self._worker_rows is not None:
+            self._worker_rows.end(flight.slot)
+        return flight
+
+    def _step(self, flights: Mapping[str, Flight], landed: dict[str, Any]) -> None:
+        """Let the engine step, and take what it finished.
+
+        The worker writes a row one step later: once the engine has nothing more to do, it gets a
+        request whose answer nobody wants.
+        """
+        if len(landed) < len(flights):
+            self._num_idle_steps = 0
+        elif not self._engine.has_unfinished_requests():
+            self._num_idle_steps += 1
+            if self._num_idle_steps > _MOST_IDLE_STEPS:
+                missing = sorted(flights[name].request.request_id for name in landed)
+                raise EngineError(f"request {missing[0]!r}: vLLM's worker did not send its rows")
+            nothing = TeacherRequest("", (0,), 1, 0, capture_prompt=False)
+            tag = {REQUEST_KEY: [NO_SLOT, 0, 1]}
+            self._add(f"step-{next(self._serial)}", nothing, tag, with_logprobs=False)
+        for output in self._engine.step():
+            if output.finished and output.request_id in flights:
+                landed[output.request_id] = output
+        if self._worker_rows is not None:
+            self._worker_rows.drain()
 
     def close(self) -> None:
         """End the engine's processes."""
         core = self._engine.engine_core
+        self._close_worker_rows()
         core.shutdown(timeout=_BREAKING_OFF_S if self._is_at_work else _CLOSING_S)
         self._engine.renderer.shutdown()
         # vLLM leaves its sockets to the garbage collector; a thread still reading keeps them.
@@ -190,12 +255,13 @@ class VllmTeacher:
                 context.destroy(linger=0)
         self._processes.close()
 
-    def _submit(self, request: TeacherRequest) -> str:
-        """Hand a request to the engine, under a unique name of our own."""
-        from vllm import SamplingParams
-        from vllm.inputs import tokens_input
-        from vllm.sampling_params import RequestOutputKind
+    def _close_worker_rows(self) -> None:
+        if self._worker_rows is not None:
+            self._worker_rows.close()
+            self._worker_rows = None
 
+    def _submit(self, request: TeacherRequest, flights: dict[str, Flight]) -> None:
+        """Hand a request to the engine, under a unique name of our own."""
         scoring = request.max_new_tokens == 0
         check_request(
             request,
@@ -204,27 +270,34 @@ class VllmTeacher:
             max_model_len=min(self.facts.max_model_len, self._context - scoring),
             sampling=self._sampling,
         )
-        drawing = self._sampling
-        if scoring or drawing is None:
-            drawing = Sampling(temperature=0.0, top_p=1.0, top_k=0)
-        room = self.facts.max_model_len - len(request.token_ids)
-        params = SamplingParams(
-            n=1,
-            temperature=drawing.temperature,
-            top_p=drawing.top_p,
-            top_k=drawing.top_k,
-            min_p=drawing.min_p,
-            repetition_penalty=drawing.repetition_penalty,
-            stop_token_ids=list(drawing.stop_ids),
-            seed=request.seed,
-            max_tokens=1 if scoring else min(request.max_new_tokens, room),
-            logprobs=None if scoring else self._top_k,
-            prompt_logprobs=self._top_k if scoring or request.capture_prompt else None,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
         name = str(next(self._serial))
+        if scoring or self._worker_rows is None:
+            self._add(name, request, None, with_logprobs=True)
+            flights[name] = Flight(request)
+            return
+        slot, tag = self._worker_rows.begin(len(request.token_ids))
+        self._add(name, request, tag, with_logprobs=False)
+        flights[name] = Flight(request, slot)
+        if next(self._num_in_worker) % _CHECK_EVERY == 0:
+            slot, tag = self._worker_rows.begin(len(request.token_ids))
+            check = check_of(request)
+            self._add(f"check-{name}", check, tag, with_logprobs=True)
+            flights[f"check-{name}"] = Flight(check, slot, is_check=True)
+
+    def _add(
+        self,
+        name: str,
+        request: TeacherRequest,
+        tag: Mapping[str, list[int]] | None,
+        *,
+        with_logprobs: bool,
+    ) -> None:
+        from vllm.inputs import tokens_input
+
+        room = self.facts.max_model_len - len(request.token_ids)
+        params = sampling_params(
+            request, self._sampling, room, self._top_k, tag, with_logprobs=with_logprobs
+        )
         internal = self._engine.add_request(name, tokens_input(list(request.token_ids)), params)
         if self._is_tapped:
             try:
@@ -232,7 +305,6 @@ class VllmTeacher:
                 tap(state.logprobs_processor, self._top_k)
             except (AttributeError, LookupError, TypeError) as error:
                 self._leave_untapped(repr(error))
-        return name
 
     def _leave_untapped(self, reason: str) -> None:
         self._is_tapped = False
@@ -242,28 +314,3 @@ class VllmTeacher:
             self.facts.engine_version,
             reason,
         )
-
-    def _finished(self, request: TeacherRequest, output: Any) -> TeacherRows:  # noqa: ANN401 (vLLM is untyped here)
-        """The rows of one finished request."""
-        completion = output.outputs[0]
-        if completion.finish_reason not in ("stop", "length"):
-            raise EngineError(
-                f"request {request.request_id!r}: vLLM ended it as {completion.finish_reason!r}"
-            )
-        scoring = request.max_new_tokens == 0
-        generated = [] if scoring else list(completion.token_ids)
-        capture_given = scoring or request.capture_prompt
-        results = [output.prompt_logprobs] if capture_given else []
-        results += [] if scoring else [completion.logprobs]
-        pieces = [to_rows(request.request_id, each, self._top_k) for each in results]
-        rows = TeacherRows(
-            request_id=request.request_id,
-            token_ids=np.array([*request.token_ids, *generated], dtype=np.int32),
-            num_given=len(request.token_ids),
-            first_row=1 if capture_given else len(request.token_ids),
-            row_ids=np.concatenate([ids for ids, _ in pieces]),
-            row_logprobs=np.concatenate([logprobs for _, logprobs in pieces]),
-            finish_reason="scored" if scoring else completion.finish_reason,
-        )
-        check_rows(rows)
-        return rows

@@ -1,0 +1,190 @@
+"""Rows that vLLM's worker takes from the logits (`worker_tap`), on this process's side.
+
+Letters: R rows (tokens with a distribution), K candidates per row.
+"""
+
+import itertools
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teacher_cache.engines import EngineError, Sampling
+from teacher_cache.engines.vllm.pages import RowPages
+from teacher_cache.engines.vllm.ring import HEAD_WORDS, RowRing
+
+logger = logging.getLogger(__name__)
+
+# Of a ring, in steps of the largest batch. The worker is at most three steps ahead of the messages
+# that make us read it, so that it never waits for us while we wait for it.
+_STEPS = 8
+_FEWEST_ROWS = 1024
+
+PROCESSOR = "teacher_cache.engines.vllm.worker_tap:RowTap"
+RING_VARIABLE = "LEADSPAN_ROW_RING"  # address of the ring, for the processes of one engine
+REQUEST_KEY = "leadspan"  # in `SamplingParams.extra_args`: [slot, serial, tokens of the prompt]
+NO_SLOT = -1  # of a request whose rows nobody wants, and which only makes the engine step
+
+_SLOWER = "reading rows from vLLM's logprobs, which is slower: %s"
+_ONE_MACHINE = (None, "mp", "uni")
+
+
+class WorkerRows:
+    """The rows of the requests in flight of one engine, and the ring that they come through."""
+
+    def __init__(self, *, num_candidates: int, max_num_seqs: int) -> None:
+        """Make the ring.
+
+        Args:
+            num_candidates: K.
+            max_num_seqs: Largest number of rows of one engine step.
+        """
+        capacity = max(_STEPS * max_num_seqs, _FEWEST_ROWS)
+        self._ring = RowRing.made(capacity, num_candidates)
+        self._num_candidates = num_candidates
+        self._serials = itertools.count(1)
+
+    @contextmanager
+    def offered(self) -> Iterator[None]:
+        """Let processes that start inside the block find the ring."""
+        os.environ[RING_VARIABLE] = self._ring.address
+        try:
+            yield
+        finally:
+            del os.environ[RING_VARIABLE]
+
+    def are_sent(self, vllm_config: Any) -> bool:  # noqa: ANN401 (vLLM is untyped here)
+        """Whether an engine that started with this `VllmConfig` sends rows; or log why not."""
+        is_second = getattr(vllm_config, "use_v2_model_runner", False)
+        if self._ring.num_writers != 1:
+            reason = f"{self._ring.num_writers} workers opened the ring of rows"
+        elif vllm_config.scheduler_config.async_scheduling and not is_second:
+            reason = "asynchronous scheduling with the first model runner"
+        else:
+            return True
+        logger.warning(_SLOWER, reason)
+        return False
+
+    def set_room(self, num_requests: int, num_tokens: int) -> None:
+        """Make room for so many requests in flight, of at most so many drawn tokens."""
+        self._slots = list(range(num_requests))
+        self._pages = RowPages(num_requests, num_tokens, self._ring.row_words)
+
+    def begin(self, num_prompt: int) -> tuple[int, dict[str, list[int]]]:
+        """The slot of a new request, and its `SamplingParams.extra_args`."""
+        slot, serial = self._slots.pop(), next(self._serials)
+        self._pages.open(slot, serial)
+        return slot, {REQUEST_KEY: [slot, serial, num_prompt]}
+
+    def drain(self) -> None:
+        """Take what the worker has written."""
+        for rows in self._ring.read():
+            self._pages.add(rows)
+
+    def rows(
+        self, slot: int, num_rows: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]] | None:
+        """Ids and logprobs [R, 1 + K], and logarithms of the mass outside the K candidates [R].
+
+        None if some of these rows have not arrived.
+        """
+        rows = self._pages.rows(slot, num_rows)
+        if rows is None:
+            return None
+        middle = HEAD_WORDS + 1 + self._num_candidates
+        ids = np.ascontiguousarray(rows[:, HEAD_WORDS:middle])
+        logprobs = np.ascontiguousarray(rows[:, middle:]).view(np.float32)
+        return ids, logprobs, np.ascontiguousarray(rows[:, HEAD_WORDS - 1]).view(np.float32)
+
+    def end(self, slot: int) -> None:
+        """Forget a request, which has all of its rows or was given up."""
+        self._pages.close(slot)
+        self._slots.append(slot)
+
+    def close(self) -> None:
+        """Give up the ring; the worker ends if it waits for room."""
+        self._ring.close()
+
+
+def worker_rows_of(
+    args: Mapping[str, Any], sampling: Sampling | None, num_candidates: int
+) -> WorkerRows | None:
+    """The ring for an engine that is to be started; None if its worker cannot give rows.
+
+    Args:
+        args: Its arguments.
+        sampling: Settings for drawing tokens; None for an engine that only scores.
+        num_candidates: K.
+    """
+    if sampling is None:
+        return None
+    reason = _why_not(args, sampling)
+    if reason is not None:
+        logger.info(_SLOWER, reason)
+        return None
+    return WorkerRows(num_candidates=num_candidates, max_num_seqs=int(args["max_num_seqs"]))
+
+
+def _why_not(args: Mapping[str, Any], sampling: Sampling) -> str | None:
+    """Reason why an engine with these arguments cannot take rows in its worker; None if it may.
+
+    Args:
+        args: Arguments of `vllm.EngineArgs`.
+        sampling: Settings for drawing tokens.
+    """
+    if sampling.repetition_penalty != 1.0:
+        return "a repetition penalty may change the logits before"
+    for name in ("speculative_config", "spec_method", "spec_model", "spec_tokens"):
+        if args.get(name) is not None:
+            return "speculative decoding"
+    for name in ("pipeline_parallel_size", "data_parallel_size"):
+        if int(args.get(name) or 1) > 1:
+            return name
+    if args.get("enable_batch_sharded_sampling"):
+        return "enable_batch_sharded_sampling"
+    backend = args.get("distributed_executor_backend")
+    return None if backend in _ONE_MACHINE else f"distributed_executor_backend {backend}"
+
+
+def require_same_rows(
+    what: str,
+    ours: tuple[NDArray[np.int32], NDArray[np.float32]],
+    stock: tuple[NDArray[np.int32], NDArray[np.float32]],
+    tolerance: float,
+) -> None:
+    """Compare rows from the worker with vLLM's own logprobs of the same tokens.
+
+    Args:
+        what: Whose rows these are, for the message.
+        ours: Ids and logprobs, [R, 1 + K].
+        stock: The same from vLLM's logprobs.
+        tolerance: Nats by which logprobs may differ; ids of candidates that are closer to each
+            other than twice that may have another order.
+
+    Raises:
+        EngineError: If they differ.
+    """
+    (ids, logprobs), (stock_ids, stock_logprobs) = ours, stock
+    if ids.shape != stock_ids.shape:
+        raise EngineError(f"{what}: expected rows {stock_ids.shape} from the worker, {ids.shape}")
+    with np.errstate(invalid="ignore"):  # -inf on both sides
+        difference = np.abs(logprobs - stock_logprobs)
+        close = ~(stock_logprobs[:, 1:-1] - stock_logprobs[:, 2:] > 2 * tolerance)
+    difference[logprobs == stock_logprobs] = 0
+    is_clear = np.ones(ids.shape, bool)
+    is_clear[:, 1:-1] &= ~close
+    is_clear[:, 2:] &= ~close
+    is_clear[:, -1] = False  # the next candidate is not known
+    is_wrong = ~(difference <= tolerance) | (is_clear & (ids != stock_ids))
+    if is_wrong.any():
+        row, column = np.argwhere(is_wrong)[0]
+        raise EngineError(
+            f"{what}: row {row} taken in vLLM's worker differs from vLLM's own logprobs: "
+            f"id {ids[row, column]} with {logprobs[row, column]:.6f} in place of "
+            f"{stock_ids[row, column]} with {stock_logprobs[row, column]:.6f} nats; "
+            "capture with --rows-from logprobs"
+        )
