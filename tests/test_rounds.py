@@ -160,7 +160,7 @@ def test_other_rounds_in_the_same_folder_are_refused(whole, changes, message):
     [
         ({"teacher": ("a", "b")}, "allow it with --other-teacher"),
         ({"teacher": ("a", "b", "c")}, "one for each of 2 rounds, got 3"),
-        ({"own_share": 0.5}, "it is that beside --cache"),
+        ({"own_share": 0.5}, "it is the share of own traces"),
         ({"eval_prompts": None}, "expected --eval-prompts"),
     ],
 )

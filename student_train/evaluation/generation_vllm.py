@@ -34,6 +34,7 @@ def generate_with_vllm(
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork would copy this process's threads
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # "auto" leaves a core unused
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout carries results
     with Progress("loading vLLM"), others_into_log():
         from vllm import LLM, SamplingParams
         from vllm.sampling_params import RequestOutputKind

@@ -101,7 +101,9 @@ class RoundsConfig:
     def __post_init__(self) -> None:
         check_options(self)
         if self.own_share is not None and self.cache is None:
-            raise ValueError("--own-share: it is that beside --cache; name one")
+            raise ValueError(
+                "--own-share: it is the share of own traces beside those of --cache; add --cache"
+            )
         if len(self.teacher) not in (1, self.num_rounds):
             raise ValueError(
                 f"--teacher: expected one, or one for each of {self.num_rounds} rounds, got "

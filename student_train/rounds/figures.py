@@ -1,6 +1,6 @@
 """Figures of finished rounds, from their files. No torch here."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from student_train.rounds.config import RoundsConfig
 from student_train.rounds.stages import Stage, round_folder
 from teacher_cache.format import Cache, Trace, open_cache
-from teacher_cache.format.checksums import read_record
+from teacher_cache.format.checksums import publish_record, read_record
 
 
 @dataclass(frozen=True)
@@ -91,5 +91,14 @@ def figures_of(config: RoundsConfig, done: list[Stage]) -> list[dict[str, Any]]:
 
 
 def _own_figures(folder: Path) -> dict[str, Any]:
-    figures = OwnFigures.of(open_cache(folder / "cache"))
-    return {name: getattr(figures, name) for name in OwnFigures.__dataclass_fields__}
+    """Figures of a round's own traces, measured once; the cache may be removed afterwards."""
+    file, cache_folder = folder / "own.json", folder / "cache"
+    if cache_folder.exists():
+        cache = open_cache(cache_folder)
+        if not file.exists() or _known(file)["cache"] != cache.fingerprint:
+            publish_record(file, {"cache": cache.fingerprint, **asdict(OwnFigures.of(cache))})
+    return {name: value for name, value in _known(file).items() if name != "cache"}
+
+
+def _known(file: Path) -> dict[str, Any]:
+    return read_record(file, f"Remove {file}: it is made again from the round's cache.")

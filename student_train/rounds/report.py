@@ -1,4 +1,4 @@
-"""report.md and rounds.json in the folder of some rounds."""
+"""report.md and figures.json in the folder of some rounds."""
 
 import json
 from collections.abc import Sequence

@@ -11,7 +11,12 @@ from typing import Any
 
 from student_train.evaluation.checker import Checker
 from student_train.evaluation.golds import check_golds
-from student_train.evaluation.prompts import parse_prompt, read_prompts, read_records
+from student_train.evaluation.prompts import (
+    parse_prompt,
+    prompts_fingerprint,
+    read_prompts,
+    read_records,
+)
 from student_train.rounds.config import RoundsConfig
 from student_train.rounds.figures import figures_of
 from student_train.rounds.report import write_report
@@ -97,14 +102,17 @@ def check_rounds_input(config: RoundsConfig) -> str:
 def _facts(config: RoundsConfig) -> dict[str, Any]:
     """Everything that the rounds of a folder share."""
     prompts = check_rounds_input(config)
-    if config.cache is not None:
-        open_cache(config.cache)
+    # By content, not by path: another set would put figures of two sets into one table.
+    cache = None if config.cache is None else open_cache(config.cache).fingerprint
+    asked = None if config.eval_prompts is None else list(read_prompts(config.eval_prompts))
     with Progress("loading torch"):
         from student_train.model.load import model_fingerprint
     return {
         **config.fixed,
         "student": model_fingerprint(config.student),
         "prompts": prompts,
+        "eval_prompts_fingerprint": None if asked is None else prompts_fingerprint(asked),
+        "cache_fingerprint": cache,
         "teachers": [config.teacher_of(n) for n in range(1, config.num_rounds + 1)],
     }
 

@@ -167,9 +167,22 @@ def run_stage(stage: Stage, children: Children, lock: FolderLock) -> None:
             f"round {stage.number}, {stage.name}: {last} (exit code {code}; see {log}). Put that "
             "right and run the same command again: what is finished stays"
         )
-    result = json.loads(output) if "--json" in stage.command else output.strip()
+    result = _figures_of(output, stage, log) if "--json" in stage.command else output.strip()
     seconds = time.monotonic() - began_s
     publish_record(stage.file, {"command": shown, "seconds": seconds, "result": result})
+
+
+def _figures_of(output: str, stage: Stage, log: Path) -> dict[str, Any]:
+    """The JSON object that a command prints last; a library may have printed before it."""
+    lines = output.strip().splitlines()
+    try:
+        found: dict[str, Any] = json.loads(lines[-1])
+    except (IndexError, ValueError) as error:
+        raise StageFailedError(
+            f"round {stage.number}, {stage.name}: expected its figures as JSON, found "
+            f"{output.strip()[-200:]!r}; see {log}, and run the same command again"
+        ) from error
+    return found
 
 
 def run_command(stage: Stage, log: Path, children: Children, lock: FolderLock) -> tuple[int, str]:

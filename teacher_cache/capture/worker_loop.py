@@ -152,5 +152,6 @@ def _student_logprob(source: SourceTrace, num_tokens: int) -> NDArray[np.float32
     if source.student_logprobs is None:
         return None
     column = np.full(num_tokens, np.nan, np.float32)
-    column[source.num_prompt :] = source.student_logprobs
+    num_held = max(0, num_tokens - source.num_prompt)  # of a lead span
+    column[source.num_prompt :] = source.student_logprobs[:num_held]
     return column

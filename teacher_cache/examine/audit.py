@@ -184,6 +184,7 @@ def audit(config: AuditConfig) -> Audit:
         max_model_len=limit + num_reserved,
         sampling=None,
         engine_args=config.engine_arg,
+        rows_from="logprobs",  # whole traces are scored
         trust_remote_code=config.trust_remote_code,
     )
     teacher = started(f"starting {config.engine} for {config.model}", start)

@@ -51,11 +51,13 @@ class RowPages:
 
     def _new_page(self) -> int:
         if not self._free_pages:
+            # In small steps: at gigabytes, twice as much may be more than there is.
             num_pages = len(self._rows) // _PAGE_ROWS
-            larger = np.zeros((2 * len(self._rows), self._rows.shape[1]), np.int32)
+            num_new = max(_FIRST_PAGES, num_pages // 4)
+            larger = np.zeros(((num_pages + num_new) * _PAGE_ROWS, self._rows.shape[1]), np.int32)
             larger[: len(self._rows)] = self._rows
             self._rows = larger
-            self._free_pages.extend(range(num_pages, 2 * num_pages))
+            self._free_pages.extend(range(num_pages, num_pages + num_new))
         return self._free_pages.pop()
 
     def rows(self, slot: int, num_rows: int) -> NDArray[np.int32] | None:

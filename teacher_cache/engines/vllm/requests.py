@@ -13,10 +13,15 @@ from numpy.typing import NDArray
 from teacher_cache.engines import EngineError, Sampling, TeacherRequest, TeacherRows
 from teacher_cache.engines.checks import check_rows
 from teacher_cache.engines.vllm.rows import to_rows
-from teacher_cache.engines.vllm.worker_rows import WorkerRows, require_same_rows
+from teacher_cache.engines.vllm.worker_rows import (
+    WorkerRows,
+    require_same_rows,
+    require_same_tails,
+)
 
 _CHECK_TOKENS = 32
 _CHECK_TOLERANCE = 1e-3  # nats; 4e-6 was measured on a CPU
+_TAIL_TOLERANCE = 3e-5  # probability
 _GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0)
 
 
@@ -116,6 +121,8 @@ def finished_rows(
     if flight.is_check:
         stock = to_rows(request.request_id, completion.logprobs, num_candidates)
         require_same_rows(where, pieces[-1], stock, _CHECK_TOLERANCE)
+        if found is not None:
+            require_same_tails(where, found[2], stock[1], _TAIL_TOLERANCE)
     rows = TeacherRows(
         request_id=request.request_id,
         token_ids=np.array([*request.token_ids, *generated], dtype=np.int32),

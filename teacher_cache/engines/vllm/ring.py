@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 HEAD_WORDS = 4  # slot, serial, position, tail
-_WRITTEN, _READ, _NUM_WRITERS, _NUM_CANDIDATES, _CAPACITY = range(5)  # int64 fields of the start
+# int64 fields of the start
+_WRITTEN, _READ, _NUM_WRITERS, _NUM_CANDIDATES, _CAPACITY, _IS_CLOSED = range(6)
 _START_BYTES = 4096
 _WAIT_S = 0.0005
 _LOOK_S = 1.0  # interval at which a writer that waits looks for the reader
@@ -112,7 +113,8 @@ class RowRing:
         look_at_s = time.monotonic()
         while written - int(self._start[_READ]) == self._capacity:
             if time.monotonic() >= look_at_s:
-                if not Path(self.address).exists():
+                # A closed descriptor's number may be another file's by now.
+                if self._start[_IS_CLOSED] or not Path(self.address).exists():
                     raise ReaderGoneError("the process that reads the teacher's rows is gone")
                 look_at_s += _LOOK_S
             time.sleep(_WAIT_S)
@@ -137,4 +139,5 @@ class RowRing:
 
     def close(self) -> None:
         """Give up the reader's end: a writer that waits ends with an error."""
+        self._start[_IS_CLOSED] = 1
         os.close(self._descriptor)

@@ -46,7 +46,7 @@ _BREAKING_OFF_S = 0.3  # when its answers are no longer wanted
 
 # One request in so many is run once more, with vLLM's own logprobs beside the worker's rows.
 _CHECK_EVERY = 1000
-_MOST_IDLE_STEPS = 100  # of an engine that has finished, until the last rows have arrived
+_MOST_STEPS = 100  # of an engine that has finished a request, until its last row has arrived
 
 
 class VllmTeacher:
@@ -166,11 +166,10 @@ class VllmTeacher:
         self._window = window or max(1, config.scheduler_config.max_num_seqs * 3 // 2)
         self._serial = itertools.count()
         self._num_in_worker = itertools.count()
-        self._num_idle_steps = 0
+        self._num_steps = 0
         if self._worker_rows is not None:
             if self._worker_rows.are_sent(config):
-                num_checks = 1 + self._window // _CHECK_EVERY
-                self._worker_rows.set_room(self._window + num_checks, self._context)
+                self._worker_rows.set_room(self._window + 1, self._context)  # and a check
             else:
                 self._close_worker_rows()
 
@@ -185,7 +184,8 @@ class VllmTeacher:
 
         source = iter(requests)
         flights: dict[str, Flight] = {}
-        landed: dict[str, Any] = {}  # outputs of those that the engine has finished
+        # Outputs of those that the engine has finished, and the step at which it had.
+        landed: dict[str, tuple[Any, int]] = {}
         self._is_at_work = True
         try:
             while True:
@@ -198,7 +198,7 @@ class VllmTeacher:
                 self._step(flights, landed)
                 for name in list(landed):
                     rows = finished_rows(
-                        flights[name], landed[name], self._top_k, self._worker_rows
+                        flights[name], landed[name][0], self._top_k, self._worker_rows
                     )
                     if rows is None:
                         continue
@@ -219,25 +219,26 @@ class VllmTeacher:
             self._worker_rows.end(flight.slot)
         return flight
 
-    def _step(self, flights: Mapping[str, Flight], landed: dict[str, Any]) -> None:
+    def _step(self, flights: Mapping[str, Flight], landed: dict[str, tuple[Any, int]]) -> None:
         """Let the engine step, and take what it finished.
 
         The worker writes a row one step later: once the engine has nothing more to do, it gets a
         request whose answer nobody wants.
         """
-        if len(landed) < len(flights):
-            self._num_idle_steps = 0
-        elif not self._engine.has_unfinished_requests():
-            self._num_idle_steps += 1
-            if self._num_idle_steps > _MOST_IDLE_STEPS:
-                missing = sorted(flights[name].request.request_id for name in landed)
-                raise EngineError(f"request {missing[0]!r}: vLLM's worker did not send its rows")
+        self._num_steps += 1
+        for name, (_, step) in landed.items():
+            if self._num_steps - step > _MOST_STEPS:
+                raise EngineError(
+                    f"request {flights[name].request.request_id!r}: vLLM's worker did not send all "
+                    "of its rows; capture with --rows-from logprobs"
+                )
+        if len(landed) == len(flights) and not self._engine.has_unfinished_requests():
             nothing = TeacherRequest("", (0,), 1, 0, capture_prompt=False)
             tag = {REQUEST_KEY: [NO_SLOT, 0, 1]}
             self._add(f"step-{next(self._serial)}", nothing, tag, with_logprobs=False)
         for output in self._engine.step():
             if output.finished and output.request_id in flights:
-                landed[output.request_id] = output
+                landed[output.request_id] = output, self._num_steps
         if self._worker_rows is not None:
             self._worker_rows.drain()
 
@@ -278,7 +279,8 @@ class VllmTeacher:
         slot, tag = self._worker_rows.begin(len(request.token_ids))
         self._add(name, request, tag, with_logprobs=False)
         flights[name] = Flight(request, slot)
-        if next(self._num_in_worker) % _CHECK_EVERY == 0:
+        is_due = next(self._num_in_worker) % _CHECK_EVERY == 0
+        if is_due and not any(flight.is_check for flight in flights.values()):
             slot, tag = self._worker_rows.begin(len(request.token_ids))
             check = check_of(request)
             self._add(f"check-{name}", check, tag, with_logprobs=True)

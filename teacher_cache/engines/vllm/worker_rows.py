@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from teacher_cache.engines import EngineError, Sampling
 from teacher_cache.engines.vllm.pages import RowPages
-from teacher_cache.engines.vllm.ring import HEAD_WORDS, RowRing
+from teacher_cache.engines.vllm.ring import HEAD_WORDS, RowRing, row_words
 
 logger = logging.getLogger(__name__)
 
 # Of a ring, in steps of the largest batch. The worker is at most three steps ahead of the messages
 # that make us read it, so that it never waits for us while we wait for it.
 _STEPS = 8
-_FEWEST_ROWS = 1024
+_FEWEST_BYTES = 64 << 20  # a reader that waits for a slow store does not stop the engine at once
 
 PROCESSOR = "teacher_cache.engines.vllm.worker_tap:RowTap"
 RING_VARIABLE = "LEADSPAN_ROW_RING"  # address of the ring, for the processes of one engine
@@ -43,7 +43,7 @@ class WorkerRows:
             num_candidates: K.
             max_num_seqs: Largest number of rows of one engine step.
         """
-        capacity = max(_STEPS * max_num_seqs, _FEWEST_ROWS)
+        capacity = max(_STEPS * max_num_seqs, _FEWEST_BYTES // (4 * row_words(num_candidates)))
         self._ring = RowRing.made(capacity, num_candidates)
         self._num_candidates = num_candidates
         self._serials = itertools.count(1)
@@ -141,7 +141,7 @@ def _why_not(args: Mapping[str, Any], sampling: Sampling) -> str | None:
     for name in ("speculative_config", "spec_method", "spec_model", "spec_tokens"):
         if args.get(name) is not None:
             return "speculative decoding"
-    for name in ("pipeline_parallel_size", "data_parallel_size"):
+    for name in ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size"):
         if int(args.get(name) or 1) > 1:
             return name
     if args.get("enable_batch_sharded_sampling"):
@@ -187,4 +187,32 @@ def require_same_rows(
             f"id {ids[row, column]} with {logprobs[row, column]:.6f} in place of "
             f"{stock_ids[row, column]} with {stock_logprobs[row, column]:.6f} nats; "
             "capture with --rows-from logprobs"
+        )
+
+
+def require_same_tails(
+    what: str,
+    log_tails: NDArray[np.float32],
+    stock_logprobs: NDArray[np.float32],
+    tolerance: float,
+) -> None:
+    """Compare tails from the worker with what vLLM's own logprobs leave.
+
+    Args:
+        what: Whose rows these are, for the message.
+        log_tails: Logarithms of the mass outside the K candidates, [R].
+        stock_logprobs: vLLM's logprobs of the same tokens, [R, 1 + K].
+        tolerance: Probability by which they may differ; a difference from 1 has a float32's error.
+
+    Raises:
+        EngineError: If they differ.
+    """
+    left = 1 - np.exp(stock_logprobs[:, 1:].astype(np.float64)).sum(axis=1)
+    difference = np.abs(np.exp(log_tails.astype(np.float64)) - left)
+    if not (difference <= tolerance).all():
+        row = int(np.argmax(np.where(np.isnan(difference), np.inf, difference)))
+        raise EngineError(
+            f"{what}: the mass outside the candidates of row {row}, summed in vLLM's worker, "
+            f"differs by {difference[row]:.2g} from what vLLM's own logprobs leave; capture with "
+            "--rows-from logprobs"
         )
