@@ -88,7 +88,12 @@ LAYOUTS = {
     "hybrid": {"sharding": "hybrid"},  # two nodes of two processes
     "offloaded": {"sharding": "full", "offload": True},
     "compiled": {"sharding": "full", "compile": True, "gradient_checkpointing": True},
-    "two teams": {"context_parallel": 2, "loss_reduction": "sequence", "batch_tokens": 50},
+    "two teams": {
+        "context_parallel": 2,
+        "loss_reduction": "sequence",
+        "batch_tokens": 50,
+        "gradient_checkpointing": True,
+    },
     "one team": {"context_parallel": 4, "sharding": "full", "gradient_checkpointing": True},
     "adapters": {"context_parallel": 2, "sharding": "hybrid", "lora_rank": 4},
 }

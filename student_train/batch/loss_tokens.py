@@ -66,8 +66,12 @@ class LossTokens:
                 num_left_out = int((~is_taught).sum())
             num_hard_labels = int((~is_taught).sum()) - num_left_out
         else:
-            num_hard_labels = int((trace.k[valid] == 0).sum())
             num_left_out = 0
+            if trace.student_logprob is not None:  # own tokens are no labels without a teacher
+                is_taught = (trace.k[valid] > 0) | np.isnan(trace.student_logprob[valid])
+                num_left_out = int((~is_taught).sum())
+                valid = valid[is_taught]
+            num_hard_labels = int((trace.k[valid] == 0).sum())
             if not teaching.hard_labels:
                 lacking = _selected(trace, selection) & _without_distribution(trace)
                 num_left_out = int(lacking.sum())

@@ -137,6 +137,13 @@ def _check_shape(model: PreTrainedModel, size: int) -> None:
             f"--context-parallel: {name} has layers without attention to all tokens before "
             "(sliding windows, chunks or recurrent layers), which are not divided; leave it out"
         )
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
+    if kinds & {"dynamic", "longrope"}:
+        raise ValueError(
+            f"--context-parallel: {name}'s rotary frequencies depend on the length of a row, of "
+            "which each process has a part; leave it out"
+        )
     if caps_scores(model):
         raise ValueError(
             f"--context-parallel: {name} caps its attention scores, which torch's attention "

@@ -145,8 +145,12 @@ class CheckpointWriter:
         others: Mapping[str, Any],
     ) -> None:
         with publish_folder(folder) as final:
-            for path in temporary.iterdir():
-                path.rename(final / path.name)
+            # By name: a list of the folder may be older than what other machines wrote to it.
+            names = [random_name(rank) for rank in range(self._files.num_processes)]
+            if (temporary / TENSORS_NAME).is_dir():
+                names.append(TENSORS_NAME)
+            for name in names:
+                (temporary / name).rename(final / name)
             _save(others, final / STATE_NAME)
             (final / PROGRESS_NAME).write_text(json.dumps(progress), encoding="utf-8")
             write_checksums(final)

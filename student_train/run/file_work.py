@@ -22,6 +22,7 @@ class FileWork:
         """Create the gloo group; every process does so at the same point."""
         self.is_main = accelerator.is_main_process
         self.rank = accelerator.process_index
+        self.num_processes = accelerator.num_processes
         self.group: Any = None  # a ProcessGroup where there are several processes
         if accelerator.num_processes > 1:
             self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -62,10 +63,14 @@ def naming_lost_processes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # Gloo has no class of its own.
-        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+        if not is_of_lost_process(error):
             raise
         raise lost_process(error, "this one trained") from error
+
+
+def is_of_lost_process(error: RuntimeError) -> bool:
+    """Whether a group raised it because another process is gone."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)  # which has no class
 
 
 def lost_process(error: BaseException, meanwhile: str) -> ConnectionError:

@@ -111,7 +111,11 @@ def _take_steps(run: Run) -> None:
             state.flops += totals.flops
             state.train_s += figures.end_step(counts.num_valid)
             if counts.num_valid:
-                state.note_loss(totals.sums["loss"])
+                # The policy gradient's loss is no level: it may fall below 0.
+                level = totals.sums["loss"]
+                if config.match == "samples":
+                    level = totals.sums["kl"] / max(1, counts.num_distributions)
+                state.note_loss(level)
             if state.has_diverged:
                 checkpoints.wait()
                 raise DivergedLossError(_diverged(run))

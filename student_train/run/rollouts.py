@@ -25,6 +25,11 @@ def check_rollouts(config: TrainConfig, data: TrainingData) -> None:
         _require_samples(caches, own)
     if not own:
         return
+    if config.live_teacher is not None:
+        raise CacheMismatchError(
+            f"{own[0].path}: it holds a student's own traces, scored already; leave out "
+            "--live-teacher, or train on other caches with it"
+        )
     if not config.other_teacher:
         _require_known_teacher(config, caches, own)
     if not config.stale_rollouts:

@@ -96,6 +96,7 @@ def prepare(inputs: RunInputs) -> Run:
         router_aux_loss_coef=config.router_aux_loss_coef,
         own_traces=OwnTraces(config.used_ratio_clip) if inputs.data.has_own_traces else None,
     )
+    with_loss.train()  # in every process, or some would recompute layers while they are placed
     with advice_when_out_of_memory(config):
         student = place(with_loss, accelerator, config.sharding, offload=config.offload)
     # Neither is prepared by accelerate, which would advance the schedule once per rank.
@@ -106,7 +107,6 @@ def prepare(inputs: RunInputs) -> Run:
         inputs.data.num_traces, config.batch_traces, epochs=config.epochs, limit=config.max_steps
     )
     scheduler = make_schedule(config.schedule, optimizer, warmup=config.warmup, num_steps=last_step)
-    student.train()
     validation = None
     if inputs.heldout is not None:
         validation = Validation(

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from student_train.run.file_work import FileWork, lost_process
+from student_train.run.file_work import FileWork, is_of_lost_process, lost_process
 
 
 def gathered_weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -116,7 +116,9 @@ def split_state_writer(
                 "disk full? The last whole one stays: free some space and run the same command "
                 "again"
             ) from error
-        except RuntimeError as error:  # gloo's only error
+        except RuntimeError as error:
+            if not is_of_lost_process(error):
+                raise
             raise lost_process(error, "a checkpoint was written") from error
 
     return write
