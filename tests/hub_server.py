@@ -30,6 +30,7 @@ class HubServer(ThreadingHTTPServer):
         self.num_bytes = {}
         self.num_ranges = 0
         self.num_commits, self.fail_at_commit, self.sent = 0, None, []
+        self.is_private = False
         self.num_failing = 0  # answers of 503 still to be given to reads of files
 
     def handle_error(self, request, client_address):
@@ -85,7 +86,8 @@ class _Hub(BaseHTTPRequestHandler):
         """The answer to a request of an upload, whose files are few and stand in the commit."""
         server = self.server
         if self.path == "/api/repos/create":
-            server.root.mkdir(exist_ok=True)
+            server.root.mkdir()
+            server.is_private = json.loads(body).get("private") or False
             return ({"url": f"{server.url}/datasets/{REPOSITORY}"},)
         if self.path == "/api/validate-yaml":
             return ({"warnings": [], "errors": []},)
@@ -124,9 +126,12 @@ class _Hub(BaseHTTPRequestHandler):
             folder = self.server.root / tree[1]
             if not folder.is_dir():
                 return self.no_entry()
-            return self.send_json([self.entry(each) for each in sorted(folder.iterdir())])
-        if path.startswith(_API):
-            return self.send_json({"id": REPOSITORY, "sha": _COMMIT, "private": False, "tags": []})
+            is_deep = "recursive=true" in self.path.lower()
+            found = folder.rglob("*") if is_deep else folder.iterdir()
+            return self.send_json([self.entry(each) for each in sorted(found)])
+        if path.startswith(_API) and self.server.root.exists():
+            facts = {"id": REPOSITORY, "sha": _COMMIT, "private": self.server.is_private}
+            return self.send_json(facts | {"tags": []})
         file = re.match(rf"/datasets/{REPOSITORY}/resolve/[^/]+/(.+)$", path)
         if file and (self.server.root / file[1]).is_file():
             return self.send_file(file[1])

@@ -2,14 +2,13 @@
 
 Files go in commits of a bounded size, `cache.json` last: a repository that was left half-way is not
 a cache, and running the command again sends what is missing. What the Hub holds at the end is
-compared, file by file, with what is here.
+compared, file by file, with what is here. A repository that holds anything else is left alone, and
+so is a card that was edited there.
 """
 
-import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,13 @@ from teacher_cache.format.catalog import CATALOG_FILE
 from teacher_cache.format.checking.verify import verify_cache
 from teacher_cache.format.manifest import MANIFEST_NAME, SHARD_FOLDER
 from teacher_cache.format.records import require_manifest
-from teacher_cache.format.writing.card import CARD_NAME
+from teacher_cache.format.writing.card import CARD_NAME, card_text
 from teacher_cache.terminal.option import check_options, option
+from teacher_cache.transform.hub_dataset import HubDataset, Outgoing
 
 _TARGET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)/?\Z")
 _FILES_AT_ONCE, _BYTES_AT_ONCE = 64, 1 << 30  # of one commit
-_PATHS_AT_ONCE = 200  # asked about in one request
-_HASHED_BYTES = 1 << 20
-_REASON_CHARACTERS = 400
+_GITATTRIBUTES = ".gitattributes"  # the Hub writes it into every repository
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +36,7 @@ class PushConfig:
         "License that the dataset card names, such as apache-2.0; the teacher's own may ask for "
         "one.",
         default=None,
-        unset="none, or what the card says",
+        unset="what the card says",
     )
     private: bool = option("Make a new repository private.", default=False)
 
@@ -62,25 +60,6 @@ class PushReport:
     num_bytes_sent: int
 
 
-@dataclass(frozen=True)
-class _Outgoing:
-    """A file to send: from the disk, or the bytes themselves."""
-
-    name: str
-    content: Path | bytes
-    size_bytes: int
-    sha256: str
-    git_sha1: str  # of the blob, by which the Hub names files outside LFS
-
-    def is_that(self, entry: Any) -> bool:  # noqa: ANN401  # huggingface_hub.RepoFile
-        """Whether the Hub's entry is this very file."""
-        if entry is None or entry.size != self.size_bytes:
-            return False
-        if entry.lfs is not None:
-            return bool(entry.lfs.sha256 == self.sha256)
-        return bool(entry.blob_id == self.git_sha1)
-
-
 def push(
     config: PushConfig, on_file: Callable[[int, int], None] = lambda done, total: None
 ) -> PushReport:
@@ -91,19 +70,43 @@ def push(
         on_file: Called with the number of files that are there, and of all.
 
     Raises:
-        CacheMismatchError: If the cache is not sealed, or the Hub holds something else in the end.
+        CacheMismatchError: If the cache is not sealed, the repository holds something else, or it
+            is public and was to be private.
         CacheError: If the cache is damaged, or the Hub refuses or does not answer.
+        ValueError: If there is no card for the license.
     """
     store = open_store(config.cache)
     if require_manifest(store).seal is None:
         raise CacheMismatchError(f"{store.where}: not sealed; finish the capture, or seal it")
+    if config.license is not None and not (config.cache / CARD_NAME).exists():
+        raise ValueError(
+            f"--license: {store.where} has no {CARD_NAME} to name it in; write one, or leave "
+            "--license out"
+        )
     errors = verify_cache(config.cache).errors
     if errors:
         raise CacheError(f"{store.where}: damaged, so not sent: {errors[0].file}: {errors[0].text}")
-    files = [_outgoing(config, name) for name in _names(config.cache)]
-    hub = _Hub(config)
-    hub.make_repository()
-    held = hub.entries(files)
+    hub = HubDataset(config.to, config.repository)
+    held = _entries_there(config, hub)
+    names = _names(config.cache)
+    _require_ours(config, held, lambda name: name in names)
+    files = [Outgoing.of(name, config.cache / name) for name in names]
+    by_name = {file.name: file for file in files}
+    _require_ours(config, held, lambda name: by_name[name].is_that(held[name]))
+    card = _card(config, hub, there=CARD_NAME in held)
+    if card is not None:
+        files.insert(-1, Outgoing.of(CARD_NAME, card.encode()))
+    return _sent(config, hub, files, held, on_file)
+
+
+def _sent(
+    config: PushConfig,
+    hub: HubDataset,
+    files: Sequence[Outgoing],
+    held: dict[str, Any],
+    on_file: Callable[[int, int], None],
+) -> PushReport:
+    """Send what is missing, and compare all files."""
     missing = [file for file in files if not file.is_that(held.get(file.name))]
     num_there = len(files) - len(missing)
     on_file(num_there, len(files))
@@ -111,7 +114,7 @@ def push(
         hub.send(batch)
         num_there += len(batch)
         on_file(num_there, len(files))
-    held = hub.entries(files)
+    held = hub.entries()
     wrong = [file.name for file in files if not file.is_that(held.get(file.name))]
     if wrong:
         raise CacheMismatchError(
@@ -121,8 +124,41 @@ def push(
     return PushReport(len(files), len(missing), sum(file.size_bytes for file in missing))
 
 
+def _entries_there(config: PushConfig, hub: HubDataset) -> dict[str, Any]:
+    """What the repository holds; it is made if it is missing.
+
+    Raises:
+        CacheMismatchError: If it is public and was to be private.
+    """
+    is_private = hub.is_private()
+    if is_private is None:
+        hub.make(private=config.private)
+    elif config.private and not is_private:
+        raise CacheMismatchError(
+            f"{config.to}: --private is for a new repository, and this one is there and public; "
+            "make it private in its settings, or name another"
+        )
+    return hub.entries()
+
+
+def _require_ours(config: PushConfig, held: Iterable[str], is_ours: Callable[[str], bool]) -> None:
+    """Refuse a repository with files that are not this cache's.
+
+    Raises:
+        CacheMismatchError: If there is one.
+    """
+    others = sorted(n for n in held if n not in (_GITATTRIBUTES, CARD_NAME) and not is_ours(n))
+    if others:
+        raise CacheMismatchError(
+            f"{config.to}: holds {others[0]}"
+            + (f" and {len(others) - 1:,} more files" if len(others) > 1 else "")
+            + f", not as in {config.cache}: expected an empty repository, or an earlier push of "
+            "this very cache. Name another repository, or delete these files there"
+        )
+
+
 def _names(cache: Path) -> list[str]:
-    """Files of a sealed cache, `cache.json` last."""
+    """Files of a sealed cache but its card, `cache.json` last."""
     sealed = require_manifest(open_store(cache)).seal
     shards = [name for name, _ in sealed.shards] if sealed is not None else []
     names = [
@@ -134,43 +170,59 @@ def _names(cache: Path) -> list[str]:
         )
         if (cache / name).exists()
     ]  # fmt: skip
-    names += [name for name in (CATALOG_FILE, CARD_NAME) if (cache / name).exists()]
+    names += [name for name in (CATALOG_FILE,) if (cache / name).exists()]
     return [*names, MANIFEST_NAME]
 
 
-def _outgoing(config: PushConfig, name: str) -> _Outgoing:
-    path = config.cache / name
-    content: Path | bytes = path
-    if name == CARD_NAME and config.license is not None:
-        content = _licensed(path.read_text(), config.license).encode()
-    size_bytes = len(content) if isinstance(content, bytes) else path.stat().st_size
-    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size_bytes)
-    for part in _parts(content):
-        sha256.update(part)
-        git.update(part)
-    return _Outgoing(name, content, size_bytes, sha256.hexdigest(), git.hexdigest())
+def _card(config: PushConfig, hub: HubDataset, *, there: bool) -> str | None:
+    """The card that the repository is to have; None where none is sent.
+
+    A card that was edited on the Hub stays, but for the license that is asked for.
+    """
+    path = config.cache / CARD_NAME
+    here = path.read_bytes().decode(errors="replace") if path.exists() else None
+    if not there:
+        card = here
+    else:
+        store = open_store(config.cache)
+        manifest = require_manifest(store)
+        made = None if manifest.seal is None else card_text(manifest.header, manifest.seal)
+        card = hub.text(CARD_NAME)
+        body, license_ = _parted(card)
+        if here is not None and made is not None and body == _parted(made)[0]:
+            card = here if license_ is None else _licensed(here, license_)
+    if card is not None and config.license is not None:
+        card = _licensed(card, f"license: {config.license}")
+    return card
 
 
-def _parts(content: Path | bytes) -> Iterator[bytes]:
-    if isinstance(content, bytes):
-        yield content
-        return
-    with content.open("rb") as file:
-        while part := file.read(_HASHED_BYTES):
-            yield part
+_FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
+_LICENSE = re.compile(r"^license:[^\n]*(?:\n(?:[ \t]+|- )[^\n]*)*\n", re.MULTILINE)
+
+
+def _parted(card: str) -> tuple[str, str | None]:
+    """The card without the license of its front matter, and that license's lines."""
+    front = _FRONT_MATTER.match(card)
+    found = None if front is None else _LICENSE.search(card, front.start(1), front.end(1))
+    if found is None:
+        return card, None
+    return card[: found.start()] + card[found.end() :], found[0].rstrip("\r\n")
 
 
 def _licensed(card: str, license_: str) -> str:
-    """The card with a license in its front matter."""
-    lines = [line for line in card.splitlines() if not line.startswith("license:")]
-    if lines[:1] != ["---"]:
-        lines = ["---", "---", *lines]
-    return "\n".join([lines[0], f"license: {license_}", *lines[1:]]) + "\n"
+    """The card with these lines as the license in its front matter."""
+    body, there = _parted(card)
+    if there == license_:
+        return card
+    front = _FRONT_MATTER.match(body)
+    if front is None:
+        return f"---\n{license_}\n---\n\n{body}"
+    return f"{body[: front.start(1)]}{license_}\n{body[front.start(1) :]}"
 
 
-def _batches(files: Sequence[_Outgoing]) -> Iterator[list[_Outgoing]]:
+def _batches(files: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:
     """Files of one commit each; `cache.json` alone and last."""
-    batch: list[_Outgoing] = []
+    batch: list[Outgoing] = []
     for file in files:
         size_bytes = sum(each.size_bytes for each in batch) + file.size_bytes
         is_full = len(batch) == _FILES_AT_ONCE or size_bytes > _BYTES_AT_ONCE
@@ -180,63 +232,3 @@ def _batches(files: Sequence[_Outgoing]) -> Iterator[list[_Outgoing]]:
         batch.append(file)
     if batch:
         yield batch
-
-
-class _Hub:
-    """One repository."""
-
-    def __init__(self, config: PushConfig) -> None:
-        try:
-            import huggingface_hub
-        except ModuleNotFoundError as error:
-            raise CacheError(f"{config.to}: pip install huggingface_hub") from error
-        self._to, self._repository, self._private = config.to, config.repository, config.private
-        self._library = huggingface_hub
-        self._api = huggingface_hub.HfApi()
-
-    def make_repository(self) -> None:
-        self._tried(
-            lambda: self._api.create_repo(
-                self._repository, repo_type="dataset", private=self._private, exist_ok=True
-            )
-        )
-
-    def entries(self, files: Sequence[_Outgoing]) -> dict[str, Any]:
-        """The repository's entries of these files, by name; those it lacks are left out."""
-        names = [file.name for file in files]
-        return {
-            entry.path: entry
-            for first in range(0, len(names), _PATHS_AT_ONCE)
-            for entry in self._tried(
-                partial(
-                    self._api.get_paths_info,
-                    self._repository,
-                    names[first : first + _PATHS_AT_ONCE],
-                    repo_type="dataset",
-                )
-            )
-        }
-
-    def send(self, files: Sequence[_Outgoing]) -> None:
-        operations = [
-            self._library.CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file.content)
-            for file in files
-        ]
-        self._tried(
-            lambda: self._api.create_commit(
-                self._repository,
-                operations,
-                commit_message=f"leadspan cache: {files[0].name} and {len(files) - 1} more",
-                repo_type="dataset",
-            )
-        )
-
-    def _tried(self, action: Callable[[], Any]) -> Any:  # noqa: ANN401  # of the library
-        try:
-            return action()
-        except (OSError, ValueError) as error:  # HTTP errors of the library are OSErrors
-            reason = " ".join(str(error).split())[:_REASON_CHARACTERS] or type(error).__name__
-            raise CacheError(
-                f"{self._to}: {reason} (run the same command again to go on; `hf auth login` "
-                "gives it an account)"
-            ) from error

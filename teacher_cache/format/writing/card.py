@@ -1,6 +1,7 @@
 """The dataset card of a sealed cache, by which `datasets` and the Hub know its files."""
 
 import json
+from pathlib import PurePosixPath, PureWindowsPath
 
 from teacher_cache.format.catalog import CATALOG_FILE
 from teacher_cache.format.header import CacheHeader
@@ -27,8 +28,8 @@ configs:
 # Logits of {teacher}
 
 A leadspan cache: what the teacher says of {num_tokens:,} tokens of {num_traces:,} traces.
-Of each token the {top_k} most probable ids at most, their logits, the mass outside them, and
-the token itself.
+For each token: up to {top_k} of the most probable ids with their logits, {tail}, and the token
+itself.{notes}
 
 | | |
 | --- | --- |
@@ -41,7 +42,7 @@ the token itself.
 `top_logits` with `k` entries per token.
 
 ```
-train-student run --cache PATH_OR_URI_OF_THIS_FOLDER --student STUDENT --out run --lead-span 0.5
+train-student run --cache PATH_OR_URI_OF_THIS_FOLDER --student STUDENT --out run{options}
 ```
 """
 
@@ -59,8 +60,13 @@ def publish_card(store: Store, header: CacheHeader, seal: Seal) -> None:
         there = store.read(CARD_NAME).decode(errors="replace")
         if _FINGERPRINT not in there or f"{_FINGERPRINT}`{seal.fingerprint}`" in there:
             return
-    teacher = " ".join(header.teacher.split())
-    text = _CARD.format(
+    store.publish(CARD_NAME, card_text(header, seal).encode())
+
+
+def card_text(header: CacheHeader, seal: Seal) -> str:
+    """The card of a complete cache."""
+    teacher = _public_name(" ".join(header.teacher.split()))
+    return _CARD.format(
         pretty_name=json.dumps(f"Logits of {teacher}"),
         shards=SHARD_FOLDER,
         catalog=CATALOG_FILE,
@@ -72,9 +78,41 @@ def publish_card(store: Store, header: CacheHeader, seal: Seal) -> None:
         mode=header.mode,
         dtype=header.dtype,
         top_k=header.top_k,
+        tail="the mass outside them" if header.has_tails else "without the mass outside them",
+        notes="".join(f" {note}" for note in _notes(header)),
+        options=_options(header),
         fingerprint_cell=_FINGERPRINT,
         fingerprint=seal.fingerprint,
         num_tokens=seal.num_tokens,
         num_traces=seal.num_traces,
     )
-    store.publish(CARD_NAME, text.encode())
+
+
+def _public_name(teacher: str) -> str:
+    """A hub id as it is; of a path on somebody's machine the last part alone."""
+    for kind in (PurePosixPath, PureWindowsPath):
+        if kind(teacher).is_absolute():
+            return kind(teacher).name or teacher
+    return teacher
+
+
+def _notes(header: CacheHeader) -> list[str]:
+    notes = []
+    if not header.has_tails:
+        notes.append(
+            "The rows that it was imported from do not tell that mass: the stored `tail_logit` is "
+            "a placeholder."
+        )
+    if header.is_truncated:
+        notes.append(f"It is truncated: of its traces it holds {header.held_part}.")
+    return notes
+
+
+def _options(header: CacheHeader) -> str:
+    """Options with which a run accepts the cache."""
+    span = "0.5"
+    if header.lead_spans is not None:
+        span = f"{header.lead_spans['spans']} --seed {header.lead_spans['seed']}"
+    elif header.is_truncated:
+        span = repr(min(0.5, header.max_lead_span))
+    return f" --lead-span {span}" + ("" if header.has_tails else " --tail renormalise")
