@@ -72,6 +72,10 @@ class _Answer(BaseHTTPRequestHandler):
         models = [{"id": "table", "max_model_len": context}]
         if self.server.lie == "models":
             models.append({"id": "other", "max_model_len": context})
+        if self.server.lie == "loading":
+            models = []
+        if self.server.lie == "root":
+            models[0]["root"] = "/models/chair"
         answers = {"/v1/models": {"object": "list", "data": models}, "/version": {"version": "1"}}
         if self.path in answers:
             return self.send(answers[self.path])
@@ -101,6 +105,12 @@ class _Answer(BaseHTTPRequestHandler):
         server = self.server
         if self.path == GENERATE and not server.has_generate:
             return self.send({"error": {"message": "Scale-out endpoints are disabled"}}, 403)
+        if self.path == GENERATE and server.lie == "501":
+            return self.send({"error": {"message": "not implemented"}}, 501)
+        if server.lie == "key" and self.headers["Authorization"] != "Bearer abc":
+            return self.send({"error": {"message": "who are you"}}, 401)
+        if server.lie == "prompt":
+            return self.send({"error": {"message": "this prompt is no good"}}, 400)
         settings = body.get("sampling_params", body)
         ids = body.get("token_ids") or body.get("prompt")
         for name in ("logprobs", "prompt_logprobs"):

@@ -26,8 +26,8 @@ DRAWING = Sampling(1.0, 1.0, 0, stop_ids=(END_ID,))
 
 def teacher_of(server, *, sampling=DRAWING, top_k=TOP_K, max_model_len=40, **settings):
     found = ServerSettings(
-        url=server.url, vocab_size=VOCAB_SIZE, probe_ids=tuple(range(3, 23)), decode=text_of,
-        **({"in_flight": 8} | settings),
+        url=server.url, vocab_size=VOCAB_SIZE, probe_ids=tuple(range(3, 23)),
+        **({"in_flight": 8, "model": "models/table", "decode": text_of} | settings),
     )  # fmt: skip
     return ServerTeacher(found, top_k=top_k, max_model_len=max_model_len, sampling=sampling)
 
@@ -104,6 +104,9 @@ def test_failed_requests_are_sent_again_and_every_trace_comes_once():
 LIES = {
     "context": "context holds 20 tokens, the longest trace needs 40",
     "models": "serves table, other; name one with --served-model",
+    "loading": "serves no model yet",
+    "key": r"answered 401: who are you \(the key is read from VLLM_API_KEY, which is not set\)$",
+    "prompt": "answered 400: this prompt is no good$",
     "replica": "replicas disagree",
     "ranks": r"Lower --top-k|logprobs: the server gives no more",
     "processed": "logprobs-mode raw_logprobs",
@@ -118,6 +121,55 @@ LIES = {
 def test_a_liar_is_named_before_anything_is_asked_of_it(lie):
     with table_server(lie) as server, pytest.raises(EngineError, match=LIES[lie]):
         teacher_of(server)
+
+
+def test_a_model_of_another_name_is_refused_unless_it_is_named():
+    with table_server() as server:
+        with pytest.raises(EngineError, match=r"serves table, .*--served-model table"):
+            teacher_of(server, model="models/chair")
+        teacher_of(server, model="models/chair", served_model="table").close()
+    with table_server("root") as server:
+        teacher_of(server, model="Models/Chair").close()
+
+
+def test_a_text_that_says_nothing_does_not_pass():
+    with table_server() as server, pytest.raises(EngineError, match="cannot be compared"):
+        teacher_of(server, decode=lambda ids: "\ufffd")
+
+
+def test_an_endpoint_that_is_not_implemented_is_not_waited_for():
+    with table_server("501") as server:
+        teacher = teacher_of(server)
+        assert teacher.facts.settings["api"] == COMPLETIONS
+        teacher.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://me:secret@host:8000", "set VLLM_API_KEY"),
+        ("me:secret@host:8000", "set VLLM_API_KEY"),
+        ("https://host/v1?api_key=secret", "set VLLM_API_KEY"),
+        ("http://host:port", "--url: 'http://host:port': Port"),
+        ("http://host:99999", "--url: 'http://host:99999': Port"),
+        ("host:8000", "expected http://HOST:PORT"),
+    ],
+)
+def test_addresses_that_cannot_be_or_hold_a_key_are_refused(url, said, tmp_path):
+    with pytest.raises(ValueError, match=said) as refused:
+        ScoreConfig(traces=tmp_path, model="m", out="o", engine="server", url=url)
+    assert "secret" not in str(refused.value)
+    with pytest.raises(EngineError, match=said):
+        Client(url)
+
+
+def test_the_key_is_sent_without_the_line_break_of_its_file(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "abc\n")
+    with table_server("key") as server:
+        teacher_of(server).close()
+    monkeypatch.setenv("VLLM_API_KEY", "a\nb")
+    with pytest.raises(EngineError, match="VLLM_API_KEY: expected printable"):
+        Client("http://host")
 
 
 LATER_LIES = {name: LIES[name] for name in ("replica", "ranks", "logits", "begin")} | {

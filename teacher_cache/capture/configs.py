@@ -7,7 +7,7 @@ from pathlib import Path
 
 from teacher_cache.capture.job import ONLY_WORKER
 from teacher_cache.capture.replica_gpus import replica_gpus
-from teacher_cache.engines.server.settings import ServerSettings
+from teacher_cache.engines.server.settings import ServerSettings, server_address
 from teacher_cache.engines.start import DTYPES, ENGINES, ROWS_FROM
 from teacher_cache.format import MAX_K, CachePath, parse_worker
 from teacher_cache.sources import ASSISTANT_TURNS, PROMPT_TURNS, Input, RowColumns, TraceSlice
@@ -205,6 +205,7 @@ class CaptureConfig(RowsConfig):
             return
         if self.url is None:
             raise ValueError("--engine server: give its address, --url http://HOST:PORT")
+        server_address(self.url)
         if self.dtype != "auto":
             raise ValueError("--dtype: the server has chosen its own; leave it out")
         if self.on_cluster:

@@ -141,7 +141,8 @@ def prepare_job(
 
 def _resolved(config: CaptureConfig) -> dict[str, object]:
     """The configuration as JSON, without the credentials that a URI may contain."""
-    values = {**asdict(config), "out": shown(config.out)}
+    url = None if config.url is None else shown(config.url)
+    values = {**asdict(config), "out": shown(config.out), "url": url}
     return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
 
@@ -157,6 +158,7 @@ def _server(
         url=config.url,
         vocab_size=files.vocab_size(),
         probe_ids=tuple(tokenizer.encode_document(_PROBE_TEXT)),
+        model=config.model,
         decode=tokenizer.decode,
         served_model=config.served_model,
         in_flight=config.in_flight,

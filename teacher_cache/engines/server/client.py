@@ -8,20 +8,20 @@ import os
 import socket
 import threading
 import time
-import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
 from teacher_cache.engines import EngineError
+from teacher_cache.engines.server.settings import KEY_VARIABLE, server_address
 
 logger = logging.getLogger(__name__)
 
-KEY_VARIABLE = "VLLM_API_KEY"
 _ANSWER_S = 3600.0  # a long trace on a busy server
 _GIVE_UP_S = 600.0  # a server is restarted in that time
 _LONGEST_PAUSE_S = 30.0
-_TOO_BUSY = {408, 409, 425, 429}  # and all from 500 on: worth another try
-_SERVER_ERROR = 500
+_TOO_BUSY = {408, 409, 425, 429}  # and all from 500 on but 501: worth another try
+_SERVER_ERROR, _NOT_IMPLEMENTED = 500, 501
+_NO_ENTRY = {401, 403}
 _MESSAGE_CHARACTERS = 300
 
 
@@ -30,8 +30,11 @@ class RefusedError(EngineError):
 
     def __init__(self, where: str, status: int, said: str) -> None:
         """Make the error of one answer."""
+        if status in _NO_ENTRY:
+            said = f"{said} (the key is read from {KEY_VARIABLE}, which is "
+            said += "set)" if os.environ.get(KEY_VARIABLE, "").strip() else "not set)"
         super().__init__(f"{where}: the server answered {status}: {said}")
-        self.status = status
+        self.status, self.said = status, said
 
 
 class Client:
@@ -41,11 +44,12 @@ class Client:
         """Take the address; nothing is sent yet.
 
         Raises:
-            EngineError: If it is no address.
+            EngineError: If it is no address, or the key cannot be sent.
         """
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise EngineError(f"--url: expected http://HOST:PORT or https://HOST, got {url!r}")
+        try:
+            parts = server_address(url)
+        except ValueError as error:
+            raise EngineError(str(error)) from error
         self.url = url
         self._parts = parts
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
@@ -53,7 +57,9 @@ class Client:
         self._connections: list[http.client.HTTPConnection] = []  # of all threads
         self._closing = threading.Event()
         self._give_up_s = give_up_s
-        key = os.environ.get(KEY_VARIABLE)
+        key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not (key.isascii() and (key.isprintable() or not key)):
+            raise EngineError(f"{KEY_VARIABLE}: expected printable ASCII characters alone")
         self._headers = {"Content-Type": "application/json"}
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
@@ -92,7 +98,8 @@ class Client:
                 if status < http.HTTPStatus.MULTIPLE_CHOICES:
                     return _object(where, content)
                 said = _said(content)
-                if status not in _TOO_BUSY and status < _SERVER_ERROR:
+                is_final = status < _SERVER_ERROR or status == _NOT_IMPLEMENTED
+                if is_final and status not in _TOO_BUSY:
                     raise RefusedError(where, status, said)
                 trouble = f"{status}: {said}"
             if time.monotonic() + pause_s > end_s or self._closing.wait(pause_s):

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 _NUM_REPEATS = 8  # at once: replicas behind one address answer some each
 _NUM_DRAWN = 12  # tokens of the probes
 _NOT_THERE = (403, 404, 405, 501)  # an endpoint that the server does not have, or has closed
+_BAD_REQUEST = (400, 422)  # one with more logprobs than the server gives is among them
 _UNSURE = np.log(0.9)  # rows whose best logprob is below it have a tail
 _RENORMALISED = 1e-6
 _FEWEST_UNSURE = 4
@@ -67,15 +69,17 @@ class Probe:
         return Found(wire, version, can_score)
 
     def _model(self) -> str:
-        """The served model's name; refuses a context that is too short."""
+        """The served model's name; refuses another model, and a context that is too short."""
         models = {str(m["id"]): m for m in self._models() if isinstance(m, dict) and "id" in m}
         name = self.settings.served_model
+        if not models:
+            raise EngineError(f"{self.client.url}: serves no model yet; wait until it has loaded")
         if name is None and len(models) == 1:
             name = next(iter(models))
+            self._require_name(name, models[name].get("root"))
         if name not in models:
             raise EngineError(
-                f"{self.client.url}: serves {', '.join(models) or 'nothing'}; name one with "
-                "--served-model"
+                f"{self.client.url}: serves {', '.join(models)}; name one with --served-model"
             )
         context = models[name].get("max_model_len")
         needed = self.max_model_len + (self.sampling is None)  # a trace is scored with one more
@@ -86,6 +90,17 @@ class Probe:
                 "smaller --max-model-len"
             )
         return name
+
+    def _require_name(self, name: str, root: object) -> None:
+        """Refuse a model that is not called as the teacher: its tokenizer may be the same."""
+        model = self.settings.model
+        own = {_last_part(model), _last_part(str(Path(model).resolve()))}
+        if own.isdisjoint({_last_part(name), _last_part(str(root))}):
+            made_from = f" (made from {root})" if isinstance(root, str) and root != name else ""
+            raise EngineError(
+                f"{self.client.url}: serves {name}{made_from}, --model is {model}: it seems to be "
+                f"another model. If it is the same one, say so with --served-model {name}"
+            )
 
     def _models(self) -> list[Any]:
         models = self.client.get("/v1/models").get("data")
@@ -118,9 +133,14 @@ class Probe:
                 try:
                     return wire, self._ask(wire, request, _HOT)[0]
                 except RefusedError as error:
-                    refused = error
+                    if error.status not in (*_NOT_THERE, *_BAD_REQUEST):
+                        raise
+                    if refused is None or error.status in _BAD_REQUEST:
+                        refused = error
                     if error.status in _NOT_THERE:
                         break
+        if refused is None or not _is_of_logprobs(refused):
+            raise EngineError(str(refused)) from refused
         raise EngineError(
             f"{refused}. --top-k {self.top_k} needs a server that gives as many logprobs (vllm "
             f"serve --max-logprobs {self.top_k + 1}), or a lower --top-k"
@@ -143,7 +163,13 @@ class Probe:
         text = str(answer["choices"][0].get("text") or "").strip()
         # Either may end in half a character.
         shared = min(len(text.rstrip("\ufffd")), len(own.rstrip("\ufffd")))
-        if not text or text[:shared] != own[:shared]:
+        if not shared:
+            raise EngineError(
+                f"{self.client.url}: the server's text of drawn tokens, {text[:60]!r}, cannot be "
+                f"compared with what --model's tokenizer writes, {own[:60]!r}: nothing tells "
+                "whether it is this teacher"
+            )
+        if text[:shared] != own[:shared]:
             raise EngineError(
                 f"{self.client.url}: the server writes tokens as {text[:60]!r} that --model's "
                 f"tokenizer writes as {own[:60]!r}: it is another model"
@@ -207,6 +233,15 @@ class Probe:
             answers = [each.result()[0] for each in asked]
         for answer in answers[1:]:
             check_repeat(self.settings, answers[0], answer, "the first checks")
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].casefold()
+
+
+def _is_of_logprobs(refused: RefusedError) -> bool:
+    """Whether a request was refused for the number of its logprobs."""
+    return refused.status in _BAD_REQUEST and "logprob" in refused.said.casefold()
 
 
 def check_repeat(
