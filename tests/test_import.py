@@ -22,6 +22,7 @@ from teacher_cache.sources import BadRow, SourceError
 from teacher_cache.transform.export import ExportConfig, export
 from teacher_cache.transform.importing.configs import ImportConfig
 from teacher_cache.transform.importing.distillkit import CONFIG_NAME, DistillKit
+from teacher_cache.transform.importing.responses import server_traces, trl_traces
 from teacher_cache.transform.importing.run import import_cache
 
 ROOT = Path(__file__).parent.parent
@@ -245,6 +246,85 @@ def test_rows_that_were_divided_by_their_sums_are_found_out(completions, tmp_pat
         imported(write_rows(file, rows), tmp_path / "cache", "columns")
 
 
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_rows_divided_by_their_sums_are_found_out_in_half_precision(
+    precision, completions, tmp_path
+):
+    torch = pytest.importorskip("torch")
+
+    def stored(logprobs):
+        return torch.tensor(logprobs).to(getattr(torch, precision)).tolist()
+
+    file, rows = columns_of(completions, tmp_path)
+    for row in rows:
+        row["top_ids"] = [ids[:2] for ids in row["top_ids"]]
+        row["top_logprobs"] = [values[:2] for values in row["top_logprobs"]]
+    honest = [row | {"top_logprobs": [stored(v) for v in row["top_logprobs"]]} for row in rows]
+    imported(write_rows(file, honest), tmp_path / "honest", "columns")
+    divided = [
+        row
+        | {
+            "top_logprobs": [
+                stored(np.array(v) - np.logaddexp.reduce(v)) if v else []
+                for v in row["top_logprobs"]
+            ]
+        }
+        for row in rows
+    ]
+    with pytest.raises(SourceError, match="divided by their sums"):
+        imported(write_rows(file, divided), tmp_path / "divided", "columns")
+
+
+def test_a_trace_that_stands_elsewhere_than_the_others_is_left_out(completions, tmp_path):
+    file, rows = columns_of(completions, tmp_path)
+    moved = dict(rows[0], id="moved")
+    moved["top_ids"] = [*rows[0]["top_ids"][1:], [5]]
+    moved["top_logprobs"] = [*rows[0]["top_logprobs"][1:], [0.0]]
+    report, cache = imported(
+        write_rows(file, [*rows, moved]), tmp_path / "cache", "columns", row_shift=0
+    )
+    assert len(cache) == len(rows)
+    assert report.rejects.counts == {"rows-of-other-tokens": 1}
+    with pytest.raises(SourceError, match=r"clearly better \+1 tokens from where"):
+        imported(file, tmp_path / "strict", "columns", row_shift=0, strict=True)
+
+
+@pytest.mark.parametrize("format_", ["columns", "axolotl", "server", "trl"])
+def test_a_malformed_row_is_listed_and_not_the_end(format_, completions, tmp_path):
+    name = {
+        "axolotl": "axolotl-raw.jsonl", "server": "vllm-generate.jsonl", "trl": "trl-generate.json"
+    }  # fmt: skip
+    if format_ == "columns":
+        good = columns_of(completions, tmp_path)[1][0]
+    else:
+        text = (OTHERS / name[format_]).read_text()
+        good = json.loads(text.splitlines()[0] if format_ != "trl" else text)
+        good = good[0] if isinstance(good, list) else good
+    wrong = (7, "x", None, [7], [[7]], [["x"]], [{"a": 1}], [None], {"a": 1}, [[{}]], [10**30])
+    columns = [key for key in good if key not in ("id", "request_id", "model", "object")]
+    bad = [good | {"id": f"{key}-{n}", key: w} for key in columns for n, w in enumerate(wrong)]
+    if format_ == "server":
+        choice = good["choices"][0]
+        bad += [
+            good | {"id": f"choice-{key}-{n}", "choices": [choice | {key: w}]}
+            for key in choice
+            for n, w in enumerate(wrong)
+        ]
+    file = write_rows(tmp_path / "rows.jsonl", [good | {"id": "good"}, *bad])
+    report, cache = imported(file, tmp_path / "cache", format_)
+    names = {trace.trace_id for trace in cache}
+    if format_ == "trl":  # two traces of a row
+        names = {name.rpartition("-")[0] for name in names}
+    assert "good" in names
+    text = (tmp_path / "cache" / "rejects.jsonl").read_text()
+    listed = [json.loads(line) for line in text.splitlines()]
+    ids = {row["id"] for row in bad if isinstance(row["id"], str)}
+    assert ids <= names | {str(each["id"]) for each in listed}
+    assert len(listed) == report.rejects.total >= len(bad) / 4
+    with pytest.raises(SourceError, match=r"rows\.jsonl:\d+: "):
+        imported(file, tmp_path / "strict", format_, strict=True)
+
+
 def test_bad_rows_are_listed_and_the_others_kept(completions, tmp_path):
     file, rows = columns_of(completions, tmp_path)
     good = dict(rows[0], id="good", note=7)
@@ -308,10 +388,53 @@ def test_servers_text_for_tokens_is_refused_with_what_to_ask_for(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("said", "kept"), [("length", "length"), ("tool_calls", "stop"), (None, None), ("abort", 0)]
+)
+def test_an_answer_that_a_server_broke_off_is_no_trace(said, kept):
+    answer = json.loads((OTHERS / "vllm-completions.jsonl").read_text().splitlines()[0])
+    answer["choices"][0]["finish_reason"] = said
+    if kept == 0:
+        with pytest.raises(BadRow, match="the server ended it as 'abort'"):
+            server_traces(answer)
+    else:
+        assert server_traces(answer)[0].finish_reason == kept
+
+
+def test_trls_columns_must_be_of_the_same_tokens():
+    row = json.loads((OTHERS / "trl-sequences.json").read_text())
+    row = row[0] if isinstance(row, list) else row
+    assert len(trl_traces(row)) == 2
+    short = row | {name: [v[:-1] for v in row[name]] for name in ("logprobs", "logprob_token_ids")}
+    with pytest.raises(BadRow, match="47 rows for 48 completion_ids"):
+        trl_traces(short)
+    moved = [[*ids[1:], ids[0]] for ids in row["actual_token_ids"]]
+    with pytest.raises(BadRow, match="`actual_token_ids` must be those of"):
+        trl_traces(row | {"actual_token_ids": moved})
+    del row["actual_token_ids"]
+    with pytest.raises(BadRow, match="actual_logprobs without actual_token_ids"):
+        trl_traces(row)
+
+
+def test_raw_rows_of_axolotl_have_their_place_and_stay_apart_from_prepared_ones(tmp_path):
+    raw = [json.loads(line) for line in (OTHERS / "axolotl-raw.jsonl").read_text().splitlines()]
+    with pytest.raises(SourceError, match="--row-shift: raw rows of Axolotl"):
+        imported(OTHERS / "axolotl-raw.jsonl", tmp_path / "refused", "axolotl", row_shift=1)
+    file = OTHERS / "axolotl-prepared" / "data-00000-of-00001.arrow"
+    prepared = pa.ipc.open_stream(file).read_all().to_pylist()[0]
+    late = dict(raw[0], id="late", logprobs=[raw[0]["logprobs"][-1], *raw[0]["logprobs"][:-1]])
+    filler = [{"id": f"empty-{number}"} for number in range(64)]  # looked at first
+    file = write_rows(tmp_path / "rows.jsonl", [raw[0], late, *filler, prepared])
+    report, cache = imported(file, tmp_path / "cache", "axolotl")
+    assert [trace.trace_id for trace in cache] == [raw[0]["id"]]
+    assert report.rejects.counts == {"rows-of-other-tokens": 1, "unknown-columns": 65}
+
+
+@pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"format": "columns", "values": "logits"}, "--log-normaliser-column"),
         ({"format": "server", "values": "logits"}, "--values logits"),
+        ({"format": "columns", "log_normaliser_column": "x"}, "give --values logits"),
         ({"format": "trl", "top_ids_column": "x"}, "--top-ids-column"),
         ({"format": "server", "row_shift": 1}, "--row-shift"),
         ({"format": "columns", "compression_config": Path("x")}, "--compression-config"),
@@ -354,6 +477,22 @@ def test_a_student_trains_on_imported_caches_and_not_on_tails_that_nobody_knows(
     assert "--tail renormalise" in str(refused.exception) + refused.output
     done = run("unknown", "--tail", "renormalise")
     assert done.exit_code == 0, done.output
+    refused = run("known", "--heldout-cache", tmp_path / "unknown")
+    assert "nothing can be measured on it" in str(refused.exception) + refused.output
+    refused = run("unknown", "--tail", "renormalise", "--heldout-share", "0.7")
+    assert "nothing can be measured on it" in str(refused.exception) + refused.output
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "1 + 1", "answer": "2"}])
+    command = [
+        "evaluate",
+        "--model",
+        TEACHER,
+        "--prompts",
+        prompts,
+        "--cache",
+        tmp_path / "unknown",
+    ]
+    refused = CliRunner().invoke(train, [str(part) for part in command])
+    assert "nothing can be measured on it" in str(refused.exception) + refused.output
 
 
 def test_the_command_says_what_it_did(tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from student_train.data.tails import require_tails_to_measure
 from student_train.errors import InterruptedRunError
 from student_train.evaluation.answers import ThinkingMarks, extract_answer
 from student_train.evaluation.checker import Checker
@@ -56,6 +57,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if not prompts:
         raise ValueError(f"{config.prompts}: expected at least one prompt, found none")
     cache = None if config.cache is None else open_cache(config.cache)
+    if cache is not None:
+        require_tails_to_measure(cache)
     with Checker() as checker:
         check_golds(prompts, checker)
         with Progress("loading torch"):

@@ -74,12 +74,12 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     decided_by_main(accelerator, lambda: check_rollouts(config, data))
     if config.chat_template == "cache":
         _require_one_template(data)
+    heldout = heldout_data(config, data)
     headers = [source.cache.header for source in data.sources]
     student = load_student(config, headers, accelerator)
     model = student.model
     drawn = tuple(draw_spans(source, config.selection, config.seed) for source in data.sources)
     check_selection(drawn, model)
-    heldout = heldout_data(config, data)
     if heldout is not None:
         for source in heldout.sources:
             check_student(config.student, model, student.tokenizer, source.cache.header)

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from student_train.data.heldout import heldout_part
+from student_train.data.tails import require_tails_to_measure
 from student_train.data.traces import TrainingData, open_data
 from student_train.errors import NonFiniteLossError
 from student_train.model.forward import StudentWithLoss
@@ -21,10 +22,13 @@ def heldout_data(config: TrainConfig, data: TrainingData) -> TrainingData | None
     """The source of a run's held-out traces: its own caches, another one, or None.
 
     Raises:
-        CacheError: If the other cache cannot be read.
+        CacheError: If the other cache cannot be read, or one does not tell its tails.
         ValueError: If the run trains on that cache.
     """
     if config.heldout_cache is None:
+        for source in data.sources:
+            if len(source.heldout):
+                require_tails_to_measure(source.cache)
         return data if data.num_heldout else None
     other = open_data([config.heldout_cache], prefix_cache=config.kept_prefixes)
     if other.fingerprint in {source.cache.fingerprint for source in data.sources}:
@@ -33,6 +37,7 @@ def heldout_data(config: TrainConfig, data: TrainingData) -> TrainingData | None
             "some of its traces out with --heldout-share"
         )
     (source,) = other.sources
+    require_tails_to_measure(source.cache)
     return TrainingData((replace(source, train=source.train[:0], heldout=source.train),))
 
 

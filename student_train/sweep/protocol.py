@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from student_train.data.draw import draw_spans
+from student_train.data.tails import require_tails_to_measure
 from student_train.data.tokens import TokenSelection
 from student_train.data.traces import CacheTraces, open_data
 from student_train.errors import InterruptedRunError
@@ -192,6 +193,9 @@ def _refuse_seen_prompts(config: SweepConfig, prompts: Sequence[Prompt], cache: 
 
 def _describe(config: SweepConfig, cache: Cache, prompts: Sequence[Prompt]) -> None:
     """Write the facts that all cells share, or check them against those of the folder's cells."""
+    heldout = None if config.heldout_cache is None else open_cache(config.heldout_cache)
+    if heldout is not None:
+        require_tails_to_measure(heldout)
     facts: dict[str, Any] = {
         "cache": cache.path,
         "cache_fingerprint": cache.fingerprint,
@@ -200,8 +204,7 @@ def _describe(config: SweepConfig, cache: Cache, prompts: Sequence[Prompt]) -> N
         "eval_prompts": str(config.eval_prompts),
         "eval_prompts_fingerprint": prompts_fingerprint(prompts),
         "heldout_cache": config.heldout_cache,
-        "heldout_cache_fingerprint": config.heldout_cache
-        and open_cache(config.heldout_cache).fingerprint,
+        "heldout_cache_fingerprint": None if heldout is None else heldout.fingerprint,
         "eval_options": config.eval_options,
     }
     facts = json.loads(json.dumps(facts, default=str))  # as the file gives them back

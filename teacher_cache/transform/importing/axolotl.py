@@ -32,11 +32,19 @@ class AxolotlRows:
     """Reads rows of either kind."""
 
     render: TraceRenderer
+    is_prepared: bool  # the kind of the first row, which all are to be
     logprobs: str = "logprobs"  # column of raw rows (Axolotl's `logprobs_field`)
 
     def __call__(self, row: Mapping[str, Any]) -> list[ForeignTrace]:
         """The row's trace; raises BadRow."""
-        if is_prepared(row):
+        if is_prepared(row) != self.is_prepared:
+            kinds = ("raw, with a conversation", "of `axolotl preprocess`")
+            raise BadRow(
+                Reason.UNKNOWN_COLUMNS,
+                f"expected a row as the first is, {kinds[self.is_prepared]}; this one is not: "
+                "import both kinds apart",
+            )
+        if self.is_prepared:
             return AXOLOTL(row)
         given = row.get(self.logprobs)
         if not isinstance(given, list) or not given:

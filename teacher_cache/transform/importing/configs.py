@@ -111,6 +111,11 @@ class ImportConfig:
             raise ValueError(f"--row-shift: rows of --format {self.format} say where they belong")
         if self.values == "logits":
             self._check_logits()
+        elif self.log_normaliser_column is not None:
+            raise ValueError(
+                "--log-normaliser-column: it makes logits logprobs; give --values logits, or leave "
+                "it out"
+            )
 
     @property
     def columns(self) -> RowColumns:

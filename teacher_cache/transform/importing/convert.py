@@ -24,7 +24,7 @@ from teacher_cache.sources import (
 from teacher_cache.sources.marks import ThinkMarks
 from teacher_cache.sources.tokenizer import TeacherTokenizer
 from teacher_cache.transform.importing.foreign import ForeignTrace
-from teacher_cache.transform.importing.placing import first_token, placed_rows
+from teacher_cache.transform.importing.placing import better_place, first_token, placed_rows
 
 # Largest excess over 1 of a row's probabilities. What servers and models write in float32 or
 # bfloat16 stays below the first, DistillKit's polynomials below the second.
@@ -133,6 +133,13 @@ class Converter:
                 Reason.ROWS_OF_OTHER_TOKENS,
                 f"only {has_own.mean():.0%} of its rows hold the token that they stand for: they "
                 "are of another tokenizer, trace or shift (--row-shift)",
+            )
+        moved = better_place(foreign, first)
+        if moved is not None:
+            raise BadRow(
+                Reason.ROWS_OF_OTHER_TOKENS,
+                f"its rows fit its tokens clearly better {moved:+d} tokens from where they are "
+                f"placed (a shift of {self.meaning.shift} in this file): import such rows apart",
             )
         self.counts.num_without_own += int((~has_own).sum())
         ids, logprobs, own, at = ids[has_own], logprobs[has_own], own[has_own], at[has_own]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from teacher_cache.sources import BadRow, Input, SourceError, row_values
+from teacher_cache.sources import BadRow, Input, Reason, SourceError, row_values
 from teacher_cache.transform.importing.axolotl import is_prepared
 from teacher_cache.transform.importing.configs import ImportConfig
 from teacher_cache.transform.importing.convert import (
@@ -26,6 +27,8 @@ _NUM_LOOKED_AT = 32  # first traces, which tell what the rows mean
 # their sums: of a real distribution something is left over.
 _RENORMALISED = 1e-5
 _FEWEST_UNSURE, _SURE = 16, 0.9
+# Of values in half precision: the median distance of the sums from 1, and the share above it.
+_ROUNDED, _ABOVE, _ABOVE_SHARE = 2e-3, 1e-6, 0.2
 
 
 def values_of(rows: Input) -> Iterator[dict[str, Any]]:
@@ -35,6 +38,22 @@ def values_of(rows: Input) -> Iterator[dict[str, Any]]:
             yield row_values(row)
         except BadRow:
             continue
+
+
+def parsed(parse: Parse, values: Mapping[str, Any]) -> list[ForeignTrace]:
+    """The traces of one row.
+
+    Raises:
+        BadRow: If the row is not as its format has it, in whatever way.
+    """
+    try:
+        return parse(values)
+    except (BadRow, SourceError):
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        raise BadRow(
+            Reason.BAD_DISTRIBUTIONS, f"not as its format has it: {error!r:.200}"
+        ) from error
 
 
 def found_meaning(config: ImportConfig, rows: Input, parse: Parse) -> Meaning:
@@ -49,7 +68,7 @@ def found_meaning(config: ImportConfig, rows: Input, parse: Parse) -> Meaning:
     has_tails = config.tail == "known"
     for values in islice(values_of(rows), 2 * _NUM_LOOKED_AT):
         try:
-            traces += parse(values)
+            traces += parsed(parse, values)
         except BadRow as error:
             last = error
         if has_tails and config.format == "axolotl" and is_prepared(values):
@@ -69,11 +88,13 @@ def found_meaning(config: ImportConfig, rows: Input, parse: Parse) -> Meaning:
     is_fitted = isinstance(parse, DistillKit)
     if has_tails:
         is_logits = is_fitted and isinstance(parse, DistillKit) and parse.is_legacy
-        _require_tails(rows.path, traces, is_logits=is_logits)
+        _require_tails(rows.path, traces, is_logits=is_logits, is_fitted=is_fitted)
     return Meaning(shift, has_tails, FITTED_EXCESS if is_fitted else EXACT_EXCESS)
 
 
-def _require_tails(path: Path, traces: list[ForeignTrace], *, is_logits: bool) -> None:
+def _require_tails(
+    path: Path, traces: list[ForeignTrace], *, is_logits: bool, is_fitted: bool
+) -> None:
     """Refuse rows that do not tell the mass outside their entries.
 
     Raises:
@@ -94,9 +115,22 @@ def _require_tails(path: Path, traces: list[ForeignTrace], *, is_logits: bool) -
             "median row: these are no logprobs. If they are logits: --values logits"
         )
     unsure = sums[largest < np.log(_SURE)]
-    if len(unsure) >= _FEWEST_UNSURE and (np.abs(np.expm1(unsure)) < _RENORMALISED).all():
+    if len(unsure) >= _FEWEST_UNSURE and _are_divided(np.expm1(unsure), is_fitted=is_fitted):
         raise SourceError(
-            f"{path}: in all {len(unsure):,} rows that are not sure of their token the entries "
-            "add up to 1 exactly: they were divided by their sums, and the probability outside "
-            "them is lost. Import them with --tail unknown"
+            f"{path}: in the {len(unsure):,} rows that are not sure of their token the entries "
+            "add up to 1, as exactly as they are stored: they were divided by their sums, and the "
+            "probability outside them is lost. Import them with --tail unknown"
         )
+
+
+def _are_divided(excess: NDArray[np.float64], *, is_fitted: bool) -> bool:
+    """Whether rows with these sums less 1 were divided by their sums.
+
+    In half precision rounding moves the sums to both sides of 1; those of logprobs stay below.
+    DistillKit's fit does the same to all rows, so that it tells nothing there.
+    """
+    size = np.abs(excess)
+    if (size < _RENORMALISED).all():
+        return True
+    is_rounded = np.median(size) < _ROUNDED and (excess > _ABOVE).mean() > _ABOVE_SHARE
+    return bool(is_rounded and not is_fitted)

@@ -21,6 +21,10 @@ SHIFTS = (0, 1, -1, -2, -3)
 # Of the fits of the best two, and of the best, for it to be believed. Rows of other tokens give
 # what came 0.02 or so; text that surprises its teacher at every second token 0.3.
 _LEAST_RATIO, _LEAST_PROBABILITY = 1.5, 0.1
+# Of one trace, which has fewer rows and may repeat itself: fits elsewhere and here, and rows, for
+# it to be believed that it stands elsewhere.
+_CLEAR_RATIO, _FEWEST_ROWS = 2.0, 8
+_OFFSETS = range(min(SHIFTS) - max(SHIFTS), max(SHIFTS) - min(SHIFTS) + 1)
 
 
 def first_token(trace: ForeignTrace, shift: int) -> int:
@@ -51,6 +55,27 @@ def found_shift(traces: Sequence[ForeignTrace]) -> int:
             "--row-shift"
         )
     return best
+
+
+def better_place(trace: ForeignTrace, first: int) -> int | None:
+    """Tokens by which a trace's rows would have to move to fit clearly better; None if they do not.
+
+    Args:
+        trace: Trace whose rows are looked at.
+        first: Token of row 0, as it is placed.
+    """
+    here = realised_probability(trace, first)
+    if len(here) < _FEWEST_ROWS or here.mean() * _CLEAR_RATIO >= 1:
+        return None
+    fits = {}
+    for offset in _OFFSETS:
+        found = realised_probability(trace, first + offset)
+        if offset and len(found) >= len(here) / 2:
+            fits[offset] = float(found.mean())
+    best = max(fits, key=lambda offset: fits[offset], default=0)
+    if best and fits[best] >= max(_LEAST_PROBABILITY, _CLEAR_RATIO * float(here.mean())):
+        return best
+    return None
 
 
 def fit_at(traces: Sequence[ForeignTrace], shift: int) -> float:

@@ -43,12 +43,22 @@ def server_traces(row: Mapping[str, Any]) -> list[ForeignTrace]:
     return traces
 
 
+# What a server says of an answer's end, and what a cache does.
+_FINISHED = {"stop": "stop", "tool_calls": "stop", "length": "length", None: None}
+
+
 def _of_choice(answer: Mapping[str, Any], choice: Mapping[str, Any], suffix: str) -> ForeignTrace:
     prompt = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
     if prompt is None or choice.get("token_ids") is None:
         raise BadRow(
             Reason.BAD_TOKEN_IDS,
             "no `prompt_token_ids` and `token_ids`: ask the server with return_token_ids",
+        )
+    finish = choice.get("finish_reason")
+    if finish not in _FINISHED:
+        raise BadRow(
+            Reason.BAD_RESPONSE,
+            f"the server ended it as {finish!r:.80}; expected stop, length, tool_calls, or nothing",
         )
     new = choice["token_ids"]
     tokens = token_array([*prompt, *new], "prompt_token_ids and token_ids")
@@ -66,7 +76,7 @@ def _of_choice(answer: Mapping[str, Any], choice: Mapping[str, Any], suffix: str
         first_token=len(prompt) if given is None else 1,
         num_prompt=len(prompt),
         suffix=suffix,
-        finish_reason="length" if choice.get("finish_reason") == "length" else "stop",
+        finish_reason=_FINISHED[finish],
         used=tuple(name for name in answer if name not in ("id", "request_id")),
     )
 
@@ -88,7 +98,10 @@ def trl_traces(row: Mapping[str, Any]) -> list[ForeignTrace]:
             f"expected columns {', '.join(_TRL)}, not found: {', '.join(missing)}",
         )
     used = tuple(name for name in (*_TRL, *_TRL_SCORED) if name in row)
-    columns = [row[name] for name in (*_TRL, _TRL_SCORED[0]) if row.get(name) is not None]
+    scored = [name for name in _TRL_SCORED if row.get(name) is not None]
+    if len(scored) == 1:
+        raise BadRow(Reason.UNKNOWN_COLUMNS, f"{scored[0]} without {_other(scored[0])}")
+    columns = [row[name] for name in (*_TRL, *scored)]
     is_batch = bool(row["completion_ids"]) and isinstance(row["completion_ids"][0], list)
     if not is_batch:
         return [_of_trl(*columns, used=used)]
@@ -108,18 +121,31 @@ def trl_traces(row: Mapping[str, Any]) -> list[ForeignTrace]:
     ]
 
 
+def _other(name: str) -> str:
+    return next(other for other in _TRL_SCORED if other != name)
+
+
 def _of_trl(
     prompt: Sequence[int],
     completion: Sequence[int],
     ids: object,
     values: object,
     actual: Sequence[Sequence[float]] | None = None,
+    actual_ids: Sequence[Sequence[int]] | None = None,
     *,
     used: tuple[str, ...],
     suffix: str = "",
 ) -> ForeignTrace:
     tokens = token_array([*prompt, *completion], "prompt_ids and completion_ids")
     top_ids, logprobs = rows_from_lists(ids, values, ("logprob_token_ids", "logprobs"))
+    if len(top_ids) != len(completion):
+        raise BadRow(
+            Reason.BAD_DISTRIBUTIONS, f"{len(top_ids)} rows for {len(completion)} completion_ids"
+        )
+    if actual_ids is not None and np.array(actual_ids).reshape(-1).tolist() != list(completion):
+        raise BadRow(
+            Reason.ROWS_OF_OTHER_TOKENS, "`actual_token_ids` must be those of `completion_ids`"
+        )
     if actual is not None:  # of a token outside the top k it is -inf there too
         own = np.array(actual, np.float32).reshape(-1, 1)
         own_ids = np.array(completion, np.int32).reshape(-1, 1)

@@ -37,7 +37,7 @@ from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer
 from teacher_cache.sources.turn_layout import GivenMarks
 from teacher_cache.terminal.capture_progress import CaptureProgress
 from teacher_cache.terminal.stop_signals import Stopped, stop_signals
-from teacher_cache.transform.importing.axolotl import AxolotlRows
+from teacher_cache.transform.importing.axolotl import AxolotlRows, is_prepared
 from teacher_cache.transform.importing.columns import DISTILLKIT_PLAIN, Columns
 from teacher_cache.transform.importing.configs import ImportConfig
 from teacher_cache.transform.importing.convert import (
@@ -48,7 +48,7 @@ from teacher_cache.transform.importing.convert import (
 )
 from teacher_cache.transform.importing.distillkit import CONFIG_NAME, DistillKit
 from teacher_cache.transform.importing.foreign import ForeignTrace
-from teacher_cache.transform.importing.meaning import Parse, found_meaning, values_of
+from teacher_cache.transform.importing.meaning import Parse, found_meaning, parsed, values_of
 from teacher_cache.transform.importing.responses import server_traces, trl_traces
 
 logger = logging.getLogger(__name__)
@@ -140,8 +140,16 @@ def _parser(
                 config.num_prompt_column,
             )
         case "axolotl":
+            name = config.values_column or "logprobs"
+            kinds = (is_prepared(row) for row in values_of(rows) if _is_axolotls(row, name))
+            prepared = next(kinds, False)
+            if config.row_shift is not None and not prepared:
+                raise SourceError(
+                    f"{rows.path}: --row-shift: raw rows of Axolotl begin with the response, which "
+                    "the chat template places; leave it out"
+                )
             render = TraceRenderer(tokenizer, _NO_LIMIT, vocab_size, config.columns)
-            return AxolotlRows(render, config.values_column or "logprobs")
+            return AxolotlRows(render, prepared, name)
         case "distillkit":
             first = next(values_of(rows), {})
             if "top_values" in first:
@@ -152,6 +160,10 @@ def _parser(
             return server_traces
         case _:
             return trl_traces
+
+
+def _is_axolotls(row: dict[str, Any], logprobs: str) -> bool:
+    return is_prepared(row) or logprobs in row
 
 
 def _header(
@@ -238,7 +250,7 @@ def _foreign_traces(
         values: dict[str, Any] = {}
         try:
             values = row_values(row)
-            traces = parse(values)
+            traces = parsed(parse, values)
         except BadRow as error:
             _reject(config, row, values, error, rejects)
             continue
