@@ -277,9 +277,14 @@ def test_rows_divided_by_their_sums_are_found_out_in_half_precision(
 
 def test_a_trace_that_stands_elsewhere_than_the_others_is_left_out(completions, tmp_path):
     file, rows = columns_of(completions, tmp_path)
-    moved = dict(rows[0], id="moved")
-    moved["top_ids"] = [*rows[0]["top_ids"][1:], [5]]
-    moved["top_logprobs"] = [*rows[0]["top_logprobs"][1:], [0.0]]
+    moved = dict(rows[0], id="moved", top_ids=[], top_logprobs=[])
+    # Rows so wide that they hold nearly any token.
+    for ids, logprobs in zip(rows[0]["top_ids"], rows[0]["top_logprobs"], strict=True):
+        further = sorted(set(rows[0]["token_ids"]) - set(ids))
+        moved["top_ids"].append(ids + further)
+        moved["top_logprobs"].append(logprobs + [-14.0] * len(further))
+    moved["top_ids"] = [*moved["top_ids"][1:], [5]]
+    moved["top_logprobs"] = [*moved["top_logprobs"][1:], [0.0]]
     report, cache = imported(
         write_rows(file, [*rows, moved]), tmp_path / "cache", "columns", row_shift=0
     )

@@ -127,19 +127,19 @@ class Converter:
         logprobs = self._logprobs(values, at)
         own = (ids == foreign.token_ids[at][:, None]) & np.isfinite(values)
         _check_distinct(ids, values, at)
-        has_own = own.any(axis=1)
-        if has_own.mean() < _LEAST_OWN:
-            raise BadRow(
-                Reason.ROWS_OF_OTHER_TOKENS,
-                f"only {has_own.mean():.0%} of its rows hold the token that they stand for: they "
-                "are of another tokenizer, trace or shift (--row-shift)",
-            )
         moved = better_place(foreign, first)
         if moved is not None:
             raise BadRow(
                 Reason.ROWS_OF_OTHER_TOKENS,
                 f"its rows fit its tokens clearly better {moved:+d} tokens from where they are "
                 f"placed (a shift of {self.meaning.shift} in this file): import such rows apart",
+            )
+        has_own = own.any(axis=1)
+        if has_own.mean() < _LEAST_OWN:
+            raise BadRow(
+                Reason.ROWS_OF_OTHER_TOKENS,
+                f"only {has_own.mean():.0%} of its rows hold the token that they stand for: they "
+                "are of another tokenizer, trace or shift (--row-shift)",
             )
         self.counts.num_without_own += int((~has_own).sum())
         ids, logprobs, own, at = ids[has_own], logprobs[has_own], own[has_own], at[has_own]
