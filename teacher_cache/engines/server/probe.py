@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 _NUM_REPEATS = 8  # at once: replicas behind one address answer some each
 _NUM_DRAWN = 12  # tokens of the probes
-_NOT_THERE = (403, 404, 405, 501)  # an endpoint that the server does not have, or has closed
+# An endpoint that the server does not have, or has closed to this key; the other may answer.
+_NOT_THERE = (401, 403, 404, 405, 501)
 _BAD_REQUEST = (400, 422)  # one with more logprobs than the server gives is among them
 _UNSURE = np.log(0.9)  # rows whose best logprob is below it have a tail
 _RENORMALISED = 1e-6
@@ -135,8 +136,10 @@ class Probe:
                 except RefusedError as error:
                     if error.status not in (*_NOT_THERE, *_BAD_REQUEST):
                         raise
-                    if refused is None or error.status in _BAD_REQUEST:
-                        refused = error
+                    if refused is None or not (
+                        refused.status in _BAD_REQUEST and error.status in _NOT_THERE
+                    ):
+                        refused = error  # of the endpoint that was there
                     if error.status in _NOT_THERE:
                         break
         if refused is None or not _is_of_logprobs(refused):
