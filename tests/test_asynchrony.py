@@ -131,7 +131,7 @@ def test_all_of_a_batch_is_pinned_and_all_of_it_is_copied_without_waiting(monkey
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t.clone())
     batch = a_batch()
     ready = batch.pinned()
-    assert len(pinned) == 11  # six of the batch, five of its targets
+    assert len(pinned) == 12  # seven of the batch, five of its targets
     monkeypatch.setattr(torch.Tensor, "to", to)
     ready.to(torch.device("cpu"))
-    assert copied == [{"non_blocking": True}] * 11
+    assert copied == [{"non_blocking": True}] * 12

@@ -496,23 +496,23 @@ def test_a_repair_that_was_stopped_can_be_repeated(folder, monkeypatch):
 
 def test_a_remote_cache_is_verified_and_repaired(folder, monkeypatch):
     remote = fsspec.filesystem("memory")
-    remote.put(str(folder), "/bucket", recursive=True)
-    store = Store("memory://bucket", pafs.PyFileSystem(pafs.FSSpecHandler(remote)), "/bucket")
+    remote.put(str(folder), "/verified", recursive=True)
+    store = Store("memory://verified", pafs.PyFileSystem(pafs.FSSpecHandler(remote)), "/verified")
     for module in (verify_module, repair_module):
         monkeypatch.setattr(module, "open_store", lambda path: store)
     try:
-        assert verify_cache("memory://bucket").errors == []
-        data = remote.cat("/bucket/shards/w000-00000.arrow")
-        remote.pipe("/bucket/shards/w000-00000.arrow", data[:-3])
-        done = repair_cache("memory://bucket", verify_cache("memory://bucket"))
+        assert verify_cache("memory://verified").errors == []
+        data = remote.cat("/verified/shards/w000-00000.arrow")
+        remote.pipe("/verified/shards/w000-00000.arrow", data[:-3])
+        done = repair_cache("memory://verified", verify_cache("memory://verified"))
         assert sorted(done.removed) == [
             "cache.json", "shards/w000-00000.arrow", "shards/w000-00000.json",
         ]  # fmt: skip
-        found = verify_cache("memory://bucket")
+        found = verify_cache("memory://verified")
         assert (found.errors, found.sealed, found.num_shards) == ([], False, 1)
-        assert remote.cat("/bucket/removed/1-w000-00000.arrow") == data[:-3]
+        assert remote.cat("/verified/removed/1-w000-00000.arrow") == data[:-3]
     finally:
-        remote.rm("/bucket", recursive=True)
+        remote.rm("/verified", recursive=True)
 
 
 @pytest.fixture

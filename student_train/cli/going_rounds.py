@@ -10,7 +10,7 @@ from teacher_cache.terminal.commands import config_command
 
 @config_command("rounds", RoundsConfig)
 def rounds_command(config: RoundsConfig) -> None:
-    """Train a student on its own traces, round by round, without a live teacher.
+    """Train a student on its own traces, in rounds.
 
     A round is a rollout, its scoring, a training run and an evaluation: commands that can be run
     alone, and are printed. Run it again to resume at any point.

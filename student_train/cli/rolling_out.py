@@ -15,7 +15,7 @@ from teacher_cache.terminal.commands import config_command, json_option
 @config_command("rollout", RolloutConfig)
 @json_option
 def rollout_command(config: RolloutConfig, as_json: bool) -> None:
-    """Let a student write traces of its own, for the teacher to score.
+    """Let a student write traces of its own.
 
     \b
     Example:
