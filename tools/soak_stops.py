@@ -272,7 +272,8 @@ def moments(parts: Path) -> list[Moment]:
         Moment(vllm, "engine start", line="starting vllm", delay_s=1.0),
         Moment(vllm, "engine's process", line="starting vllm", with_child=True, delay_s=3.0),
         Moment(
-            vllm, "engine running", "teacher_cache.engines.vllm.requests:check_rows", with_child=True
+            vllm, "engine running", "teacher_cache.engines.vllm.requests:check_rows",
+            with_child=True,
         ),
         Moment(("cache-teacher", "verify", cache), "verify",
                "teacher_cache.format.checking.verify:broken_shard"),
