@@ -1,0 +1,79 @@
+"""The arms of rounds as a table, paired by seed and prompt.
+
+    python tools/rounds/table.py answers OUT > answers.csv
+    python tools/rounds/table.py table answers.csv
+
+`answers` takes from the folder of `arms.py` a row per run: its arm, seed, cost and distance from
+the teacher, and a digit per prompt, 1 where the answer was right. `table` makes of these rows, and
+of nothing else, the table of the guide; intervals of 95 % are over seeds and prompts.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from student_train.evaluation.intervals import Mean, share_interval
+
+FIGURES = ("flops", "heldout_kl", "mean_tokens", "staleness")
+COMPARED = ("off-policy", "warm")
+
+
+def write_answers(out: Path) -> None:
+    """Print a row per run."""
+    writer = csv.writer(sys.stdout)
+    writer.writerow(["arm", "seed", *FIGURES, "own_kl", "right"])
+    for line in json.loads((out / "results.json").read_text()):
+        file = out / f"seed-{line['seed']}" / line["arm"] / "completions.jsonl"
+        samples = [json.loads(row) for row in file.read_text().splitlines()]
+        right = {sample["prompt"]: sample["right"] for sample in samples}
+        digits = "".join(str(int(right[prompt])) for prompt in sorted(right))
+        own = [round(figures["kl"], 4) for figures in line.get("own", [])]
+        figures = [f"{line[name]:.6g}" if line.get(name) is not None else "" for name in FIGURES]
+        writer.writerow([line["arm"], line["seed"], *figures, " ".join(map(str, own)), digits])
+
+
+def write_table(rows: list[dict[str, str]]) -> None:
+    """Print the table, best arm first."""
+    arms: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        arms.setdefault(row["arm"], {})[row["seed"]] = row
+    heads = [f"less {other}" for other in COMPARED]
+    print(f"| arm | seeds | right answers | {' | '.join(heads)} | held-out KL, nats | tokens |")
+    print("| --- | --- | --- |" + " --- |" * (len(heads) + 2))
+    for arm, of_seed in sorted(arms.items(), key=lambda item: -_right(item[1]).mean()):
+        right_SP = _right(of_seed)
+        low, high = share_interval(right_SP)
+        cells = [arm, str(len(of_seed)), f"{right_SP.mean():.1%} ({low:.1%} to {high:.1%})"]
+        cells += [_difference(of_seed, arms[other]) if other != arm else "" for other in COMPARED]
+        for name, form in (("heldout_kl", ".4f"), ("mean_tokens", ".0f")):
+            cells.append(format(np.mean([float(row[name]) for row in of_seed.values()]), form))
+        print(f"| {' | '.join(cells)} |")
+
+
+def _right(of_seed: dict[str, dict[str, str]]) -> NDArray[np.float64]:
+    """Right answers [S, P]."""
+    return np.array([[float(digit) for digit in row["right"]] for row in of_seed.values()])
+
+
+def _difference(one: dict[str, dict[str, str]], other: dict[str, dict[str, str]]) -> str:
+    """Points of accuracy between two arms, over the seeds that both have."""
+    seeds = [seed for seed in one if seed in other]
+    if len(seeds) < 2:
+        return ""
+    ours, theirs = (_right({seed: each[seed] for seed in seeds}) for each in (one, other))
+    mean = Mean.of(ours - theirs)
+    low, high = mean.interval
+    return f"{100 * mean.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+if __name__ == "__main__":
+    what, path = sys.argv[1], Path(sys.argv[2])
+    if what == "answers":
+        write_answers(path)
+    else:
+        with path.open() as file:
+            write_table(list(csv.DictReader(file)))
