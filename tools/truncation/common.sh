@@ -10,10 +10,13 @@ recipe=${RECIPE:+_$RECIPE}
 run_options=tools/truncation/run$recipe.toml evaluate_options=tools/truncation/evaluate$recipe.toml
 
 capture_tiny() { # FOLDER
-  local part
+  local part name
+  mkdir -p "$1"
   for part in train:${NUM_TRAIN:-2000} eval:${NUM_HELDOUT:-500}; do
-    cache-teacher generate --model tools/tiny-teacher --out "$1/${part%:*}" --capture-prompt \
-      --prompts "tools/prompts/${part%:*}.jsonl" --limit "${part#*:}"
+    name=${part%:*}  # a file of its own: a capture with --limit is not complete, nor sealed
+    head -n "${part#*:}" "tools/prompts/$name.jsonl" >"$1/$name.jsonl"
+    cache-teacher generate --model tools/tiny-teacher --out "$1/$name" --capture-prompt \
+      --prompts "$1/$name.jsonl"
   done
 }
 
