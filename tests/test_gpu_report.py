@@ -233,7 +233,7 @@ def test_the_whole_report_runs_on_a_cpu_in_small(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "240"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
     report = json.loads((tmp_path / "gpu_report.json").read_text())

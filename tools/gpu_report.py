@@ -269,7 +269,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step's processes end too
     arguments.out.mkdir(parents=True, exist_ok=True)
     # Narrower than its contents a table is unreadable, and a file has no width.
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 240)
     facts, outcomes = about(), []
     parts = arguments.only or CALLS.get(arguments.call, ALL_PARTS)
     card = card_of(facts.get("device", ""))
