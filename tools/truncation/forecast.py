@@ -34,8 +34,9 @@ def main() -> None:
             row = forecasts[span]
             shares = ("divergence_share", "divergence_share_low", "divergence_share_high")
             figures = [row[name] for name in (*shares, "teacher_entropy_share")]
-            kept = (mean(found) - base) / gain
-            writer.writerow([f"{span:g}", *(f"{figure:.3f}" for figure in (*figures, kept))])
+            # Nothing is kept of nothing: a trial of the script gains nothing.
+            kept = f"{(mean(found) - base) / gain:.3f}" if gain else ""
+            writer.writerow([f"{span:g}", *(f"{figure:.3f}" for figure in figures), kept])
 
 
 def _by_accuracy(rows: Iterable[Mapping[str, str]]) -> tuple[float, dict[float, list[float]]]:
