@@ -156,6 +156,16 @@ def test_the_fewest_entries_are_kept_that_reach_the_mass_and_the_realised_token_
         assert num_outside > 5  # the case was there
 
 
+@pytest.mark.parametrize("certain", [0.0, 2**-24, -(2.0**-24)])
+def test_a_mass_of_one_keeps_all_whatever_rounded_logprobs_sum_to(certain):
+    """As rows of a real model do: a sure token's logprob, in float32, may be 0."""
+    logprobs = np.array([[certain, certain, -15.1, -15.9, -16.2, -17.0]], np.float32)
+    ids = np.array([[7, 7, 8, 9, 10, 11]], np.int32)
+    kept = keep_entries(ids, logprobs, KeepPolicy(5, 1.0))
+    assert kept.top_ids.tolist() == [7, 8, 9, 10, 11]
+    assert len(keep_entries(ids, logprobs, KeepPolicy(5, 0.999)).top_ids) == 1
+
+
 def test_stored_logprobs_are_the_teachers_within_the_grid_and_sum_to_one_with_the_tail():
     logprobs, ids, row_logprobs = logits_rows(2)
     kept = keep_entries(ids, row_logprobs, KeepPolicy(64, 0.999))

@@ -3,6 +3,7 @@
 Letters: R rows (tokens with a distribution), K candidates per row, E kept entries of all rows.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,11 +50,19 @@ _CODE_OF_CELL = np.searchsorted(
 class KeepPolicy:
     """Rule for a row's kept candidates: the fewest whose mass reaches `mass`, in 1..top_k.
 
-    The target token is kept as well if it is not among them.
+    A mass of 1 keeps `top_k` of them. The target token is kept as well if it is not among them.
     """
 
     top_k: int
     mass: float
+
+    @property
+    def enough(self) -> float:
+        """Mass of kept entries at which no more are needed.
+
+        Only all entries have a mass of 1; logprobs of fewer, rounded, may seem to reach it.
+        """
+        return self.mass if self.mass < 1 else math.inf
 
 
 @dataclass(frozen=True)
@@ -142,16 +151,16 @@ def _num_kept(
     few = min(_FEW, limit)
     masses = np.cumsum(np.exp(logprobs[:, :few], dtype=np.float64), axis=1)
     # If the mass is reached, the entry that reaches it and all before it are finite.
-    num_top = (masses >= policy.mass).argmax(axis=1)
+    num_top = (masses >= policy.enough).argmax(axis=1)
     mass = masses[np.arange(len(masses)), num_top]
     num_top += 1
-    rows = np.flatnonzero(masses[:, -1] < policy.mass)
+    rows = np.flatnonzero(masses[:, -1] < policy.enough)
     if len(rows):
         part = logprobs[rows, few:limit]
         # The sum continues from here, so that it does not depend on `few`.
         probs = np.column_stack([masses[rows, -1], np.exp(part, dtype=np.float64)])
         masses = np.cumsum(probs, axis=1)
-        num_below = few + np.count_nonzero(masses[:, 1:] < policy.mass, axis=1)
+        num_below = few + np.count_nonzero(masses[:, 1:] < policy.enough, axis=1)
         num_finite = np.count_nonzero(logprobs[rows, :limit] > -np.inf, axis=1)
         num_top[rows] = np.minimum(np.minimum(num_below + 1, limit), num_finite)
         mass[rows] = masses[np.arange(len(rows)), np.maximum(num_top[rows] - few, 0)]

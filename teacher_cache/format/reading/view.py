@@ -28,7 +28,7 @@ def narrowed(trace: Trace, policy: KeepPolicy) -> Trace:
     starts = trace.entry_offsets[token_of_entry]
     before = np.concatenate([[0.0], np.cumsum(probs)])
     mass_before = before[:-1] - before[starts]
-    is_kept = mass_before < policy.mass
+    is_kept = mass_before < policy.enough
     is_kept &= np.arange(len(probs)) - starts < policy.top_k
     is_kept |= trace.top_ids == trace.token_ids[token_of_entry]
 

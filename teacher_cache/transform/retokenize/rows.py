@@ -64,7 +64,7 @@ def keep(found: Contributions, realised: NDArray[np.int64], policy: KeepPolicy) 
     sums = np.concatenate([[0], exact_cumsum(mass)[:-1]])
     before = (sums - sums[firsts][group]) / FIXED_POINT
     is_own = token == realised[row]
-    is_kept = (number < policy.top_k) & (found.is_plain[row] | (before < policy.mass))
+    is_kept = (number < policy.top_k) & (found.is_plain[row] | (before < policy.enough))
     is_kept |= is_own
     cut = summed(row, mass * ~is_kept, num_rows)
     own = np.zeros(num_rows)
