@@ -356,6 +356,12 @@ def test_a_lead_span_of_a_capture_is_the_truncated_cache(capture_config, asked, 
         generate(replace(parted, lead_span=1.0))
 
 
+def test_traces_whose_lead_span_ends_in_the_prompt_are_counted(capture_config, asked, caplog):
+    generate(replace(capture_config, lead_span=0.05, capture_prompt=False))
+    assert "of the 6 traces captured now hold no distribution" in caplog.text
+    assert "lead span of 0.05 ends inside their prompts" in caplog.text
+
+
 def test_scoring_computes_nothing_beyond_its_lead_span(scoring, asked, tmp_path):
     whole = scoring()
     (tmp_path / "scored").rename(tmp_path / "whole")

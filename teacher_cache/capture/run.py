@@ -191,11 +191,12 @@ def _run(job: Job, survey: Survey, crew: Crew, writer: CacheWriter) -> CaptureRe
     if job.part is not None:
         publish_share(open_store(job.out), job.part, _record(survey, finished=False))
     with CaptureProgress(survey.num_missing) as progress, stop_signals() as switch:
-        num_thoughts = 0
+        num_thoughts = num_empty = 0
 
         def note(done: Done) -> None:
-            nonlocal num_thoughts
+            nonlocal num_thoughts, num_empty
             num_thoughts += done.has_thought
+            num_empty += done.is_empty
             progress.add(done.num_tokens, cut_by_length=done.cut_by_length)
 
         try:
@@ -214,6 +215,13 @@ def _run(job: Job, survey: Survey, crew: Crew, writer: CacheWriter) -> CaptureRe
         seconds=progress.seconds,
         stopped_by=switch.signum,
     )
+    if num_empty:
+        logger.warning(
+            "%s: %d of the %d traces captured now hold no distribution, so that nothing is learned "
+            "from them: a lead span of %g ends inside their prompts. Capture with a longer "
+            "--lead-span, or with --capture-prompt",
+            shown(job.out), num_empty, report.num_traces, writer.header.max_lead_span,
+        )  # fmt: skip
     if report.num_traces and not num_thoughts and writer.header.mode == "generate":
         # Given traces were looked at before the engine started.
         logger.warning(

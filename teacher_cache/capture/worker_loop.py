@@ -33,6 +33,7 @@ class Done:
     num_tokens: int
     cut_by_length: bool
     has_thought: bool
+    is_empty: bool = False  # none of its tokens has a distribution
 
 
 def run_requests(
@@ -83,6 +84,7 @@ def run_requests(
                     len(rows.token_ids),
                     cut_by_length=trace.finish_reason == "length",
                     has_thought=trace.cot_start < trace.answer_start,
+                    is_empty=not trace.k.any(),
                 )
             )
 
