@@ -1,6 +1,5 @@
 """Checks of train-student before torch is imported: an error takes half a second, not ten."""
 
-import os
 from itertools import islice
 from pathlib import Path
 
@@ -27,9 +26,7 @@ from teacher_cache.terminal.early_checks import (
     check_wandb_login,
     near_path,
 )
-
-# Where launchers tell a process its number: torchrun, and MPI's.
-_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+from teacher_cache.terminal.launched import is_first_process
 
 
 def check_run(config: TrainConfig) -> None:
@@ -61,8 +58,7 @@ def check_run(config: TrainConfig) -> None:
 def _check_unused(folder: Path) -> None:
     """Refuse a folder in which another run is at work; of several processes, the first looks."""
     lock = folder / LOCK_NAME
-    is_first = all(os.environ.get(name, "0") == "0" for name in _RANKS)
-    if lock.exists() and is_first:
+    if lock.exists() and is_first_process():
         FolderLock(lock).close()  # what a dead process has left
 
 

@@ -5,6 +5,7 @@ import click
 from student_train.cli.early_checks import check_run
 from student_train.run.config import TrainConfig
 from teacher_cache.terminal.commands import config_command
+from teacher_cache.terminal.launched import is_first_process
 from teacher_cache.terminal.progress import Progress
 
 
@@ -26,10 +27,13 @@ def run_command(config: TrainConfig) -> None:
 
         click.echo(estimate_run(config))
         return
-    with Progress("loading torch"):
+    is_first = is_first_process()
+    with Progress("loading torch", enabled=is_first):
         from student_train.run.loop import train
 
     result = train(config)
+    if not is_first:
+        return
     if result.was_finished:
         click.echo(f"{config.out} is finished already; nothing was done", err=True)
     click.echo(

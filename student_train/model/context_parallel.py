@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_to_all_single
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -113,7 +112,27 @@ def _all_heads(whole: Tensor, team: dist.ProcessGroup) -> Tensor:
 
 def _exchanged(sent: Tensor, team: dist.ProcessGroup) -> Tensor:
     """Entry i goes to the team's process i; gradients come back the same way."""
-    return all_to_all_single(torch.empty_like(sent), sent, group=team)  # type: ignore[no-any-return, no-untyped-call]  # torch has no types for it
+    received: Tensor = _Exchange.apply(sent, team)  # type: ignore[no-untyped-call]  # torch's
+    return received
+
+
+class _Exchange(torch.autograd.Function):
+    """torch's own exchange with gradients is deprecated, and its successor is private."""
+
+    @staticmethod
+    def forward(ctx: Any, sent: Tensor, team: dist.ProcessGroup) -> Tensor:  # noqa: ANN401  # torch's
+        """Send entry i of `sent` to process i."""
+        ctx.team = team
+        received = torch.empty_like(sent, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, sent.contiguous(), group=team)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401  # torch's
+        """Send the gradients back."""
+        received = torch.empty_like(gradients[0], memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, gradients[0].contiguous(), group=ctx.team)
+        return received, None
 
 
 def _check_shape(model: PreTrainedModel, size: int) -> None:

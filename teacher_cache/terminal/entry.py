@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from teacher_cache.terminal import stop_signals
 from teacher_cache.terminal.escape import printable_lines
+from teacher_cache.terminal.launched import is_first_process
 from teacher_cache.terminal.messages import Messages, configure, program_messages, say
 from teacher_cache.terminal.progress import Progress, at_work, clear_displays
 
@@ -63,9 +64,9 @@ def run_program(line: CommandLine) -> NoReturn:
     try:
         words = [word for word in sys.argv[1:] if not word.startswith("-")]
         name = f"{line.name} {words[0] if words else ''}".rstrip()
-        with Progress(f"{name}: loading"):
+        is_first = is_first_process()
+        with Progress(f"{name}: loading", enabled=is_first):
             _load(line)
-        is_first = os.environ.get("RANK", "0") == "0"  # of the processes of one run
         with at_work(name) if is_first else contextlib.nullcontext():
             code = run_command(line)
     except stop_signals.Stopped as stopped:
