@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_cache.engines import EngineError, Sampling
+from teacher_cache.engines.vllm import step_rows
 from teacher_cache.engines.vllm.pages import RowPages
 from teacher_cache.engines.vllm.ring import HEAD_WORDS, ReaderGoneError, RowRing, row_words
+from teacher_cache.engines.vllm.step_rows import DeviceStep, RowMaker
 from teacher_cache.engines.vllm.worker_rows import (
     NO_SLOT,
     REQUEST_KEY,
@@ -28,6 +30,7 @@ from teacher_cache.format import KeepPolicy, keep_entries
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 K, V = 4, 50
+NO_HEADS = np.zeros((500, HEAD_WORDS - 1), np.int32)
 
 
 def made_rows(numbers, num_candidates=K):
@@ -129,18 +132,28 @@ def parts(rows, num_candidates=K):
     return rows[:, :3], floats[:, 3], rows[:, HEAD_WORDS:middle], floats[:, middle:]
 
 
-@pytest.mark.slow
-@pytest.mark.vllm
+def on_host(logits, tokens):
+    step = RowMaker().started(NO_HEADS[: len(logits)], logits, lambda: tokens, K)
+    return step.rows().rows.numpy()
+
+
+def on_device(logits, tokens):
+    """As on a GPU, but for its kernel."""
+    top, ids = torch.topk(logits, K, dim=1)
+    outside = step_rows._outside(logits, top, ids)
+    step = DeviceStep(NO_HEADS[: len(logits)], ids, top, *outside, lambda: tokens)
+    return step.rows().rows.numpy()
+
+
 @pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
-def test_rows_are_those_of_float64_and_their_tails_are_exact(worker_tap, spread):
+@pytest.mark.parametrize("made", [on_host, on_device])
+def test_rows_are_those_of_float64_and_their_tails_are_exact(monkeypatch, made, spread):
+    monkeypatch.setattr(step_rows, "_SORTED_AT_ONCE", 30 * V)
     rng = np.random.default_rng(0)
     logits = (spread * rng.normal(size=(200, V))).astype(np.float32)
     logits[:20, :10] = -np.inf
     tokens = rng.integers(10, V, 200)
-    step = worker_tap.started(
-        np.zeros((200, 3), np.int32), torch.tensor(logits), lambda: torch.tensor(tokens), K
-    )
-    _, tails, ids, logprobs = parts(worker_tap.rows_of(step).numpy())
+    _, tails, ids, logprobs = parts(made(torch.tensor(logits), torch.tensor(tokens)))
     exact = torch.tensor(logits, dtype=torch.float64).log_softmax(1).numpy()
     order = np.argsort(-exact, axis=1, kind="stable")
     assert np.array_equal(ids, np.column_stack([tokens, order[:, :K]]))
@@ -151,15 +164,39 @@ def test_rows_are_those_of_float64_and_their_tails_are_exact(worker_tap, spread)
     assert (np.exp(tails) < 1e-7).any() == (spread == 30.0)  # where 1 - sum is only noise
 
 
-@pytest.mark.slow
-@pytest.mark.vllm
+def test_the_memory_of_a_step_serves_all_later_ones():
+    maker = RowMaker()
+    for num_rows in (3, 7, 2, 7):
+        logits = torch.randn(num_rows, V)
+        logits[0, 1:] = logits[0, 0]  # ties
+        logits[1, 2:] = -torch.inf
+        tokens = torch.arange(num_rows)
+        expected = on_device(logits, tokens)
+        step = maker.started(NO_HEADS[:num_rows], logits, lambda tokens=tokens: tokens, K)
+        logits.zero_()  # the sampler works in place
+        found = step.rows().rows.numpy()
+        assert len(found) == num_rows
+        for ours, theirs in zip(parts(found), parts(expected), strict=True):
+            if ours.dtype == np.int32:
+                assert np.array_equal(ours[2:], theirs[2:])
+            else:
+                assert np.allclose(ours, theirs, atol=1e-6)
+
+
+def test_a_row_with_a_logit_that_is_no_number_is_none_either():
+    for value in (np.nan, -np.nan):
+        logits = torch.randn(2, V)
+        logits[1, 7] = value
+        *_, logprobs = parts(on_host(logits, torch.tensor([1, 2])))
+        assert np.isfinite(logprobs[0]).all() and np.isnan(logprobs[1]).any()
+
+
 @pytest.mark.parametrize("mass", [0.9, 0.999, 1.0])
-def test_a_stored_tail_is_the_mass_of_all_that_is_not_kept(worker_tap, mass):
+def test_a_stored_tail_is_the_mass_of_all_that_is_not_kept(mass):
     rng = np.random.default_rng(1)
     logits = torch.tensor(4 * rng.normal(size=(500, V)), dtype=torch.float32)
     tokens = rng.integers(0, V, 500)
-    step = worker_tap.started(np.zeros((500, 3), np.int32), logits, lambda: torch.tensor(tokens), K)
-    _, tails, ids, logprobs = parts(worker_tap.rows_of(step).numpy())
+    _, tails, ids, logprobs = parts(on_host(logits, torch.tensor(tokens)))
     kept = keep_entries(ids, logprobs, KeepPolicy(K, mass), tails)
     without = keep_entries(ids, logprobs, KeepPolicy(K, mass))
     exact = logits.double().softmax(1).numpy()

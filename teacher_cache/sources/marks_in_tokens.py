@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import lru_cache
 
 from teacher_cache.sources.marks import ThinkMarks
 from teacher_cache.sources.tokenizer import TeacherTokenizer
@@ -54,12 +55,13 @@ def find_sections(
     closed = _end_of_first(response, marks.close, tokenizer)
     if opened_at is not None:
         return opened_at, len(ids) if closed < 0 else num_prompt + closed
-    head = tokenizer.decode(response[: closed if closed >= 0 else _HEAD_TOKENS]).lstrip()
+    num_thought = closed if closed >= 0 else _HEAD_TOKENS
+    head = tokenizer.decode(response[: min(num_thought, _HEAD_TOKENS)]).lstrip()
     if marks.open and head.startswith(marks.open.lstrip()):
         return num_prompt, len(ids) if closed < 0 else num_prompt + closed
-    if closed >= 0 and not marks.is_channel and marks.open not in head:
-        return num_prompt, num_prompt + closed
-    return num_prompt, num_prompt
+    if closed < 0 or marks.is_channel or marks.open in tokenizer.decode(response[:closed]):
+        return num_prompt, num_prompt
+    return num_prompt, num_prompt + closed
 
 
 _HEAD_TOKENS = 64  # an opening mark is shorter
@@ -89,7 +91,7 @@ def _end_of_first(ids: Sequence[int], mark: str, tokenizer: TeacherTokenizer) ->
     A mark of several tokens is searched in the text: its last token may be merged with what
     follows, and then belongs to the mark.
     """
-    mark_ids = tokenizer.encode(mark)
+    mark_ids = _ids_of(mark, tokenizer)
     if len(mark_ids) == 1:
         position = find_first(ids, mark_ids)
         return position + 1 if position >= 0 else -1
@@ -98,3 +100,8 @@ def _end_of_first(ids: Sequence[int], mark: str, tokenizer: TeacherTokenizer) ->
     return 1 + bisect_left(
         range(len(ids)), True, key=lambda last: mark in tokenizer.decode(ids[: last + 1])
     )
+
+
+@lru_cache(maxsize=8)  # asked for with every trace
+def _ids_of(mark: str, tokenizer: TeacherTokenizer) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(mark))

@@ -252,8 +252,11 @@ def header_after(prompt: str, plain: str, last_content: str, tokens: Sequence[st
 
 def common_length(one: str, other: str, tokens: Sequence[str]) -> int:
     """Length of the common start of two texts that splits none of `tokens` in either."""
-    pairs = zip(one, other, strict=False)
-    same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    if other.startswith(one):
+        same = len(one)
+    else:
+        pairs = zip(one, other, strict=False)
+        same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
     for text in (one, other):
         for token in tokens:
             first = text.find(token, max(0, same - len(token) + 1), same + len(token) - 1)

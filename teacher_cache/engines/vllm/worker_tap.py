@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirectionality
 
-from teacher_cache.engines.vllm.ring import HEAD_WORDS, RowRing, row_words
+from teacher_cache.engines.vllm.ring import HEAD_WORDS, RowRing
+from teacher_cache.engines.vllm.step_rows import Copy, RowMaker, Step
 from teacher_cache.engines.vllm.worker_rows import NO_SLOT, REQUEST_KEY, RING_VARIABLE
 
 try:  # of the second model runner, which older versions lack
@@ -30,7 +31,6 @@ except ImportError:
     SecondRunnersProcessor = object  # nothing to inherit
 
 
-_CopyAndSum = tuple[torch.Tensor, torch.Tensor]
 # Slot, serial and position [n, 3], logits [n, V], and what reads the drawn tokens later.
 _Rows = tuple[NDArray[np.int32], torch.Tensor, Callable[[], torch.Tensor]]
 
@@ -41,18 +41,6 @@ class _Request:
     serial: int
     num_prompt: int
     output: Sequence[int]  # the first model runner's list, which grows; empty with the second
-
-
-@dataclass(frozen=True)
-class Step:
-    """Rows whose own tokens are not drawn yet."""
-
-    heads: NDArray[np.int32]  # [n, 3] slot, serial, position
-    ids: torch.Tensor  # [n, K]
-    logits: torch.Tensor  # [n, K] falling
-    copy: torch.Tensor  # [n, V] logits, of any value at the candidates
-    log_sum: torch.Tensor  # [n] of the exponentials outside
-    drawn: Callable[[], torch.Tensor]  # [n] tokens, -1 where none was drawn after all
 
 
 class RowTap(LogitsProcessor, SecondRunnersProcessor):  # type: ignore[misc]  # two interfaces
@@ -72,8 +60,9 @@ class RowTap(LogitsProcessor, SecondRunnersProcessor):  # type: ignore[misc]  # 
         """
         self._ring = _opened_ring()
         self._requests: dict[int, _Request] = {}  # by their place in the runner's batch
+        self._maker = RowMaker()
         self._pending: Step | None = None
-        self._on_the_way: list[_Copy] = []
+        self._on_the_way: list[Copy] = []
         self._states: Any = runner[0] if len(runner) == 1 else None
 
     def is_argmax_invariant(self) -> bool:
@@ -157,7 +146,7 @@ class RowTap(LogitsProcessor, SecondRunnersProcessor):  # type: ignore[misc]  # 
             else self._rows_of_second_runner(logits, context)
         )
         if found is not None:
-            self._pending = started(*found, self._ring.num_candidates)
+            self._pending = self._maker.started(*found, self._ring.num_candidates)
         return logits
 
     def _take(self, place: int, params: Any, output: Sequence[int]) -> bool:  # noqa: ANN401 (vLLM is untyped here)
@@ -174,76 +163,12 @@ class RowTap(LogitsProcessor, SecondRunnersProcessor):  # type: ignore[misc]  # 
 
     def _finish_pending(self, ring: RowRing) -> None:
         if self._pending is not None:
-            self._on_the_way.append(_on_host(rows_of(self._pending)))
+            self._on_the_way.append(self._pending.rows())
             self._pending = None
         while self._on_the_way and self._on_the_way[0].is_there():
             words: NDArray[np.int32] = self._on_the_way.pop(0).rows.numpy()
             is_drawn = words[:, HEAD_WORDS] >= 0
             ring.write(words if is_drawn.all() else words[is_drawn])
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """Rows on their way to the host, which need not wait for them."""
-
-    rows: torch.Tensor
-    is_there: Callable[[], bool]
-
-
-def _on_host(rows: torch.Tensor) -> _Copy:
-    if not rows.is_cuda:
-        return _Copy(rows, lambda: True)
-    copy = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-    copy.copy_(rows, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
-    event.record()
-    return _Copy(copy, event.query)
-
-
-def started(
-    heads: NDArray[np.int32],
-    logits: torch.Tensor,
-    drawn: Callable[[], torch.Tensor],
-    num_candidates: int,
-) -> Step:
-    """What is kept of a step's logits [n, V] until its tokens are drawn."""
-    top, ids = torch.topk(logits, num_candidates, dim=1)
-    copy, log_sum = _outside(logits, top, ids)
-    return Step(heads, ids, top, copy, log_sum, drawn)
-
-
-def _outside(logits: torch.Tensor, top: torch.Tensor, ids: torch.Tensor) -> _CopyAndSum:
-    """A copy of the logits, which the sampler changes in place, and their sum outside the ids."""
-    if logits.is_cuda:
-        from teacher_cache.engines.vllm.outside_triton import outside  # vLLM needs Triton there
-
-        return outside(logits, top)
-    copy = logits.scatter(1, ids, -torch.inf)
-    return copy, copy.logsumexp(1)
-
-
-def rows_of(step: Step) -> torch.Tensor:
-    """Rows [n, words] of a step, as the ring has them; int32, on the step's device.
-
-    The tail is the log-sum-exp of the logits outside the candidates, exact however small it is,
-    which 1 minus the mass of the candidates is not.
-    """
-    tokens = step.drawn()
-    total = torch.logaddexp(step.logits.logsumexp(1), step.log_sum)
-    is_token = step.ids == tokens[:, None]
-    own = step.copy.gather(1, tokens.clamp(min=0)[:, None])[:, 0]
-    own = torch.where(is_token.any(1), step.logits.masked_fill(~is_token, 0).sum(1), own)
-    num_rows, num_candidates = step.ids.shape
-    rows = torch.empty(
-        (num_rows, row_words(num_candidates)), dtype=torch.int32, device=step.ids.device
-    )
-    rows[:, : HEAD_WORDS - 1] = torch.from_numpy(step.heads)
-    rows[:, HEAD_WORDS - 1] = (step.log_sum - total).view(torch.int32)
-    rows[:, HEAD_WORDS] = tokens
-    rows[:, HEAD_WORDS + 1 : HEAD_WORDS + 1 + num_candidates] = step.ids
-    logprobs = torch.cat([own[:, None], step.logits], 1) - total[:, None]
-    rows[:, HEAD_WORDS + 1 + num_candidates :] = logprobs.view(torch.int32)
-    return rows
 
 
 def _opened_ring() -> RowRing | None:
