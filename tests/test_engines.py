@@ -492,8 +492,8 @@ def test_rows_from_the_worker_from_arrays_and_from_objects_are_the_same(vllm_tea
     tapped = run_alone(vllm_teacher, requests, monkeypatch)
     monkeypatch.setattr(vllm_teacher, "_is_tapped", False)
     untapped = run_alone(vllm_teacher, requests, monkeypatch)
-    # Given tokens have logprobs of their own: of two prompts, and of the scored trace.
-    assert seen == ["ArrayRows"] * 3 + ["ArrayRows"] * 8 + ["FlatLogprobs"] * 8
+    # Prompts have logprobs of their own; without the worker's rows, so has the scored trace.
+    assert seen == ["ArrayRows"] * 2 + ["ArrayRows"] * 8 + ["FlatLogprobs"] * 8
     for request in requests:
         one, two, three = (each[request.request_id] for each in (taken, tapped, untapped))
         for other in (one, three):
@@ -503,12 +503,46 @@ def test_rows_from_the_worker_from_arrays_and_from_objects_are_the_same(vllm_tea
         assert np.array_equal(two.row_logprobs, three.row_logprobs)
         assert np.abs(one.row_logprobs - two.row_logprobs).max() < 4e-6
         assert two.row_tails is None and three.row_tails is None
-        if request.request_id == "scored":
-            assert one.row_tails is None
-            continue
-        drawn = slice(one.num_given - one.first_row, None)
+        is_scored = request.max_new_tokens == 0
+        drawn = slice(0 if is_scored else one.num_given - one.first_row, None)
         assert np.isnan(one.row_tails[: drawn.start]).all()
         assert np.abs(np.exp(one.row_tails) - tails(one.row_logprobs[:, 1:]))[drawn].max() < 1e-5
+
+
+@pytest.mark.slow
+def test_only_the_wanted_rows_of_a_scored_trace_are_made_and_some_are_checked(
+    vllm_teacher, monkeypatch
+):
+    compared = []
+    real = vllm_requests.require_same_rows
+    monkeypatch.setattr(
+        vllm_requests, "require_same_rows", lambda *call: compared.append(call[0]) or real(*call)
+    )
+    monkeypatch.setattr(vllm_teacher, "_num_in_worker", itertools.count(998))
+    whole = scoring("whole", prompt(31, 150))
+    # The same tokens: a prefix that was found in the cache would have no rows.
+    requests = [
+        dataclasses.replace(whole, request_id=str(first), first_row=first) for first in (2, 90, 149)
+    ]
+    requests += [dataclasses.replace(whole, request_id="150", first_row=150)]
+    found = run(vllm_teacher, whole, *requests)
+    assert compared == ["request '90'"]
+    everything = found.pop("whole")
+    for name, rows in found.items():
+        assert rows.first_row == int(name) and len(rows.row_ids) == 150 - int(name)
+        later = slice(int(name) - 1, None)
+        assert np.array_equal(rows.row_ids, everything.row_ids[later])
+        assert np.abs(rows.row_logprobs - everything.row_logprobs[later]).max(initial=0) < 4e-6
+    monkeypatch.setattr(vllm_teacher, "_num_in_worker", itertools.count())
+    real_rows = vllm_teacher._worker_rows.rows
+
+    def wrong(slot, num_rows):
+        ids, logprobs, tails = real_rows(slot, num_rows)
+        return ids, logprobs, tails + np.float32(0.1)
+
+    monkeypatch.setattr(vllm_teacher._worker_rows, "rows", wrong)
+    with pytest.raises(EngineError, match=r"request 'whole': the mass outside the candidates"):
+        run(vllm_teacher, whole)
 
 
 @pytest.mark.slow
@@ -523,7 +557,7 @@ def test_a_check_compares_the_workers_rows_with_vllms_own(vllm_teacher, monkeypa
     requests = [generation(str(seed), seed=seed) for seed in range(4)]
     assert run(vllm_teacher, *requests).keys() == {"0", "1", "2", "3"}
     ((where, ours, stock, _),) = checked
-    assert where == "request '2'" and 1 < len(ours[0]) <= 32 and np.array_equal(ours[0], stock[0])
+    assert where == "request '2'" and 1 < len(ours[0]) <= 8 and np.array_equal(ours[0], stock[0])
     monkeypatch.setattr(vllm_teacher, "_num_in_worker", itertools.count())
     real_rows = vllm_teacher._worker_rows.rows
 
@@ -702,6 +736,7 @@ def test_an_engine_scores_in_pieces_and_its_death_is_reported_not_waited_for(mod
     )
     started = set(engine_processes()) - before
     try:
+        assert teacher._worker_rows is not None and teacher._worker_rows.are_scored
         for rows in run(teacher, *(scoring(str(i), prompt(i, 250)) for i in range(3))).values():
             assert_rows_agree(rows, full_logprobs(reference, rows))
         # The model's own limit leaves no room for the token that vLLM adds to a scored trace.

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from inspect import signature
 from random import Random
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from teacher_cache.engines.vllm.step_rows import DeviceStep, RowMaker
 from teacher_cache.engines.vllm.worker_rows import (
     NO_SLOT,
     REQUEST_KEY,
+    SCORED_KEY,
     require_same_rows,
     worker_rows_of,
 )
@@ -146,9 +148,10 @@ def on_device(logits, tokens):
 
 
 @pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
-@pytest.mark.parametrize("made", [on_host, on_device])
-def test_rows_are_those_of_float64_and_their_tails_are_exact(monkeypatch, made, spread):
+@pytest.mark.parametrize(("made", "wide"), [(on_host, V), (on_host, V + 1), (on_device, V)])
+def test_rows_are_those_of_float64_and_their_tails_are_exact(monkeypatch, made, wide, spread):
     monkeypatch.setattr(step_rows, "_SORTED_AT_ONCE", 30 * V)
+    monkeypatch.setattr(step_rows, "_WIDE", wide)
     rng = np.random.default_rng(0)
     logits = (spread * rng.normal(size=(200, V))).astype(np.float32)
     logits[:20, :10] = -np.inf
@@ -274,7 +277,7 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_here(monkeypatch, tmp_path):
 @pytest.fixture
 def ring(worker_tap, monkeypatch):
     ring = RowRing.made(capacity=100, num_candidates=K)
-    monkeypatch.setattr(worker_tap, "_opened_ring", lambda: RowRing.opened(ring.address))
+    monkeypatch.setattr(worker_tap, "opened_ring", lambda: RowRing.opened(ring.address))
     yield ring
     ring.close()
 
@@ -369,6 +372,109 @@ def test_the_second_runners_rows_are_known_by_its_places_and_lengths(worker_tap,
     assert written(ring) == [(1, 2, 1, 16)]
 
 
+# --- scoring ------------------------------------------------------------------------------------
+
+
+class SecondRunnersWorker:
+    """Its methods take what those of vLLM's `PromptLogprobsWorker` take."""
+
+    def add_request(self, req_id, req_idx, sampling_params):
+        pass
+
+    def remove_request(self, req_id):
+        pass
+
+    def compute_prompt_logprobs(
+        self, logits_fn, hidden_states, input_batch, all_token_ids, num_computed_tokens, prompt_lens
+    ):
+        return "stock"
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_the_second_runner_scores_the_wanted_rows_of_every_piece(worker_tap, ring, monkeypatch):
+    from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
+
+    from teacher_cache.engines.vllm import worker_scoring
+
+    for name in ("add_request", "remove_request", "compute_prompt_logprobs"):
+        one, other = (getattr(each, name) for each in (SecondRunnersWorker, PromptLogprobsWorker))
+        assert list(signature(one).parameters) == list(signature(other).parameters)
+    monkeypatch.setattr(worker_scoring, "opened_ring", lambda: RowRing.opened(ring.address))
+    monkeypatch.setattr(worker_scoring, "_CHUNK_ON_HOST", 3)
+    worker = SecondRunnersWorker()
+    extension = worker_scoring.ScoringExtension()
+    extension.model_runner = SimpleNamespace(prompt_logprobs_worker=worker)
+    assert extension.take_scored_rows() is None
+    tokens = torch.randint(0, V, (4, 20), dtype=torch.int32)
+    hidden, head = torch.randn(4, 20, 8), torch.randn(8, V)
+    worker.add_request("ours", 2, SimpleNamespace(extra_args={SCORED_KEY: [5, 1, 4]}))
+    worker.add_request("other", 3, NOT_OURS)
+    num_seen = []
+
+    def logits_fn(states):
+        num_seen.append(len(states))
+        return states @ head
+
+    found = []
+    for start, end in ((0, 2), (2, 9), (9, 12)):
+        batch = SimpleNamespace(
+            req_ids=["other", "ours"],
+            idx_mapping_np=np.array([3, 2]),
+            num_computed_prefill_tokens_np=np.array([0, start]),
+            num_scheduled_tokens=np.array([4, end - start]),
+            query_start_loc_np=np.array([0, 4, 4 + end - start]),
+        )
+        states = torch.cat([hidden[3, :4], hidden[2, start:end]])
+        lengths = np.full(4, 12)
+        assert worker.compute_prompt_logprobs(
+            logits_fn, states, batch, tokens, None, lengths
+        ) == "stock"  # fmt: skip
+        found += [row for part in ring.read() for row in part.copy()]
+    # Of 12 tokens those from the 4th on; the rows before and after them were not computed.
+    assert num_seen == [3, 3, 2]
+    heads, _, ids, logprobs = parts(np.array(found))
+    assert heads.tolist() == [[5, 1, position] for position in range(8)]
+    assert ids[:, 0].tolist() == tokens[2, 4:12].tolist()
+    exact = (hidden[2, 3:11] @ head).log_softmax(1).numpy()
+    assert np.abs(logprobs - np.take_along_axis(exact, ids.astype(int), 1)).max() < 1e-5
+    worker.remove_request("ours")
+    worker.compute_prompt_logprobs(logits_fn, states, batch, tokens, None, lengths)
+    assert len(num_seen) == 3 and written(ring) == []
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_worker_of_another_form_keeps_its_prompt_logprobs(worker_tap, ring, caplog):
+    from teacher_cache.engines.vllm.worker_scoring import ScoringExtension
+
+    def other(hidden_states):
+        return "stock"
+
+    extension = ScoringExtension()
+    extension.model_runner = SimpleNamespace(_get_prompt_logprobs_dict=other)
+    reason = extension.take_scored_rows()
+    assert "takes hidden_states" in reason
+    assert extension.model_runner._get_prompt_logprobs_dict is other
+    rows = worker_rows_of({"max_num_seqs": 4}, None, K)
+    engine = SimpleNamespace(
+        collective_rpc=lambda method: [None, reason],
+        vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=64)),
+    )
+    rows.score_in(engine)
+    assert not rows.are_scored and not rows.are_sent(engine.vllm_config)
+    assert caplog.messages == [
+        f"scoring from vLLM's prompt logprobs, which is slower: {reason}"
+    ]  # fmt: skip
+    engine.collective_rpc = lambda method: [None, None]
+    rows.score_in(engine)
+    assert rows.are_scored
+    engine.vllm_config.scheduler_config.max_num_batched_tokens = 1 << 24
+    rows.score_in(engine)
+    assert not rows.are_scored and "too long" in caplog.messages[-1]
+    rows.close()
+
+
 # --- when not to, and when to stop --------------------------------------------------------------
 
 
@@ -376,8 +482,13 @@ def test_engines_whose_worker_cannot_give_rows_are_known(caplog):
     caplog.set_level("INFO")
     sampling = Sampling(temperature=0.6, top_p=0.95, top_k=0)
     args = {"max_num_seqs": 4, "distributed_executor_backend": "mp", "tensor_parallel_size": 2}
-    worker_rows_of(args, sampling, K).close()
-    assert worker_rows_of(args, None, K) is None
+    for one, loading in ((sampling, {"logits_processors", "worker_extension_cls"}),
+                         (None, {"worker_extension_cls"})):  # fmt: skip
+        rows = worker_rows_of(args, one, K)
+        assert rows.engine_args.keys() == loading
+        rows.close()
+    assert worker_rows_of(args | {"worker_extension_cls": "my.Own"}, None, K) is None
+    assert caplog.messages[-1].endswith("worker_extension_cls is set already")
     for reason, more in {
         "speculative decoding": {"speculative_config": {"method": "ngram"}},
         "pipeline_parallel_size": {"pipeline_parallel_size": 2},

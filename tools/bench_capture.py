@@ -17,7 +17,8 @@ Ways, all with the same requests, window and sampling:
 put together, choosing entries, checks and the journal, the compacting thread. The rows of a capture
 are recorded and replayed to captures of the same requests with the engine idle, because beside a
 busy engine that shares the same cores' caches the clock would count the engine's work too. The
-median of these is shown. What the worker does for a row is in `fast_over_bare` alone.
+median of these is shown. What the worker does for a row is in `fast_over_bare`, and in the CPU time
+per token of all processes of a way together, which other programs on the machine disturb less.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from bench_capture_parts import (
     PartTimes,
     Recording,
     ReplayedTeacher,
+    cpu_s,
     peak_rss_bytes,
     reset_peak_rss,
     shaped_model,
@@ -70,6 +72,7 @@ class Shared:
     requests: list[TeacherRequest] = field(default_factory=list)  # those of the last capture
     num_tokens: int = 0  # generated in the last run
     started_s: float = 0.0
+    cpu_started_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.facts = self.teacher.facts
@@ -92,7 +95,7 @@ class Shared:
             return
         self.requests.clear()
         self.num_tokens = 0
-        self.started_s = time.perf_counter()
+        self.started_s, self.cpu_started_s = time.perf_counter(), cpu_s()
         teacher = self.replayed or self.teacher
         for rows in teacher.run(self._noted(itertools.chain([first], requests))):
             self.num_tokens += len(rows.token_ids) - rows.num_given
@@ -181,6 +184,7 @@ def run_ways(
 ) -> dict[str, Any]:
     requests, teacher = list(shared.requests), shared.teacher
     rates: dict[str, list[float]] = {}
+    cpu_us: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
     ways = [way for way in WAYS if way in arguments.ways.split(",")]
     for turn in range(arguments.rounds):
@@ -189,11 +193,18 @@ def run_ways(
             if way in OURS:
                 capture(way)
                 seconds, num_tokens = time.perf_counter() - shared.started_s, shared.num_tokens
+                begun_s = shared.cpu_started_s
             else:
+                begun_s = cpu_s()
                 seconds, num_tokens = drive(teacher, requests, way)
             rates.setdefault(way, []).append(num_tokens / seconds)
+            cpu_us.setdefault(way, []).append((cpu_s() - begun_s) / num_tokens * 1e6)
             peaks[way] = max(peaks.get(way, 0), peak_rss_bytes())
-            print(f"round {turn}: {way:9}{rates[way][-1]:9,.0f} tokens/s", file=sys.stderr)
+            print(
+                f"round {turn}: {way:9}{rates[way][-1]:9,.0f} tokens/s, "
+                f"{cpu_us[way][-1]:7.1f} us of CPU per token",
+                file=sys.stderr,
+            )
     parts_s = host_parts(shared, lambda: capture("fast"), arguments.rounds)
     cache = open_cache(str(max(folder.glob("cache-*"), key=lambda each: each.stat().st_mtime)),
                        allow_unsealed=True)  # fmt: skip
@@ -210,6 +221,7 @@ def run_ways(
         "host_us_per_token": {
             name: seconds / shared.num_tokens * 1e6 for name, seconds in parts_s.items()
         },
+        "cpu_us_per_token_of": {way: statistics.median(us) for way, us in cpu_us.items()},
         "peak_rss_bytes": peaks.get("fast"),
         "peak_rss_bytes_of": peaks,
         "bytes_per_token": sum(shard.size_bytes for shard in cache.shards) / stored,
@@ -311,7 +323,7 @@ def table(result: dict[str, Any]) -> str:
         f"{result['num_prompts']} prompts, {result['num_tokens']:,} generated tokens, K = "
         f"{result['top_k']}, concurrency {result['concurrency']}, medians of {result['rounds']}",
         "",
-        f"{'way':10}{'tokens/s':>10}{'of bare':>9}{'peak RSS':>11}",
+        f"{'way':10}{'tokens/s':>10}{'of bare':>9}{'CPU us/token':>14}{'peak RSS':>11}",
     ]
     bare = result.get("tokens_per_s_bare")
     for way in WAYS:
@@ -319,7 +331,8 @@ def table(result: dict[str, Any]) -> str:
             rate = result[f"tokens_per_s_{way}"]
             share = f"{rate / bare:9.2f}" if bare else " " * 9
             peak = result["peak_rss_bytes_of"][way] / 2**20
-            lines.append(f"{way:10}{rate:10,.0f}{share}{peak:7,.0f} MiB")
+            cpu_us = result["cpu_us_per_token_of"][way]
+            lines.append(f"{way:10}{rate:10,.0f}{share}{cpu_us:14.1f}{peak:7,.0f} MiB")
     lines.append("")
     for name, goal in (("fast_over_flat", ">= 1.0"), ("fast_over_bare", ">= 0.92, on a GPU 0.97")):
         if name in result:

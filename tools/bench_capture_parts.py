@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
+
 from teacher_cache.capture import worker_loop
 from teacher_cache.engines import TeacherFacts, TeacherRequest, TeacherRows
 from teacher_cache.engines.vllm.pages import RowPages
@@ -101,7 +103,9 @@ class ReplayedTeacher:
     def run(self, requests: Iterable[TeacherRequest]) -> Iterator[TeacherRows]:
         """Every recorded request, in the recorded order."""
         _ = list(requests)  # the caller notes what it has handed out
-        reader = WorkerRows(num_candidates=self._recording.num_candidates, max_num_seqs=1024)
+        reader = WorkerRows(
+            num_candidates=self._recording.num_candidates, max_num_seqs=1024, engine_args={}
+        )
         reader.set_room(*self._recording.room)
         writer = RowRing.opened(reader._ring.address)
         found = None
@@ -166,6 +170,17 @@ class PartTimes:
                 return part(*arguments, **named)
 
         return timed
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process and its children so far."""
+    own = psutil.Process()
+    total = 0.0
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def reset_peak_rss() -> None:

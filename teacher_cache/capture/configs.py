@@ -121,8 +121,8 @@ class CaptureConfig(RowsConfig):
         "Engine argument of vLLM, such as max_num_seqs=128; repeatable.", default_factory=dict
     )
     rows_from: str = _teacher(
-        "Source of the rows of drawn tokens: the logits in vLLM's worker, or the logprobs that "
-        "vLLM returns, which is slower.",
+        "Source of the rows: the logits in vLLM's worker, or the logprobs that vLLM returns, which "
+        "is slower.",
         default="worker",
         choices=ROWS_FROM,
     )

@@ -34,15 +34,9 @@ def score(config: ScoreConfig) -> CaptureReport:
     context = files.context_length(config.max_model_len, num_reserved=num_reserved)
 
     def requests(item: SourceTrace) -> list[TeacherRequest]:
-        return [
-            TeacherRequest(
-                request_id=item.trace_id,
-                token_ids=item.token_ids[: lead_span_length(len(item.token_ids), config.lead_span)],
-                max_new_tokens=0,
-                seed=0,
-                capture_prompt=True,
-            )
-        ]
+        ids = item.token_ids[: lead_span_length(len(item.token_ids), config.lead_span)]
+        first_row = 1 if config.capture_prompt else max(1, min(item.num_prompt, len(ids)))
+        return [TeacherRequest(item.trace_id, ids, 0, 0, capture_prompt=True, first_row=first_row)]
 
     part = None if config.slice is None else TraceSlice.parse(config.slice)
     render = TraceRenderer(

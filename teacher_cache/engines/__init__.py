@@ -60,6 +60,7 @@ class TeacherRequest:
     max_new_tokens: int
     seed: int  # 0 <= seed < 2**63
     capture_prompt: bool  # rows for the given tokens too (always true when scoring)
+    first_row: int = 1  # when scoring, the first token that needs a row; earlier ones may have one
 
 
 @dataclass(frozen=True)

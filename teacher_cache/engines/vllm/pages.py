@@ -62,6 +62,8 @@ class RowPages:
 
     def rows(self, slot: int, num_rows: int) -> NDArray[np.int32] | None:
         """The rows of the first `num_rows` positions; None if one of them has not arrived."""
+        if num_rows == 0:
+            return self._rows[:0]
         pages = self._pages[slot, : -(-num_rows // _PAGE_ROWS)]
         if (pages < 0).any():
             return None

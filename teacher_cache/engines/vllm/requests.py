@@ -19,7 +19,7 @@ from teacher_cache.engines.vllm.worker_rows import (
     require_same_tails,
 )
 
-_CHECK_TOKENS = 32
+_CHECK_TOKENS = 8
 _CHECK_TOLERANCE = 1e-3  # nats; 4e-6 was measured on a CPU
 _TAIL_TOLERANCE = 3e-5  # probability
 _GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0)
@@ -32,6 +32,7 @@ class Flight:
     request: TeacherRequest
     slot: int | None = None  # of its rows from the worker; None if it has logprobs alone
     is_check: bool = False  # of the worker's rows, beside those that were asked for
+    is_compared: bool = False  # has logprobs too, which its rows from the worker must equal
 
 
 def check_of(request: TeacherRequest) -> TeacherRequest:
@@ -60,12 +61,13 @@ def sampling_params(
         room: Largest number of tokens that the context has room for after the given ones.
         num_candidates: K, if logprobs are requested.
         extra_args: For `worker_tap`.
-        with_logprobs: Whether vLLM returns the logprobs of drawn tokens.
+        with_logprobs: Whether vLLM returns the logprobs of drawn tokens, or those of scored ones.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     scoring = request.max_new_tokens == 0
+    given_logprobs = with_logprobs if scoring else request.capture_prompt
     drawing = _GREEDY if scoring or sampling is None else sampling
     return SamplingParams(
         n=1,
@@ -78,7 +80,9 @@ def sampling_params(
         seed=request.seed,
         max_tokens=1 if scoring else min(request.max_new_tokens, room),
         logprobs=num_candidates if with_logprobs and not scoring else None,
-        prompt_logprobs=num_candidates if scoring or request.capture_prompt else None,
+        prompt_logprobs=num_candidates if given_logprobs else None,
+        # Tokens found in the prefix cache would have no rows.
+        skip_reading_prefix_cache=True if scoring else None,
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
@@ -101,36 +105,71 @@ def finished_rows(
     where = f"request {request.request_id!r}"
     if completion.finish_reason not in ("stop", "length"):
         raise EngineError(f"{where}: vLLM ended it as {completion.finish_reason!r}")
-    scoring = request.max_new_tokens == 0
-    generated = [] if scoring else list(completion.token_ids)
-    capture_given = scoring or request.capture_prompt
+    if request.max_new_tokens == 0:
+        return _scored_rows(flight, output, num_candidates, worker_rows)
+    generated = list(completion.token_ids)
     found = None
     if flight.slot is not None and worker_rows is not None:
         found = worker_rows.rows(flight.slot, len(generated))
         if found is None:
             return None
     pieces, tails = [], None
-    if capture_given:
+    if request.capture_prompt:
         pieces.append(to_rows(request.request_id, output.prompt_logprobs, num_candidates))
     if found is not None:
         without_tail = np.full(sum(len(ids) for ids, _ in pieces), np.nan, np.float32)
         pieces.append(found[:2])
         tails = np.concatenate([without_tail, found[2]])
-    elif not scoring:
+    else:
         pieces.append(to_rows(request.request_id, completion.logprobs, num_candidates))
-    if flight.is_check:
+    if flight.is_compared and found is not None:
         stock = to_rows(request.request_id, completion.logprobs, num_candidates)
-        require_same_rows(where, pieces[-1], stock, _CHECK_TOLERANCE)
-        if found is not None:
-            require_same_tails(where, found[2], stock[1], _TAIL_TOLERANCE)
+        require_same_rows(where, found[:2], stock, _CHECK_TOLERANCE)
+        require_same_tails(where, found[2], stock[1], _TAIL_TOLERANCE)
     rows = TeacherRows(
         request_id=request.request_id,
         token_ids=np.array([*request.token_ids, *generated], dtype=np.int32),
         num_given=len(request.token_ids),
-        first_row=1 if capture_given else len(request.token_ids),
+        first_row=1 if request.capture_prompt else len(request.token_ids),
         row_ids=_together([ids for ids, _ in pieces]),
         row_logprobs=_together([logprobs for _, logprobs in pieces]),
-        finish_reason="scored" if scoring else completion.finish_reason,
+        finish_reason=completion.finish_reason,
+        row_tails=tails,
+    )
+    check_rows(rows)
+    return rows
+
+
+def _scored_rows(
+    flight: Flight,
+    output: Any,  # noqa: ANN401 (vLLM is untyped here)
+    num_candidates: int,
+    worker_rows: WorkerRows | None,
+) -> TeacherRows | None:
+    """The rows of a trace that was scored; None if the worker's are not all here."""
+    request, tails, first_row = flight.request, None, 1
+    if flight.slot is None or worker_rows is None:
+        ids, logprobs = to_rows(request.request_id, output.prompt_logprobs, num_candidates)
+    else:
+        first_row = request.first_row
+        found = worker_rows.rows(flight.slot, len(request.token_ids) - first_row)
+        if found is None:
+            return None
+        ids, logprobs, tails = found
+    if flight.is_compared and tails is not None:
+        where = f"request {request.request_id!r}"
+        stock = to_rows(request.request_id, output.prompt_logprobs, num_candidates)
+        wanted = stock[0][first_row - 1 :], stock[1][first_row - 1 :]
+        require_same_rows(where, (ids, logprobs), wanted, _CHECK_TOLERANCE)
+        require_same_tails(where, tails, wanted[1], _TAIL_TOLERANCE)
+    rows = TeacherRows(
+        request_id=request.request_id,
+        token_ids=np.array(request.token_ids, dtype=np.int32),
+        num_given=len(request.token_ids),
+        first_row=first_row,
+        row_ids=ids,
+        row_logprobs=logprobs,
+        finish_reason="scored",
         row_tails=tails,
     )
     check_rows(rows)

@@ -33,7 +33,6 @@ from teacher_cache.engines.vllm.start import (
 )
 from teacher_cache.engines.vllm.worker_rows import (
     NO_SLOT,
-    PROCESSOR,
     REQUEST_KEY,
     worker_rows_of,
 )
@@ -138,7 +137,7 @@ class VllmTeacher:
         try:
             with self._processes.starting(), contextlib.ExitStack() as stack:
                 if self._worker_rows is not None:
-                    args["logits_processors"] = [PROCESSOR]
+                    args |= self._worker_rows.engine_args
                     stack.enter_context(self._worker_rows.offered())
                 self._engine = start_engine(
                     vllm, args, max_model_len, on_cpu=on_cpu, seeded=sampling is not None
@@ -168,6 +167,7 @@ class VllmTeacher:
         self._num_in_worker = itertools.count()
         self._num_steps = 0
         if self._worker_rows is not None:
+            self._worker_rows.score_in(self._engine)
             if self._worker_rows.are_sent(config):
                 self._worker_rows.set_room(self._window + 1, self._context)  # and a check
             else:
@@ -272,19 +272,25 @@ class VllmTeacher:
             sampling=self._sampling,
         )
         name = str(next(self._serial))
-        if scoring or self._worker_rows is None:
+        rows = self._worker_rows
+        if rows is None or (scoring and not rows.are_scored):
             self._add(name, request, None, with_logprobs=True)
             flights[name] = Flight(request)
             return
-        slot, tag = self._worker_rows.begin(len(request.token_ids))
+        is_due = next(self._num_in_worker) % _CHECK_EVERY == 0
+        if scoring:  # the same request can have both
+            slot, tag = rows.begin_scoring(request.first_row)
+            self._add(name, request, tag, with_logprobs=is_due)
+            flights[name] = Flight(request, slot, is_compared=is_due)
+            return
+        slot, tag = rows.begin(len(request.token_ids))
         self._add(name, request, tag, with_logprobs=False)
         flights[name] = Flight(request, slot)
-        is_due = next(self._num_in_worker) % _CHECK_EVERY == 0
         if is_due and not any(flight.is_check for flight in flights.values()):
-            slot, tag = self._worker_rows.begin(len(request.token_ids))
+            slot, tag = rows.begin(len(request.token_ids))
             check = check_of(request)
             self._add(f"check-{name}", check, tag, with_logprobs=True)
-            flights[f"check-{name}"] = Flight(check, slot, is_check=True)
+            flights[f"check-{name}"] = Flight(check, slot, is_check=True, is_compared=True)
 
     def _add(
         self,

@@ -22,29 +22,39 @@ logger = logging.getLogger(__name__)
 # Of a ring, in steps of the largest batch. The worker is at most three steps ahead of the messages
 # that make us read it, so that it never waits for us while we wait for it.
 _STEPS = 8
+_SCORING_STEPS = 3  # of the most tokens that a step computes
 _FEWEST_BYTES = 64 << 20  # a reader that waits for a slow store does not stop the engine at once
 
 PROCESSOR = "teacher_cache.engines.vllm.worker_tap:RowTap"
+EXTENSION = "teacher_cache.engines.vllm.worker_scoring.ScoringExtension"
 RING_VARIABLE = "LEADSPAN_ROW_RING"  # address of the ring, for the processes of one engine
 REQUEST_KEY = "leadspan"  # in `SamplingParams.extra_args`: [slot, serial, tokens of the prompt]
+SCORED_KEY = "leadspan_scored"  # of a scored request: [slot, serial, first token with a row]
 NO_SLOT = -1  # of a request whose rows nobody wants, and which only makes the engine step
 
 _SLOWER = "reading rows from vLLM's logprobs, which is slower: %s"
+_SCORED_SLOWER = "scoring from vLLM's prompt logprobs, which is slower: %s"
 _ONE_MACHINE = (None, "mp", "uni")
 
 
 class WorkerRows:
     """The rows of the requests in flight of one engine, and the ring that they come through."""
 
-    def __init__(self, *, num_candidates: int, max_num_seqs: int) -> None:
+    def __init__(
+        self, *, num_candidates: int, max_num_seqs: int, engine_args: Mapping[str, Any]
+    ) -> None:
         """Make the ring.
 
         Args:
             num_candidates: K.
-            max_num_seqs: Largest number of rows of one engine step.
+            max_num_seqs: Largest number of rows that one engine step draws.
+            engine_args: Arguments by which the engine is to load what writes into the ring.
         """
-        capacity = max(_STEPS * max_num_seqs, _FEWEST_BYTES // (4 * row_words(num_candidates)))
-        self._ring = RowRing.made(capacity, num_candidates)
+        self.engine_args = engine_args
+        fewest = _FEWEST_BYTES // (4 * row_words(num_candidates))
+        self._capacity = max(_STEPS * max_num_seqs, fewest)
+        self._ring = RowRing.made(self._capacity, num_candidates)
+        self.are_scored = False  # whether scored requests send rows too
         self._num_candidates = num_candidates
         self._serials = itertools.count(1)
 
@@ -59,9 +69,12 @@ class WorkerRows:
 
     def are_sent(self, vllm_config: Any) -> bool:  # noqa: ANN401 (vLLM is untyped here)
         """Whether an engine that started with this `VllmConfig` sends rows; or log why not."""
+        num_openers = ("logits_processors" in self.engine_args) + self.are_scored
+        if not num_openers:
+            return False
         is_second = getattr(vllm_config, "use_v2_model_runner", False)
-        if self._ring.num_writers != 1:
-            reason = f"{self._ring.num_writers} workers opened the ring of rows"
+        if self._ring.num_writers != num_openers:
+            reason = f"the ring of rows was opened {self._ring.num_writers} times"
         elif vllm_config.scheduler_config.async_scheduling and not is_second:
             reason = "asynchronous scheduling with the first model runner"
         else:
@@ -69,16 +82,38 @@ class WorkerRows:
         logger.warning(_SLOWER, reason)
         return False
 
+    def score_in(self, engine: Any) -> None:  # noqa: ANN401 (vLLM is untyped here)
+        """Have the worker of an `LLMEngine` send the rows of scored requests, or log why not."""
+        if "worker_extension_cls" not in self.engine_args:
+            return
+        num_tokens = engine.vllm_config.scheduler_config.max_num_batched_tokens
+        if _SCORING_STEPS * num_tokens > self._capacity:
+            reasons = [f"steps of {num_tokens} tokens are too long for the ring of rows"]
+        else:
+            reasons = [each for each in engine.collective_rpc("take_scored_rows") if each]
+        self.are_scored = not reasons
+        if reasons:
+            only_scores = "logits_processors" not in self.engine_args
+            level = logging.WARNING if only_scores else logging.INFO
+            logger.log(level, _SCORED_SLOWER, reasons[0])
+
     def set_room(self, num_requests: int, num_tokens: int) -> None:
         """Make room for so many requests in flight, of at most so many drawn tokens."""
         self._slots = list(range(num_requests))
         self._pages = RowPages(num_requests, num_tokens, self._ring.row_words)
 
     def begin(self, num_prompt: int) -> tuple[int, dict[str, list[int]]]:
-        """The slot of a new request, and its `SamplingParams.extra_args`."""
+        """The slot of a new request that draws tokens, and its `SamplingParams.extra_args`."""
+        return self._begin(REQUEST_KEY, num_prompt)
+
+    def begin_scoring(self, first_row: int) -> tuple[int, dict[str, list[int]]]:
+        """The same of a request that is scored from this token on."""
+        return self._begin(SCORED_KEY, first_row)
+
+    def _begin(self, key: str, number: int) -> tuple[int, dict[str, list[int]]]:
         slot, serial = self._slots.pop(), next(self._serials)
         self._pages.open(slot, serial)
-        return slot, {REQUEST_KEY: [slot, serial, num_prompt]}
+        return slot, {key: [slot, serial, number]}
 
     def drain(self) -> None:
         """Take what the worker has written."""
@@ -120,23 +155,32 @@ def worker_rows_of(
         sampling: Settings for drawing tokens; None for an engine that only scores.
         num_candidates: K.
     """
-    if sampling is None:
-        return None
     reason = _why_not(args, sampling)
     if reason is not None:
         logger.info(_SLOWER, reason)
         return None
-    return WorkerRows(num_candidates=num_candidates, max_num_seqs=int(args["max_num_seqs"]))
+    loading: dict[str, Any] = {} if sampling is None else {"logits_processors": [PROCESSOR]}
+    if args.get("worker_extension_cls"):
+        logger.info(_SCORED_SLOWER, "worker_extension_cls is set already")
+    else:
+        loading["worker_extension_cls"] = EXTENSION
+    if not loading:
+        return None
+    return WorkerRows(
+        num_candidates=num_candidates,
+        max_num_seqs=int(args["max_num_seqs"]),
+        engine_args=loading,
+    )
 
 
-def _why_not(args: Mapping[str, Any], sampling: Sampling) -> str | None:
+def _why_not(args: Mapping[str, Any], sampling: Sampling | None) -> str | None:
     """Reason why an engine with these arguments cannot take rows in its worker; None if it may.
 
     Args:
         args: Arguments of `vllm.EngineArgs`.
-        sampling: Settings for drawing tokens.
+        sampling: Settings for drawing tokens; None for an engine that only scores.
     """
-    if sampling.repetition_penalty != 1.0:
+    if sampling is not None and sampling.repetition_penalty != 1.0:
         return "a repetition penalty may change the logits before"
     for name in ("speculative_config", "spec_method", "spec_model", "spec_tokens"):
         if args.get(name) is not None:

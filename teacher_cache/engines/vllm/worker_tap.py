@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirectionality
 
-from teacher_cache.engines.vllm.ring import HEAD_WORDS, RowRing
-from teacher_cache.engines.vllm.step_rows import Copy, RowMaker, Step
+from teacher_cache.engines.vllm.ring import RowRing
+from teacher_cache.engines.vllm.step_rows import Outbox, RowMaker, Step
 from teacher_cache.engines.vllm.worker_rows import NO_SLOT, REQUEST_KEY, RING_VARIABLE
 
 try:  # of the second model runner, which older versions lack
@@ -58,11 +58,11 @@ class RowTap(LogitsProcessor, SecondRunnersProcessor):  # type: ignore[misc]  # 
             runner: `device, is_pin_memory` of the first model runner, or the request states of the
                 second.
         """
-        self._ring = _opened_ring()
+        self._ring = opened_ring()
+        self._outbox = Outbox(self._ring)
         self._requests: dict[int, _Request] = {}  # by their place in the runner's batch
         self._maker = RowMaker()
         self._pending: Step | None = None
-        self._on_the_way: list[Copy] = []
         self._states: Any = runner[0] if len(runner) == 1 else None
 
     def is_argmax_invariant(self) -> bool:
@@ -109,8 +109,7 @@ class RowTap(LogitsProcessor, SecondRunnersProcessor):  # type: ignore[misc]  # 
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:  # noqa: ANN401 (vLLM is untyped here)
         """Note who has this place from now on; its last owner's token is read before."""
-        if self._ring is not None:
-            self._finish_pending(self._ring)
+        self._finish_pending()
         return self._take(req_idx, sampling_params, ())
 
     def _rows_of_second_runner(self, logits: torch.Tensor, context: Any) -> _Rows | None:  # noqa: ANN401 (vLLM is untyped here)
@@ -139,7 +138,7 @@ class RowTap(LogitsProcessor, SecondRunnersProcessor):  # type: ignore[misc]  # 
         """Keep this step's rows, and write those of the one before."""
         if self._ring is None:
             return logits
-        self._finish_pending(self._ring)
+        self._finish_pending()
         found = (
             self._rows_of_first_runner(logits)
             if context is None
@@ -161,17 +160,14 @@ class RowTap(LogitsProcessor, SecondRunnersProcessor):  # type: ignore[misc]  # 
         # draw from the same copy of the logits.
         return True
 
-    def _finish_pending(self, ring: RowRing) -> None:
+    def _finish_pending(self) -> None:
         if self._pending is not None:
-            self._on_the_way.append(self._pending.rows())
+            self._outbox.add(self._pending.rows())
             self._pending = None
-        while self._on_the_way and self._on_the_way[0].is_there():
-            words: NDArray[np.int32] = self._on_the_way.pop(0).rows.numpy()
-            is_drawn = words[:, HEAD_WORDS] >= 0
-            ring.write(words if is_drawn.all() else words[is_drawn])
+        self._outbox.send()
 
 
-def _opened_ring() -> RowRing | None:
+def opened_ring() -> RowRing | None:
     """The ring of this engine's reader, in the one worker that writes."""
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
