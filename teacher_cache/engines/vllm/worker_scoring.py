@@ -22,8 +22,8 @@ from teacher_cache.engines.vllm.step_rows import Outbox, RowMaker
 from teacher_cache.engines.vllm.worker_rows import SCORED_KEY
 from teacher_cache.engines.vllm.worker_tap import opened_ring
 
-# Tokens whose logits exist at a time.
-_CHUNK_ON_DEVICE = 1024
+# Tokens whose logits exist at a time, twice on a GPU: vLLM itself takes 1024, once.
+_CHUNK_ON_DEVICE = 512
 _CHUNK_ON_HOST = 256
 
 _LogitsOf = Callable[[torch.Tensor], torch.Tensor | None]

@@ -48,12 +48,18 @@ def encode_shard(traces: Sequence[Trace], header: CacheHeader) -> EncodedShard:
     index_type: type[np.unsignedinteger] = np.uint32 if wide else np.uint16
     index_of_id = np.zeros(int(ids.max(initial=-1)) + 1, index_type)
     index_of_id[ids] = places
+    lengths = np.array([len(trace) for trace in traces])
+    bands = range(header.num_bands + 1)
+    token_bounds = np.column_stack([band_start(lengths, b, header.num_bands) for b in bands])
     columns = _Columns(
         schema=shard_schema(header, wide_ids=wide),
         trace_ids=pa.array([trace.trace_id for trace in traces], pa.string()),
         id_dictionary=pa.array(id_dictionary),
         index_of_id=index_of_id,
-        entry_starts=[trace.entry_offsets for trace in traces],
+        token_bounds=token_bounds,
+        entry_bounds=np.array(
+            [t.entry_offsets[bounds] for t, bounds in zip(traces, token_bounds, strict=True)]
+        ),
     )
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(
@@ -63,7 +69,7 @@ def encode_shard(traces: Sequence[Trace], header: CacheHeader) -> EncodedShard:
     num_tokens = []
     with pa.ipc.new_file(sink, columns.schema, options=options) as writer:
         for band in range(header.num_bands):
-            batch = columns.band(traces, band, header.num_bands)
+            batch = columns.band(traces, band)
             writer.write_batch(batch)
             ends.append(sink.tell())
             num_tokens.append(len(batch["token_ids"].values))
@@ -111,25 +117,19 @@ class _Columns:
     trace_ids: pa.Array
     id_dictionary: pa.Array
     index_of_id: NDArray[np.unsignedinteger]
-    entry_starts: list[NDArray[np.int64]]  # per trace, [tokens + 1]
+    token_bounds: NDArray[np.int64]  # [traces, bands + 1]
+    entry_bounds: NDArray[np.int64]  # the same, in entries
 
-    def band(self, traces: Sequence[Trace], band: int, num_bands: int) -> pa.RecordBatch:
-        starts = [band_start(len(t.token_ids), band, num_bands) for t in traces]
-        ends = [band_start(len(t.token_ids), band + 1, num_bands) for t in traces]
-        tokens = [slice(a, b) for a, b in zip(starts, ends, strict=True)]
-        entries = [
-            slice(int(e[s.start]), int(e[s.stop]))
-            for e, s in zip(self.entry_starts, tokens, strict=True)
-        ]
-        per_token = _offsets(tokens)
-        per_entry = _offsets(entries)
+    def band(self, traces: Sequence[Trace], band: int) -> pa.RecordBatch:
+        tokens, per_token = _slices(self.token_bounds[:, band : band + 2])
+        entries, per_entry = _slices(self.entry_bounds[:, band : band + 2])
         ids = np.concatenate([t.top_ids[s] for t, s in zip(traces, entries, strict=True)])
         logits = np.concatenate([t.top_logits[s] for t, s in zip(traces, entries, strict=True)])
         rows = np.arange(len(traces), dtype=np.int32)
         arrays = {
             "trace_id": pa.DictionaryArray.from_arrays(rows, self.trace_ids),
             "band": np.full(len(traces), band, np.uint8),
-            "start": np.array(starts, np.int32),
+            "start": self.token_bounds[:, band].astype(np.int32),
             "n_total": np.array([t.n_total for t in traces], np.int32),
             "cot_start": np.array([t.cot_start for t in traces], np.int32),
             "answer_start": np.array([t.answer_start for t in traces], np.int32),
@@ -161,8 +161,10 @@ def _optional(name: str, traces: Sequence[Trace]) -> list[NDArray[np.float32]]:
     return columns
 
 
-def _offsets(slices: Sequence[slice]) -> pa.Array:
-    return pa.array(entry_offsets([s.stop - s.start for s in slices]).astype(np.int32))
+def _slices(bounds: NDArray[np.int64]) -> tuple[list[slice], pa.Array]:
+    """Slices from pairs of bounds [traces, 2], and the offsets of what they hold together."""
+    offsets = entry_offsets(bounds[:, 1] - bounds[:, 0]).astype(np.int32)
+    return [slice(*pair) for pair in bounds.tolist()], pa.array(offsets)
 
 
 def _lists(
