@@ -151,6 +151,7 @@ def capture(job: Job, start_crew: Callable[[Job, int], Crew] = Alone) -> Capture
         if survey.num_missing == 0:
             return _finish(job, writer, CaptureReport(survey))
         if writer.sealed:
+            _remove_table(job)
             raise CacheMismatchError(
                 f"{writer.where} is sealed, and {survey.num_missing} of {survey.num_wanted} traces "
                 "are not in it. Write them to another folder."
@@ -261,8 +262,13 @@ def _sealed(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureRepo
                 known=writer.finished(),
                 on_record=lambda done, total: progress.set(done, total=total),
             )
-        open_store(job.out).remove(job.file_name("survey", "arrow"))
+        _remove_table(job)
     return _with_parts(job, replace(report, sealed=complete))
+
+
+def _remove_table(job: Job) -> None:
+    """Remove what only a capture that goes on needs."""
+    open_store(job.out).remove(job.file_name("survey", "bin"))
 
 
 def _with_parts(job: Job, report: CaptureReport) -> CaptureReport:

@@ -52,7 +52,7 @@ def survey_table(job: Job) -> SurveyTable:
         SourceError: If the input cannot be read, or has a bad row under `strict`.
     """
     key, num_rows = _input_digest(job)
-    store, name = open_store(job.out), job.file_name("survey", "arrow")
+    store, name = open_store(job.out), job.file_name("survey", "bin")
     try:
         found = _parsed(store.read(name), key, num_rows)
     except FileNotFoundError:
