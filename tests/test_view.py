@@ -8,6 +8,7 @@ import zlib
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
@@ -18,12 +19,19 @@ import student_train.cli.group
 import teacher_cache.cli.group
 from student_train.model.forward import StudentWithLoss
 from student_train.model.load import head_of
-from student_train.view.view import student_view
-from teacher_cache.format import lead_span_length, num_bands_needed, open_cache
+from student_train.profile.config import ProfileConfig
+from student_train.profile.profile import profile
+from student_train.view.view import kl_of_entries, student_view
+from teacher_cache.cli.report_text import figures_lines, token_line
+from teacher_cache.examine.audit import AuditConfig, audit
+from teacher_cache.examine.inspection import inspect_cache, show_tokens
+from teacher_cache.format import CacheMismatchError, lead_span_length, num_bands_needed, open_cache
 from teacher_cache.pages.choice import choose, sample_places
 from teacher_cache.pages.packing import pack, texts_index
 from teacher_cache.pages.page import json_for_script
 from teacher_cache.pages.traces import ShownTrace, bytes_before, trace_page, worst_disagreements
+from teacher_cache.transform.retokenize.configs import RetokenizeConfig
+from teacher_cache.transform.retokenize.run import retokenize
 
 STRANGER = "</script><img src=x onerror=alert(1)>\u202e&\"'"
 
@@ -251,3 +259,74 @@ def test_header_facts_of_any_length_fit(tmp_path):
 
     assert header.teacher in page
     assert "(10,000 characters)" in page
+
+
+@pytest.fixture(scope="module")
+def without_tails(tmp_path_factory):
+    path = tmp_path_factory.mktemp("imported") / "cache"
+    return open_cache(make_cache(path, make_traces(3), imported={"tail": "unknown"}))
+
+
+def test_a_page_without_tails_says_so_and_what_else_it_cannot_know(cache, without_tails, student):
+    shown = [ShownTrace(trace) for trace in without_tails]
+    page = trace_page(without_tails, shown, str, chosen="all").decode()
+    data = json.loads(re.search(r'id="page-data">(.*?)</script>', page, re.DOTALL)[1])
+    assert data["has_tails"] is False
+    assert "outside the kept entries is not known" in page
+    whole = trace_page(cache, [ShownTrace(cache["t0"])], str, chosen="one").decode()
+    assert "is not known: this cache" not in whole
+
+
+def test_the_students_kl_of_such_a_trace_is_over_its_entries(without_tails, student):
+    trace = without_tails["t1"]
+    view = student_view(student, trace, torch.device("cpu"))
+    kl = kl_of_entries(trace, view.entry_logprobs)
+    for t in range(len(trace)):
+        entries = slice(trace.entry_offsets[t], trace.entry_offsets[t + 1])
+        q, p = view.entry_logprobs[entries], trace.top_logprobs[entries]
+        if not len(q):
+            assert np.isnan(kl[t])
+            continue
+        p, q = np.exp(p) / np.exp(p).sum(), np.exp(q) / np.exp(q).sum()
+        assert kl[t] == pytest.approx(np.sum(p * np.log(p / q)), abs=1e-9)
+
+
+def test_other_readers_say_that_tails_are_not_known(without_tails, tmp_path):
+    group = teacher_cache.cli.group.cli
+    found = inspect_cache(without_tails, 0)
+    header = without_tails.header.to_json()
+    shown = "\n".join(figures_lines(found, header, without_tails.path, can_draw=False))
+    assert "tail mass: not known" in shown
+    assert "entropy of the kept entries alone" in shown
+    figures = json.loads(invoke(group, "inspect", without_tails.path, "--json").output)
+    assert figures["measured"]["tail_mass_mean"] is None
+    tokens = show_tokens(without_tails["t0"], None, (1, 9), has_tails=False)
+    assert all("tail not known" in token_line(token) for token in tokens)
+    page = tmp_path / "figures.html"
+    invoke(group, "inspect", without_tails.path, "--json", "--html", page)
+    assert "tail mass" not in page.read_text()
+    for name in ("rows.parquet", "rows.jsonl"):
+        options = ["--logprobs"] if name.endswith("jsonl") else []
+        invoke(group, "export", without_tails.path, tmp_path / name, *options)
+    assert pq.read_table(tmp_path / "rows.parquet")["tail_mass"].null_count == len(
+        pq.read_table(tmp_path / "rows.parquet")
+    )
+    row = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])
+    assert set(row["tail_mass"]) == {None}
+    assert any(logprobs for logprobs in row["top_logprobs"])
+
+
+def test_what_needs_tails_refuses_a_cache_without_them(without_tails, tmp_path):
+    path, out = without_tails.path, tmp_path / "out"
+    student = make_student(tmp_path)
+    for work in (
+        lambda: retokenize(RetokenizeConfig(cache=path, student=str(student), out=str(out))),
+        lambda: audit(AuditConfig(cache=path, model=str(student))),
+        lambda: profile(ProfileConfig(cache=(path,), student=str(student), out=out)),
+    ):
+        with pytest.raises(CacheMismatchError, match="do not tell the probability outside"):
+            work()
+    config = ProfileConfig(cache=(path,), student=str(student), out=out, tail="renormalise")
+    profile(config)
+    sections = json.loads((out / "profile.json").read_text())["sections"]
+    assert all(row["tail"] is None and row["divergence"] > 0 for row in sections)

@@ -55,7 +55,7 @@ def busy_shares(
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.normal(np.log(MEDIAN_TOKENS), sigma, NUM_TRACES)).astype(np.int64) + 1
     shard = np.arange(NUM_TRACES) * num_shards // NUM_TRACES
-    order = epoch_order(shard, np.arange(NUM_TRACES), lengths, seed=0, epoch=0, fingerprint="bench")
+    order = epoch_order(shard, np.arange(NUM_TRACES), seed=0, epoch=0, fingerprint="bench")
     num_tokens = lengths[order.row]
     dealing = deal(
         order.shard, num_tokens,

@@ -19,7 +19,9 @@ Every measurement is a fresh process; figures are medians of `--repeats` rounds,
 `wait_share` is how much of its time a consumer waits that takes `--train-tokens-per-s`, after its
 first step, which waits until ten shards are there.
 `shuffle_quality` is the mean distance in the epoch of traces that are neighbours in a shard, as a
-proportion of that in a full permutation; where shards are many, their order decides most of it.
+proportion of that in a full permutation, and `most_waiting` the largest share of the epoch that has
+been read and waits for its turn; of MosaicML's `py1e` likewise, from its own function, with the
+block that it takes by default (all of an epoch of that size) and one that keeps as much waiting.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from bench_json import write_figures
 from bench_stream_mosaic import COLUMNS, Delivered
 from numpy.typing import NDArray
 
+from student_train.data.due import most_waiting
 from student_train.data.order import EpochOrder, data_order, epoch_order
 from student_train.data.stream import TraceStream
 from student_train.data.tokens import TokenSelection
@@ -65,7 +68,8 @@ LEAD_SPAN = 0.5
 BATCH_TRACES = 16
 OURS, ROWS, TABLES = "leadspan", "datasets, numpy rows", "datasets, tables by hand"
 MOSAIC = {"MosaicML, zstd": "zstd:1", "MosaicML, uncompressed": ""}
-SHARDS_OF_QUALITY = (20, 100, 1000)
+SHARDS_OF_QUALITY, TRACES_PER_SHARD = (20, 100, 1000), 100
+PY1E_BLOCKS = (4_000_000, 65_000)  # the default on one machine; much the same waits as with ours
 
 
 def main() -> None:
@@ -277,6 +281,11 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             "peak_rss_bytes": median["peak_rss_bytes"],
         }
     order = data_order(open_data([folder / "cache"]), seed=0, epoch=0)
+    shuffles = {f"ours, {n:,} shards": shuffle_figures(order_of(n)) for n in SHARDS_OF_QUALITY}
+    for block in PY1E_BLOCKS if arguments.mosaic_python else ():
+        py1e = py1e_order(arguments.mosaic_python, SHARDS_OF_QUALITY[-1], block)
+        name = f"py1e, {SHARDS_OF_QUALITY[-1]:,} shards, blocks of {block:,}"
+        shuffles[name] = shuffle_figures(py1e)
     waits = run_child("wait", folder, arguments)
     ours = results[OURS]
     return {
@@ -291,10 +300,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "train_tokens_per_s": arguments.train_tokens_per_s,
         "num_tokens": expected["num_tokens"],
         "num_shards": len(open_cache(folder / "cache").shards),
-        "shuffle_quality": shuffle_quality(order),
-        "shuffle_quality_by_shards": {
-            str(n): shuffle_quality(order_of(n)) for n in SHARDS_OF_QUALITY
-        },
+        "shuffle": {"this cache": shuffle_figures(order), **shuffles},
         "results": results,
     }
 
@@ -324,19 +330,29 @@ def size_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def shuffle_quality(order: EpochOrder) -> float:
-    """Mean distance in an epoch of neighbours in a shard, relative to a full permutation's."""
+def shuffle_figures(order: EpochOrder) -> dict[str, float]:
+    """Distance of neighbours, relative to a full permutation's, and what waits at most."""
     by_place = np.lexsort((order.row, order.shard))  # the epoch's places, shard by shard
     neighbours = np.diff(order.shard[by_place]) == 0
     distances = np.abs(np.diff(by_place))[neighbours]
-    return float(distances.mean() / ((len(order) + 1) / 3))  # the mean over all permutations
+    return {
+        "quality": float(distances.mean() / ((len(order) + 1) / 3)),  # the mean of permutations
+        "most_waiting": most_waiting(order.shard, np.ones(len(order))) / len(order),
+    }
 
 
 def order_of(num_shards: int) -> EpochOrder:
-    """The order of a cache of this many shards of 100 traces."""
-    shard, row = np.divmod(np.arange(num_shards * 100), 100)
-    lengths = np.random.default_rng(0).integers(500, 9000, len(shard))
-    return epoch_order(shard, row, lengths, seed=0, epoch=0, fingerprint="bench")
+    """The order of a cache of this many shards."""
+    shard, row = np.divmod(np.arange(num_shards * TRACES_PER_SHARD), TRACES_PER_SHARD)
+    return epoch_order(shard, row, seed=0, epoch=0, fingerprint="bench")
+
+
+def py1e_order(python: str, num_shards: int, block: int) -> EpochOrder:
+    """The order of the same traces by MosaicML's own function."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "order.npy")
+        mosaic(python, "order", str(num_shards), str(TRACES_PER_SHARD), str(block), file)
+        return EpochOrder(*np.divmod(np.load(file), TRACES_PER_SHARD))
 
 
 def show(found: dict[str, Any]) -> None:
@@ -355,11 +371,11 @@ def show(found: dict[str, Any]) -> None:
     )
     times = found["times_faster_than"].items()
     print("times faster than " + ", ".join(f"{name}: {value:.1f}" for name, value in times))
-    qualities = found["shuffle_quality_by_shards"].items()
-    print(
-        f"shuffle quality {found['shuffle_quality']:.2f}, of caches of 100 traces per shard: "
-        + ", ".join(f"{value:.2f} with {name} shards" for name, value in qualities)
-    )
+    for name, item in found["shuffle"].items():
+        print(
+            f"shuffle of {name}: quality {item['quality']:.2f}, "
+            f"{item['most_waiting']:.2f} of the epoch waits at most"
+        )
 
 
 if __name__ == "__main__":

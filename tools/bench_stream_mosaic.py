@@ -2,6 +2,7 @@
 
 python bench_stream_mosaic.py write TRACES.arrow FOLDER [COMPRESSION]
 python bench_stream_mosaic.py read FOLDER LEAD_SPAN     # prints figures as JSON
+python bench_stream_mosaic.py order SHARDS TRACES_PER_SHARD BLOCK FILE.npy
 """
 
 from __future__ import annotations
@@ -96,6 +97,14 @@ def read(folder: Path, lead_span: float) -> dict[str, Any]:
         }
 
 
+def order(num_shards: int, traces_per_shard: int, block: int, file: Path) -> None:
+    """Write one epoch of `py1e`: the samples' numbers, in order."""
+    from streaming.base.shuffle import get_shuffle
+
+    sizes = np.full(num_shards, traces_per_shard)
+    np.save(file, get_shuffle("py1e", sizes, 1, 0, 0, block))
+
+
 def bytes_asked_for() -> int:
     return int(Path("/proc/self/io").read_text().partition("rchar: ")[2].split()[0])
 
@@ -106,5 +115,7 @@ if __name__ == "__main__":
             write(Path(traces), Path(folder), (compression or [""])[0] or None)
         case ["read", folder, lead_span]:
             print(json.dumps(read(Path(folder), float(lead_span))))
+        case ["order", num_shards, traces_per_shard, block, file]:
+            order(int(num_shards), int(traces_per_shard), int(block), Path(file))
         case _:
             sys.exit(__doc__)

@@ -102,6 +102,14 @@ def packed(traces: Sequence[Trace]) -> _Bytes:
     return np.concatenate([np.ascontiguousarray(column).view(np.uint8) for column in columns])
 
 
+def packed_bytes(trace: Trace) -> int:
+    """Bytes that `packed` makes of one trace: about what its arrays take in memory."""
+    optional = [getattr(trace, name) for name in OPTIONAL_COLUMNS]
+    num_floats = sum(len(column) for column in optional if column is not None)
+    counts = 8 * (2 + len(OPTIONAL_COLUMNS))
+    return counts + 9 * len(trace) + 8 * trace.num_entries + 4 * num_floats
+
+
 def unpacked(data: _Bytes, infos: Sequence[TraceInfo]) -> list[Trace]:
     """The traces of `packed`, which have these commit records."""
     if not infos:

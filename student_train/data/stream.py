@@ -1,11 +1,12 @@
 """Traces of a cache in training order, cut to the tokens trained on, from any cursor.
 
-order -> shards read when first needed -> global batches, shared by ranks -> a bounded prefetch
-thread.
+order -> shards read when first needed, whose traces wait for their turn -> global batches, shared
+by ranks -> a bounded prefetch thread.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -14,12 +15,14 @@ import numpy as np
 
 from student_train.data.dealing import Dealing, deal
 from student_train.data.draw import draw_spans
+from student_train.data.due import DueTraces
 from student_train.data.exchange import TraceExchange, handed_over
-from student_train.data.order import EpochOrder, data_order
+from student_train.data.order import SHUFFLE_WINDOW, EpochOrder, data_order
 from student_train.data.prefetch import Prefetch
 from student_train.data.tokens import SelectedTrace, TokenSelection
 from student_train.data.traces import TrainingData
-from teacher_cache.format import CacheError, Trace
+from student_train.data.waiting import MEMORY_BYTES
+from teacher_cache.format import CacheError, Trace, TraceInfo
 
 PREFETCH_STEPS = 4
 
@@ -84,6 +87,8 @@ class TraceStream:
         num_ranks: int = 1,
         exchange: TraceExchange | None = None,
         cursor: Cursor = Cursor(),
+        shuffle_window: float = SHUFFLE_WINDOW,
+        memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         """Describe a stream; nothing is read before it is entered.
 
@@ -99,6 +104,10 @@ class TraceStream:
             exchange: Transport of traces among them, with which each shard is read once. Without
                 it each rank reads what it trains on: up to `num_ranks` times the bytes.
             cursor: Position to begin at; the batches are those of an uninterrupted stream.
+            shuffle_window: Share of the shards whose traces are mixed at any time; see
+                `epoch_order`.
+            memory_bytes: Most that waits in this process' memory for its turn; more waits on the
+                disk, compressed.
 
         Raises:
             CacheMismatchError: If more is selected than a truncated cache holds.
@@ -112,6 +121,8 @@ class TraceStream:
         self._num_ranks = num_ranks
         self._exchange = exchange
         self._cursor = cursor
+        self._window = shuffle_window
+        self._memory_bytes = memory_bytes
         self._prefetch: Prefetch[StreamStep] | None = None
 
     @property
@@ -166,37 +177,50 @@ class TraceStream:
             yield from self._epoch_steps(epoch, first)
 
     def _epoch_steps(self, epoch: int, first_step: int) -> Iterator[StreamStep]:
-        order = data_order(self._data, seed=self._seed, epoch=epoch)
+        order = data_order(self._data, seed=self._seed, epoch=epoch, window=self._window)
         begin = min(first_step * self._batch_traces, len(order))
         dealing = self._dealt(order, begin)
-        rows_of_shard: dict[int, list[int]] = {}  # still to be read by this rank
-        for place in dealing.reads(self._rank) + begin:
-            rows_of_shard.setdefault(int(order.shard[place]), []).append(int(order.row[place]))
-        open_shards: dict[int, dict[int, Trace]] = {}
-        for step in range(first_step, self.steps_per_epoch):
-            batch = slice(step * self._batch_traces, (step + 1) * self._batch_traces)
-            places = list(zip(order.shard[batch].tolist(), order.row[batch].tolist(), strict=True))
-            infos = [self._data.info(shard % self._data.num_shards, row) for shard, row in places]
-            here = slice(batch.start - begin, batch.stop - begin)
-            reader, trainer = dealing.reader[here].tolist(), dealing.trainer[here].tolist()
-            read: dict[int, Trace] = {}
-            for index, (shard, row) in enumerate(places):
-                if reader[index] != self._rank:
-                    continue
-                if shard not in open_shards:
-                    open_shards[shard] = self._read(shard, rows_of_shard.pop(shard))
-                read[index] = open_shards[shard].pop(row)
-                if not open_shards[shard]:
-                    del open_shards[shard]
-            mine = handed_over(
-                read, infos, reader=reader, trainer=trainer,
-                rank=self._rank, num_ranks=self._num_ranks, exchange=self._exchange,
-            )  # fmt: skip
-            traces = [self._selected(trace, *places[index]) for index, trace in mine.items()]
-            is_last = step + 1 == self.steps_per_epoch
-            cursor = Cursor(epoch + 1, 0) if is_last else Cursor(epoch, step + 1)
-            ids = tuple(info.trace_id for info in infos)
-            yield StreamStep(cursor, epoch, traces, ids, self._data.bytes_read)
+        reads = dealing.reads(self._rank) + begin
+        with self._or_give_up():
+            planned = DueTraces(self._data, self._drawn, order, reads, self._memory_bytes)
+        with planned as due:
+            for step in range(first_step, self.steps_per_epoch):
+                batch = slice(step * self._batch_traces, (step + 1) * self._batch_traces)
+                shards, rows = order.shard[batch].tolist(), order.row[batch].tolist()
+                places = list(zip(shards, rows, strict=True))
+                infos = [
+                    self._data.info(shard % self._data.num_shards, row) for shard, row in places
+                ]
+                here = slice(batch.start - begin, batch.stop - begin)
+                reader, trainer = dealing.reader[here].tolist(), dealing.trainer[here].tolist()
+                mine = handed_over(
+                    self._due(due, batch.start, infos, reader), infos,
+                    reader=reader, trainer=trainer,
+                    rank=self._rank, num_ranks=self._num_ranks, exchange=self._exchange,
+                )  # fmt: skip
+                traces = [self._selected(trace, *places[index]) for index, trace in mine.items()]
+                is_last = step + 1 == self.steps_per_epoch
+                cursor = Cursor(epoch + 1, 0) if is_last else Cursor(epoch, step + 1)
+                ids = tuple(info.trace_id for info in infos)
+                yield StreamStep(cursor, epoch, traces, ids, self._data.bytes_read)
+
+    def _due(
+        self, due: DueTraces, first: int, infos: Sequence[TraceInfo], reader: Sequence[int]
+    ) -> dict[int, Trace]:
+        """The traces of a batch that this rank reads, by their index in it."""
+        here = [index for index, rank in enumerate(reader) if rank == self._rank]
+        with self._or_give_up():
+            return {index: due.take(first + index, infos[index]) for index in here}
+
+    @contextmanager
+    def _or_give_up(self) -> Iterator[None]:
+        """Tell the other ranks of an error here, or they would wait for this one's traces."""
+        try:
+            yield
+        except (CacheError, OSError):
+            if self._exchange is not None:
+                self._exchange.give_up()
+            raise
 
     def _dealt(self, order: EpochOrder, begin: int) -> Dealing:
         """Who reads and who trains on each trace of the order from `begin` on."""
@@ -211,22 +235,6 @@ class TraceStream:
             can_exchange=self._exchange is not None,
         )  # fmt: skip
 
-    def _selection(self, shard: int, row: int) -> TokenSelection:
-        number, shard_of_cache = self._data.locate(shard % self._data.num_shards)
-        return self._drawn[number].of(shard_of_cache, row)
-
     def _selected(self, trace: Trace, shard: int, row: int) -> SelectedTrace:
-        number, _ = self._data.locate(shard % self._data.num_shards)
-        return SelectedTrace(trace, self._selection(shard, row), number)
-
-    def _read(self, shard: int, rows: list[int]) -> dict[int, Trace]:
         number, shard_of_cache = self._data.locate(shard % self._data.num_shards)
-        source, drawn = self._data.sources[number], self._drawn[number]
-        infos = source.cache.shards[shard_of_cache].traces
-        keep = {row: drawn.of(shard_of_cache, row).num_read(infos[row]) for row in rows}
-        try:
-            return source.cache.read(shard_of_cache, keep, source.view)
-        except (CacheError, OSError):
-            if self._exchange is not None:
-                self._exchange.give_up()  # or the others would wait for these traces
-            raise
+        return SelectedTrace(trace, self._drawn[number].of(shard_of_cache, row), number)

@@ -1,5 +1,6 @@
 """Caches that do not tell the teacher's mass outside their entries."""
 
+from student_train.data.traces import TrainingData
 from teacher_cache.format import Cache, CacheMismatchError
 
 
@@ -18,3 +19,17 @@ def require_tails_to_measure(cache: Cache) -> None:
             "--tail renormalise neither. Measure on a cache that has its tails; such a one can "
             "be trained on, with --tail renormalise"
         )
+
+
+def require_tails_to_train(data: TrainingData) -> None:
+    """Refuse caches for an objective that compares the tails.
+
+    Raises:
+        CacheMismatchError: If there is one whose tails are placeholders.
+    """
+    for source in data.sources:
+        if not source.cache.header.has_tails:
+            raise CacheMismatchError(
+                f"{source.cache.path}: it was imported from rows that do not tell the probability "
+                "outside their entries. Give --tail renormalise, which does without"
+            )

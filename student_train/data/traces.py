@@ -134,11 +134,6 @@ class TrainingData:
         catalog = self.sources[number].cache.catalog
         return catalog.info(catalog.index(shard_of_cache, row))
 
-    def lengths(self, shard: NDArray[np.int64], row: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[n] Tokens in each of n whole traces, by their shards and rows."""
-        n_total = [source.cache.catalog.numbers("n_total") for source in self.sources]
-        return self.values_at(n_total, shard, row)
-
     def values_at(
         self,
         values: Sequence[NDArray[np.int64]],

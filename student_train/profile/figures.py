@@ -63,8 +63,9 @@ def _rows(
             )
         for quantity in _QUANTITIES:
             own = values[quantity][of_group]
-            row[quantity] = float(own.mean())
-            row[f"{quantity}_deciles"] = np.quantile(own, _DECILES).tolist()
+            is_known = not np.isnan(own).any()  # tails of some caches are not
+            row[quantity] = float(own.mean()) if is_known else None
+            row[f"{quantity}_deciles"] = np.quantile(own, _DECILES).tolist() if is_known else None
         rows.append(row)
     return rows
 

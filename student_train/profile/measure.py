@@ -4,7 +4,7 @@ Letters: N tokens of a trace that have a distribution, E kept entries of all of 
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ class TraceMeasures:
     nll_N: NDArray[np.float64]  # of the target token under the student
     rank_N: NDArray[np.int64]  # of the target token under the student, from 1
     entropy_N: NDArray[np.float64]  # of the teacher, its tail counted as one outcome
-    tail_N: NDArray[np.float64]  # the teacher's mass outside the kept entries
+    tail_N: NDArray[np.float64]  # the teacher's mass outside the kept entries; NaN if unknown
     k_N: NDArray[np.int64]  # kept entries
 
     @property
@@ -42,7 +42,12 @@ class TraceMeasures:
 
 
 def measured(
-    student: StudentWithLoss, traces: Iterable[Trace], device: torch.device, cache: int
+    student: StudentWithLoss,
+    traces: Iterable[Trace],
+    device: torch.device,
+    cache: int,
+    *,
+    has_tails: bool = True,
 ) -> Iterator[TraceMeasures]:
     """Measure traces one by one; those without a distribution are left out.
 
@@ -51,6 +56,7 @@ def measured(
         traces: Traces, whole or as far as a truncated cache holds them.
         device: Device to compute on.
         cache: Index of the traces' cache among the profiled ones.
+        has_tails: Whether that cache tells the mass outside the entries.
     """
     num_ids = output_layer(student.model).weight.shape[0]
     for trace in traces:
@@ -61,7 +67,8 @@ def measured(
             num_ids=num_ids,
         )
         if batches:
-            yield _measures(student, trace, batches[0].to(device), cache)
+            found = _measures(student, trace, batches[0].to(device), cache)
+            yield found if has_tails else replace(found, tail_N=np.full_like(found.tail_N, np.nan))
 
 
 def _measures(

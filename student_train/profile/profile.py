@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from student_train.data.tails import require_tails_to_train
 from student_train.data.traces import TrainingData, open_data
 from student_train.model.forward import StudentWithLoss
 from student_train.model.load import check_student, head_of, load_model
@@ -57,6 +58,8 @@ def profile(config: ProfileConfig) -> ProfileResult:
         heldout_share=config.heldout_share,
         allow_unsealed=config.allow_unsealed,
     )
+    if config.tail != "renormalise":
+        require_tails_to_train(data)
     model, tokenizer = load_model(
         config.student, revision=config.student_revision, dtype=torch.float32
     )
@@ -84,7 +87,9 @@ def _measured_cache(
     source = data.sources[number]
     cache = source.cache
     places = chosen_places(source, config.num_traces, config.seed)
-    measures = list(measured(student, cache.read_held(places), device, number))
+    measures = list(
+        measured(student, cache.read_held(places), device, number, has_tails=cache.header.has_tails)
+    )
     if not measures:
         raise ValueError(
             f"{cache.path}: none of {len(places):,} traces has a token with a distribution"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from student_train.batch.loss_tokens import Teaching
+from student_train.data.order import SHUFFLE_WINDOW
 from student_train.data.tokens import TokenSelection
 from student_train.model.lora import Lora
 from student_train.objective import DIVERGENCES, TAILS, Objective
@@ -82,6 +83,14 @@ class TrainConfig:
         "Seed for the order of traces, the lead spans of a mixture, loss dropout and adapters.",
         default=0,
         at_least=0,
+    )
+    shuffle_window: float = _data(
+        "Share of the shards whose traces are mixed at any time; 50 shards at least. Traces that "
+        "were read and wait for their turn take up to 0.5 GiB of a process' memory and beyond it, "
+        "for the default, a third of what an epoch reads in TMPDIR.",
+        default=SHUFFLE_WINDOW,
+        above=0,
+        at_most=1,
     )
     allow_unsealed: bool = _data(
         "Train on the shards committed so far of a capture that is not complete.",

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from student_train.data.draw import DrawnSpans, SpanFigures, described, draw_spans
+from student_train.data.tails import require_tails_to_train
 from student_train.data.traces import TrainingData, open_data
 from student_train.model.load import HeadScaling, check_student
 from student_train.run.config import TrainConfig
@@ -70,7 +71,7 @@ def open_inputs(config: TrainConfig, accelerator: Accelerator) -> RunInputs:
     if config.match == "chunks":
         _require_chunks(data)
     if config.tail != "renormalise" and config.ce_weight < 1:
-        _require_tails(data)
+        require_tails_to_train(data)
     decided_by_main(accelerator, lambda: check_rollouts(config, data))
     if config.chat_template == "cache":
         _require_one_template(data)
@@ -110,20 +111,6 @@ def _require_chunks(data: TrainingData) -> None:
                 f"{source.cache.path}: it holds no likelihoods of chunks, which --match chunks "
                 "needs: those are of text that two tokenizers write. Give a cache made by "
                 "`cache-teacher retokenize`, or leave --match out"
-            )
-
-
-def _require_tails(data: TrainingData) -> None:
-    """Refuse caches that do not tell the mass outside their entries.
-
-    Raises:
-        CacheMismatchError: If there is one.
-    """
-    for source in data.sources:
-        if not source.cache.header.has_tails:
-            raise CacheMismatchError(
-                f"{source.cache.path}: it was imported from rows that do not tell the probability "
-                "outside their entries. Train with --tail renormalise, which does without"
             )
 
 

@@ -157,6 +157,7 @@ def open_stream(run: Run) -> Prefetch[PreparedStep]:
         num_ranks=teams.num_teams,
         exchange=teams.exchange,
         cursor=run.state.cursor,
+        shuffle_window=config.shuffle_window,
     )
 
     def collate(traces: list[SelectedTrace], epoch: int) -> list[MicroBatch]:

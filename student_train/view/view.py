@@ -3,8 +3,11 @@
 Letters: N tokens of a trace that have a distribution, K entries of the widest, E of all.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from student_train.batch.micro_batch import micro_batches
 from student_train.data.tokens import TokenSelection
@@ -39,7 +42,13 @@ def write_view(config: StudentViewConfig) -> int:
     def text_of(token_id: int) -> str:
         return str(tokenizer.decode([token_id]))
 
-    shown = [ShownTrace(trace, student_view(student, trace, device)) for trace in chosen.traces]
+    views = [student_view(student, trace, device) for trace in chosen.traces]
+    if not cache.header.has_tails:  # the page says so
+        views = [
+            replace(view, kl=kl_of_entries(trace, view.entry_logprobs))
+            for trace, view in zip(chosen.traces, views, strict=True)
+        ]
+    shown = [ShownTrace(*both) for both in zip(chosen.traces, views, strict=True)]
     page = trace_page(cache, shown, text_of, chosen=chosen.words, student=config.student)
     publish(config.out, page)
     return len(page)
@@ -77,3 +86,24 @@ def student_view(student: StudentWithLoss, trace: Trace, device: torch.device) -
     view.tail_logprob[token_N] = logprobs[:, -1]
     view.entry_logprobs[entry_NK[is_kept_NK]] = logprobs[:, :-1][is_kept_NK]
     return view
+
+
+def kl_of_entries(trace: Trace, entry_logprobs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[m] KL(teacher || student) over the kept entries alone, nats; NaN without a distribution.
+
+    Args:
+        trace: The trace.
+        entry_logprobs: [E] the student's; entries that it has no row for are -inf and left out.
+    """
+    is_kept = np.isfinite(entry_logprobs)
+    token = trace.token_of_entry[is_kept]
+
+    def normalised(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = logprobs - np.log(np.bincount(token, np.exp(logprobs))[token])
+        return found
+
+    p, q = normalised(trace.top_logprobs[is_kept]), normalised(entry_logprobs[is_kept])
+    kl = np.full(len(trace), np.nan)
+    with_entries = np.unique(token)
+    kl[with_entries] = np.bincount(token, np.exp(p) * (p - q))[with_entries]
+    return kl

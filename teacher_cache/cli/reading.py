@@ -79,7 +79,9 @@ def inspect_command(config: InspectConfig, as_json: bool) -> None:
         click.echo(line)
     if config.tokens is not None:
         click.echo()
-        for token in inspection.show_tokens(trace, tokenizer, config.tokens):
+        for token in inspection.show_tokens(
+            trace, tokenizer, config.tokens, has_tails=opened.header.has_tails
+        ):
             click.echo(report_text.token_line(token))
 
 

@@ -80,15 +80,24 @@ def _measured_lines(figures: Inspection, *, can_draw: bool) -> Iterator[str]:
             f"{found.num_traces:,} traces (--shards 0 for all)"
         )
     yield f"kept entries per token: mean {found.mean_k:.1f}"
-    yield (
-        f"entropy: mean {found.mean_entropy:.3f} nats; tail mass: mean {found.tail_mass_mean:.2e}, "
-        f"99th percentile {found.tail_mass_p99:.2e}"
-    )
+    if found.tail_histogram is None:
+        yield (
+            f"entropy of the kept entries alone: mean {found.mean_entropy:.3f} nats; tail mass: "
+            "not known, the rows that were imported do not tell it"
+        )
+    else:
+        yield (
+            f"entropy: mean {found.mean_entropy:.3f} nats; tail mass: mean "
+            f"{found.tail_mass_mean:.2e}, 99th percentile {found.tail_mass_p99:.2e}"
+        )
     yield f"measured on {which}"
     lengths = figures.section_lengths
     for left, right in (
         (("entropy, nats", found.entropy_histogram), ("kept entries", found.k_histogram)),
-        (("tail mass", found.tail_histogram), ("prompt, tokens of a trace", lengths["prompt"])),
+        (
+            ("tail mass", found.tail_histogram or {"not known": 0}),
+            ("prompt, tokens of a trace", lengths["prompt"]),
+        ),
         (("cot, tokens", lengths["cot"]), ("answer, tokens", lengths["answer"])),
     ):
         yield ""
@@ -139,8 +148,9 @@ def token_line(token: ShownToken) -> str:
     line = f"{token.position:>5} {token.section:6} {printable(repr(token.text)):16}"
     if token.probability is None:
         return line
+    tail = "not known" if token.tail is None else f"{token.tail:.1e}"
     others = "  ".join(f"{printable(repr(text))} {p:.4f}" for text, p in token.alternatives)
-    return f"{line} {token.probability:.4f}  tail {token.tail:.1e}  {others}"
+    return f"{line} {token.probability:.4f}  tail {tail}  {others}"
 
 
 def stopped_line(report: CaptureReport, out: str) -> str:

@@ -166,6 +166,11 @@ def audit(config: AuditConfig) -> Audit:
             f"{cache.header.derived.get('fingerprint')}), and see `cache-teacher inspect` for what "
             "was lost on the way"
         )
+    if not cache.header.has_tails:
+        raise CacheMismatchError(
+            f"{cache.path}: it was imported from rows that do not tell the probability outside "
+            "their entries, so that it cannot be compared with the teacher's"
+        )
     _require_teacher(cache.header, config)
     traces = sample_traces(cache, config.num_traces, config.seed)
     lengths = lengths_within(traces, config.max_tokens)

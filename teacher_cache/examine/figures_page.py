@@ -32,8 +32,12 @@ def figures_page(cache: Cache, figures: Inspection) -> bytes:
 def entry_charts(figures: Inspection) -> list[BarChart]:
     """Charts of the measured entries, with their means as titles."""
     found = figures.measured
-    return [
-        bar_chart(f"entropy, nats (mean {found.mean_entropy:.2f})", found.entropy_histogram),
+    whose = "" if found.tail_histogram is not None else " of the kept entries alone"
+    charts = [
+        bar_chart(f"entropy{whose}, nats (mean {found.mean_entropy:.2f})", found.entropy_histogram),
         bar_chart(f"kept entries (mean {found.mean_k:.1f})", found.k_histogram),
-        bar_chart(f"tail mass (mean {found.tail_mass_mean:.1e})", found.tail_histogram),
     ]
+    if found.tail_histogram is not None:
+        title = f"tail mass (mean {found.tail_mass_mean:.1e})"
+        charts.append(bar_chart(title, found.tail_histogram))
+    return charts

@@ -136,7 +136,7 @@ class ShownToken:
     text: str
     probability: float | None  # None if there is no distribution
     alternatives: tuple[tuple[str, float], ...]  # the most probable other tokens
-    tail: float | None
+    tail: float | None  # None likewise, or if the cache does not tell it
 
 
 def show_tokens(
@@ -144,6 +144,8 @@ def show_tokens(
     tokenizer: TeacherTokenizer | None,
     tokens: tuple[int, int],
     num_alternatives: int = 3,
+    *,
+    has_tails: bool,
 ) -> list[ShownToken]:
     """A range of a trace's tokens with their probabilities and the teacher's alternatives."""
 
@@ -163,7 +165,7 @@ def show_tokens(
                 text=text(token_id),
                 probability=p[ids.index(token_id)] if has_entry else None,
                 alternatives=tuple(others[:num_alternatives]),
-                tail=float(trace.tail[t]) if has_entry else None,
+                tail=float(trace.tail[t]) if has_entry and has_tails else None,
             )
         )
     return shown

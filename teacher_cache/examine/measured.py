@@ -24,11 +24,11 @@ class Measured:
     is_all: bool  # whether these are all shards of the cache
     mean_k: float
     k_histogram: Mapping[str, int]  # "5-8" -> tokens
-    mean_entropy: float  # nats, the tail counted as one outcome
+    mean_entropy: float  # nats, the tail counted as one outcome; of unknown ones none is
     entropy_histogram: Mapping[str, int]
-    tail_mass_mean: float
-    tail_mass_p99: float
-    tail_histogram: Mapping[str, int]
+    tail_mass_mean: float | None  # None if the cache does not tell its tails
+    tail_mass_p99: float | None
+    tail_histogram: Mapping[str, int] | None
 
 
 def measure_entries(cache: Cache, num_shards: int) -> Measured:
@@ -58,6 +58,7 @@ def measure_entries(cache: Cache, num_shards: int) -> Measured:
             entropy.append(trace.entropy[has_entries].astype(np.float32))
             tail.append(trace.tail[has_entries].astype(np.float32))
     all_k, all_entropy, all_tail = (np.concatenate(parts) for parts in (k, entropy, tail))
+    has_tails = cache.header.has_tails
     return Measured(
         num_shards=len(chosen),
         num_traces=num_traces,
@@ -66,9 +67,9 @@ def measure_entries(cache: Cache, num_shards: int) -> Measured:
         k_histogram=histogram(all_k, _K_EDGES, integers=True),
         mean_entropy=_mean(all_entropy),
         entropy_histogram=histogram(all_entropy, _ENTROPY_EDGES),
-        tail_mass_mean=_mean(all_tail),
-        tail_mass_p99=float(np.quantile(all_tail, 0.99)) if len(all_tail) else 0.0,
-        tail_histogram=histogram(all_tail, _TAIL_EDGES),
+        tail_mass_mean=_mean(all_tail) if has_tails else None,
+        tail_mass_p99=_quantile(all_tail, 0.99) if has_tails else None,
+        tail_histogram=histogram(all_tail, _TAIL_EDGES) if has_tails else None,
     )
 
 
@@ -107,6 +108,10 @@ def _label(low: float, high: float, *, integers: bool) -> str:
         return f"{low}" if high == low + 1 else f"{low}-{int(high) - 1}"
     bound = high if low == 0 else low
     return f"{'<' if low == 0 else '>='} {bound:g}".replace("e-0", "e-")
+
+
+def _quantile(values: NDArray[Any], share: float) -> float:
+    return float(np.quantile(values, share)) if len(values) else 0.0
 
 
 def _mean(values: NDArray[Any]) -> float:

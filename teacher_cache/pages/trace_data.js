@@ -14,6 +14,11 @@ const QUANTITIES = {
   kl: { label: "KL to the student", unit: "nats", from: [0.003, 0.01, 0.03, 0.1, 0.3, 1, 3] },
 };
 
+if (!page.has_tails) {
+  delete QUANTITIES.tail;
+  for (const name of ["entropy", "surprise", "kl"]) QUANTITIES[name].label += ", kept entries alone";
+}
+
 async function inflated(base64) {
   const text = atob(base64.trim());
   const packed = new Uint8Array(text.length);
@@ -60,11 +65,11 @@ function measure(trace) {
     const first = trace.first[t];
     const end = (trace.first[t + 1] = first + trace.k[t]);
     if (end > first) {
-      const logKept = -softplus(trace.tailLogit[t]);
+      const logKept = page.has_tails ? -softplus(trace.tailLogit[t]) : 0;
       const logTail = trace.tailLogit[t] + logKept;
       let sum = 0;
       for (let e = first; e < end; e++) sum += Math.exp(trace.logits[trace.code[e]]);
-      let entropy = -Math.exp(logTail) * logTail;
+      let entropy = page.has_tails ? -Math.exp(logTail) * logTail : 0;
       for (let e = first; e < end; e++) {
         const logprob = trace.logits[trace.code[e]] - Math.log(sum) + logKept;
         trace.logprob[e] = logprob;
@@ -72,7 +77,7 @@ function measure(trace) {
         if (trace.entry[e] === trace.token[t]) trace.surprise[t] = -logprob;
       }
       trace.entropy[t] = entropy;
-      trace.tail[t] = Math.exp(logTail);
+      trace.tail[t] = page.has_tails ? Math.exp(logTail) : NaN;
     }
     trace.entropyBefore[t + 1] = trace.entropyBefore[t] + trace.entropy[t];
   }

@@ -9,6 +9,10 @@ function percentText(share) {
   return `${percent >= 10 ? percent.toFixed(1) : percent.toPrecision(2)} %`;
 }
 
+function knownText(share) {
+  return Number.isNaN(share) ? "not known" : percentText(share);
+}
+
 function countText(number) {
   return number.toLocaleString("en");
 }
@@ -23,10 +27,10 @@ function showDetail(panel, trace, t, showsAll = false) {
   const facts = [["place", place], ["section", SECTIONS[sectionOf(trace, t)]]];
   facts.push(["token id", String(page.ids[trace.token[t]])]);
   if (trace.k[t]) {
-    facts.push(["entropy", `${trace.entropy[t].toFixed(3)} nats`]);
-    facts.push(["surprise", `${trace.surprise[t].toFixed(3)} nats`]);
+    facts.push([QUANTITIES.entropy.label, `${trace.entropy[t].toFixed(3)} nats`]);
+    facts.push([QUANTITIES.surprise.label, `${trace.surprise[t].toFixed(3)} nats`]);
     facts.push(["kept entries", String(trace.k[t])]);
-    if (trace.kl) facts.push(["KL to the student", `${trace.kl[t].toFixed(4)} nats`]);
+    if (trace.kl) facts.push([QUANTITIES.kl.label, `${trace.kl[t].toFixed(4)} nats`]);
   }
   const list = make("dl");
   for (const [name, value] of facts) list.append(make("dt", {}, name), make("dd", {}, value));
@@ -67,12 +71,12 @@ function entryTable(panel, trace, t, showsAll) {
 function entryRow(name, teacher, student, kind) {
   const bars = make("td", { class: "bars", "aria-hidden": "true" });
   for (const [share, who] of [[teacher, "teacher"], [student, "student"]]) {
-    if (share === null) continue;
+    if (share === null || Number.isNaN(share)) continue;
     const bar = make("i", { class: who });
     bar.style.width = `${100 * share}%`;
     bars.append(bar);
   }
-  const row = make("tr", { class: kind }, make("td", { title: name }, name), make("td", {}, percentText(teacher)));
+  const row = make("tr", { class: kind }, make("td", { title: name }, name), make("td", {}, knownText(teacher)));
   if (student !== null) row.append(make("td", {}, percentText(student)));
   row.append(bars);
   return row;

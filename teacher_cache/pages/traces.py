@@ -66,6 +66,7 @@ def trace_page(
         "ids": known_ids.tolist(),
         "traces": [facts(one.trace, one.student) for one in shown],
         "bytes_before": bytes_before(cache),
+        "has_tails": cache.header.has_tails,
     }
     worst = worst_disagreements(shown, text_of)
     return render(
@@ -76,6 +77,7 @@ def trace_page(
         num_traces=len(cache),
         sealed=cache.sealed,
         chosen=chosen,
+        has_tails=cache.header.has_tails,
         student=None if student is None else printable(student),
         header=header_rows(cache),
         data=json_for_script(data),

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from teacher_cache.sources.columns import RowColumns, responses_of
 from teacher_cache.sources.files import Input
 from teacher_cache.sources.json_files import parse_line
@@ -34,6 +37,7 @@ class InputTraces:
     strict: bool = False
     only_ids: frozenset[str] | None = None  # leave out every other row
     columns: RowColumns | None = None  # layout of traces, of which a row may hold several
+    passed_over: NDArray[np.bool_] | None = None  # [rows] those that nothing is left to do for
 
     @property
     def path(self) -> Path:
@@ -46,8 +50,15 @@ class InputTraces:
         Raises:
             SourceError: If the input cannot be read to its end, or a row is bad under `strict`.
         """
+        return (trace for _, trace in self.read_numbered(rejects))
+
+    def read_numbered(self, rejects: Rejects) -> Iterator[tuple[int, SourceTrace]]:
+        """Yield traces as `read`, each with the number of its row in the input, from 0."""
         seen: dict[str, tuple[str, int]] = {}
-        for row in self.input:
+        done = np.zeros(0, np.bool_) if self.passed_over is None else self.passed_over
+        for number, row in enumerate(self.input):
+            if number < len(done) and done[number]:
+                continue
             try:
                 parts = self._parts(row)
             except BadRow as error:
@@ -57,7 +68,7 @@ class InputTraces:
                 trace = self._rendered(row, values, seen, rejects)
                 if trace is not None:
                     seen[trace.trace_id] = (row.file, row.number)
-                    yield trace
+                    yield number, trace
 
     def _parts(self, row: Row) -> list[dict[str, Any]]:
         values = row_values(row)

@@ -3,8 +3,10 @@
 import json
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from teacher_cache.format import Store
 
@@ -96,6 +98,21 @@ class Rejects:
             "message": str(error),
         }
         self._lines += json.dumps(line).encode() + b"\n"
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for `from_json`."""
+        lines = self._lines.decode()
+        return {
+            "counts": self.counts, "examples": self.examples, "ids": sorted(self.ids),
+            "lines": lines,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Rejects":
+        """What `to_json` gave."""
+        counts = Counter({Reason(name): count for name, count in values["counts"].items()})
+        examples = {Reason(name): text for name, text in values["examples"].items()}
+        return cls(counts, examples, set(values["ids"]), bytearray(values["lines"].encode()))
 
     @property
     def total(self) -> int:

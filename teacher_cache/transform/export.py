@@ -125,7 +125,9 @@ def _export_jsonl(
     places, num_traces = _places(cache, config), 0
     with publish_file(config.out) as temporary, temporary.open("w") as file:
         for trace in _traces(cache, config, places):
-            row = _row(trace, tokenizer) | (_distributions(trace) if config.logprobs else {})
+            row = _row(trace, tokenizer)
+            if config.logprobs:
+                row |= _distributions(trace, has_tails=cache.header.has_tails)
             file.write(json.dumps(row) + "\n")
             num_traces += 1
             on_trace(num_traces, len(places))
@@ -148,7 +150,8 @@ def _export_parquet(cache: Cache, config: ExportConfig, on_trace: OnTrace) -> in
 
     Columns: `trace_id`, `position`, `section` (prompt, cot, answer), `token_id`, `top_ids` and
     `top_logprobs` (nats, most probable first; null if the token has no distribution) and
-    `tail_mass` (the probability outside them; null likewise). Each trace is a row group.
+    `tail_mass` (the probability outside them; null likewise, and if it is not known). Each trace
+    is a row group.
     """
     import pyarrow.parquet as pq  # 30 ms that other commands should not pay
 
@@ -158,13 +161,13 @@ def _export_parquet(cache: Cache, config: ExportConfig, on_trace: OnTrace) -> in
         pq.ParquetWriter(temporary, PARQUET_SCHEMA, compression="zstd") as writer,
     ):
         for trace in _traces(cache, config, places):
-            writer.write_batch(_token_rows(trace))
+            writer.write_batch(_token_rows(trace, has_tails=cache.header.has_tails))
             num_traces += 1
             on_trace(num_traces, len(places))
     return num_traces
 
 
-def _token_rows(trace: Trace) -> pa.RecordBatch:
+def _token_rows(trace: Trace, *, has_tails: bool) -> pa.RecordBatch:
     positions = np.arange(len(trace), dtype=np.int32)
     ends = pa.array(trace.entry_offsets.astype(np.int32))
     absent = pa.array(trace.k == 0)
@@ -176,13 +179,13 @@ def _token_rows(trace: Trace) -> pa.RecordBatch:
         "token_id": trace.token_ids,
         "top_ids": pa.ListArray.from_arrays(ends, pa.array(trace.top_ids), mask=absent),
         "top_logprobs": pa.ListArray.from_arrays(ends, pa.array(logprobs), mask=absent),
-        "tail_mass": pa.array(trace.tail.astype(np.float32), mask=trace.k == 0),
+        "tail_mass": pa.array(trace.tail.astype(np.float32), mask=(trace.k == 0) | (not has_tails)),
     }
     return pa.record_batch(columns, schema=PARQUET_SCHEMA)
 
 
-def _distributions(trace: Trace) -> dict[str, Any]:
-    rows = _token_rows(trace)
+def _distributions(trace: Trace, *, has_tails: bool) -> dict[str, Any]:
+    rows = _token_rows(trace, has_tails=has_tails)
     return {name: rows[name].to_pylist() for name in ("top_ids", "top_logprobs", "tail_mass")}
 
 

@@ -75,6 +75,12 @@ def retokenize(config: RetokenizeConfig) -> RetokenizeReport:
             f"{source.path}: was truncated to {source.header.held_part}, whose lengths are of the "
             "teacher's tokens. Retokenize the cache that it was made from, and truncate the result"
         )
+    if not source.header.has_tails:
+        raise CacheMismatchError(
+            f"{source.path}: it was imported from rows that do not tell the probability outside "
+            "their entries, which carrying distributions over needs. Train a student with the "
+            "teacher's tokenizer on it (--tail renormalise)"
+        )
     header = student_header(config, source)
     origin = {"retokenized_from": source.fingerprint}
     manifest = read_manifest(config.out)

@@ -1,0 +1,131 @@
+"""One rank's traces of an epoch, each when it is due: a shard is read when its first trace is."""
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from student_train.data.draw import DrawnSpans
+from student_train.data.order import EpochOrder
+from student_train.data.traces import TrainingData
+from student_train.data.waiting import WaitingTraces, no_room
+from teacher_cache.format import Trace, TraceInfo
+
+logger = logging.getLogger(__name__)
+
+
+class DueTraces:
+    """Gives out traces by their places in the order; a `with` block frees memory and disk."""
+
+    def __init__(
+        self,
+        data: TrainingData,
+        drawn: Sequence[DrawnSpans],
+        order: EpochOrder,
+        places: NDArray[np.int64],
+        memory_bytes: int,
+    ) -> None:
+        """Plan which rows of each shard to read; reads nothing.
+
+        Args:
+            data: The caches.
+            drawn: What is selected of each cache's traces.
+            order: The epoch's order.
+            places: Places in it, rising, of the traces that will be taken.
+            memory_bytes: As in `WaitingTraces`.
+
+        Raises:
+            OSError: If the disk has clearly too little room for what will wait there.
+        """
+        self._data, self._drawn, self._order = data, drawn, order
+        by_shard = places[np.argsort(order.shard[places], kind="stable")]
+        shards, firsts = np.unique(order.shard[by_shard], return_index=True)
+        ends = [*firsts[1:].tolist(), len(places)]
+        self._unread = {
+            shard: by_shard[first:end]
+            for shard, first, end in zip(shards.tolist(), firsts.tolist(), ends, strict=False)
+        }
+        self._waiting = WaitingTraces(memory_bytes)
+        self._check_room(places, memory_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._waiting.close()
+
+    def take(self, place: int, info: TraceInfo) -> Trace:
+        """The trace at a place, once.
+
+        Args:
+            place: One of the places, in their order.
+            info: The trace's commit record.
+
+        Raises:
+            CacheFormatError: If its shard is missing or damaged.
+            ConnectionError: If it lies elsewhere and cannot be reached.
+            OSError: If traces that must wait find no room on the disk.
+        """
+        shard = int(self._order.shard[place])
+        if shard in self._unread:
+            self._read(shard, self._unread.pop(shard))
+        return self._waiting.take(place, info)
+
+    def _read(self, shard: int, places: NDArray[np.int64]) -> None:
+        number, shard_of_cache = self._data.locate(shard % self._data.num_shards)
+        source, drawn = self._data.sources[number], self._drawn[number]
+        infos = source.cache.shards[shard_of_cache].traces
+        place_of_row = dict(zip(self._order.row[places].tolist(), places.tolist(), strict=True))
+        keep = {row: drawn.of(shard_of_cache, row).num_read(infos[row]) for row in place_of_row}
+        traces = source.cache.read(shard_of_cache, keep, source.view)
+        self._waiting.add({place_of_row[row]: trace for row, trace in traces.items()})
+
+    def _check_room(self, places: NDArray[np.int64], memory_bytes: int) -> None:
+        """Refuse a disk that is too small before the first step, not in the middle of an epoch."""
+        shard = self._order.shard[places]
+        num_bytes = self._stored_bytes(shard, self._order.row[places])
+        on_disk = most_waiting(shard, num_bytes) - memory_bytes  # at most so much is in memory
+        if on_disk <= 0:
+            return
+        folder = tempfile.gettempdir()
+        if on_disk > shutil.disk_usage(folder).free:
+            raise no_room(folder, on_disk)
+        logger.info("up to %.1f GB of traces wait for their turn in %s", on_disk / 1e9, folder)
+
+    def _stored_bytes(
+        self, shard: NDArray[np.int64], row: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """[n] Bytes that the selected tokens of n traces take in their shards, on average."""
+        per_token = []
+        for source in self._data.sources:
+            catalog = source.cache.catalog
+            num_tokens = np.add.reduceat(catalog.num_held, catalog.first_row[:-1])
+            per_token.append(catalog.band_ends[:, -1] / num_tokens)
+        shard = shard % self._data.num_shards
+        num_read = self._data.values_at([d.num_read_by_row for d in self._drawn], shard, row)
+        stored: NDArray[np.float64] = num_read * np.concatenate(per_token)[shard]
+        return stored
+
+
+def most_waiting(shard: NDArray[np.int64], amount: NDArray[np.float64]) -> float:
+    """The largest amount that waits at any time.
+
+    Args:
+        shard: [n] shard of each trace, in the order in which they are taken.
+        amount: [n] what each of them adds from when its shard is read until it is taken.
+    """
+    if not len(shard):
+        return 0.0
+    _, first, of_trace = np.unique(shard, return_index=True, return_inverse=True)
+    added = np.bincount(first[of_trace], weights=amount, minlength=len(shard))
+    return float((np.cumsum(added) - np.cumsum(amount)).max())
