@@ -10,10 +10,10 @@ from students import make_family, make_model, segments_of
 from test_forward import HEADS
 
 from student_train.batch.loss_tokens import Teaching
-from student_train.batch.micro_batch import empty_micro_batch, micro_batches
+from student_train.batch.micro_batch import RowLengths, empty_micro_batch, micro_batches
 from student_train.batch.sequence_parts import WHOLE_SEQUENCE, SequencePart
 from student_train.data.tokens import TokenSelection
-from student_train.model.context_parallel import check_sharing
+from student_train.model.context_parallel import check_sharing, share_sequences
 from student_train.run.config import TrainConfig
 from student_train.run.teams import make_teams
 
@@ -46,7 +46,7 @@ def test_parts_together_hold_every_token_and_what_teaches_it_once(num_parts, lay
         assert positions[row, first:end].tolist() == list(range(end - first))
     assert positions.max() == whole.longest - 1  # padding asks for none that a student may lack
     for part in parts:  # attention gets whole rows
-        lengths = part.lengths_in_row or (joined.shape[1],)
+        lengths = part.lengths_in_row.lengths if layout == "flat" else (joined.shape[1],)
         assert sum(lengths) == joined.shape[1]
         if layout == "flat":
             assert np.cumsum(lengths[:-1]).tolist() == whole.trace_ends[1:-1].tolist()
@@ -113,6 +113,32 @@ def test_traces_get_rows_of_their_own_where_a_student_does_not_pass_their_length
 
     monkeypatch.setattr(type(model.model), "forward", forgetful)
     assert not check_sharing(model, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own ways
+def test_layers_are_compiled_once_whatever_traces_share_a_row():
+    """More rows than torch.compile would make code for before it gives up."""
+    torch._dynamo.reset()
+    model, plain = (make_model(num_hidden_layers=1) for _ in range(2))
+    compiled = []
+
+    def backend(graph, example):
+        compiled.append(graph)
+        return graph.forward
+
+    for each in (model, plain):
+        share_sequences(each, None)
+    model.model.layers[0].compile(dynamic=True, backend=backend)
+    num_compiled = []
+    for lengths in [(9,), *((3,) * n for n in range(2, 12))]:
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        arguments = {"input_ids": positions, "position_ids": positions, "use_cache": False,
+                     "lengths_in_row": RowLengths(lengths)}  # fmt: skip
+        found, expected = (each.model(**arguments).last_hidden_state for each in (model, plain))
+        torch.testing.assert_close(found, expected)
+        num_compiled.append(len(compiled))
+    assert num_compiled == [num_compiled[0]] * len(num_compiled)
 
 
 def test_a_student_whose_attention_does_more_is_found_by_its_outputs():

@@ -23,6 +23,13 @@ DISTRIBUTIONS = Teaching()  # and nothing else
 
 
 @dataclass(frozen=True)
+class RowLengths:
+    """Tokens of each trace of a row; torch.compile would make new code for every plain tuple."""
+
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Input of one forward pass.
 
@@ -37,7 +44,7 @@ class MicroBatch:
     trace_ends: Tensor | None
     # Tokens of each trace of the one row of which this is a part, the row's padding in the last;
     # None where the rows are whole, or of one trace each.
-    lengths_in_row: tuple[int, ...] | None
+    lengths_in_row: RowLengths | None
     row_lengths: Tensor  # [B] int32, tokens of each row; the rest is padding
     longest: int  # tokens of the longest trace
     hidden_index: Tensor  # [N] integer, flat index into B x T of the position that predicts a token

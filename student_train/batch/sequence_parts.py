@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import pad
 
-from student_train.batch.micro_batch import MicroBatch
+from student_train.batch.micro_batch import MicroBatch, RowLengths
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class SequencePart:
             input_ids=input_ids[:, begin : begin + own_width].contiguous(),
             position_ids=positions[:, begin : begin + own_width].contiguous(),
             trace_ends=None,
-            lengths_in_row=None if lengths is None else tuple(lengths),
+            lengths_in_row=None if lengths is None else RowLengths(tuple(lengths)),
             row_lengths=(batch.row_lengths - begin).clamp(0, own_width),
             hidden_index=(row * own_width + column)[kept],
             targets=batch.targets.select(kept),

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, masking_utils
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from student_train.batch.micro_batch import RowLengths
+
 # Chunks are counted from a row's first token, whatever its positions are: a probe shorter than a
 # chunk would not notice.
 _SEPARABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -112,7 +114,7 @@ def keeps_traces_apart(model: PreTrainedModel, *, by_lengths: bool = False) -> b
     ids = torch.arange(sum(_PROBE_LENGTHS), device=device)[None]
     ids = ids % model.get_input_embeddings().weight.shape[0]
     positions = torch.cat([torch.arange(length, device=device) for length in _PROBE_LENGTHS])
-    told = {"lengths_in_row": _PROBE_LENGTHS} if by_lengths else {}
+    told = {"lengths_in_row": RowLengths(_PROBE_LENGTHS)} if by_lengths else {}
     packed = body(
         input_ids=ids, position_ids=positions[None], use_cache=False, **told
     ).last_hidden_state

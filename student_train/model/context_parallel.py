@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from student_train.batch.micro_batch import RowLengths
 from student_train.model.attention import caps_scores, keeps_traces_apart
 
 _NAME = "whole_sequence"  # no mask is made for a name that `transformers` does not know
@@ -73,6 +74,7 @@ class _Attention:
         self._team = team  # None where this process has whole rows
         self.num_calls = 0
 
+    @torch.compiler.disable  # else --compile makes code for every call, until it gives up
     def __call__(
         self,
         module: nn.Module,
@@ -83,7 +85,7 @@ class _Attention:
         *,
         scaling: float | None = None,
         dropout: float = 0.0,
-        lengths_in_row: tuple[int, ...] | None = None,
+        lengths_in_row: RowLengths | None = None,
         **_others: Any,  # noqa: ANN401 (a family's own arguments, which the probe judges)
     ) -> tuple[Tensor, None]:
         """Take [B, H, t, d], with H the number of key-value heads for keys and values.
@@ -99,7 +101,7 @@ class _Attention:
             key, value = (x.repeat_interleave(num_copies, dim=1) for x in (key, value))
             query, key, value = (_whole_rows(x, self._team) for x in (query, key, value))
         # One by one, and not with a mask, which would be as large as the row's length squared.
-        lengths = lengths_in_row or (query.shape[2],)
+        lengths = lengths_in_row.lengths if lengths_in_row else (query.shape[2],)
         traces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
         outputs = [
             scaled_dot_product_attention(
