@@ -1,7 +1,9 @@
 """Runs that are extended, end early, or diverge."""
 
 import json
+import math
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
@@ -95,12 +97,13 @@ def test_a_run_ends_when_the_heldout_kl_has_not_fallen_for_long_enough(config):
 
 def test_a_loss_that_grows_tenfold_over_some_steps_has_diverged():
     state = RunState()
-    for loss in (5.0, 1.0, *[0.2] * 40, 3.0):  # one bad step is no divergence
+    for loss in (5.0, 1.0, *[0.2] * 40, 3.0, 200.0):  # two bad steps are no divergence
         state.note_loss(loss)
         assert not state.has_diverged
-    for _ in range(20):
+    for _ in range(40):
         state.note_loss(3.0)
     assert state.has_diverged
+    assert state.mean_loss == pytest.approx(3.0, rel=0.5)
     small = RunState()
     for loss in (1e-6, *[0.05] * 50):
         small.note_loss(loss)
@@ -109,6 +112,10 @@ def test_a_loss_that_grows_tenfold_over_some_steps_has_diverged():
     for loss in (0.05, *[1.0] * 50):  # the first traces were easy
         uneven.note_loss(loss)
         assert not uneven.has_diverged
+    noisy, random = RunState(), Random(0)
+    for _ in range(10_000):  # half of the steps are beyond a factor of 2.3 either way
+        noisy.note_loss(math.exp(random.gauss(0, 1.25)))
+        assert not noisy.has_diverged
 
 
 def test_a_diverging_run_stops_with_advice_and_keeps_its_checkpoint(config, monkeypatch):

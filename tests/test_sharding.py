@@ -87,52 +87,77 @@ COMPARED = ("loss", "kl", "ce", "grad_norm", "student_mass", "teacher_mass", "to
 LAYOUTS = {
     "hybrid": {"sharding": "hybrid"},  # two nodes of two processes
     "offloaded": {"sharding": "full", "offload": True},
-    "compiled": {"sharding": "full", "compile": True, "gradient_checkpointing": True},
     "two teams": {
         "context_parallel": 2,
         "loss_reduction": "sequence",
         "batch_tokens": 50,
         "gradient_checkpointing": True,
     },
-    "one team": {"context_parallel": 4, "sharding": "full", "gradient_checkpointing": True},
-    "adapters": {"context_parallel": 2, "sharding": "hybrid", "lora_rank": 4},
+    "one team": {
+        "context_parallel": 4,
+        "sharding": "full",
+        "gradient_checkpointing": True,
+        "packing": True,
+    },
+    "adapters": {"context_parallel": 2, "sharding": "hybrid", "lora_rank": 4, "packing": True},
 }
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own ways
-def test_every_layout_of_four_processes_equals_one(tmp_path):
+@pytest.fixture
+def base(tmp_path):
     """Four heads and two key-value heads: a team of four has copies of these."""
     traces = make_traces(24, lengths=(9, 61))
     traces[3::4] = [make_trace(f"hard{n}", 30, without_entries=(9, 20)) for n in range(6)]
     cache = make_cache(tmp_path / "cache", traces)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "sdpa"}
-    base = TrainConfig(
+    return TrainConfig(
         cache=(cache,), student=make_student(tmp_path / "student-tied", **heads), lr=3e-3,
         out=tmp_path / "base", batch_traces=5, batch_tokens=100, clip_norm=0.5, heldout_share=0.3,
         eval_every=2, max_steps=3, tracker="none",
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_layout_of_four_processes_equals_one(tmp_path, base):
     others = [replace(base, out=tmp_path / name, **LAYOUTS[name]) for name in LAYOUTS]
     run_processes(4, *others, on_each_node=2)
-
-    alone = {"sharding": "none", "context_parallel": 1, "compile": False, "offload": False}
     for other in others:
-        whole = replace(other, out=tmp_path / f"{other.out.name} alone", **alone)
-        train(whole)
-        assert len(metrics_of(other)) == 3
-        for left, right in zip(metrics_of(whole), metrics_of(other), strict=True):
-            for name, value in left.items():
-                where = (other.out.name, left["step"], name)
-                if name in ("tokens", "num_hard_labels", "num_left_out_tokens", "num_empty_traces"):
-                    assert value == right[name], where
-                elif name in COMPARED or name.startswith("heldout_"):
-                    assert right[name] == pytest.approx(value, rel=1e-5), where
-        students = [
-            AutoModelForCausalLM.from_pretrained(config.out / "model").state_dict()
-            for config in (whole, other)
-        ]
-        for name, value in students[0].items():
-            torch.testing.assert_close(value, students[1][name], rtol=1e-3, atol=1e-5)
+        assert_equals_one_process(other)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own ways
+def test_compiled_layers_that_are_split_equal_one_process(tmp_path, base):
+    """Two processes, one layer and no measurement: compilation takes all of the time."""
+    compiled = replace(
+        base, student=make_student(tmp_path / "one-layer-tied", num_hidden_layers=1),
+        batch_traces=2, heldout_share=0.0, eval_every=None, sharding="full", compile=True,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    run_processes(2, compiled)
+    assert_equals_one_process(compiled)
+
+
+def assert_equals_one_process(other):
+    whole = replace(
+        other, out=other.out.with_name(f"{other.out.name} alone"), sharding="none",
+        context_parallel=1, compile=False, offload=False, packing=False,
+    )  # fmt: skip
+    train(whole)
+    assert len(metrics_of(other)) == 3
+    for left, right in zip(metrics_of(whole), metrics_of(other), strict=True):
+        for name, value in left.items():
+            where = (other.out.name, left["step"], name)
+            if name in ("tokens", "num_hard_labels", "num_left_out_tokens", "num_empty_traces"):
+                assert value == right[name], where
+            elif name in COMPARED or name.startswith("heldout_"):
+                assert right[name] == pytest.approx(value, rel=1e-5), where
+    students = [
+        AutoModelForCausalLM.from_pretrained(config.out / "model").state_dict()
+        for config in (whole, other)
+    ]
+    for name, value in students[0].items():
+        torch.testing.assert_close(value, students[1][name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(("num_processes", "on_each"), [(4, 4), (4, 1), (6, 4)])

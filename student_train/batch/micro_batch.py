@@ -23,6 +23,13 @@ DISTRIBUTIONS = Teaching()  # and nothing else
 
 
 @dataclass(frozen=True)
+class RowLengths:
+    """Tokens of each trace of a row; torch.compile would make new code for every plain tuple."""
+
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Input of one forward pass.
 
@@ -35,6 +42,9 @@ class MicroBatch:
     position_ids: Tensor | None
     # [S + 1] int32, start of each trace and end of the last; only in the layout "flat".
     trace_ends: Tensor | None
+    # Tokens of each trace of the one row of which this is a part, the row's padding in the last;
+    # None where the rows are whole, or of one trace each.
+    lengths_in_row: RowLengths | None
     row_lengths: Tensor  # [B] int32, tokens of each row; the rest is padding
     longest: int  # tokens of the longest trace
     hidden_index: Tensor  # [N] integer, flat index into B x T of the position that predicts a token
@@ -176,6 +186,7 @@ def empty_micro_batch() -> MicroBatch:
         input_ids=torch.zeros(1, 1, dtype=torch.int32),
         position_ids=None,
         trace_ends=None,
+        lengths_in_row=None,
         row_lengths=torch.zeros(1, dtype=torch.int32),
         longest=1,
         hidden_index=nothing,
@@ -216,6 +227,7 @@ def _collate(rows: Sequence[Sequence[LossTokens]], *, per_trace: bool, is_flat: 
         input_ids=torch.from_numpy(input_ids_BT),
         position_ids=torch.from_numpy(position_ids_BT) if len(parts) > len(rows) else None,
         trace_ends=torch.from_numpy(trace_ends) if is_flat else None,
+        lengths_in_row=None,
         row_lengths=torch.from_numpy(row_lengths),
         longest=max(part.length for part in parts),
         hidden_index=torch.from_numpy(np.concatenate(hidden_index)),

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 # alone:  every row is one trace, padded at its end. For models that would mix traces of a row.
 # packed: short traces share rows. For attention that masks: its cost grows with the row squared.
-# flat:   all traces are in one row. For attention that takes the lengths (FlashAttention).
+# flat:   all traces are in one row. For attention that takes the lengths (FlashAttention, and
+#         that of teams of processes).
 LAYOUTS = ("alone", "packed", "flat")
 
 MAX_PADDING = 0.05  # share of a micro-batch's positions

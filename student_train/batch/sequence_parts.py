@@ -6,8 +6,9 @@ Letters as in `micro_batch`; P processes of a team.
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.functional import pad
 
-from student_train.batch.micro_batch import MicroBatch
+from student_train.batch.micro_batch import MicroBatch, RowLengths
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,10 @@ class SequencePart:
     team_size: int = 1  # P
 
     def of(self, batch: MicroBatch) -> MicroBatch:
-        """This part of a micro-batch with one trace per row; rows are padded to a multiple of P.
+        """This part of a micro-batch of the layout "alone" or "flat".
 
-        What is counted by trace and not by token, the first part counts for all.
+        Rows are padded to a multiple of P. What is counted by trace and not by token, the first
+        part counts for all.
         """
         if self.team_size == 1:
             return batch
@@ -28,16 +30,24 @@ class SequencePart:
         own_width = -(-width // self.team_size)
         begin = self.member * own_width
         num_padding = own_width * self.team_size - width
-        input_ids = torch.nn.functional.pad(batch.input_ids, (0, num_padding))
-        # Padding looks back alone, so its positions need only be some that the student has.
-        positions = torch.arange(begin, begin + own_width, dtype=torch.int32).clamp(max=width - 1)
+        positions = batch.position_ids
+        if positions is None:
+            positions = torch.arange(width, dtype=torch.int32).expand(num_rows, -1)
+        # No token sees padding, so its positions need only be some that the student has.
+        input_ids = pad(batch.input_ids, (0, num_padding))
+        positions = pad(positions, (0, num_padding))
+        lengths = None if batch.trace_ends is None else batch.trace_ends.diff().tolist()
+        if lengths is not None:
+            lengths[-1] += num_padding
         row, column = batch.hidden_index // width, batch.hidden_index % width - begin
         (kept,) = ((column >= 0) & (column < own_width)).nonzero(as_tuple=True)
         is_first = self.member == 0
         return replace(
             batch,
             input_ids=input_ids[:, begin : begin + own_width].contiguous(),
-            position_ids=positions.expand(num_rows, -1).contiguous(),
+            position_ids=positions[:, begin : begin + own_width].contiguous(),
+            trace_ends=None,
+            lengths_in_row=None if lengths is None else RowLengths(tuple(lengths)),
             row_lengths=(batch.row_lengths - begin).clamp(0, own_width),
             hidden_index=(row * own_width + column)[kept],
             targets=batch.targets.select(kept),

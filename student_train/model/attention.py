@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, masking_utils
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from student_train.batch.micro_batch import RowLengths
+
 # Chunks are counted from a row's first token, whatever its positions are: a probe shorter than a
 # chunk would not notice.
 _SEPARABLE_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -91,10 +93,14 @@ def known_rows(*, hold_several: bool) -> Iterator[None]:
 
 
 @torch.no_grad()
-def keeps_traces_apart(model: PreTrainedModel) -> bool:
+def keeps_traces_apart(model: PreTrainedModel, *, by_lengths: bool = False) -> bool:
     """Whether positions that restart at 0 hide from a trace whatever precedes it in its row.
 
     They do for attention in `transformers`, but not for recurrent layers and older models.
+
+    Args:
+        model: Student on the CPU.
+        by_lengths: Whether its attention is told the lengths too, as `context_parallel`'s is.
     """
     body = model.base_model
     if "position_ids" not in inspect.signature(body.forward).parameters:
@@ -108,7 +114,10 @@ def keeps_traces_apart(model: PreTrainedModel) -> bool:
     ids = torch.arange(sum(_PROBE_LENGTHS), device=device)[None]
     ids = ids % model.get_input_embeddings().weight.shape[0]
     positions = torch.cat([torch.arange(length, device=device) for length in _PROBE_LENGTHS])
-    packed = body(input_ids=ids, position_ids=positions[None], use_cache=False).last_hidden_state
+    told = {"lengths_in_row": RowLengths(_PROBE_LENGTHS)} if by_lengths else {}
+    packed = body(
+        input_ids=ids, position_ids=positions[None], use_cache=False, **told
+    ).last_hidden_state
     parts = [
         body(input_ids=part, use_cache=False).last_hidden_state
         for part in ids.split(_PROBE_LENGTHS, dim=1)

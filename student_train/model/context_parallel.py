@@ -2,6 +2,7 @@
 
 Everything but attention works on a token by itself, and so on a part of the tokens. For attention
 the team changes sides: each process gets all tokens of some heads, and gives their outputs back.
+Several traces may share a row: attention is then told how long each is, and takes one by one.
 
 Letters: P processes of a team, B rows, H heads, T tokens of a row, t = T / P, d size of a head.
 """
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from student_train.model.attention import caps_scores
+from student_train.batch.micro_batch import RowLengths
+from student_train.model.attention import caps_scores, keeps_traces_apart
 
 _NAME = "whole_sequence"  # no mask is made for a name that `transformers` does not know
 _PROBE_LENGTH = 12
@@ -24,7 +26,7 @@ _PROBE_TOLERANCE = 1e-4  # relative; rounding is below 1e-6
 def share_sequences(model: PreTrainedModel, team: dist.ProcessGroup) -> None:
     """Let a model's attention, in place, work on rows of which each of the team has a part.
 
-    The parts lie in the order of the team's ranks and are equally long; every row is one trace.
+    The parts lie in the order of the team's ranks and are equally long.
 
     Args:
         model: Student that `check_sharing` has let through.
@@ -34,12 +36,15 @@ def share_sequences(model: PreTrainedModel, team: dist.ProcessGroup) -> None:
     model.set_attn_implementation(_NAME)
 
 
-def check_sharing(model: PreTrainedModel, num_parts: int) -> None:
+def check_sharing(model: PreTrainedModel, num_parts: int) -> bool:
     """Refuse a student whose attention cannot be shared by so many processes.
 
     Args:
         model: Student on the CPU, as it was loaded, with its weights.
         num_parts: Number of processes of a team.
+
+    Returns:
+        Whether traces may share a row too.
 
     Raises:
         ValueError: If it cannot.
@@ -51,13 +56,15 @@ def check_sharing(model: PreTrainedModel, num_parts: int) -> None:
     AttentionInterface.register(_NAME, attention)
     model.set_attn_implementation(_NAME)
     found = _probe(model)
+    is_asked = attention.num_calls == model.config.get_text_config().num_hidden_layers
+    may_pack = keeps_traces_apart(model, by_lengths=True)
     model.set_attn_implementation(before)
-    differs = not (found - expected).norm() <= _PROBE_TOLERANCE * expected.norm()
-    if differs or attention.num_calls != model.config.get_text_config().num_hidden_layers:
+    if not is_asked or not (found - expected).norm() <= _PROBE_TOLERANCE * expected.norm():
         raise ValueError(
             f"--context-parallel: {type(model).__name__} does more with its tokens than causal "
             "attention, so that they cannot be divided among processes; leave it out"
         )
+    return may_pack
 
 
 class _Attention:
@@ -67,6 +74,7 @@ class _Attention:
         self._team = team  # None where this process has whole rows
         self.num_calls = 0
 
+    @torch.compiler.disable  # else --compile makes code for every call, until it gives up
     def __call__(
         self,
         module: nn.Module,
@@ -77,9 +85,12 @@ class _Attention:
         *,
         scaling: float | None = None,
         dropout: float = 0.0,
+        lengths_in_row: RowLengths | None = None,
         **_others: Any,  # noqa: ANN401 (a family's own arguments, which the probe judges)
     ) -> tuple[Tensor, None]:
         """Take [B, H, t, d], with H the number of key-value heads for keys and values.
+
+        With `lengths_in_row`, the one row holds several traces: no token sees another trace's.
 
         Returns:
             [B, t, H, d]
@@ -89,10 +100,17 @@ class _Attention:
             num_copies = max(1, self._team.size() // key.shape[1])
             key, value = (x.repeat_interleave(num_copies, dim=1) for x in (key, value))
             query, key, value = (_whole_rows(x, self._team) for x in (query, key, value))
-        output = scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
+        # One by one, and not with a mask, which would be as large as the row's length squared.
+        lengths = lengths_in_row.lengths if lengths_in_row else (query.shape[2],)
+        traces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        outputs = [
+            scaled_dot_product_attention(
+                *one_trace, dropout_p=dropout, is_causal=True, scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            for one_trace in traces
+        ]  # fmt: skip
+        output = torch.cat(outputs, dim=2) if lengths_in_row else outputs[0]
         if self._team is not None:
             output = _all_heads(output, self._team)
         return output.transpose(1, 2).contiguous(), None

@@ -227,4 +227,6 @@ def _attention_arguments(batch: MicroBatch) -> dict[str, Any]:
     if batch.trace_ends is not None:  # or FlashAttention would wait for the device in every layer
         arguments["cu_seq_lens_q"] = arguments["cu_seq_lens_k"] = batch.trace_ends
         arguments["max_length_q"] = arguments["max_length_k"] = batch.longest
+    if batch.lengths_in_row is not None:  # for the attention of `context_parallel`
+        arguments["lengths_in_row"] = batch.lengths_in_row
     return arguments

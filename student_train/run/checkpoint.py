@@ -15,6 +15,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -123,10 +124,15 @@ def restore_student(folder: Path, model: PreTrainedModel, files: FileWork) -> No
         restore_weights(model, _read_state(folder)["student"])
 
 
-def restore_random_state(folder: Path, rank: int) -> None:
-    """Restore the random generators; a rank that the run did not have keeps its own."""
+def restore_random_state(folder: Path, rank: int, *, seed: int) -> None:
+    """Restore the random generators.
+
+    A rank that the run did not have begins with others than in any step before, by the run's seed.
+    """
     file = folder / random_name(rank)
     if not file.exists():
+        place = int(folder.name.rpartition("-")[2]), rank
+        torch.manual_seed(int(np.random.SeedSequence((seed, *place)).generate_state(1)[0]))
         return
     state = torch.load(file, map_location="cpu", weights_only=True)
     torch.set_rng_state(state["cpu"])

@@ -449,7 +449,7 @@ class TrainConfig:
 
     def packs_on(self, device_type: str) -> bool:
         """Whether traces may share rows on such a device."""
-        if self.live_teacher is not None or self.context_parallel > 1:  # rows of one trace
+        if self.live_teacher is not None:  # it reads rows of one trace
             return False
         return device_type != "cpu" if self.packing is None else self.packing
 

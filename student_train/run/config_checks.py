@@ -48,7 +48,6 @@ def _check_context_parallel(config: "TrainConfig") -> None:
     if config.context_parallel == 1:
         return
     reasons = {
-        "--packing": config.packing and "rows of several traces are not divided",
         "--attention": config.attention is not None and "it has an attention of its own",
         "--match chunks": config.match == "chunks" and "a chunk may lie in two parts",
         "--live-teacher": config.live_teacher is not None and "it reads whole traces",

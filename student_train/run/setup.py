@@ -182,12 +182,15 @@ def _change_model(inputs: RunInputs) -> str:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     packing = config.packs_on(accelerator.device.type)
-    can_pack = packing and decided_by_main(accelerator, lambda: keeps_traces_apart(model))
     if inputs.teams.group is not None:
-        decided_by_main(accelerator, lambda: check_sharing(model, config.context_parallel))
+        may_pack = decided_by_main(
+            accelerator, lambda: check_sharing(model, config.context_parallel)
+        )
+        can_pack = packing and may_pack
         share_sequences(model, inputs.teams.group)
-        layout = "alone"
+        layout = "flat" if can_pack else "alone"
     else:
+        can_pack = packing and decided_by_main(accelerator, lambda: keeps_traces_apart(model))
         layout = prepare_attention(
             model, config.attention, packing=can_pack, half_precision=config.dtype == "bfloat16"
         )
@@ -215,7 +218,7 @@ def _restored(
     state, mark = (RunState(), None) if path is None else read_checkpoint(path)
     if path is not None:
         restore(path, inputs.model, optimizer, scheduler, inputs.files)
-        restore_random_state(path, accelerator.process_index)
+        restore_random_state(path, accelerator.process_index, seed=config.seed)
         if accelerator.is_main_process:
             logger.info("resuming after step %s of %s", f"{state.step:,}", f"{last_step:,}")
     num_warmup_steps = round(config.warmup * last_step)
