@@ -142,7 +142,7 @@ def test_a_stage_that_was_killed_says_by_what(tmp_path, monkeypatch):
     stage = next(stages(config_of(tmp_path)))
     with (
         stages_module.Children() as children,
-        pytest.raises(StageFailedError, match=r"evaluate: killed by SIGKILL .*run the same command"),
+        pytest.raises(StageFailedError, match=r"killed by SIGKILL .*run the same command"),
     ):
         stages_module.run_stage(stage, children, None)
     assert not stage.is_finished
