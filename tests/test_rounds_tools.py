@@ -1,9 +1,10 @@
-"""Tools of tools/rounds: the guide's table follows from the data beside it; the live teacher."""
+"""Tools of tools/rounds: the guide's tables follow from the data beside them; the live teacher."""
 
 import csv
 import importlib.util
 from pathlib import Path
 
+import pytest
 import torch
 from students import make_model
 
@@ -11,6 +12,7 @@ from student_train.evaluation.requests import Request, Tokens
 from student_train.objective import Objective
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "tools/results/rounds"
 
 
 def tool(name):
@@ -20,9 +22,10 @@ def tool(name):
     return module
 
 
-def test_the_table_of_the_guide_follows_from_the_answers_beside_it(capsys):
-    with (ROOT / "tools/results/rounds/answers.csv").open() as file:
-        tool("table").write_table(list(csv.DictReader(file)))
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.csv")), ids=lambda file: file.stem)
+def test_the_tables_of_the_guide_follow_from_the_answers_beside_them(capsys, file):
+    with file.open() as lines:
+        tool("table").write_table(list(csv.DictReader(lines)))
 
     table = capsys.readouterr().out
     assert table.count("\n") > 4

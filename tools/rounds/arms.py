@@ -5,8 +5,8 @@
 Every seed has its own student, warmed up on the teacher's traces. From there each arm trains for as
 many FLOPs; what differs is who wrote the traces and what is learned from them. In one process, one
 stage after the other; run again to continue. OUT/results.json has a line per arm and seed. SEEDS
-are a number, or numbers with commas between them. The arms are in `ARMS`; `tune.py` has chosen
-their rates on another seed.
+are a number, or numbers with commas between them. `tune.py` has chosen the rates of off-policy,
+one-scalar and reverse on another seed; the other arms have that of reverse.
 """
 
 import json
@@ -49,7 +49,7 @@ class Arm:
     """One way to go on from a warmed-up student."""
 
     name: str
-    lr: float = 5e-4
+    lr: float = 1e-4
     loss: dict[str, Any] = field(default_factory=lambda: {"divergence": "reverse_kl"})
     wrote: str = "student"  # or teacher, or both
     temperature: float = 1.0  # of the student's traces
@@ -67,8 +67,8 @@ class Arm:
 
 
 ARMS = (
-    Arm("off-policy", wrote="teacher", loss={"divergence": "forward_kl"}),
-    Arm("one-scalar", loss={"match": "samples"}),
+    Arm("off-policy", lr=2.5e-4, wrote="teacher", loss={"divergence": "forward_kl"}),
+    Arm("one-scalar", lr=1.5e-4, loss={"match": "samples"}),
     Arm("reverse"),
     Arm("forward", loss={"divergence": "forward_kl"}),
     Arm("both", wrote="both"),

@@ -43,7 +43,8 @@ def write_table(rows: list[dict[str, str]]) -> None:
     arms: dict[str, dict[str, dict[str, str]]] = {}
     for row in rows:
         arms.setdefault(row["arm"], {})[row["seed"]] = row
-    heads = [f"less {other}" for other in COMPARED]
+    compared = [arm for arm in COMPARED if arm in arms and len(arms[arm]) > 1]
+    heads = [f"less {other}" for other in compared]
     heads += ["held-out KL, nats", "own KL, nats", "GFLOP", "teacher's tokens"]
     print(f"| arm | seeds | right answers, 95 % | {' | '.join(heads)} |")
     print("| --- | --- | --- |" + " --- |" * len(heads))
@@ -51,7 +52,7 @@ def write_table(rows: list[dict[str, str]]) -> None:
         right_SP = _right(of_seed)
         low, high = share_interval(right_SP)
         cells = [arm, str(len(of_seed)), f"{right_SP.mean():.1%} ({low:.1%} to {high:.1%})"]
-        cells += [_difference(of_seed, arms[other]) if other != arm else "" for other in COMPARED]
+        cells += [_difference(of_seed, arms[other]) if other != arm else "" for other in compared]
         rows_S = list(of_seed.values())
         cells += [
             _mean(rows_S, "heldout_kl", ".4f"),
