@@ -12,7 +12,7 @@ from student_train.cli.group import cli as train_student
 from student_train.errors import StageFailedError
 from student_train.rounds import stages as stages_module
 from student_train.rounds.config import RoundsConfig
-from student_train.rounds.rounds import run_rounds
+from student_train.rounds.rounds import check_rounds_input, run_rounds
 from student_train.rounds.stages import stages
 from teacher_cache.cli.group import cli as cache_teacher
 from teacher_cache.format import open_cache
@@ -137,6 +137,17 @@ def test_rounds_that_break_off_at_any_stage_end_the_same(whole, monkeypatch):
     assert calls == []
 
 
+def test_a_stage_that_was_killed_says_by_what(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages_module, "run_command", lambda *_: (-9, ""))
+    stage = next(stages(config_of(tmp_path)))
+    with (
+        stages_module.Children() as children,
+        pytest.raises(StageFailedError, match=r"killed by SIGKILL .*run the same command"),
+    ):
+        stages_module.run_stage(stage, children, None)
+    assert not stage.is_finished
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -187,3 +198,13 @@ def test_files_of_options_are_checked_before_anything_runs(
     monkeypatch.setitem(FILES, command, text)
     with pytest.raises(ValueError, match=message):
         config_of(tmp_path)
+
+
+def test_prompts_to_roll_out_need_no_answers_and_those_of_an_evaluation_do(tmp_path):
+    bare = tmp_path / "bare.jsonl"
+    rows = [{"id": str(n), "prompt": f"Sum of ${n}?"} for n in range(8)]
+    bare.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = config_of(tmp_path, prompts=bare, eval_prompts=None, evaluate_options=None)
+    assert check_rounds_input(config)
+    with pytest.raises(ValueError, match=r"bare\.jsonl:1: expected an `answer`"):
+        check_rounds_input(config_of(tmp_path, eval_prompts=bare))

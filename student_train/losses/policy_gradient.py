@@ -35,11 +35,13 @@ def sampled_token_loss(
     """Policy-gradient loss of tokens that an earlier state of the student sampled.
 
         loss = -min(r A, clip(r, 1 - ratio_clip, 1 + ratio_clip) A)
-        A = log p_teacher - log q_rollout,  r = q / q_rollout
+        A = log p_teacher - log q, a constant,  r = q / q_rollout
 
-    The advantage A is a constant. Where the student is still the rollout's, r = 1 and the gradient
-    is -A grad log q, whose mean over samples is the gradient of KL(q, p_teacher). Later r corrects
-    for the change, and the clip of Schulman et al. (arXiv 1707.06347) bounds what one token moves.
+    Without the clip the mean gradient over the rollout's samples is that of KL(q, p_teacher), for
+    today's student q and whatever the rollout's was: -r A grad log q, weighted by q_rollout, is
+    (log q - log p_teacher) grad q. An advantage over q_rollout instead would agree with it at r = 1
+    alone, and afterwards go on past the teacher, towards the one token with the largest. The clip
+    of Schulman et al. (arXiv 1707.06347) bounds what one token moves.
 
     Args:
         nll_N: [N] -log q of each token under the student, with its gradient, nats.
@@ -47,7 +49,7 @@ def sampled_token_loss(
         teacher_logprob_N: [N] log p_teacher, at temperature 1.
         ratio_clip: Largest change of r from 1 that still has a gradient; above 0.
     """
-    advantage_N = (teacher_logprob_N - rollout_logprob_N).detach()
+    advantage_N = (teacher_logprob_N + nll_N).detach()
     ratio_N = torch.exp(-nll_N - rollout_logprob_N)
     clipped_N = ratio_N.clamp(1 - ratio_clip, 1 + ratio_clip)
     free, held = -ratio_N * advantage_N, -clipped_N * advantage_N

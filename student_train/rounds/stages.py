@@ -13,6 +13,7 @@ import json
 import logging
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -162,14 +163,21 @@ def run_stage(stage: Stage, children: Children, lock: FolderLock) -> None:
             children.stopped_by,
         )
     if code != 0:
-        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
         raise StageFailedError(
-            f"round {stage.number}, {stage.name}: {last} (exit code {code}; see {log}). Put that "
+            f"round {stage.number}, {stage.name}: {_ending(code, log)}; see {log}. Put that "
             "right and run the same command again: what is finished stays"
         )
     result = _figures_of(output, stage, log) if "--json" in stage.command else output.strip()
     seconds = time.monotonic() - began_s
     publish_record(stage.file, {"command": shown, "seconds": seconds, "result": result})
+
+
+def _ending(code: int, log: Path) -> str:
+    """How a command failed; its last line says nothing of a signal."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name} (as when memory runs out)"
+    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
+    return f"{last} (exit code {code})"
 
 
 def _figures_of(output: str, stage: Stage, log: Path) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def _check_rollout(
             f"{config.traces}: these rollouts are of student {rollout.get('student')!r}, whose "
             f"tokenizer (fingerprint {str(rollout['tokenizer_fingerprint'])[:8]}) is not the "
             f"teacher's ({tokenizer.fingerprint[:8]}). A student's own tokens are scored as they "
-            "are: choose a teacher with its tokenizer"
+            "are: choose a teacher with its tokenizer; or score their text, which are rows of id, "
+            "messages and response alone, and carry the cache over with `cache-teacher retokenize`"
         )
     if config.slice is not None:
         raise ValueError("--slice: rollouts are scored whole; leave it out")

@@ -5,7 +5,9 @@
 
 `answers` takes from the folder of `arms.py` a row per run: its arm, seed, cost and distance from
 the teacher, and a digit per prompt, 1 where the answer was right. `table` makes of these rows, and
-of nothing else, the table of the guide; intervals of 95 % are over seeds and prompts.
+of nothing else, the table of the guide; intervals of 95 % are over seeds and prompts, differences
+in points over the seeds that both arms have. The teacher's tokens are those that it read to score
+traces.
 """
 
 import csv
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from student_train.evaluation.intervals import Mean, share_interval
 
-FIGURES = ("flops", "heldout_kl", "mean_tokens", "staleness")
+FIGURES = ("flops", "teacher_tokens", "cpu_s", "heldout_kl", "mean_tokens", "staleness")
 COMPARED = ("off-policy", "warm")
 
 
@@ -31,7 +33,7 @@ def write_answers(out: Path) -> None:
         samples = [json.loads(row) for row in file.read_text().splitlines()]
         right = {sample["prompt"]: sample["right"] for sample in samples}
         digits = "".join(str(int(right[prompt])) for prompt in sorted(right))
-        own = [round(figures["kl"], 4) for figures in line.get("own", [])]
+        own = [round(kl, 4) for kl in line.get("own_kl", [])]
         figures = [f"{line[name]:.6g}" if line.get(name) is not None else "" for name in FIGURES]
         writer.writerow([line["arm"], line["seed"], *figures, " ".join(map(str, own)), digits])
 
@@ -41,17 +43,36 @@ def write_table(rows: list[dict[str, str]]) -> None:
     arms: dict[str, dict[str, dict[str, str]]] = {}
     for row in rows:
         arms.setdefault(row["arm"], {})[row["seed"]] = row
-    heads = [f"less {other}" for other in COMPARED]
-    print(f"| arm | seeds | right answers | {' | '.join(heads)} | held-out KL, nats | tokens |")
-    print("| --- | --- | --- |" + " --- |" * (len(heads) + 2))
+    compared = [arm for arm in COMPARED if arm in arms and len(arms[arm]) > 1]
+    heads = [f"less {other}" for other in compared]
+    heads += ["held-out KL, nats", "own KL, nats", "GFLOP", "teacher's tokens"]
+    print(f"| arm | seeds | right answers, 95 % | {' | '.join(heads)} |")
+    print("| --- | --- | --- |" + " --- |" * len(heads))
     for arm, of_seed in sorted(arms.items(), key=lambda item: -_right(item[1]).mean()):
         right_SP = _right(of_seed)
         low, high = share_interval(right_SP)
         cells = [arm, str(len(of_seed)), f"{right_SP.mean():.1%} ({low:.1%} to {high:.1%})"]
-        cells += [_difference(of_seed, arms[other]) if other != arm else "" for other in COMPARED]
-        for name, form in (("heldout_kl", ".4f"), ("mean_tokens", ".0f")):
-            cells.append(format(np.mean([float(row[name]) for row in of_seed.values()]), form))
+        cells += [_difference(of_seed, arms[other]) if other != arm else "" for other in compared]
+        rows_S = list(of_seed.values())
+        cells += [
+            _mean(rows_S, "heldout_kl", ".4f"),
+            _own_kl(rows_S),
+            _mean(rows_S, "flops", ".0f", 1e-9),
+            _mean(rows_S, "teacher_tokens", ",.0f"),
+        ]
         print(f"| {' | '.join(cells)} |")
+
+
+def _mean(rows: list[dict[str, str]], name: str, form: str, scale: float = 1.0) -> str:
+    """Mean of a figure over seeds; empty where an arm has none."""
+    found = [float(row[name]) * scale for row in rows if row.get(name)]
+    return format(np.mean(found), form) if found else ""
+
+
+def _own_kl(rows: list[dict[str, str]]) -> str:
+    """KL(student, teacher) on own traces at the start of each round, means over seeds."""
+    found = [[float(kl) for kl in row["own_kl"].split()] for row in rows if row["own_kl"]]
+    return ", then ".join(f"{kl:.3f}" for kl in np.mean(found, axis=0)) if found else ""
 
 
 def _right(of_seed: dict[str, dict[str, str]]) -> NDArray[np.float64]:
