@@ -31,6 +31,7 @@ from student_train.profile.page import profile_page
 from student_train.run.precision import usual_dtype
 from teacher_cache.format import shown
 from teacher_cache.format.files import publish
+from teacher_cache.terminal.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +58,12 @@ def profile(config: ProfileConfig) -> ProfileResult:
         heldout_share=config.heldout_share,
         allow_unsealed=config.allow_unsealed,
     )
-    model, tokenizer = load_model(
-        config.student, revision=config.student_revision, dtype=torch.float32
-    )
-    for source in data.sources:
-        check_student(config.student, model, tokenizer, source.cache.header)
+    with Progress("loading the student"):
+        model, tokenizer = load_model(
+            config.student, revision=config.student_revision, dtype=torch.float32
+        )
+        for source in data.sources:
+            check_student(config.student, model, tokenizer, source.cache.header)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = StudentWithLoss(model, head_of(model), config.objective).to(device).eval()
     by_cache: list[list[TraceMeasures]] = []
@@ -84,7 +86,9 @@ def _measured_cache(
     source = data.sources[number]
     cache = source.cache
     places = chosen_places(source, config.num_traces, config.seed)
-    measures = list(measured(student, cache.read_held(places), device, number))
+    with Progress("measured", len(places), "traces") as progress:
+        read = progress.counting(cache.read_held(places))
+        measures = list(measured(student, read, device, number))
     if not measures:
         raise ValueError(
             f"{cache.path}: none of {len(places):,} traces has a token with a distribution"
