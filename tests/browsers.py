@@ -61,7 +61,14 @@ def requested(browser):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
             urls.append(message["params"]["request"]["url"])
-    return [url for url in urls if not url.startswith(("file:", "data:", "chrome:", "about:"))]
+    own = (
+        "file:",
+        "data:",
+        "chrome:",
+        "chrome-untrusted:",
+        "about:",
+    )  # and the browser's start page
+    return [url for url in urls if not url.startswith(own)]
 
 
 def width_of(browser):

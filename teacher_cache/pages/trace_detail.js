@@ -38,7 +38,7 @@ function showDetail(panel, trace, t, showsAll = false) {
 function entryTable(panel, trace, t, showsAll) {
   const head = make("tr", {}, make("th", {}, "kept entry"), make("th", {}, "teacher"));
   if (trace.kl) head.append(make("th", {}, "student"));
-  head.append(make("th", { class: "bars" }, ""));
+  head.append(make("td", { class: "bars", "aria-hidden": "true" }));
   const body = make("tbody");
   const [first, end] = [trace.first[t], trace.first[t + 1]];
   let last = showsAll ? end : Math.min(end, first + FEW_ENTRIES);

@@ -207,8 +207,11 @@ def at_work(name: str) -> Iterator[None]:
     started_s = time.monotonic()
 
     def tick() -> None:
+        last_shown_s = started_s
         while not has_ended.wait(1.0):
-            if silence_s() >= LINE_INTERVAL_S and not _shown and not is_quiet():
+            if _shown or is_quiet():
+                last_shown_s = time.monotonic()
+            elif min(silence_s(), time.monotonic() - last_shown_s) >= LINE_INTERVAL_S:
                 so_far = duration(time.monotonic() - started_s)
                 logger.info("%s: at work, %s so far", name, so_far)
 
