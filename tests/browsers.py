@@ -61,13 +61,8 @@ def requested(browser):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
             urls.append(message["params"]["request"]["url"])
-    own = (
-        "file:",
-        "data:",
-        "chrome:",
-        "chrome-untrusted:",
-        "about:",
-    )  # and the browser's start page
+    browsers_own = ("chrome:", "chrome-untrusted:", "about:")  # such as its start page
+    own = ("file:", "data:", *browsers_own)
     return [url for url in urls if not url.startswith(own)]
 
 

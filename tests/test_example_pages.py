@@ -1,4 +1,4 @@
-"""The committed pages of the demo are what today's code writes, and the guide's figures are theirs."""
+"""The committed pages of the demo: written by today's code, with the figures of the guide."""
 
 import re
 from html import unescape
@@ -28,6 +28,7 @@ def test_style_and_scripts_are_todays(name):
         todays = re.findall(rf"<{tag}>(.*?)</{tag}>", made, re.DOTALL)
         assert parts_of(name, tag) in (todays, []), f"{name}: {tag}: {ADVICE}"
     assert parts_of(name, "style")
+    assert bool(parts_of(name, "script")) == (name == "view.html")
     assert "<main>" in (DEMO / name).read_text()
 
 
