@@ -61,7 +61,9 @@ def requested(browser):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
             urls.append(message["params"]["request"]["url"])
-    return [url for url in urls if not url.startswith(("file:", "data:", "chrome:", "about:"))]
+    browsers_own = ("chrome:", "chrome-untrusted:", "about:")  # such as its start page
+    own = ("file:", "data:", *browsers_own)
+    return [url for url in urls if not url.startswith(own)]
 
 
 def width_of(browser):

@@ -207,13 +207,26 @@ def test_mistakes_are_told_before_anything_is_written(runs, tmp_path):
         assert not out.exists()
 
 
-def test_unfinished_or_damaged_completions_are_refused(runs):
-    whole, half, _ = runs
+def test_runs_that_failed_or_are_at_work_are_shown_as_far_as_they_are(runs, tmp_path):
+    whole, half, prompts = runs
+    failed = make_run(tmp_path / "failed", lead_span=0.5, steps=0, finished=False, heldout="other")
+    lines = (half / "completions.jsonl").read_bytes().splitlines(keepends=True)
+    (half / "completions.jsonl").write_bytes(b"".join(lines[:-1]))
+    invoke(whole, half, failed, "--prompts", prompts, "-o", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+
+    assert "not finished: 39 of 40 answers" in page
+    assert "<td>0, not finished</td>" in page
+    assert "Fewer than two of the runs have evaluated answers" in page
+    assert "different held-out traces" not in page  # it was never measured
+    assert page.count(f"{failed}</li>") == 0  # no legend without a curve
+    assert page.count(f"{half}</li>") == 3
+
+
+def test_damaged_completions_are_refused(runs):
+    _, half, _ = runs
     file = half / "completions.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join(lines[:-1]))
-    with pytest.raises(ValueError, match="expected 40 completions, found 39"):
-        paired_answers([read_run(whole), read_run(half)])
     file.write_bytes(b"".join(lines).replace(b'"right": true', b'"right": null', 1))
     with pytest.raises(DamagedFileError, match="damaged since it was written"):
         read_run(half)
@@ -226,7 +239,7 @@ def test_prompts_that_cannot_be_shown_are_refused(runs, tmp_path):
     for run in (whole, half):
         (run / "completions.jsonl").unlink()
     unused = invoke(whole, half, "--prompts", prompts, "-o", tmp_path / "x", exit_code=1)
-    assert "no run has completions" in str(unused.exception)
+    assert "no run has all the completions" in str(unused.exception)
 
 
 @pytest.mark.parametrize("damaged", ['{"step": ,', '7\n{"step": 7,', '{"step": "seven",'])

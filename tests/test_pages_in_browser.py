@@ -1,7 +1,9 @@
 """Every page in a real browser: clicked, scrolled, searched and read; one browser for all."""
 
+import importlib.util
 import logging
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic
 
 import numpy as np
@@ -287,6 +289,29 @@ def test_a_sweep_and_its_comparison_fit_every_screen(browser, sweep, width, dark
         assert requested(browser) == []
         assert width_of(browser) == width
         assert browser.execute_script(CLIPPED_OR_SMALL) == []
+
+
+# What axe, a checker of accessibility, finds wrong with the page.
+VIOLATIONS = """
+const done = arguments[0];
+axe.run(document, { resultTypes: ["violations"] }).then((found) =>
+  done(found.violations.map((one) => `${one.id}: ${one.nodes.map((node) => node.html)}`)));
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True])
+def test_pages_are_for_keyboards_and_screen_readers_too(browser, viewed, sweep, dark):
+    axe = Path(importlib.util.find_spec("axe_core_python").origin).with_name("axe.min.js")
+    resize(browser, 390, dark=dark)
+    for page in (viewed[0], sweep / "report.html", sweep / "compare.html"):
+        open_page(browser, page, "body[data-shown]" if page == viewed[0] else "body")
+        browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+        if page == viewed[0]:
+            set_value(browser, "#span", 50)  # so that half of the tokens are pale
+            browser.execute_script("text.select(12)")
+        browser.execute_script(axe.read_text())
+        assert browser.execute_async_script(VIOLATIONS) == [], page.name
 
 
 def test_a_flipped_answer_is_opened_and_read(browser, sweep):

@@ -39,13 +39,16 @@ class Paired:
 
 
 def paired_answers(runs: Sequence[ComparedRun]) -> list[Paired]:
-    """Compare every run that has answers with the first one that has.
+    """Compare every run that has all its answers with the first one that has.
 
     Raises:
-        ValueError: If they answered other prompts, or were asked or checked in another way, or an
-            evaluation is not finished.
+        ValueError: If they answered other prompts, or were asked or checked in another way.
     """
-    evaluated = [(run.name, run.answers) for run in runs if run.answers is not None]
+    evaluated = [
+        (run.name, run.answers)
+        for run in runs
+        if run.answers is not None and run.answers.is_complete
+    ]
     if not evaluated:
         return []
     _, first = evaluated[0]
@@ -79,13 +82,6 @@ def _paired(name: str, first: EvaluatedAnswers, answers: EvaluatedAnswers) -> Pa
 
 
 def _check_same(first: EvaluatedAnswers, other: EvaluatedAnswers) -> None:
-    for answers in (first, other):
-        expected = answers.settings["num_prompts"] * answers.settings["samples_per_prompt"]
-        if len(answers.samples) != expected:
-            raise ValueError(
-                f"{answers.file}: expected {expected:,} completions, found "
-                f"{len(answers.samples):,}: finish the evaluation with its own command first"
-            )
     for name in dict.fromkeys([*first.settings, *other.settings]):
         values = first.settings.get(name), other.settings.get(name)
         if name not in _OF_MODEL and values[0] != values[1]:

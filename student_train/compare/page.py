@@ -44,13 +44,14 @@ def comparison_page(
 ) -> bytes:
     """Make the page of some runs; raises as `compare`."""
     paired = paired_answers(runs)
-    evaluated = [run.answers for run in runs if run.answers is not None]
+    answers = [run.answers for run in runs if run.answers is not None]
+    evaluated = [one for one in answers if one.is_complete]
     prompts = None
     if prompts_file is not None:
         if not evaluated:
             raise ValueError(
-                "--prompts: no run has completions whose prompts it could show; evaluate them with "
-                "--completions, or leave it out"
+                "--prompts: no run has all the completions whose prompts it could show; evaluate "
+                "them with --completions, or leave it out"
             )
         prompts = _prompts_of(prompts_file, evaluated[0])
     return render(
@@ -71,7 +72,10 @@ def comparison_page(
 def _overview_rows(runs: Sequence[ComparedRun], paired: Sequence[Paired]) -> list[list[str]]:
     """A row for each run; by order, as a run may be named twice with different completions."""
     pairs = iter(paired)
-    return [_overview_row(run, next(pairs) if run.answers else None) for run in runs]
+    return [
+        _overview_row(run, next(pairs) if run.answers and run.answers.is_complete else None)
+        for run in runs
+    ]
 
 
 def _overview_row(run: ComparedRun, pair: Paired | None) -> list[str]:
@@ -80,6 +84,9 @@ def _overview_row(run: ComparedRun, pair: Paired | None) -> list[str]:
         figures = pair.accuracy
         low, high = percent(figures.accuracy_low), percent(figures.accuracy_high)
         accuracy = f"{percent(figures.accuracy)} ({low} to {high})"
+    elif run.answers is not None:
+        done, all_of = len(run.answers.samples), run.answers.num_expected
+        accuracy = f"not finished: {done:,} of {all_of:,} answers"
     if not run.settings:
         return [run.name, accuracy, *[_UNKNOWN] * 6, "not trained"]
     steps = run.latest("step")

@@ -22,6 +22,16 @@ class EvaluatedAnswers:
     settings: Mapping[str, Any]
     samples: Sequence[Sample]  # by prompt
 
+    @property
+    def num_expected(self) -> int:
+        """Number of samples of the whole evaluation."""
+        return int(self.settings["num_prompts"]) * int(self.settings["samples_per_prompt"])
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the evaluation is finished."""
+        return len(self.samples) == self.num_expected
+
 
 @dataclass(frozen=True)
 class ComparedRun:

@@ -67,11 +67,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             from student_train.model.load import load_tokenizer
             from student_train.model.save import check_saved
 
-        check_saved(config.model)
-        config = replace(config, dtype=config.dtype or usual_dtype(config.model))
-        end_ids = () if cache is None else tuple(cache.header.terminal_token_ids)
-        tokenizer = load_tokenizer(config.model)
-        requests = make_requests(tokenizer, prompts, Generation.of(config))
+        with Progress("loading the tokenizer"):
+            check_saved(config.model)
+            config = replace(config, dtype=config.dtype or usual_dtype(config.model))
+            end_ids = () if cache is None else tuple(cache.header.terminal_token_ids)
+            tokenizer = load_tokenizer(config.model)
+            requests = make_requests(tokenizer, prompts, Generation.of(config))
         task = _Task(config, prompts, tokenizer, requests, end_ids)
         settings = {}
         if config.completions is not None:
@@ -81,7 +82,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             if cache is not None:
                 from student_train.evaluation.heldout_cache import measure_on_cache
 
-                heldout = measure_on_cache(config.model, cache, device())
+                with Progress("measuring on the cache"):
+                    heldout = measure_on_cache(config.model, cache, device())
             _answer_all(task, checker, log)
     samples = [log.samples[key] for key in sorted(log.samples)]
     groups: dict[str, list[Sample]] = {}

@@ -32,6 +32,7 @@ from student_train.profile.page import profile_page
 from student_train.run.precision import usual_dtype
 from teacher_cache.format import shown
 from teacher_cache.format.files import publish
+from teacher_cache.terminal.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +61,12 @@ def profile(config: ProfileConfig) -> ProfileResult:
     )
     if config.tail != "renormalise":
         require_tails_to_train(data)
-    model, tokenizer = load_model(
-        config.student, revision=config.student_revision, dtype=torch.float32
-    )
-    for source in data.sources:
-        check_student(config.student, model, tokenizer, source.cache.header)
+    with Progress("loading the student"):
+        model, tokenizer = load_model(
+            config.student, revision=config.student_revision, dtype=torch.float32
+        )
+        for source in data.sources:
+            check_student(config.student, model, tokenizer, source.cache.header)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = StudentWithLoss(model, head_of(model), config.objective).to(device).eval()
     by_cache: list[list[TraceMeasures]] = []
@@ -87,9 +89,10 @@ def _measured_cache(
     source = data.sources[number]
     cache = source.cache
     places = chosen_places(source, config.num_traces, config.seed)
-    measures = list(
-        measured(student, cache.read_held(places), device, number, has_tails=cache.header.has_tails)
-    )
+    has_tails = cache.header.has_tails
+    with Progress("measured", len(places), "traces") as progress:
+        read = progress.counting(cache.read_held(places))
+        measures = list(measured(student, read, device, number, has_tails=has_tails))
     if not measures:
         raise ValueError(
             f"{cache.path}: none of {len(places):,} traces has a token with a distribution"

@@ -63,7 +63,6 @@ def finish(run: Run) -> TrainResult:
             _log_counts(run)
             folder.write_result(metrics)
             _write_student(run, weights, chosen)
-    inputs.accelerator.end_training()  # and its processes' group
     return TrainResult(folder.model, run.state.step, metrics, was_finished=False)
 
 

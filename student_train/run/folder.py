@@ -11,6 +11,7 @@ lock             held by the main process while it is at work; see folder_lock
 
 import json
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,22 +194,28 @@ class RunFolder:
         length = (config.epochs, config.max_steps)
         return is_more_patient or (before.get("epochs"), before.get("max_steps")) != length
 
-    def begin(self, identity: RunIdentity, mark: MetricsMark | None) -> None:
+    def begin(self, identity: RunIdentity, mark: MetricsMark | None) -> str:
         """Make the folder ready: write the configuration, cut metrics back to the checkpoint.
 
         Args:
             identity: Identity of the run.
             mark: Mark of `metrics.jsonl` at the checkpoint, None for a new run.
+
+        Returns:
+            The run's id, by which trackers know it: a new one for a new run.
         """
+        before = {} if mark is None or self._before is None else self._before
+        run_id = str(before.get("run_id") or secrets.token_hex(8))
         self.path.mkdir(parents=True, exist_ok=True)
         remove_unpublished(self.path)
         remove_unpublished(self.checkpoints)
         if self.finished:  # the run goes on: its student so far stays under another name
             step = read_record(self.result_file, "It belongs to the student.")["metrics"]["step"]
             self.model.rename(self.path / f"model-step-{step:09d}")
-        publish_record(self.config_file, identity.to_json())
+        publish_record(self.config_file, identity.to_json() | {"run_id": run_id})
         self.checkpoints.mkdir(exist_ok=True)  # second: without config.json they are a stranger's
         self.metrics.begin(mark)
+        return run_id
 
     def write_result(self, metrics: Mapping[str, Any]) -> None:
         """Write the run's result, before the student gets its name."""

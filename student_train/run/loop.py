@@ -24,7 +24,7 @@ from student_train.run.step import (
     all_reduced,
     global_counts,
 )
-from student_train.run.trackers import grouped
+from student_train.run.trackers import ending_tracker, grouped
 from teacher_cache.terminal.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -56,8 +56,9 @@ def train(config: TrainConfig) -> TrainResult:
         if inputs.folder.finished and not inputs.folder.extends(config):
             return finished_before(inputs)
         run = prepare(inputs)
-        _take_steps(run)
-        return finish(run)
+        with ending_tracker(accelerator, config):
+            _take_steps(run)
+            return finish(run)
 
 
 def _take_steps(run: Run) -> None:
@@ -152,7 +153,6 @@ def _take_steps(run: Run) -> None:
                 break
             if is_asked_to_stop:
                 checkpoints.wait()
-                accelerator.end_training()  # trackers write what they hold
                 raise InterruptedRunError(
                     f"stopped after step {state.step:,} of {run.num_steps:,}; a checkpoint is in "
                     f"{inputs.folder.checkpoints}. Run the same command again to resume.",

@@ -36,7 +36,7 @@ from student_train.run.precision import halve_frozen_layers
 from student_train.run.processes import decided_by_main
 from student_train.run.sharding import place
 from student_train.run.state import RunState
-from student_train.run.trackers import start_trackers
+from student_train.run.trackers import start_tracker
 from student_train.run.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -237,6 +237,7 @@ def _restored(
         pass
     with inputs.files.shared():
         if accelerator.is_main_process:
-            folder.begin(inputs.identity, mark)
-    start_trackers(accelerator, config, state.step)
+            run_id = folder.begin(inputs.identity, mark)
+            if config.tracker != "none":
+                start_tracker(accelerator, config, run_id, state.step)
     return state

@@ -79,10 +79,11 @@ def run_sweep(config: SweepConfig) -> SweepResult:
     prompts = list(read_prompts(config.eval_prompts, config.eval_options.get("group_by")))
     if not prompts:
         raise ValueError(f"{config.eval_prompts}: expected at least one prompt, found none")
-    with Checker() as checker:
-        check_golds(prompts, checker)  # not only when the first run is to be evaluated
-    if not config.allow_seen_prompts:
-        _refuse_seen_prompts(config, prompts, cache)
+    with Progress("checking the prompts"):
+        with Checker() as checker:
+            check_golds(prompts, checker)  # not only when the first run is to be evaluated
+        if not config.allow_seen_prompts:
+            _refuse_seen_prompts(config, prompts, cache)
     mine = _part(cells, config.worker)
     worker, _ = parse_worker(config.worker)
     with FolderLock(config.out / f"{worker}.lock", owned=config.out):

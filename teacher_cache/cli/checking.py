@@ -71,7 +71,7 @@ def _verified(cache: CachePath) -> Verification:
     with Progress("verified", unit="MB") as shown:
         return verify_cache(
             cache,
-            lambda done, total: shown.set(done // 1_000_000, total=-(-total // 1_000_000)),
+            lambda done, total: shown.set(-(-done // 1_000_000), total=-(-total // 1_000_000)),
         )
 
 

@@ -31,6 +31,7 @@ from teacher_cache.format import (
 from teacher_cache.sources.tokenizer import ModelFiles, load_tokenizer
 from teacher_cache.terminal.capture_progress import CaptureProgress
 from teacher_cache.terminal.option import check_options, option, same_option
+from teacher_cache.terminal.progress import Progress
 
 LIVE_WIDTH = 4096  # candidates per row of the engine, at most: 32 kB per token
 
@@ -171,7 +172,8 @@ def audit(config: AuditConfig) -> Audit:
             f"{cache.path}: it was imported from rows that do not tell the probability outside "
             "their entries, so that it cannot be compared with the teacher's"
         )
-    _require_teacher(cache.header, config)
+    with Progress("comparing the model with the teacher's"):
+        _require_teacher(cache.header, config)
     traces = sample_traces(cache, config.num_traces, config.seed)
     lengths = lengths_within(traces, config.max_tokens)
     width = min(cache.header.vocab_size, LIVE_WIDTH)

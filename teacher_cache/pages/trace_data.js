@@ -110,6 +110,11 @@ function visible(text) {
   });
 }
 
+// A token's text by itself: spaces alone would show nothing.
+function named(text) {
+  return /^ +$/.test(text) ? "␣".repeat(text.length) : visible(text);
+}
+
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);

@@ -6,6 +6,7 @@ const SVG = "http://www.w3.org/2000/svg";
 
 function percentText(share) {
   const percent = 100 * share;
+  if (percent > 0 && percent < 0.001) return "< 0.001 %";
   return `${percent >= 10 ? percent.toFixed(1) : percent.toPrecision(2)} %`;
 }
 
@@ -34,7 +35,7 @@ function showDetail(panel, trace, t, showsAll = false) {
   }
   const list = make("dl");
   for (const [name, value] of facts) list.append(make("dt", {}, name), make("dd", {}, value));
-  panel.replaceChildren(make("h2", {}, visible(page.texts[trace.token[t]])), list);
+  panel.replaceChildren(make("h2", {}, named(page.texts[trace.token[t]])), list);
   if (!trace.k[t]) panel.append(make("p", {}, "There is no distribution for this token."));
   else panel.append(entryTable(panel, trace, t, showsAll));
 }
@@ -42,7 +43,7 @@ function showDetail(panel, trace, t, showsAll = false) {
 function entryTable(panel, trace, t, showsAll) {
   const head = make("tr", {}, make("th", {}, "kept entry"), make("th", {}, "teacher"));
   if (trace.kl) head.append(make("th", {}, "student"));
-  head.append(make("th", { class: "bars" }, ""));
+  head.append(make("td", { class: "bars", "aria-hidden": "true" }));
   const body = make("tbody");
   const [first, end] = [trace.first[t], trace.first[t + 1]];
   let last = showsAll ? end : Math.min(end, first + FEW_ENTRIES);
@@ -56,7 +57,7 @@ function entryTable(panel, trace, t, showsAll) {
       continue;
     }
     const q = trace.kl ? Math.exp(-trace.studentSteps[e] * STEP_NATS) : null;
-    body.append(entryRow(visible(page.texts[trace.entry[e]]), p, q, isChosen ? "chosen" : "entry"));
+    body.append(entryRow(named(page.texts[trace.entry[e]]), p, q, isChosen ? "chosen" : "entry"));
   }
   const tailOfStudent = trace.kl ? Math.exp(trace.studentTail[t]) : null;
   body.append(entryRow("all others", trace.tail[t], tailOfStudent, "tail"));

@@ -117,6 +117,7 @@ class TokenText {
   makeToken(t) {
     const [shown] = this.shown.get(this.trace.token[t]);
     const span = make("span", { id: `token-${t}`, role: "option" }, shown);
+    if (!shown.trim()) span.setAttribute("aria-label", shown.length > 1 ? `${shown.length} spaces` : "space");
     span.className = this.classOf(t);
     return span;
   }

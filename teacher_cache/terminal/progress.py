@@ -3,10 +3,10 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from teacher_cache.terminal.messages import console, is_quiet, is_terminal, silence_s
 
@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 LINE_INTERVAL_S = 10.0
 _FIRST_S = 0.8  # shorter tasks are not shown
 _CLEAR_S = 0.3
+
+_T = TypeVar("_T")
 
 
 def duration(seconds: float) -> str:
@@ -155,6 +157,12 @@ class Progress:
         """Add finished units."""
         self.set(self._done + num_units, figures)
 
+    def counting(self, items: Iterable[_T]) -> Iterator[_T]:
+        """Give items one by one; each is finished when the next is asked for."""
+        for item in items:
+            yield item
+            self.add()
+
     @property
     def eta_s(self) -> float | None:
         """Seconds to the end at the rate so far; None before anything is known."""
@@ -199,8 +207,11 @@ def at_work(name: str) -> Iterator[None]:
     started_s = time.monotonic()
 
     def tick() -> None:
+        last_shown_s = started_s
         while not has_ended.wait(1.0):
-            if silence_s() >= LINE_INTERVAL_S and not _shown and not is_quiet():
+            if _shown or is_quiet():
+                last_shown_s = time.monotonic()
+            elif min(silence_s(), time.monotonic() - last_shown_s) >= LINE_INTERVAL_S:
                 so_far = duration(time.monotonic() - started_s)
                 logger.info("%s: at work, %s so far", name, so_far)
 

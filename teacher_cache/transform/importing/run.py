@@ -36,6 +36,7 @@ from teacher_cache.sources.row import Row
 from teacher_cache.sources.tokenizer import ModelFiles, TeacherTokenizer
 from teacher_cache.sources.turn_layout import GivenMarks
 from teacher_cache.terminal.capture_progress import CaptureProgress
+from teacher_cache.terminal.progress import Progress
 from teacher_cache.terminal.stop_signals import Stopped, stop_signals
 from teacher_cache.transform.importing.axolotl import AxolotlRows, is_prepared
 from teacher_cache.transform.importing.columns import DISTILLKIT_PLAIN, Columns
@@ -89,9 +90,11 @@ def import_cache(config: ImportConfig) -> ImportReport:
     """
     rows = Input(config.rows, config.dataset_config, config.split)
     files = ModelFiles(config.model, config.revision, config.trust_remote_code)
-    tokenizer = TeacherTokenizer(files, config.template_arg, _marks(config))
+    with Progress("loading the tokenizer"):
+        tokenizer = TeacherTokenizer(files, config.template_arg, _marks(config))
     parse = _parser(config, rows, tokenizer, files.vocab_size())
-    meaning = found_meaning(config, rows, parse)
+    with Progress("comparing the first rows with their tokens"):
+        meaning = found_meaning(config, rows, parse)
     convert = Converter(
         tokenizer,
         files.vocab_size(),
