@@ -76,6 +76,8 @@ def test_rows_hold_the_student_s_own_tokens_and_logprobs(rolled):
     rows, model = lines_of(file), AutoModelForCausalLM.from_pretrained(STUDENT)
     assert len({row["id"] for row in rows}) == result.num_traces == 10
     assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+    settings = json.loads(file.with_name(f"{file.name}.settings.json").read_text())
+    assert settings["dtype"] == "float32"  # of the weights, whatever an engine would take
     for row in rows:
         ids, first = torch.tensor([row["token_ids"]]), row["num_prompt"]
         with torch.no_grad():

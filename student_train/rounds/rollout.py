@@ -1,7 +1,7 @@
 """`train-student rollout`: a student's own traces, kept as they come."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from student_train.errors import InterruptedRunError
@@ -59,11 +59,14 @@ def roll_out(config: RolloutConfig) -> RolloutResult:
     """
     questions = read_questions(config)
     with Progress("loading torch"):
+        from student_train.evaluation.engines import usual_dtype
         from student_train.evaluation.requests import generation_settings, make_requests
         from student_train.model.load import load_tokenizer
         from student_train.model.save import check_saved
 
     check_saved(config.model)
+    # vLLM's own choice for float32 weights is half precision: not the student that is trained.
+    config = replace(config, dtype=config.dtype or usual_dtype(config.model))
     tokenizer = load_tokenizer(config.model)
     prompts = [question.prompt for question in questions]
     generation = Generation.of(config, with_logprobs=True)
