@@ -72,7 +72,7 @@ def test_a_row_that_changed_is_still_noticed(stopped, rendered):
     rows = [json.loads(line) for line in stopped.prompts.read_text().splitlines()]
     rows[1]["prompt"] = "other"
     stopped.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(SourceError, match="'p1' is already in .*made from other content"):
+    with pytest.raises(SourceError, match=r"'p1' is already in .*made from other content"):
         generate(stopped)
 
 

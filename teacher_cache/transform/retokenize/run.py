@@ -23,6 +23,7 @@ from teacher_cache.format import (
 )
 from teacher_cache.sources import Input, Rejects, SourceError
 from teacher_cache.terminal.capture_progress import CaptureProgress
+from teacher_cache.terminal.progress import Progress
 from teacher_cache.terminal.stop_signals import Stopped, stop_signals
 from teacher_cache.transform.retokenize.certificate import overall
 from teacher_cache.transform.retokenize.configs import RetokenizeConfig
@@ -81,7 +82,8 @@ def retokenize(config: RetokenizeConfig) -> RetokenizeReport:
             "their entries, which carrying distributions over needs. Train a student with the "
             "teacher's tokenizer on it (--tail renormalise)"
         )
-    header = student_header(config, source)
+    with Progress("loading the student's tokenizer"):
+        header = student_header(config, source)
     origin = {"retokenized_from": source.fingerprint}
     manifest = read_manifest(config.out)
     if manifest is not None and manifest.seal is None:
