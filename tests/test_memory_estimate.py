@@ -61,6 +61,11 @@ def test_an_estimate_counts_every_layer_and_every_weight():
     num_weights = sum(p.numel() for p in make_model(**wide, tied=False).parameters())
     assert found.gradients == 4 * num_weights
     assert found.optimizer == 8 * num_weights
+    lora = config_of(lora_rank=4)
+    adapted = estimate(shape, lora, num_tokens=96).activations
+    whole = counted_activations(shape, 5, 96, is_half=True, lora=lora.lora)
+    assert adapted == pytest.approx(whole, rel=0.03)
+    assert adapted < found.activations  # inputs of frozen layers are not kept
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from student_train.losses import TeacherTargets, sparse_kl
 from student_train.model.adapters import add_adapters
 from student_train.model.load import output_layer
 from student_train.run.config import TrainConfig
-from student_train.run.memory_estimate import estimate
+from student_train.run.memory_estimate import estimate, give_memory
 from student_train.run.precision import halve_frozen_layers
 
 GIB = 2**30
@@ -204,22 +204,6 @@ def causal_attention(
         query, key, value, is_causal=True, scale=scaling, enable_gqa=True
     )
     return output.transpose(1, 2).contiguous(), None
-
-
-def give_memory(model: nn.Module) -> None:
-    """Move weights and buffers from "meta" to a device that has memory to count."""
-    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # old, whose id stays taken, and new
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    real = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    if isinstance(tensor, nn.Parameter):
-                        real = nn.Parameter(real, requires_grad=tensor.requires_grad)
-                    made[id(tensor)] = tensor, real
-                tensors[name] = made[id(tensor)][1]
 
 
 def targets_of(num_tokens: int) -> TeacherTargets:

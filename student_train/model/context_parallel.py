@@ -74,7 +74,8 @@ class _Attention:
         self._team = team  # None where this process has whole rows
         self.num_calls = 0
 
-    @torch.compiler.disable  # else --compile makes code for every call, until it gives up
+    # Else --compile makes code for every call, until it gives up.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def __call__(
         self,
         module: nn.Module,
@@ -102,13 +103,15 @@ class _Attention:
             query, key, value = (_whole_rows(x, self._team) for x in (query, key, value))
         # One by one, and not with a mask, which would be as large as the row's length squared.
         lengths = lengths_in_row.lengths if lengths_in_row else (query.shape[2],)
-        traces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        traces = zip(
+            *(torch.split(x, list(lengths), dim=2) for x in (query, key, value)), strict=True
+        )
         outputs = [
             scaled_dot_product_attention(
-                *one_trace, dropout_p=dropout, is_causal=True, scale=scaling,
+                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
-            for one_trace in traces
+            for q, k, v in traces
         ]  # fmt: skip
         output = torch.cat(outputs, dim=2) if lengths_in_row else outputs[0]
         if self._team is not None:

@@ -32,10 +32,14 @@ def check_combinations(config: "TrainConfig") -> None:
 
 
 def _check_layout(config: "TrainConfig") -> None:
-    if config.sharding != "none" and config.optimizer == "adafactor":
+    if config.sharding != "none" and config.optimizer != "adamw":
+        reasons = {
+            "adafactor": "adafactor works on whole matrices",
+            "adamw8bit": "8-bit states that are split cannot be checkpointed (torchao 0.18)",
+        }
         raise ValueError(
-            f"--sharding {config.sharding}: adafactor works on whole matrices; use --optimizer "
-            "adamw, or adamw8bit with torchao"
+            f"--sharding {config.sharding}: {reasons[config.optimizer]}; use --optimizer adamw, "
+            "with --offload where its states do not fit"
         )
     if config.offload and config.sharding == "none":
         raise ValueError(

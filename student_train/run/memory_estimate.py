@@ -20,6 +20,7 @@ from student_train.data.traces import open_data
 from student_train.losses.chunks import CHUNK_BYTES, CUDA_CHUNK_BYTES
 from student_train.model.adapters import add_adapters
 from student_train.model.load import decoder_layers, output_layer
+from student_train.model.lora import Lora
 from student_train.run.config import TrainConfig
 from student_train.run.precision import halve_frozen_layers, with_precision
 
@@ -98,7 +99,7 @@ def estimate_line(config: TrainConfig, shape: PreTrainedConfig, drawn: Sequence[
         remedies.append("--offload")
     if config.context_parallel == 1 and config.batch_tokens <= longest:
         remedies.append("--context-parallel 2 on several processes")
-    if config.optimizer == "adamw":
+    if config.optimizer == "adamw" and config.sharding == "none":
         remedies.append("--optimizer adamw8bit")
     if config.lora_rank is None:
         remedies.append("--lora-rank 16")
@@ -154,8 +155,10 @@ def estimate(
     elif is_half:
         weights += 2 * trained  # autocast keeps copies through a step's forward and backward
     try:
-        per_layer = counted_activations(shape, 2, _PROBE_TOKENS, is_half=is_half)
-        rest = counted_activations(shape, 1, _PROBE_TOKENS, is_half=is_half)
+        rest, per_layer = (
+            counted_activations(shape, n, _PROBE_TOKENS, is_half=is_half, lora=config.lora)
+            for n in (1, 2)
+        )
     except (RuntimeError, AttributeError, LookupError, TypeError, NotImplementedError) as error:
         # Code of any model, which may look into its tensors; the run itself needs no prediction.
         reason = " ".join(str(error).split())
@@ -170,6 +173,11 @@ def estimate(
     head_bytes = head.numel() * (4 + (2 if is_half else 0)) if head.requires_grad else 0
     if is_half and not head.requires_grad and head.dtype == torch.float32:
         head_bytes = 2 * head.numel()  # tied to an embedding, it is cast for the loss
+    if is_half and not head.requires_grad and not is_cuda:  # see `HeadProducts`
+        widened = 4 * head.numel()
+        if config.gradient_checkpointing:  # gone before the one layer's activations are there
+            widened = max(0, widened - per_layer * num_tokens // _PROBE_TOKENS)
+        head_bytes += widened
     return MemoryEstimate(
         weights=weights,
         gradients=gradients,
@@ -186,7 +194,12 @@ def _weights_of_parts(model: Any) -> tuple[int, int]:  # noqa: ANN401 (any class
 
 
 def counted_activations(
-    shape: PreTrainedConfig, num_layers: int, num_tokens: int, *, is_half: bool
+    shape: PreTrainedConfig,
+    num_layers: int,
+    num_tokens: int,
+    *,
+    is_half: bool,
+    lora: Lora | None = None,
 ) -> int:
     """Bytes that the body keeps for its backward pass, counted on fake tensors of that shape."""
     text = shape.get_text_config()
@@ -194,8 +207,15 @@ def counted_activations(
     if fields.get("layer_types") is not None:
         fields["layer_types"] = (fields["layer_types"] * num_layers)[:num_layers]
     kept: dict[int, int] = {}
+    with torch.device("meta"):
+        whole: Any = AutoModelForCausalLM.from_config(type(text).from_dict(fields))
+    model: nn.Module = whole.base_model
+    if lora is not None:
+        add_adapters(whole, lora)
+        if is_half:
+            halve_frozen_layers(whole)
     with FakeTensorMode():
-        model: nn.Module = AutoModelForCausalLM.from_config(type(text).from_dict(fields)).base_model
+        give_memory(whole)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
         def note(tensor: Tensor) -> Tensor:
@@ -215,3 +235,20 @@ def counted_activations(
         ):
             model(input_ids=ids, use_cache=False)
     return sum(kept.values())
+
+
+def give_memory(model: nn.Module) -> None:
+    """Move weights and buffers from "meta" to a device that has memory to count, in fake mode."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # old, whose id stays taken, and new
+    for module in model.modules():
+        both: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in both:
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    real = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    if isinstance(tensor, nn.Parameter):
+                        real = nn.Parameter(real, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = tensor, real
+                tensors[name] = made[id(tensor)][1]

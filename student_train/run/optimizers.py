@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
 # Packages with 8-bit AdamW; the first that is installed is used.
 _EIGHT_BIT = ("torchao.optim", "bitsandbytes.optim")
-_EIGHT_BIT_SHARDED = ("torchao.optim",)
 
 
 def make_optimizer(
@@ -41,13 +39,11 @@ def make_optimizer(
     if name == "adafactor":
         optimizer = Adafactor(groups, lr=lr, scale_parameter=False, relative_step=False)
         return optimizer
-    is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    modules = _EIGHT_BIT_SHARDED if is_sharded else _EIGHT_BIT
-    for module in modules:
+    for module in _EIGHT_BIT:
         if importlib.util.find_spec(module.partition(".")[0]) is not None:
             optimizer = importlib.import_module(module).AdamW8bit(groups, lr=lr)
             return optimizer
-    wanted = " or ".join(module.partition(".")[0] for module in modules)
+    wanted = " or ".join(module.partition(".")[0] for module in _EIGHT_BIT)
     raise ValueError(f"optimizer {name}: needs {wanted}; pip install torchao")
 
 
