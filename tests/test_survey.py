@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 from captures import TableTeacher, names, write_prompts
+from click.testing import CliRunner
 
 from teacher_cache.capture.generate import generate
+from teacher_cache.cli import COMMAND_LINE
 from teacher_cache.engines import EngineError
 from teacher_cache.format import open_cache
 from teacher_cache.sources import PromptRenderer, SourceError
@@ -44,6 +46,13 @@ def test_what_is_done_is_not_rendered_again(stopped, asked, rendered):
     assert rendered == names(asked) == ["p4", "p5"]
     assert len(open_cache(str(stopped.out))) == 6
     assert not list(stopped.out.glob("survey*"))  # of no use any more
+
+
+def test_sealing_by_hand_removes_the_tables_of_all_workers(stopped):
+    (stopped.out / "survey-b.bin").write_bytes((stopped.out / "survey.bin").read_bytes())
+    ran = CliRunner().invoke(COMMAND_LINE, ["seal", str(stopped.out)])
+    assert ran.exit_code == 0, ran.output
+    assert not list(stopped.out.glob("survey*"))
 
 
 def test_a_limit_counts_what_is_done(stopped, asked, rendered):

@@ -14,6 +14,7 @@ from student_train.batch.gloo_exchange import GlooExchange
 from student_train.batch.loss_tokens import Teaching
 from student_train.batch.micro_batch import DISTRIBUTIONS, one_micro_batch
 from student_train.batch.trace_rows import trace_rows
+from student_train.data.order import SHUFFLE_WINDOW
 from student_train.data.stream import Cursor, TraceStream
 from student_train.data.tokens import TokenSelection
 from student_train.data.traces import TrainingData
@@ -51,6 +52,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         cursor: Cursor | None = None,
         num_ids: int | None = None,
         teaching: Teaching = DISTRIBUTIONS,
+        shuffle_window: float = SHUFFLE_WINDOW,
     ) -> None:
         """Take the arguments of `TraceStream`; ranks are torch.distributed's where it runs.
 
@@ -68,6 +70,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         self._reached = self._first
         self._num_ids = num_ids
         self._teaching = teaching
+        self._shuffle_window = shuffle_window
         self._exchange: GlooExchange | None = None  # made where processes are known
 
     def __len__(self) -> int:
@@ -133,6 +136,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
                 "num_epochs": self._num_epochs,
                 "seed": self._seed,
                 "first": self._first,
+                "shuffle_window": self._shuffle_window,
             },
         )
 
@@ -174,6 +178,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
             num_ranks=num_ranks,
             exchange=self._exchange,
             cursor=self._first,
+            shuffle_window=self._shuffle_window,
         )
 
 

@@ -19,7 +19,12 @@ from teacher_cache.format import Trace
 
 
 def trace_rows(
-    data: TrainingData, selection: TokenSelection, num_epochs: int, seed: int, first: Cursor
+    data: TrainingData,
+    selection: TokenSelection,
+    num_epochs: int,
+    seed: int,
+    first: Cursor,
+    shuffle_window: float,
 ) -> Iterator[dict[str, Any]]:
     """The traces of all epochs in training order, cut to the tokens trained on.
 
@@ -28,8 +33,9 @@ def trace_rows(
         [E], with entries for the tokens that enter the loss alone.
     """
     with TraceStream(
-        data, selection, batch_traces=1, num_epochs=num_epochs, seed=seed, cursor=first
-    ) as stream:
+        data, selection, batch_traces=1, num_epochs=num_epochs, seed=seed, cursor=first,
+        shuffle_window=shuffle_window,
+    ) as stream:  # fmt: skip
         for step in stream:
             for item in step.traces:
                 yield _row(item)

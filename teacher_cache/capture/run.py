@@ -11,6 +11,7 @@ from typing import Protocol
 from teacher_cache.capture.job import Job
 from teacher_cache.capture.noise import Repeats
 from teacher_cache.capture.survey import Survey, take_survey
+from teacher_cache.capture.survey_table import remove_survey_tables
 from teacher_cache.capture.worker_loop import Done, run_requests
 from teacher_cache.engines import EngineError, EngineStartError, Teacher, TeacherFacts
 from teacher_cache.engines.start import remedy_of
@@ -151,7 +152,7 @@ def capture(job: Job, start_crew: Callable[[Job, int], Crew] = Alone) -> Capture
         if survey.num_missing == 0:
             return _finish(job, writer, CaptureReport(survey))
         if writer.sealed:
-            _remove_table(job)
+            remove_survey_tables(job.out)
             raise CacheMismatchError(
                 f"{writer.where} is sealed, and {survey.num_missing} of {survey.num_wanted} traces "
                 "are not in it. Write them to another folder."
@@ -262,13 +263,8 @@ def _sealed(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureRepo
                 known=writer.finished(),
                 on_record=lambda done, total: progress.set(done, total=total),
             )
-        _remove_table(job)
+        remove_survey_tables(job.out)
     return _with_parts(job, replace(report, sealed=complete))
-
-
-def _remove_table(job: Job) -> None:
-    """Remove what only a capture that goes on needs."""
-    open_store(job.out).remove(job.file_name("survey", "bin"))
 
 
 def _with_parts(job: Job, report: CaptureReport) -> CaptureReport:

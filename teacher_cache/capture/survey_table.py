@@ -7,6 +7,7 @@ before: as long as rows, settings and our own code are the same to the byte, the
 import hashlib
 import json
 import logging
+import re
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from teacher_cache.capture.job import Job
-from teacher_cache.format import open_store
+from teacher_cache.format import CachePath, open_store
 from teacher_cache.sources import PROMPT_LIKE_COLUMNS, Rejects
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ _SCHEMA = pa.schema({
     "has_thought": pa.bool_(),
 })  # fmt: skip
 _PART_REQUESTS = 1 << 16
+_NAME, _SUFFIX = "survey", "bin"
 _KEY, _FACTS = b"leadspan.input", b"leadspan.facts"  # of the file's metadata
 _NOT_OF_ROWS = ("worker", "num_replicas", "ray_address", "journal", "limit", "out")  # of the config
 
@@ -52,7 +54,7 @@ def survey_table(job: Job) -> SurveyTable:
         SourceError: If the input cannot be read, or has a bad row under `strict`.
     """
     key, num_rows = _input_digest(job)
-    store, name = open_store(job.out), job.file_name("survey", "bin")
+    store, name = open_store(job.out), job.file_name(_NAME, _SUFFIX)
     try:
         found = _parsed(store.read(name), key, num_rows)
     except FileNotFoundError:
@@ -62,6 +64,14 @@ def survey_table(job: Job) -> SurveyTable:
         store.make_folder("")
         store.publish(name, _to_bytes(found, key))
     return found
+
+
+def remove_survey_tables(cache: CachePath) -> None:
+    """Remove the tables of all workers from a cache that is complete."""
+    store = open_store(cache)
+    for name in store.sizes(""):
+        if re.fullmatch(rf"{_NAME}(-.+)?\.{_SUFFIX}", name):
+            store.remove(name)
 
 
 def _input_digest(job: Job) -> tuple[str, int]:

@@ -10,6 +10,7 @@ from teacher_cache.capture.configs import GenerateConfig, ScoreConfig
 from teacher_cache.capture.generate import generate
 from teacher_cache.capture.run import CaptureReport
 from teacher_cache.capture.score import score
+from teacher_cache.capture.survey_table import remove_survey_tables
 from teacher_cache.cli import report_text
 from teacher_cache.format import CachePath, open_cache, seal_cache, shown
 from teacher_cache.terminal.commands import config_command
@@ -73,6 +74,7 @@ def seal_command(config: SealConfig) -> None:
             allow_missing=config.allow_missing,
             on_record=lambda done, total: progress.set(done, total=total),
         )
+    remove_survey_tables(config.cache)
     seal = manifest.seal
     if seal is not None:
         click.echo(
