@@ -108,7 +108,7 @@ def _end_run(accelerator: Accelerator, config: TrainConfig, status: str) -> None
         elif config.tracker == "trackio":
             import trackio
 
-            trackio.finish()
+            trackio.finish()  # type: ignore[no-untyped-call]  # its own
 
 
 def _end_training(accelerator: Accelerator) -> None:
