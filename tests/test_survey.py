@@ -1,17 +1,20 @@
 """A capture that is resumed renders only what is left, and whatever its table no longer fits."""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from captures import TableTeacher, names, write_prompts
 from click.testing import CliRunner
 
 from teacher_cache.capture.generate import generate
-from teacher_cache.cli import COMMAND_LINE
-from teacher_cache.engines import EngineError
+from teacher_cache.cli.group import cli
+from teacher_cache.engines import EngineError, EngineStartError
 from teacher_cache.format import open_cache
 from teacher_cache.sources import PromptRenderer, SourceError
+from teacher_cache.terminal.early_checks import check_out_cache
 
 
 @pytest.fixture
@@ -48,9 +51,43 @@ def test_what_is_done_is_not_rendered_again(stopped, asked, rendered):
     assert not list(stopped.out.glob("survey*"))  # of no use any more
 
 
+def test_a_capture_whose_engine_never_started_is_begun_again(capture_config, asked, rendered):
+    def refuse(requests):
+        raise EngineStartError("out of memory")
+
+    asked.teacher = refuse
+    with pytest.raises(EngineError, match="out of memory"):
+        generate(capture_config)
+    asked.teacher = TableTeacher
+    rendered.clear()
+    check_out_cache(capture_config.out)
+    assert generate(capture_config).sealed
+    assert rendered[:6] == [f"p{n}" for n in range(6)]  # its model may have been mended meanwhile
+
+
+def test_another_tokenizer_in_the_same_folder_is_noticed(stopped, asked, rendered):
+    file = Path(stopped.model) / "tokenizer.json"
+    before = file.read_bytes()
+    parts = json.loads(before)
+    parts["normalizer"] = {"type": "Lowercase"}
+    file.write_text(json.dumps(parts))
+    try:
+        with suppress(SourceError):  # where it makes other content of rows that are done
+            generate(stopped)
+    finally:
+        file.write_bytes(before)  # other tests' model
+    assert {"p0", "p1", "p2", "p3"} <= set(rendered)
+
+
+def test_a_sealed_cache_gets_no_table(capture_config, asked, rendered):
+    assert generate(capture_config).sealed
+    generate(replace(capture_config, limit=3))
+    assert not list(capture_config.out.glob("survey*"))
+
+
 def test_sealing_by_hand_removes_the_tables_of_all_workers(stopped):
     (stopped.out / "survey-b.bin").write_bytes((stopped.out / "survey.bin").read_bytes())
-    ran = CliRunner().invoke(COMMAND_LINE, ["seal", str(stopped.out)])
+    ran = CliRunner().invoke(cli, ["seal", str(stopped.out)])
     assert ran.exit_code == 0, ran.output
     assert not list(stopped.out.glob("survey*"))
 

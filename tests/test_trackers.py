@@ -122,6 +122,17 @@ def test_a_tracker_that_does_not_start_says_why(config, monkeypatch):
         train(config())
 
 
+def test_a_tracker_that_fails_in_mid_run_does_not_end_it(config, monkeypatch, caplog):
+    def log(self, values, step=None, **_):
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.log", log)
+    settings = config()
+    train(settings)
+    assert "--tracker tensorboard: ConnectionError: gone" in caplog.text
+    assert len((settings.out / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_a_run_keeps_its_id_and_one_that_begins_anew_gets_another(config):
     identity = RunIdentity(config(), "c", "s", None, [])
 

@@ -459,7 +459,10 @@ def test_a_worker_of_another_form_keeps_its_prompt_logprobs(worker_tap, ring, ca
     rows = worker_rows_of({"max_num_seqs": 4}, None, K)
     engine = SimpleNamespace(
         collective_rpc=lambda method: [None, reason],
-        vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=64)),
+        vllm_config=SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
+            model_config=SimpleNamespace(max_model_len=512),
+        ),
     )
     rows.score_in(engine)
     assert not rows.are_scored and not rows.are_sent(engine.vllm_config)
@@ -471,8 +474,25 @@ def test_a_worker_of_another_form_keeps_its_prompt_logprobs(worker_tap, ring, ca
     assert rows.are_scored
     engine.vllm_config.scheduler_config.max_num_batched_tokens = 1 << 24
     rows.score_in(engine)
-    assert not rows.are_scored and "too long" in caplog.messages[-1]
+    assert not rows.are_scored and "has no room" in caplog.messages[-1]
     rows.close()
+
+
+def test_a_trace_longer_than_the_ring_is_not_scored_through_it(caplog):
+    """The engine says nothing before a prompt is whole: nobody would read, and the worker wait."""
+    num_rows, config = 400_000, SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
+        model_config=SimpleNamespace(max_model_len=400_000),
+    )  # fmt: skip
+    engine = SimpleNamespace(collective_rpc=lambda method: [None], vllm_config=config)
+    known, unknown = (
+        worker_rows_of({"max_num_seqs": 4}, None, 64, longest=each) for each in (num_rows, None)
+    )
+    for rows in (known, unknown):
+        rows.score_in(engine)
+        rows.close()
+    assert (known.are_scored, unknown.are_scored) == (True, False)
+    assert "no room for a trace of 400000" in caplog.messages[-1]
 
 
 # --- when not to, and when to stop --------------------------------------------------------------

@@ -10,6 +10,7 @@ Ways, all with the same requests, window and sampling:
     dropped   K logprobs per token, thrown away: the worker's top-k and the transport come on top
     flat      K logprobs as `FlatLogprobs`, each read once by plain Python, nothing stored
     fallback  our capture to disk from `FlatLogprobs`
+    taken     rows that vLLM's worker takes from the logits, put together and thrown away
     arrays    our capture to disk from the arrays that vLLM ships with its logprobs
     fast      our capture to disk from the rows that vLLM's worker takes from the logits
 
@@ -58,7 +59,7 @@ from teacher_cache.engines.vllm.rows import tap
 from teacher_cache.format import open_cache
 
 TOOLS = Path(__file__).parent
-WAYS = ("bare", "one", "dropped", "flat", "fallback", "arrays", "fast")
+WAYS = ("bare", "one", "dropped", "flat", "taken", "fallback", "arrays", "fast")
 OURS = ("fallback", "arrays", "fast")
 
 
@@ -84,7 +85,7 @@ class Shared:
 
     def take(self, way: str) -> None:
         """Take rows this way from now on."""
-        self.teacher._worker_rows = self.worker_rows if way == "fast" else None
+        self.teacher._worker_rows = self.worker_rows if way in ("fast", "taken") else None
         self.teacher._is_tapped = way != "fallback"
 
     def run(self, requests: Iterable[TeacherRequest]) -> Iterator[TeacherRows]:
@@ -196,7 +197,9 @@ def run_ways(
                 begun_s = shared.cpu_started_s
             else:
                 begun_s = cpu_s()
-                seconds, num_tokens = drive(teacher, requests, way)
+                shared.take(way)
+                loop = run_through if way == "taken" else drive
+                seconds, num_tokens = loop(teacher, requests, way)
             rates.setdefault(way, []).append(num_tokens / seconds)
             cpu_us.setdefault(way, []).append((cpu_s() - begun_s) / num_tokens * 1e6)
             peaks[way] = max(peaks.get(way, 0), peak_rss_bytes())
@@ -252,6 +255,15 @@ def host_parts(shared: Shared, capture: Callable[[], None], num_replays: int) ->
             capture()
         found.append(times.seconds)
     return sorted(found, key=lambda seconds: sum(seconds.values()))[num_replays // 2]
+
+
+def run_through(
+    teacher: VllmTeacher, requests: Iterable[TeacherRequest], _way: str
+) -> tuple[float, int]:
+    """Seconds and generated tokens of the teacher without any of our capture."""
+    began_s = time.perf_counter()
+    num_tokens = sum(len(rows.token_ids) - rows.num_given for rows in teacher.run(requests))
+    return time.perf_counter() - began_s, num_tokens
 
 
 def drive(teacher: VllmTeacher, requests: Iterable[TeacherRequest], way: str) -> tuple[float, int]:

@@ -86,15 +86,29 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         if epoch != self._first.epoch:
             self._begin_at(Cursor(epoch, 0), epoch + self._num_epochs)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Place after the last batch that was handed out, for `load_state_dict`.
 
         A loader that fetches ahead is ahead of training; `loader()`'s fetches one batch.
         """
-        return {**self._reached.to_json(), "end_epoch": self._end_epoch}
+        return {
+            **self._reached.to_json(),
+            "end_epoch": self._end_epoch,
+            "shuffle_window": self._shuffle_window,
+        }
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Let the next iteration begin where `state_dict` was called, with any number of ranks."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next iteration begin where `state_dict` was called, with any number of ranks.
+
+        Raises:
+            ValueError: If it was called on a dataset of another order.
+        """
+        if state.get("shuffle_window") != self._shuffle_window:
+            raise ValueError(
+                f"state of a DistillationDataset: expected shuffle_window={self._shuffle_window}, "
+                f"found {state.get('shuffle_window')}, which has another order; make the dataset "
+                "with that one"
+            )
         self._begin_at(Cursor.from_json(dict(state)), int(state["end_epoch"]))
 
     def _begin_at(self, cursor: Cursor, end_epoch: int) -> None:

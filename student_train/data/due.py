@@ -12,11 +12,16 @@ from numpy.typing import NDArray
 
 from student_train.data.draw import DrawnSpans
 from student_train.data.order import EpochOrder
+from student_train.data.spill import SLOT_BYTES
 from student_train.data.traces import TrainingData
 from student_train.data.waiting import WaitingTraces, no_room
-from teacher_cache.format import Trace, TraceInfo
+from teacher_cache.format import KeepPolicy, Trace, TraceInfo
 
 logger = logging.getLogger(__name__)
+
+# Bytes of a trace over those that it takes in its shard, about, for a reasoning teacher's cache.
+_UNPACKED = 3.5
+_SPILLED = 1.4
 
 
 class DueTraces:
@@ -41,6 +46,7 @@ class DueTraces:
 
         Raises:
             OSError: If the disk has clearly too little room for what will wait there.
+                Other processes' traces are not counted.
         """
         self._data, self._drawn, self._order = data, drawn, order
         by_shard = places[np.argsort(order.shard[places], kind="stable")]
@@ -94,13 +100,20 @@ class DueTraces:
         """Refuse a disk that is too small before the first step, not in the middle of an epoch."""
         shard = self._order.shard[places]
         num_bytes = self._stored_bytes(shard, self._order.row[places])
-        on_disk = most_waiting(shard, num_bytes) - memory_bytes  # at most so much is in memory
-        if on_disk <= 0:
+        least_bytes = most_waiting(shard, num_bytes)
+        if least_bytes * _UNPACKED <= memory_bytes:
             return
-        folder = tempfile.gettempdir()
-        if on_disk > shutil.disk_usage(folder).free:
+        folder, slots = tempfile.gettempdir(), np.ceil(num_bytes * _SPILLED / SLOT_BYTES)
+        on_disk = most_waiting(shard, slots * SLOT_BYTES)
+        # Of narrowed rows it is not known how much less they take.
+        is_whole = all(
+            each.view == KeepPolicy(each.cache.header.top_k, 1.0) for each in self._data.sources
+        )
+        if is_whole and least_bytes - memory_bytes > shutil.disk_usage(folder).free:
             raise no_room(folder, on_disk)
-        logger.info("up to %.1f GB of traces wait for their turn in %s", on_disk / 1e9, folder)
+        logger.info(
+            "up to %.1f GB of this process' traces wait for their turn in %s", on_disk / 1e9, folder
+        )
 
     def _stored_bytes(
         self, shard: NDArray[np.int64], row: NDArray[np.int64]

@@ -14,7 +14,8 @@ from student_train.data.mixture import drawn
 from student_train.data.traces import TrainingData
 
 # Neighbours in a shard end up half as far apart as in a full permutation (0.53 to 0.56 times with
-# 200 shards and more), and about a third of an epoch waits for its turn at most.
+# 200 shards and more), and about a third of an epoch waits for its turn at most;
+# of fewer shards more, up to nearly all of fifty or fewer.
 SHUFFLE_WINDOW = 0.42
 MIN_WINDOW_SHARDS = 50  # so many or fewer are permuted as a whole
 MIN_MIXED_SHARDS = 10  # of the first and of the last traces of an epoch

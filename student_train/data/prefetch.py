@@ -49,6 +49,7 @@ class Prefetch(Iterator[_T]):
         except BaseException as error:  # every error is the consumer's: it is raised there
             self._error = error
         finally:
+            self._source = iter(())  # what the source holds, on the disk too, goes with it
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
@@ -82,6 +83,7 @@ class Prefetch(Iterator[_T]):
         """End the thread, dropping what it had read ahead."""
         with self._changed:
             self._closed = True
+            self._items.clear()
             self._changed.notify_all()
         # An unresponsive store is retried for minutes; closing does not wait for that.
         self._thread.join(CLOSE_S)

@@ -1,7 +1,7 @@
 """Traces that were read with their shard and wait for their turn in the order.
 
 Those that are due first wait in memory, the others compressed on the disk: wide shuffling keeps
-a third of an epoch waiting, and a shard is read but once.
+a third of an epoch waiting and more, and a shard is read but once.
 """
 
 import errno

@@ -59,14 +59,14 @@ def roll_out(config: RolloutConfig) -> RolloutResult:
     """
     questions = read_questions(config)
     with Progress("loading torch"):
-        from student_train.evaluation.engines import usual_dtype
         from student_train.evaluation.requests import generation_settings, make_requests
-        from student_train.model.load import load_tokenizer
+        from student_train.model.load import load_tokenizer, stored_dtype
         from student_train.model.save import check_saved
 
     check_saved(config.model)
     # vLLM's own choice for float32 weights is half precision: not the student that is trained.
-    config = replace(config, dtype=config.dtype or usual_dtype(config.model))
+    if config.dtype is None and (dtype := stored_dtype(config.model)) is not None:
+        config = replace(config, dtype=str(dtype).removeprefix("torch."))
     tokenizer = load_tokenizer(config.model)
     prompts = [question.prompt for question in questions]
     generation = Generation.of(config, with_logprobs=True)

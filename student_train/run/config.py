@@ -87,7 +87,8 @@ class TrainConfig:
     shuffle_window: float = _data(
         "Share of the shards whose traces are mixed at any time; 50 shards at least. Traces that "
         "were read and wait for their turn take up to 0.5 GiB of a process' memory and beyond it, "
-        "for the default, a third of what an epoch reads in TMPDIR.",
+        "for the default, a third of what an epoch reads in TMPDIR (of fewer than 100 shards, "
+        "most of it).",
         default=SHUFFLE_WINDOW,
         above=0,
         at_most=1,

@@ -24,7 +24,7 @@ from student_train.run.step import (
     all_reduced,
     global_counts,
 )
-from student_train.run.trackers import ending_tracker, grouped
+from student_train.run.trackers import ending_tracker, log_metrics
 from teacher_cache.terminal.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def _take_steps(run: Run) -> None:
                 line = figures.line(totals, counts, grad_norm=grad_norm, lr=lr) | heldout
                 if accelerator.is_main_process:  # the main process alone
                     inputs.folder.metrics.append(line)
-                accelerator.log(grouped(line), step=state.step)
+                log_metrics(accelerator, config, line, state.step)
                 shown.set(state.step, describe(line))
             else:
                 shown.set(state.step)

@@ -3,10 +3,11 @@
 Accelerate starts it and gives it the metrics: TensorBoard, Weights & Biases, MLflow or Trackio.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from typing import Any
 
@@ -15,6 +16,8 @@ from accelerate import Accelerator
 from student_train.errors import InterruptedRunError
 from student_train.run.config import TrainConfig
 from teacher_cache.terminal.escape import printable
+
+logger = logging.getLogger(__name__)
 
 # Names of metrics.jsonl; those that are not here belong to the data.
 _GROUPS = {
@@ -70,11 +73,19 @@ def start_tracker(accelerator: Accelerator, config: TrainConfig, run_id: str, st
         with redirect_stdout(sys.stderr):  # a program's stdout is for its result
             arguments = _arguments(config, run_id, step)
             accelerator.init_trackers(project, init_kwargs={config.tracker: arguments})
-            _describe(accelerator.get_tracker(config.tracker, unwrap=True), config, step)
+            _describe(accelerator.get_tracker(config.tracker, unwrap=True), config, run_id, step)
     except Exception as error:  # of any kind: a server's, a client's, a database's
         raise ValueError(
             f"--tracker {config.tracker}: it does not start: {type(error).__name__}: {error}"
         ) from error
+
+
+def log_metrics(
+    accelerator: Accelerator, config: TrainConfig, line: Mapping[str, Any], step: int
+) -> None:
+    """Give the tracker a line of metrics; a tracker that fails is said, and the run goes on."""
+    with _run_goes_on(config):
+        accelerator.log(grouped(line), step=step)
 
 
 @contextmanager
@@ -103,12 +114,25 @@ def _end_run(accelerator: Accelerator, config: TrainConfig, status: str) -> None
         if config.tracker == "mlflow":
             import mlflow
 
-            with suppress(mlflow.MlflowException):  # its server may be gone: the run is not
+            with _run_goes_on(config):
                 mlflow.end_run(status)
         elif config.tracker == "trackio":
             import trackio
 
-            trackio.finish()  # type: ignore[no-untyped-call]  # its own
+            with _run_goes_on(config):
+                trackio.finish()  # type: ignore[no-untyped-call]  # its own
+
+
+@contextmanager
+def _run_goes_on(config: TrainConfig) -> Iterator[None]:
+    """Say what a tracker fails with: its server may be gone, but the run is not."""
+    try:
+        yield
+    except Exception as error:  # of any kind: a server's, a client's, a database's
+        logger.warning(
+            "--tracker %s: %s: %s; metrics.jsonl has every figure",
+            config.tracker, type(error).__name__, error,
+        )  # fmt: skip
 
 
 def _end_training(accelerator: Accelerator) -> None:
@@ -153,7 +177,12 @@ def _id_in_mlflow(run_id: str) -> str | None:
     return found[0].info.run_id if found else None
 
 
-def _describe(run: Any, config: TrainConfig, step: int) -> None:  # noqa: ANN401  # the tracker's
+def _describe(
+    run: Any,  # noqa: ANN401  # the tracker's
+    config: TrainConfig,
+    run_id: str,
+    step: int,
+) -> None:
     """Show the run's settings, where the tracker has not taken them as it began."""
     match config.tracker:
         case "tensorboard":
@@ -165,6 +194,7 @@ def _describe(run: Any, config: TrainConfig, step: int) -> None:  # noqa: ANN401
         case "mlflow":
             import mlflow
 
+            mlflow.set_tags({_MLFLOW_ID: run_id})  # MLFLOW_TAGS replaces those of the start
             values = {name: str(value)[:_MLFLOW_MOST] for name, value in config.to_json().items()}
             # No parameter may change there; some settings of a resumed run may.
             known = mlflow.get_run(run.info.run_id).data.params

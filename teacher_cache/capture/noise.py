@@ -65,6 +65,10 @@ class Repeats:
             found.append(divergence(k, before, tails(k, before), after, tails(k, after)))
         kl = np.concatenate([np.zeros(0), *found])
         if not len(kl):
+            logger.warning(
+                "the capture's noise floor is not known: no trace has rows of its own within "
+                "%d tokens, prompt included", _MAX_TOKENS,
+            )  # fmt: skip
             return None
         return NoiseFloor(
             mean=float(kl.mean()),

@@ -263,6 +263,7 @@ def _sealed(job: Job, writer: CacheWriter, report: CaptureReport) -> CaptureRepo
                 known=writer.finished(),
                 on_record=lambda done, total: progress.set(done, total=total),
             )
+    if complete or writer.sealed:
         remove_survey_tables(job.out)
     return _with_parts(job, replace(report, sealed=complete))
 

@@ -42,7 +42,7 @@ def take_survey(job: Job, finished: Mapping[str, str]) -> Survey:
         SourceError: If the input has nothing usable, a bad row under `strict`, or a
             finished trace whose row has changed since.
     """
-    found = survey_table(job)
+    found = survey_table(job, may_resume=bool(finished))
     rejects, ids = found.rejects, set(found.table["trace_id"].to_pylist())
     if found.passed_over:
         logger.info(

@@ -1,7 +1,8 @@
 """Every request of an input as a table, kept beside the cache while it is captured.
 
 Rendering a million prompts takes many minutes, and a capture that is resumed has rendered them
-before: as long as rows, settings and our own code are the same to the byte, the table is used.
+before: as long as rows, settings, tokenizer and our own code are the same to the byte, the table
+is used.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ import pyarrow as pa
 
 from teacher_cache.capture.job import Job
 from teacher_cache.format import CachePath, open_store
-from teacher_cache.sources import PROMPT_LIKE_COLUMNS, Rejects
+from teacher_cache.sources import PROMPT_LIKE_COLUMNS, Rejects, SourceError
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +48,22 @@ class SurveyTable:
     passed_over: tuple[str, ...]  # columns that look like prompts but are the user's own fields
 
 
-def survey_table(job: Job) -> SurveyTable:
+def survey_table(job: Job, *, may_resume: bool) -> SurveyTable:
     """The table of an input: that of an earlier start, or made by rendering every row.
+
+    Args:
+        job: Job with the input and the cache.
+        may_resume: Whether the cache has traces already. Its header then holds the model to what
+            it was; before, the model's files may have changed since the table was made.
 
     Raises:
         SourceError: If the input cannot be read, or has a bad row under `strict`.
     """
     key, num_rows = _input_digest(job)
     store, name = open_store(job.out), job.file_name(_NAME, _SUFFIX)
-    try:
+    found = None
+    if may_resume and store.size(name) is not None:
         found = _parsed(store.read(name), key, num_rows)
-    except FileNotFoundError:
-        found = None
     if found is None:
         found = _rendered(job, num_rows)
         store.make_folder("")
@@ -79,7 +84,9 @@ def _input_digest(job: Job) -> tuple[str, int]:
     digest = hashlib.sha256(_code_digest())
     config = {name: value for name, value in job.config.items() if name not in _NOT_OF_ROWS}
     only = None if job.source.only_ids is None else sorted(job.source.only_ids)
-    settings = [config, job.tokenizer.fingerprint, job.tokenizer.template.text, only]
+    tokenizer = job.tokenizer
+    meaning = [tokenizer.content_hash, tokenizer.terminal_ids, tokenizer.template.text]
+    settings = [config, meaning, only]
     digest.update(json.dumps(settings, default=repr).encode())
     num_rows = 0
     for row in job.source.input:
@@ -116,6 +123,11 @@ def _rendered(job: Job, num_rows: int) -> SurveyTable:
             column.clear()
 
     for number, source in job.source.read_numbered(rejects):
+        if number >= num_rows:
+            raise SourceError(
+                f"{job.source.path}: expected {num_rows:,} rows, as when it was read a moment ago, "
+                "found more; run this again once nobody writes to it"
+            )
         if time.monotonic() - said_at_s >= _SAY_EVERY_S:
             said_at_s = time.monotonic()
             logger.info("reading %s: %d rows so far", job.source.path, number + 1)

@@ -75,7 +75,7 @@ class TeacherRows:
     request_id: str
     token_ids: NDArray[np.int32]  # [n] prompt and generated tokens
     num_given: int  # number of them given in the request
-    first_row: int  # 1 if the given tokens have rows, else num_given
+    first_row: int  # of a generated trace 1 if the given tokens have rows, else num_given
     row_ids: NDArray[np.int32]  # [R, 1 + K]
     row_logprobs: NDArray[np.float32]  # [R, 1 + K] nats, temperature 1, over the whole vocabulary
     finish_reason: str  # "stop" or "length" when generated, "scored" otherwise

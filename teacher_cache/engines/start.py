@@ -7,7 +7,7 @@ from teacher_cache.engines.server.settings import ServerSettings
 
 LOCAL_ENGINES = ("vllm", "transformers")  # those that load the model
 ENGINES = (*LOCAL_ENGINES, "server")
-ROWS_FROM = ("worker", "logprobs")  # where vLLM's rows of drawn tokens are taken
+ROWS_FROM = ("worker", "logprobs")  # where vLLM's rows are taken
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 # By a part of the error with which vLLM's process ends.

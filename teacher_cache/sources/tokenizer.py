@@ -4,6 +4,7 @@ transformers is imported only when something is loaded.
 """
 
 import hashlib
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -252,6 +253,14 @@ class TeacherTokenizer:
         if key not in self._layouts:
             self._layouts[key] = self._marked(self._read_layout(given), given)
         return self._layouts[key]
+
+    @property
+    def content_hash(self) -> str:
+        """Fingerprint of all that turns text into ids; a slow tokenizer's is another each time."""
+        try:
+            return content_hash(self.definition)
+        except EngineError:
+            return uuid.uuid4().hex
 
     @property
     def definition(self) -> str:

@@ -95,7 +95,7 @@ def check_out_cache(path: CachePath, flag: str = "--out") -> None:
 
 def _is_of_cache(name: str) -> bool:
     """Whether a capture that has just begun may have left this file."""
-    return name in _OF_CACHE or name.startswith((".tmp-", "rejects"))
+    return name in _OF_CACHE or name.startswith((".tmp-", "rejects", "survey"))
 
 
 def check_out_file(path: Path, flag: str, *, force: bool) -> None:

@@ -4,6 +4,7 @@ The ceiling of rounds on the tiny task, where both fit into memory at once.
 """
 
 import random
+import shutil
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -97,6 +98,7 @@ def train_live(
         lengths = [len(one.ids) + len(row.ids) for one, row in batch]
         flops += formula.flops([length - 1 for length in lengths], len(index_N))
         num_scored += sum(lengths)
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped before its line was written
     with publish_folder(out) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

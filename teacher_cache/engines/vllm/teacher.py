@@ -69,8 +69,8 @@ class VllmTeacher:
         sampling: Settings for drawing new tokens; None for an engine that only scores.
         window: Requests in flight; None for 1.5 times vLLM's `max_num_seqs`.
         engine_args: Further arguments of `vllm.EngineArgs`, by name.
-        rows_from: "worker" takes the rows of drawn tokens from the logits in vLLM's worker, where
-            the engine's settings allow it; "logprobs" from the logprobs that vLLM returns.
+        rows_from: "worker" takes rows from the logits in vLLM's worker, where the engine's
+            settings allow it; "logprobs" from the logprobs that vLLM returns.
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
@@ -132,7 +132,9 @@ class VllmTeacher:
             set_environment(TORCH_COMPILE_DISABLE="1")
         self._top_k = top_k
         self._sampling = sampling
-        self._worker_rows = worker_rows_of(args, sampling, top_k) if rows_from == "worker" else None
+        self._worker_rows = None
+        if rows_from == "worker":
+            self._worker_rows = worker_rows_of(args, sampling, top_k, longest=max_model_len)
         self._processes = EngineProcesses()
         try:
             with self._processes.starting(), contextlib.ExitStack() as stack:
@@ -142,6 +144,8 @@ class VllmTeacher:
                 self._engine = start_engine(
                     vllm, args, max_model_len, on_cpu=on_cpu, seeded=sampling is not None
                 )
+                if self._worker_rows is not None:
+                    self._worker_rows.score_in(self._engine)
         except BaseException:
             self._processes.close()
             self._close_worker_rows()
@@ -167,7 +171,6 @@ class VllmTeacher:
         self._num_in_worker = itertools.count()
         self._num_steps = 0
         if self._worker_rows is not None:
-            self._worker_rows.score_in(self._engine)
             if self._worker_rows.are_sent(config):
                 self._worker_rows.set_room(self._window + 1, self._context)  # and a check
             else:
@@ -280,6 +283,8 @@ class VllmTeacher:
         is_due = next(self._num_in_worker) % _CHECK_EVERY == 0
         if scoring:  # the same request can have both
             slot, tag = rows.begin_scoring(request.first_row)
+            # The head runs twice then, on other shapes: rounded logits would differ by a step.
+            is_due &= self.facts.head_dtype == "float32"
             self._add(name, request, tag, with_logprobs=is_due)
             flights[name] = Flight(request, slot, is_compared=is_due)
             return

@@ -22,7 +22,10 @@ logger = logging.getLogger(__name__)
 # Of a ring, in steps of the largest batch. The worker is at most three steps ahead of the messages
 # that make us read it, so that it never waits for us while we wait for it.
 _STEPS = 8
-_SCORING_STEPS = 3  # of the most tokens that a step computes
+# A step that ends no prompt sends no message: a whole trace is scored before we read, and what
+# began in its company.
+_SCORING_STEPS = 3  # of the most tokens that a step computes, beside the longest trace
+_SCORING_TOKENS = 3 * 16_384  # vLLM's own largest step
 _FEWEST_BYTES = 64 << 20  # a reader that waits for a slow store does not stop the engine at once
 
 PROCESSOR = "teacher_cache.engines.vllm.worker_tap:RowTap"
@@ -41,7 +44,12 @@ class WorkerRows:
     """The rows of the requests in flight of one engine, and the ring that they come through."""
 
     def __init__(
-        self, *, num_candidates: int, max_num_seqs: int, engine_args: Mapping[str, Any]
+        self,
+        *,
+        num_candidates: int,
+        max_num_seqs: int,
+        engine_args: Mapping[str, Any],
+        longest: int = 0,
     ) -> None:
         """Make the ring.
 
@@ -49,10 +57,11 @@ class WorkerRows:
             num_candidates: K.
             max_num_seqs: Largest number of rows that one engine step draws.
             engine_args: Arguments by which the engine is to load what writes into the ring.
+            longest: Tokens of the longest trace to be scored, if known.
         """
         self.engine_args = engine_args
         fewest = _FEWEST_BYTES // (4 * row_words(num_candidates))
-        self._capacity = max(_STEPS * max_num_seqs, fewest)
+        self._capacity = max(_STEPS * max_num_seqs, fewest, longest + _SCORING_TOKENS)
         self._ring = RowRing.made(self._capacity, num_candidates)
         self.are_scored = False  # whether scored requests send rows too
         self._num_candidates = num_candidates
@@ -75,7 +84,11 @@ class WorkerRows:
         is_second = getattr(vllm_config, "use_v2_model_runner", False)
         if self._ring.num_writers != num_openers:
             reason = f"the ring of rows was opened {self._ring.num_writers} times"
-        elif vllm_config.scheduler_config.async_scheduling and not is_second:
+        elif (
+            "logits_processors" in self.engine_args  # scored tokens are known beforehand
+            and vllm_config.scheduler_config.async_scheduling
+            and not is_second
+        ):
             reason = "asynchronous scheduling with the first model runner"
         else:
             return True
@@ -86,9 +99,14 @@ class WorkerRows:
         """Have the worker of an `LLMEngine` send the rows of scored requests, or log why not."""
         if "worker_extension_cls" not in self.engine_args:
             return
-        num_tokens = engine.vllm_config.scheduler_config.max_num_batched_tokens
-        if _SCORING_STEPS * num_tokens > self._capacity:
-            reasons = [f"steps of {num_tokens} tokens are too long for the ring of rows"]
+        config = engine.vllm_config
+        num_tokens = config.scheduler_config.max_num_batched_tokens
+        longest = config.model_config.max_model_len
+        if longest + _SCORING_STEPS * num_tokens > self._capacity:
+            reasons = [
+                f"the ring of {self._capacity} rows has no room for a trace of {longest} and "
+                f"steps of {num_tokens} tokens"
+            ]
         else:
             reasons = [each for each in engine.collective_rpc("take_scored_rows") if each]
         self.are_scored = not reasons
@@ -146,7 +164,11 @@ class WorkerRows:
 
 
 def worker_rows_of(
-    args: Mapping[str, Any], sampling: Sampling | None, num_candidates: int
+    args: Mapping[str, Any],
+    sampling: Sampling | None,
+    num_candidates: int,
+    *,
+    longest: int | None = None,
 ) -> WorkerRows | None:
     """The ring for an engine that is to be started; None if its worker cannot give rows.
 
@@ -154,6 +176,7 @@ def worker_rows_of(
         args: Its arguments.
         sampling: Settings for drawing tokens; None for an engine that only scores.
         num_candidates: K.
+        longest: Tokens of the longest trace, if known.
     """
     reason = _why_not(args, sampling)
     if reason is not None:
@@ -170,6 +193,7 @@ def worker_rows_of(
         num_candidates=num_candidates,
         max_num_seqs=int(args["max_num_seqs"]),
         engine_args=loading,
+        longest=longest or 0,
     )
 
 
