@@ -114,7 +114,7 @@ def test_a_page_for_a_phone_scrolls_only_its_tables(report):
     page = (out / "report.html").read_text()
 
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
-    assert page.count("<table>") == page.count('<div class="table"><table>')
+    assert page.count("<table>") == page.count('<div class="table" tabindex="0"><table>')
     assert page.count('<svg class="chart"') == 4  # one below the other where it is narrow
 
 
