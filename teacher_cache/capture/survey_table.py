@@ -66,8 +66,9 @@ def survey_table(job: Job, *, may_resume: bool) -> SurveyTable:
         found = _parsed(store.read(name), key, num_rows)
     if found is None:
         found = _rendered(job, num_rows)
-        store.make_folder("")
-        store.publish(name, _to_bytes(found, key))
+        if found.table.num_rows:  # else the capture will be refused, and shall leave nothing
+            store.make_folder("")
+            store.publish(name, _to_bytes(found, key))
     return found
 
 
