@@ -24,9 +24,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from teacher_cache import cli
 from teacher_cache.capture import run as capture_module
@@ -78,6 +80,11 @@ class TableTeacher:
         """Nothing to free."""
 
 
+TOKENIZER = SimpleNamespace(
+    content_hash="", terminal_ids=(), template=SimpleNamespace(text="")
+)  # all that a capture asks of it
+
+
 @dataclass
 class Items:
     """Every `of`-th prompt: what one worker has to do."""
@@ -86,11 +93,25 @@ class Items:
     of: int
     num_traces: int = NUM_TRACES
     path: str = "prompts"
+    only_ids: None = None  # all
+    passed_over: NDArray[np.bool_] | None = None  # as in `InputTraces`
+
+    @property
+    def input(self) -> list[SimpleNamespace]:
+        """The rows, as far as a capture looks at them itself."""
+        numbers = range(self.first, self.num_traces, self.of)
+        return [SimpleNamespace(content=b"%d" % number) for number in numbers]
 
     def read(self, rejects: Rejects) -> Iterator[SourceTrace]:
-        """Every request; none is rejected."""
-        for number in range(self.first, self.num_traces, self.of):
-            yield SourceTrace(f"t{number}", (1, 2, number % VOCAB_SIZE), 3, (4, 9), {"n": number})
+        """Every request that is left; none is rejected."""
+        return (trace for _, trace in self.read_numbered(rejects))
+
+    def read_numbered(self, rejects: Rejects) -> Iterator[tuple[int, SourceTrace]]:
+        """The same, each with the number of its row."""
+        for row, number in enumerate(range(self.first, self.num_traces, self.of)):
+            if self.passed_over is None or not self.passed_over[row]:
+                ids = (1, 2, number % VOCAB_SIZE)
+                yield row, SourceTrace(f"t{number}", ids, 3, (4, 9), {"n": number})
 
     def say_missing_ids(self, found: set[str]) -> None:
         """Do nothing: no ids were selected."""
@@ -122,9 +143,9 @@ def work(folder: str, worker: str, items: Items, said: str, *more: str) -> None:
     capturing.generate = lambda config: capture(
         Job(
             out=config.out, journal=config.journal, worker=config.worker, limit=None, config={},
-            source=items, tokenizer=None, requests=requests, header=header,
+            source=items, tokenizer=TOKENIZER, requests=requests, header=header,
             start_teacher=lambda longest: TableTeacher(),
-        )  # type: ignore[arg-type]  # a source that is no file; bounds need no tokenizer
+        )  # type: ignore[arg-type]  # a source that is no file, and a tokenizer that is not asked
     )  # fmt: skip
     options = ["--model", "table", "--prompts", "prompts", "--out", folder, "--worker", worker]
     sys.argv = ["cache-teacher", "generate", *options, *more]
