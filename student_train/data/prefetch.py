@@ -83,7 +83,6 @@ class Prefetch(Iterator[_T]):
         """End the thread, dropping what it had read ahead."""
         with self._changed:
             self._closed = True
-            self._items.clear()
             self._changed.notify_all()
         # An unresponsive store is retried for minutes; closing does not wait for that.
         self._thread.join(CLOSE_S)
