@@ -24,6 +24,7 @@ from teacher_cache.engines.vllm.worker_rows import (
     REQUEST_KEY,
     SCORED_KEY,
     require_same_rows,
+    require_same_tails,
     worker_rows_of,
 )
 from teacher_cache.format import KeepPolicy, keep_entries
@@ -493,6 +494,20 @@ def test_a_trace_longer_than_the_ring_is_not_scored_through_it(caplog):
         rows.close()
     assert (known.are_scored, unknown.are_scored) == (True, False)
     assert "no room for a trace of 400000" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("width", [448, 49_152, 151_936])  # the last two of SmolLM2 and Qwen3
+def test_the_check_of_tails_knows_the_rounding_of_vllms_own_sum(width):
+    """`log_softmax` in float32, which vLLM uses: its error grows with the vocabulary."""
+    logits = torch.randn(32, width, generator=torch.Generator().manual_seed(0)) * 2.5
+    logits[:, :20] += torch.linspace(20, 8, 20)
+    stock, ids = logits.log_softmax(1).topk(K, dim=1)
+    stock = torch.cat([stock[:, :1], stock], dim=1).numpy()
+    tails = -torch.expm1(logits.double().log_softmax(1).gather(1, ids).logsumexp(1))
+    require_same_tails("request 'a'", tails.log().float().numpy(), stock, width)
+    with pytest.raises(EngineError, match=r"row 3, summed in vLLM's worker, differs by 0.0005"):
+        wrong = tails + 5e-4 * (torch.arange(32) == 3)
+        require_same_tails("request 'a'", wrong.log().float().numpy(), stock, width)
 
 
 # --- when not to, and when to stop --------------------------------------------------------------

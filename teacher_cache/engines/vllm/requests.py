@@ -21,7 +21,6 @@ from teacher_cache.engines.vllm.worker_rows import (
 
 _CHECK_TOKENS = 8
 _CHECK_TOLERANCE = 1e-3  # nats; 4e-6 was measured on a CPU
-_TAIL_TOLERANCE = 3e-5  # probability
 _GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0)
 
 
@@ -95,6 +94,7 @@ def finished_rows(
     output: Any,  # noqa: ANN401 (vLLM is untyped here)
     num_candidates: int,
     worker_rows: WorkerRows | None,
+    vocab_size: int,
 ) -> TeacherRows | None:
     """The rows of a request that the engine has finished; None if the worker's are not all here.
 
@@ -106,7 +106,7 @@ def finished_rows(
     if completion.finish_reason not in ("stop", "length"):
         raise EngineError(f"{where}: vLLM ended it as {completion.finish_reason!r}")
     if request.max_new_tokens == 0:
-        return _scored_rows(flight, output, num_candidates, worker_rows)
+        return _scored_rows(flight, output, num_candidates, worker_rows, vocab_size)
     generated = list(completion.token_ids)
     found = None
     if flight.slot is not None and worker_rows is not None:
@@ -125,7 +125,7 @@ def finished_rows(
     if flight.is_compared and found is not None:
         stock = to_rows(request.request_id, completion.logprobs, num_candidates)
         require_same_rows(where, found[:2], stock, _CHECK_TOLERANCE)
-        require_same_tails(where, found[2], stock[1], _TAIL_TOLERANCE)
+        require_same_tails(where, found[2], stock[1], vocab_size)
     rows = TeacherRows(
         request_id=request.request_id,
         token_ids=np.array([*request.token_ids, *generated], dtype=np.int32),
@@ -145,6 +145,7 @@ def _scored_rows(
     output: Any,  # noqa: ANN401 (vLLM is untyped here)
     num_candidates: int,
     worker_rows: WorkerRows | None,
+    vocab_size: int,
 ) -> TeacherRows | None:
     """The rows of a trace that was scored; None if the worker's are not all here."""
     request, tails, first_row = flight.request, None, 1
@@ -161,7 +162,7 @@ def _scored_rows(
         stock = to_rows(request.request_id, output.prompt_logprobs, num_candidates)
         wanted = stock[0][first_row - 1 :], stock[1][first_row - 1 :]
         require_same_rows(where, (ids, logprobs), wanted, _CHECK_TOLERANCE)
-        require_same_tails(where, tails, wanted[1], _TAIL_TOLERANCE)
+        require_same_tails(where, tails, wanted[1], vocab_size)
     rows = TeacherRows(
         request_id=request.request_id,
         token_ids=np.array(request.token_ids, dtype=np.int32),

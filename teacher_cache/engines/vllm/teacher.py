@@ -201,8 +201,9 @@ class VllmTeacher:
                 self._step(flights, landed)
                 for name in list(landed):
                     rows = finished_rows(
-                        flights[name], landed[name][0], self._top_k, self._worker_rows
-                    )
+                        flights[name], landed[name][0], self._top_k, self._worker_rows,
+                        self.facts.vocab_size,
+                    )  # fmt: skip
                     if rows is None:
                         continue
                     del landed[name]
