@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from student_train.evaluation.intervals import Mean, share_interval
 
 FIGURES = ("flops", "teacher_tokens", "cpu_s", "heldout_kl", "mean_tokens", "staleness")
-COMPARED = ("off-policy", "warm")
+COMPARED = ("off-policy", "one-scalar", "warm")
 
 
 def write_answers(out: Path) -> None:
