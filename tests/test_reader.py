@@ -110,7 +110,7 @@ def test_a_changed_byte_of_a_commit_record_is_noticed(folder, place):
     number = next(n for n in range(int(len(text) * place), len(text)) if chr(text[n]).isdigit())
     text[number] = ord("1") if text[number] != ord("1") else ord("2")
     file.write_bytes(text)
-    with pytest.raises(CacheFormatError, match="checksum does not match|not a commit record"):
+    with pytest.raises(CacheFormatError, match=r"checksum does not match|not a commit record"):
         open_cache(str(folder))
 
 
