@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 from bench_format import ADAPTIVE, Policy, make_header, make_trace
-from bench_format_teachers import TEACHERS, traces
+from bench_format_teachers import TEACHERS, VOCAB_SIZE, traces
 from bench_json import write_figures
 
 from student_train.batch.gloo_exchange import GlooExchange
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=65_536, help="of every trace")
-    parser.add_argument("--traces", type=int, default=192)
+    parser.add_argument("--traces", type=int, default=128)
     parser.add_argument("--batch-traces", type=int, default=32)
     parser.add_argument("--lead-span", type=float, default=1.0)
     parser.add_argument("--memory-mb", type=int, default=64, help="of waiting traces, per rank")
@@ -62,14 +62,18 @@ def main() -> None:
 
 
 def write_cache(folder: Path, num_traces: int, num_tokens: int) -> None:
-    """Write traces of one length: the same rows, under other ids."""
+    """Write traces of one length: the same rows, of other tokens each time."""
+    rng = np.random.default_rng(0)
     policy = Policy("", ADAPTIVE)
     rows = list(traces(TEACHERS["reasoning"], num_tokens, ADAPTIVE.top_k, seed=0))
     parts = [make_trace("", row, keep_entries(row.ids, row.logprobs, policy.keep)) for row in rows]
     long = joined(parts, num_tokens)
     with CacheWriter(folder, make_header(policy)) as writer:
         for number in range(num_traces):
-            writer.append(FinishedTrace(replace(long, trace_id=f"t{number}"), "synthetic"))
+            other = rng.permutation(VOCAB_SIZE).astype(np.int32)
+            ids = {"token_ids": other[long.token_ids], "top_ids": other[long.top_ids]}
+            trace = replace(long, trace_id=f"t{number}", **ids)
+            writer.append(FinishedTrace(trace, "synthetic"))
         writer.finish()
     seal_cache(folder)
 
