@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, unquote
 REPOSITORY = "me/cache"
 _COMMIT = "a" * 40
 _API = f"/api/datasets/{REPOSITORY}"
+_LFS = f"/datasets/{REPOSITORY}.git/info/lfs/objects/batch"
 
 
 def git_sha1(content):
@@ -30,6 +31,7 @@ class HubServer(ThreadingHTTPServer):
         self.num_bytes = {}
         self.num_ranges = 0
         self.num_commits, self.fail_at_commit, self.sent = 0, None, []
+        self.lfs_suffix, self.lfs = None, {}  # files sent as LFS objects; these, by sha256
         self.is_private = False
         self.num_failing = 0  # answers of 503 still to be given to reads of files
 
@@ -65,7 +67,12 @@ class _Hub(BaseHTTPRequestHandler):
             "path": str(path.relative_to(self.server.root)),
             "size": path.stat().st_size if is_file else 0,
             "oid": git_sha1(path.read_bytes() if is_file else b""),
-        }
+        } | (self.lfs_entry(path) if is_file and path.suffix == self.server.lfs_suffix else {})
+
+    def lfs_entry(self, path):
+        oid = hashlib.sha256(path.read_bytes()).hexdigest()
+        lfs = {"oid": oid, "size": path.stat().st_size, "pointerSize": 130}
+        return {"oid": git_sha1(oid.encode()), "lfs": lfs}  # the blob is a pointer's
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
@@ -85,6 +92,20 @@ class _Hub(BaseHTTPRequestHandler):
     def written(self, body):
         """The answer to a request of an upload, whose files are few and stand in the commit."""
         server = self.server
+
+        def is_lfs(name):
+            return Path(name).suffix == server.lfs_suffix
+
+        if self.path == _LFS:
+            objects = json.loads(body)["objects"]
+            for each in objects:
+                if each["oid"] not in server.lfs:
+                    href = f"{server.url}/lfs/{each['oid']}"
+                    each["actions"] = {"upload": {"href": href}, "verify": {"href": href}}
+            return {"transfer": "basic", "objects": objects}, 200
+        if self.path.startswith("/lfs/"):  # the verification
+            held = server.lfs.get(json.loads(body)["oid"])
+            return {}, 200 if held is not None else 404
         if self.path == "/api/repos/create":
             server.root.mkdir()
             server.is_private = json.loads(body).get("private") or False
@@ -95,8 +116,9 @@ class _Hub(BaseHTTPRequestHandler):
             return (
                 {
                     "files": [
-                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        {"path": f["path"], "uploadMode": mode, "shouldIgnore": False}
                         for f in json.loads(body)["files"]
+                        for mode in ["lfs" if is_lfs(f["path"]) else "regular"]
                     ]
                 },
             )
@@ -108,13 +130,23 @@ class _Hub(BaseHTTPRequestHandler):
         server.num_commits += 1
         for line in body.splitlines():
             item = json.loads(line)
-            if item["key"] == "file":
-                path = server.root / item["value"]["path"]
+            if item["key"] in ("file", "lfsFile"):
+                value, is_plain = item["value"], item["key"] == "file"
+                path = server.root / value["path"]
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(base64.b64decode(item["value"]["content"]))
-                server.sent.append(item["value"]["path"])
+                held = base64.b64decode(value["content"]) if is_plain else server.lfs[value["oid"]]
+                path.write_bytes(held)
+                server.sent.append(value["path"])
         url = f"{server.url}/datasets/{REPOSITORY}/commit/{_COMMIT}"
         return ({"commitOid": _COMMIT, "commitUrl": url, "hookOutput": ""},)
+
+    def do_PUT(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        oid = self.path.removeprefix("/lfs/")
+        if hashlib.sha256(content).hexdigest() != oid:
+            return self.send_json({"error": "another object"}, 400)
+        self.server.lfs[oid] = content
+        return self.send_json({})
 
     def do_HEAD(self):
         self.do_GET()

@@ -373,6 +373,15 @@ def test_scoring_computes_nothing_beyond_its_lead_span(scoring, asked, tmp_path)
     assert (part.n_total, part.cot_start, part.answer_start) == (22, 17, 20)
 
 
+def test_a_lead_span_is_scored_that_fits_whatever_its_trace(scoring, asked):
+    with pytest.raises(SourceError, match=r"lead span of 6 in a trace of 22 tokens.*holds 5"):
+        scoring(lead_span=0.3, max_model_len=5)
+    assert asked == []
+    with pytest.raises(CacheMismatchError, match="holds 6 tokens of trace 'x', 22 were asked for"):
+        scoring(lead_span=0.3, max_model_len=6)
+    assert [len(request.token_ids) for request in asked] == [6]
+
+
 def test_a_given_trace_that_was_cut_is_flagged_and_counted(capture_config, asked, tmp_path):
     traces = tmp_path / "traces.jsonl"
     traces.write_text('{"id": "x", "prompt": "a", "response": "<think> b c"}')

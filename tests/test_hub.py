@@ -87,11 +87,13 @@ def test_what_the_hub_lacks_is_said_in_one_line(local, tmp_path):
 def test_a_push_resumes_and_leaves_the_whole_cache_there(local, tmp_path):
     arguments = ("push", local, URI, "--license", "apache-2.0")
     with hub_server(tmp_path / "remote") as hub:
+        hub.lfs_suffix = ".arrow"  # as the Hub has it of large files and of these
         hub.fail_at_commit = 1  # that of cache.json
         done = run(hub, tmp_path, *arguments)
         assert done.returncode == 1, done.stdout
         assert "the Hub is tired" in done.stderr.splitlines()[-1]
         assert "cache.json" not in hub.sent
+        assert len(hub.lfs) == len(list(Path(local).rglob("*.arrow"))) > 0
         num_sent = len(hub.sent)
         done = run(hub, tmp_path, *arguments)
         assert done.returncode == 0, done.stderr

@@ -90,6 +90,30 @@ def test_a_changed_commit_record_is_refused(folder, key):
         open_cache(str(folder))
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_commit_record_may_be_written_in_any_way(folder, indent):
+    """As SPEC.md has it: this writer's is the text that is hashed, which is read faster."""
+    (folder / CATALOG_FILE).unlink()
+    expected = list(open_cache(str(folder)).shards)
+    for file in (folder / "shards").glob("*.json"):
+        record = json.loads(file.read_text())
+        swapped = {"checksum": record.pop("checksum"), **dict(reversed(record.items()))}
+        file.write_text(json.dumps(swapped, indent=indent))
+    assert list(open_cache(str(folder)).shards) == expected
+
+
+@pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_changed_byte_of_a_commit_record_is_noticed(folder, place):
+    (folder / CATALOG_FILE).unlink()
+    file = sorted((folder / "shards").glob("*.json"))[0]
+    text = bytearray(file.read_bytes())
+    number = next(n for n in range(int(len(text) * place), len(text)) if chr(text[n]).isdigit())
+    text[number] = ord("1") if text[number] != ord("1") else ord("2")
+    file.write_bytes(text)
+    with pytest.raises(CacheFormatError, match=r"checksum does not match|not a commit record"):
+        open_cache(str(folder))
+
+
 def test_an_exchanged_commit_record_is_not_the_sealed_one(folder):
     (folder / CATALOG_FILE).unlink()
     file = sorted((folder / "shards").glob("*.json"))[0]

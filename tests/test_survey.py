@@ -13,7 +13,7 @@ from teacher_cache.capture.generate import generate
 from teacher_cache.cli.group import cli
 from teacher_cache.engines import EngineError, EngineStartError
 from teacher_cache.format import open_cache
-from teacher_cache.sources import PromptRenderer, SourceError
+from teacher_cache.sources import Input, PromptRenderer, SourceError
 from teacher_cache.terminal.early_checks import check_out_cache
 
 
@@ -146,3 +146,21 @@ def test_several_samples_of_a_prompt_are_resumed_one_by_one(stopped, asked, tmp_
     assert names(asked) == ["p2#1", "p3#0", "p3#1"]
     assert rendered[:2] == ["p2", "p3"]
     assert report.num_traces == 3
+
+
+def test_an_input_is_read_once_to_be_surveyed(capture_config, asked, monkeypatch):
+    """And once for the requests: one on the hub is fetched anew each time."""
+    num_read = 0
+    original = Input.__iter__
+
+    def read(self):
+        nonlocal num_read
+        for number, row in enumerate(original(self)):
+            num_read += number == 1  # not where the first row alone is looked at
+            yield row
+
+    monkeypatch.setattr(Input, "__iter__", read)
+    generate(replace(capture_config, limit=3))
+    assert num_read == 2
+    generate(replace(capture_config, limit=4))
+    assert num_read == 4

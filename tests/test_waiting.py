@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from fakes import make_cache, make_traces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.data.due import most_waiting
+from student_train.data.draw import draw_spans
+from student_train.data.due import DueTraces, most_waiting
 from student_train.data.exchange import packed, packed_bytes
-from student_train.data.order import MIN_WINDOW_SHARDS
+from student_train.data.order import MIN_WINDOW_SHARDS, data_order
+from student_train.data.room import DiskNeed
 from student_train.data.spill import SLOT_BYTES, SpillFile
 from student_train.data.stream import TraceStream
 from student_train.data.tokens import TokenSelection
@@ -126,9 +129,11 @@ def test_a_full_disk_is_said_in_one_line_and_the_other_ranks_are_told(cache_path
 
     monkeypatch.setattr(os, "pwrite", full)
     exchange, other = queue_exchanges(2)
+    other._queues[1][0].put(DiskNeed.here(0, 0).packed())
     with pytest.raises(OSError, match=r"no room for .*TMPDIR.*--shuffle-window") as error:
         steps_of(cache_path, memory_bytes=0, num_ranks=2, exchange=exchange)
     assert error.value.errno == errno.ENOSPC
+    other.swap([np.zeros(0, np.uint8)] * 2)  # what the first one needs
     with pytest.raises(ConnectionError):
         other.swap([np.zeros(0, np.uint8)] * 2)
 
@@ -143,6 +148,29 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_step(cache_path, m
         next(iter(stream))
     assert data.bytes_read == 0
     assert steps_of(cache_path)  # with memory enough no disk is needed
+
+
+@pytest.mark.parametrize("free", ["for one", "for both"])
+def test_room_is_counted_for_all_who_share_a_disk(cache_path, monkeypatch, free):
+    """And a rank with a disk of its own is told that the others cannot go on."""
+    data = open_data([cache_path])
+    drawn = [draw_spans(data.sources[0], HALF, 0)]
+    order = data_order(data, seed=0, epoch=0)
+    places = np.arange(len(order))
+    own = DueTraces(data, drawn, order, places, memory_bytes=0).disk_need()
+    assert own.most_bytes > own.least_bytes > 0
+    num_free = int(own.least_bytes * {"for one": 1.5, "for both": 2.1}[free])
+    needs = [replace(own, free_bytes=seen) for seen in (num_free // 2, num_free)]  # in this order
+    needs.append(replace(own, disk="another machine's", free_bytes=1 << 60))
+    packed_needs = [DiskNeed.unpacked(need.packed()) for need in needs]
+    assert packed_needs == needs
+    needs[2].require_room(needs)
+    for need in needs[:2]:
+        if free == "for both":
+            need.require_room(needs)
+        else:
+            with pytest.raises(OSError, match=r"no room for .* of 2 processes"):
+                need.require_room(needs)
 
 
 def test_a_temporary_file_that_changed_is_noticed(traces):

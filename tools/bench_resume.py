@@ -8,6 +8,7 @@ resumed capture reads none. In place of the engine stands one that notes the tim
 request that it is given. `before_survey_s` is until the cache is open, `after_survey_s` until the
 input is surveyed, from the table that the first start leaves. That table is made here by a renderer
 that takes no tokenizer, for rendering a million prompts takes half an hour of processor time.
+Capture and resumption are processes of their own, as they would be: imports count.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import random
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +39,8 @@ from teacher_cache.engines import TeacherFacts
 from teacher_cache.format import CacheWriter
 from teacher_cache.sources import SourceTrace
 
+PROMPTS = "prompts.jsonl"
+
 
 class Asked(Exception):  # no error
     """The engine was asked."""
@@ -49,27 +53,35 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=10_000)
     parser.add_argument("--done", type=float, default=0.9, help="share of them")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(resumed(config_of(arguments.model, arguments.measure))))
+        return
     with tempfile.TemporaryDirectory() as temporary:
-        config = GenerateConfig(
-            prompts=write_prompts(arguments.text, arguments.prompts, Path(temporary)),
-            model=arguments.model, out=str(Path(temporary, "cache")), max_new_tokens=64,
-            id_field="id",
-        )  # fmt: skip
+        write_prompts(arguments.text, arguments.prompts, Path(temporary))
+        config = config_of(arguments.model, Path(temporary))
         fill(config, round(arguments.done * arguments.prompts))
-        figures = resumed(config)
+        command = [sys.executable, __file__, *sys.argv[1:], "--measure", temporary]
+        figures = json.loads(subprocess.check_output(command).splitlines()[-1])
     print(", ".join(f"{name} {value:,.1f}" for name, value in figures.items()))
     write_figures(arguments.json, {"num_prompts": arguments.prompts, **figures})
 
 
-def write_prompts(text: Path, number: int, folder: Path) -> Path:
+def config_of(model: str, folder: Path) -> GenerateConfig:
+    return GenerateConfig(
+        prompts=folder / PROMPTS, model=model, out=str(folder / "cache"), max_new_tokens=64,
+        id_field="id",
+    )  # fmt: skip
+
+
+def write_prompts(text: Path, number: int, folder: Path) -> None:
     questions = [json.loads(line)["question"] for line in text.read_text().splitlines()]
-    with (folder / "prompts.jsonl").open("w") as file:
+    with (folder / PROMPTS).open("w") as file:
         for n in range(number):
             content = f"{n}. {questions[n % len(questions)]}"
             row = {"id": f"q{n:07d}", "messages": [{"role": "user", "content": content}]}
             file.write(json.dumps(row) + "\n")
-    return folder / "prompts.jsonl"
 
 
 def job_of(config: GenerateConfig) -> Job:

@@ -39,6 +39,7 @@ from teacher_cache.engines import TeacherFacts, TeacherRequest, TeacherRows
 from teacher_cache.format import CacheHeader, CachePath, CacheWriter, Trace, open_cache, seal_cache
 from teacher_cache.format.checking.verify import verify_cache
 from teacher_cache.sources import Rejects, SourceTrace
+from teacher_cache.sources.row import Row
 
 VOCAB_SIZE = 64
 NUM_TRACES = 240
@@ -97,24 +98,25 @@ class Items:
     passed_over: NDArray[np.bool_] | None = None  # as in `InputTraces`
 
     @property
-    def input(self) -> list[SimpleNamespace]:
+    def input(self) -> list[Row]:
         """The rows, as far as a capture looks at them itself."""
         numbers = range(self.first, self.num_traces, self.of)
-        return [SimpleNamespace(content=b"%d" % number) for number in numbers]
+        return [Row(self.path, number, b"%d" % number) for number in numbers]
 
     def read(self, rejects: Rejects) -> Iterator[SourceTrace]:
         """Every request that is left; none is rejected."""
         return (trace for _, trace in self.read_numbered(rejects))
 
-    def read_numbered(self, rejects: Rejects) -> Iterator[tuple[int, SourceTrace]]:
+    def read_numbered(
+        self, rejects: Rejects, on_row: Callable[[Row], None] = lambda row: None
+    ) -> Iterator[tuple[int, SourceTrace]]:
         """The same, each with the number of its row."""
-        for row, number in enumerate(range(self.first, self.num_traces, self.of)):
+        for row, content in enumerate(self.input):
+            on_row(content)
+            number = content.number
             if self.passed_over is None or not self.passed_over[row]:
                 ids = (1, 2, number % VOCAB_SIZE)
                 yield row, SourceTrace(f"t{number}", ids, 3, (4, 9), {"n": number})
-
-    def say_missing_ids(self, found: set[str]) -> None:
-        """Do nothing: no ids were selected."""
 
 
 def requests(item: SourceTrace) -> list[TeacherRequest]:

@@ -1,7 +1,6 @@
 """One rank's traces of an epoch, each when it is due: a shard is read when its first trace is."""
 
 import logging
-import shutil
 import tempfile
 from collections.abc import Sequence
 from types import TracebackType
@@ -12,9 +11,10 @@ from numpy.typing import NDArray
 
 from student_train.data.draw import DrawnSpans
 from student_train.data.order import EpochOrder
+from student_train.data.room import DiskNeed
 from student_train.data.spill import SLOT_BYTES
 from student_train.data.traces import TrainingData
-from student_train.data.waiting import WaitingTraces, no_room
+from student_train.data.waiting import WaitingTraces
 from teacher_cache.format import KeepPolicy, Trace, TraceInfo
 
 logger = logging.getLogger(__name__)
@@ -43,10 +43,6 @@ class DueTraces:
             order: The epoch's order.
             places: Places in it, rising, of the traces that will be taken.
             memory_bytes: As in `WaitingTraces`.
-
-        Raises:
-            OSError: If the disk has clearly too little room for what will wait there.
-                Other processes' traces are not counted.
         """
         self._data, self._drawn, self._order = data, drawn, order
         by_shard = places[np.argsort(order.shard[places], kind="stable")]
@@ -56,8 +52,8 @@ class DueTraces:
             shard: by_shard[first:end]
             for shard, first, end in zip(shards.tolist(), firsts.tolist(), ends, strict=False)
         }
+        self._places, self._memory_bytes = places, memory_bytes
         self._waiting = WaitingTraces(memory_bytes)
-        self._check_room(places, memory_bytes)
 
     def __enter__(self) -> Self:
         return self
@@ -87,6 +83,30 @@ class DueTraces:
             self._read(shard, self._unread.pop(shard))
         return self._waiting.take(place, info)
 
+    def disk_need(self) -> DiskNeed:
+        """Room on the disk that will be needed for what waits at any time.
+
+        Raises:
+            OSError: If the folder for temporary files cannot be looked at.
+        """
+        shard = self._order.shard[self._places]
+        num_bytes = self._stored_bytes(shard, self._order.row[self._places])
+        least_bytes = most_waiting(shard, num_bytes)
+        if least_bytes * _UNPACKED <= self._memory_bytes:
+            return DiskNeed.here(0, 0)
+        slots = np.ceil(num_bytes * _SPILLED / SLOT_BYTES)
+        most_bytes = most_waiting(shard, slots * SLOT_BYTES)
+        logger.info(
+            "up to %.1f GB of this process' traces wait for their turn in %s",
+            most_bytes / 1e9, tempfile.gettempdir(),
+        )  # fmt: skip
+        # Of narrowed rows it is not known how much less they take.
+        is_whole = all(
+            each.view == KeepPolicy(each.cache.header.top_k, 1.0) for each in self._data.sources
+        )
+        surely_bytes = max(0.0, least_bytes - self._memory_bytes) if is_whole else 0.0
+        return DiskNeed.here(surely_bytes, most_bytes)
+
     def _read(self, shard: int, places: NDArray[np.int64]) -> None:
         number, shard_of_cache = self._data.locate(shard % self._data.num_shards)
         source, drawn = self._data.sources[number], self._drawn[number]
@@ -95,25 +115,6 @@ class DueTraces:
         keep = {row: drawn.of(shard_of_cache, row).num_read(infos[row]) for row in place_of_row}
         traces = source.cache.read(shard_of_cache, keep, source.view)
         self._waiting.add({place_of_row[row]: trace for row, trace in traces.items()})
-
-    def _check_room(self, places: NDArray[np.int64], memory_bytes: int) -> None:
-        """Refuse a disk that is too small before the first step, not in the middle of an epoch."""
-        shard = self._order.shard[places]
-        num_bytes = self._stored_bytes(shard, self._order.row[places])
-        least_bytes = most_waiting(shard, num_bytes)
-        if least_bytes * _UNPACKED <= memory_bytes:
-            return
-        folder, slots = tempfile.gettempdir(), np.ceil(num_bytes * _SPILLED / SLOT_BYTES)
-        on_disk = most_waiting(shard, slots * SLOT_BYTES)
-        # Of narrowed rows it is not known how much less they take.
-        is_whole = all(
-            each.view == KeepPolicy(each.cache.header.top_k, 1.0) for each in self._data.sources
-        )
-        if is_whole and least_bytes - memory_bytes > shutil.disk_usage(folder).free:
-            raise no_room(folder, on_disk)
-        logger.info(
-            "up to %.1f GB of this process' traces wait for their turn in %s", on_disk / 1e9, folder
-        )
 
     def _stored_bytes(
         self, shard: NDArray[np.int64], row: NDArray[np.int64]

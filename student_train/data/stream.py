@@ -19,6 +19,7 @@ from student_train.data.due import DueTraces
 from student_train.data.exchange import TraceExchange, handed_over
 from student_train.data.order import SHUFFLE_WINDOW, EpochOrder, data_order
 from student_train.data.prefetch import Prefetch
+from student_train.data.room import DiskNeed
 from student_train.data.tokens import SelectedTrace, TokenSelection
 from student_train.data.traces import TrainingData
 from student_train.data.waiting import MEMORY_BYTES
@@ -183,6 +184,8 @@ class TraceStream:
         reads = dealing.reads(self._rank) + begin
         with self._or_give_up():
             planned = DueTraces(self._data, self._drawn, order, reads, self._memory_bytes)
+            need = planned.disk_need()
+        self._require_room(need)
         with planned as due:
             for step in range(first_step, self.steps_per_epoch):
                 batch = slice(step * self._batch_traces, (step + 1) * self._batch_traces)
@@ -203,6 +206,15 @@ class TraceStream:
                 cursor = Cursor(epoch + 1, 0) if is_last else Cursor(epoch, step + 1)
                 ids = tuple(info.trace_id for info in infos)
                 yield StreamStep(cursor, epoch, traces, ids, self._data.bytes_read)
+
+    def _require_room(self, need: DiskNeed) -> None:
+        """Refuse a disk that is too small before the first step, not in the middle of an epoch."""
+        needs = [need]
+        if self._exchange is not None:
+            parts = self._exchange.swap([need.packed()] * self._num_ranks)
+            needs = [DiskNeed.unpacked(part) for part in parts]
+        with self._or_give_up():
+            need.require_room(needs)
 
     def _due(
         self, due: DueTraces, first: int, infos: Sequence[TraceInfo], reader: Sequence[int]

@@ -94,10 +94,11 @@ class WaitingTraces:
         self._spill.close()
 
 
-def no_room(folder: str, num_bytes: float) -> OSError:
+def no_room(folder: str, num_bytes: float, num_processes: int = 1) -> OSError:
     """The error of a disk that is too small for the traces that wait."""
+    whose = f" of {num_processes} processes" if num_processes > 1 else ""
     return OSError(
         errno.ENOSPC,
-        f"{folder}: no room for {num_bytes:,.0f} more bytes of traces that wait for their turn. "
-        "Set TMPDIR to a folder on a larger disk, or mix fewer shards (--shuffle-window)",
+        f"{folder}: no room for {num_bytes:,.0f} more bytes of traces{whose} that wait for their "
+        "turn. Set TMPDIR to a folder on a larger disk, or mix fewer shards (--shuffle-window)",
     )

@@ -40,7 +40,7 @@ def score(config: ScoreConfig) -> CaptureReport:
 
     part = None if config.slice is None else TraceSlice.parse(config.slice)
     render = TraceRenderer(
-        tokenizer, context, files.vocab_size(), row_columns(config), part, rollout
+        tokenizer, context, files.vocab_size(), row_columns(config), part, config.lead_span, rollout
     )
     job = prepare_job(
         config, files, tokenizer, config.traces, render, requests, None, None, rollout

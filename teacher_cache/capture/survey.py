@@ -1,4 +1,7 @@
-"""A survey of a capture's input: what there is to do, and what is left of it."""
+"""A survey of a capture's input: what there is to do, and what is left of it.
+
+Of a million requests, so in columns: as Python objects they took 8 s and half a GB.
+"""
 
 import hashlib
 import logging
@@ -6,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from teacher_cache.capture.job import Job
@@ -43,7 +48,7 @@ def take_survey(job: Job, finished: Mapping[str, str]) -> Survey:
             finished trace whose row has changed since.
     """
     found = survey_table(job, may_resume=bool(finished))
-    rejects, ids = found.rejects, set(found.table["trace_id"].to_pylist())
+    rejects = found.rejects
     if found.passed_over:
         logger.info(
             "%s: left as fields of the traces: %s; --prompt-field names the column of the prompt",
@@ -59,42 +64,59 @@ def take_survey(job: Job, finished: Mapping[str, str]) -> Survey:
         logger.warning(
             "%s: none of its %d traces has a chain of thought; if they should, run "
             "cache-teacher preview on them",
-            job.source.path, len(ids),
+            job.source.path, pc.count_distinct(found.table["trace_id"]).as_py(),
         )  # fmt: skip
-    job.source.say_missing_ids(ids | rejects.ids)
+    if job.source.only_ids is not None:
+        job.source.say_missing_ids({*found.table["trace_id"].to_pylist()} | rejects.ids)
     rejects.publish(open_store(job.out), job.file_name("rejects", "jsonl"))
     return survey
 
 
 def _counted(job: Job, found: SurveyTable, finished: Mapping[str, str]) -> Survey:
-    num_wanted = num_taken = num_missing = num_input = longest = 0
-    digest = hashlib.sha256()
+    table = found.table
+    is_known = _known(job, table, finished)
+    is_taken = np.ones(table.num_rows, np.bool_)
+    is_taken[job.limit :] = job.limit is None
+    is_ours = np.ones(table.num_rows, np.bool_)
+    if job.part is not None:
+        is_ours[:] = [job.part.holds(name) for name in table["trace_id"].to_pylist()]
+    rows = table["row"].to_numpy()
     left = np.zeros(found.num_rows, np.bool_)  # whether a request of the row is missing
-    columns = [
-        found.table[name].to_pylist()
-        for name in ("row", "trace_id", "request_id", "source_hash", "longest")
-    ]
-    for row, trace_id, request_id, source_hash, num_tokens in zip(*columns, strict=True):
-        known = finished.get(request_id)
-        if known is not None and known != source_hash:
-            raise SourceError(
-                f"{job.source.path}: trace {request_id!r} is already in {shown(job.out)}, "
-                "made from other content. Give the changed row a new id, or write to another "
-                "folder."
-            )
-        is_taken = job.limit is None or num_input < job.limit
-        if is_taken:
-            num_input += 1
-            digest.update(f"{request_id}\n{source_hash}\n".encode())
-        if known is None or not is_taken:
-            left[row] = True
-        if job.part is None or job.part.holds(trace_id):
-            num_wanted += 1
-            num_taken += is_taken
-            num_missing += is_taken and known is None
-            longest = max(longest, num_tokens)
-    rows = found.table["row"].to_numpy()
+    left[rows[~is_known | ~is_taken]] = True
     return Survey(
-        num_wanted, num_taken, num_missing, longest, found.rejects.total, num_input,
-        digest.hexdigest()[:32], ~left, int((~left[rows]).sum()),
-    )  # fmt: skip
+        num_wanted=int(is_ours.sum()),
+        num_taken=int((is_ours & is_taken).sum()),
+        num_missing=int((is_ours & is_taken & ~is_known).sum()),
+        longest=int(table["longest"].to_numpy()[is_ours].max(initial=0)),
+        num_rejected=found.rejects.total,
+        num_input=int(is_taken.sum()),
+        input_hash=_hash_of(table.filter(pa.array(is_taken))),
+        done=~left,
+        num_done=int((~left[rows]).sum()),
+    )
+
+
+def _known(job: Job, table: pa.Table, finished: Mapping[str, str]) -> NDArray[np.bool_]:
+    """[requests] Whether a request's trace is in the cache, made from the same content."""
+    names = pa.array(finished.keys(), pa.string())
+    position = pc.index_in(table["request_id"], names)
+    hashes = pa.array(finished.values(), pa.string()).take(position)
+    changed = pc.not_equal(hashes, table["source_hash"])  # null where the trace is missing
+    first = pc.index(changed, True).as_py()
+    if first >= 0:
+        raise SourceError(
+            f"{job.source.path}: trace {table['request_id'][first].as_py()!r} is already in "
+            f"{shown(job.out)}, made from other content. Give the changed row a new id, or write "
+            "to another folder."
+        )
+    is_known: NDArray[np.bool_] = position.is_valid().to_numpy()
+    return is_known
+
+
+def _hash_of(requests: pa.Table) -> str:
+    """Hash of the input as the requests tell it, the same for all workers that share it."""
+    digest = hashlib.sha256()
+    lines = pc.binary_join_element_wise(requests["request_id"], requests["source_hash"], "", "\n")
+    for chunk in lines.chunks:
+        digest.update("".join(chunk.to_pylist()).encode())
+    return digest.hexdigest()[:32]

@@ -19,7 +19,8 @@ import pyarrow as pa
 
 from teacher_cache.capture.job import Job
 from teacher_cache.format import CachePath, open_store
-from teacher_cache.sources import PROMPT_LIKE_COLUMNS, Rejects, SourceError
+from teacher_cache.sources import PROMPT_LIKE_COLUMNS, Rejects
+from teacher_cache.sources.row import Row
 
 logger = logging.getLogger(__name__)
 
@@ -59,16 +60,20 @@ def survey_table(job: Job, *, may_resume: bool) -> SurveyTable:
     Raises:
         SourceError: If the input cannot be read, or has a bad row under `strict`.
     """
-    key, num_rows = _input_digest(job)
     store, name = open_store(job.out), job.file_name(_NAME, _SUFFIX)
-    found = None
     if may_resume and store.size(name) is not None:
-        found = _parsed(store.read(name), key, num_rows)
-    if found is None:
-        found = _rendered(job, num_rows)
-        if found.table.num_rows:  # else the capture will be refused, and shall leave nothing
-            store.make_folder("")
-            store.publish(name, _to_bytes(found, key))
+        digest = _InputDigest(job)
+        for row in job.source.input:
+            digest.add(row)
+        found = _parsed(store.read(name), digest)
+        if found is not None:
+            return found
+    # In one pass: an input on the hub is fetched anew for each.
+    digest = _InputDigest(job)
+    found = _rendered(job, digest)
+    if found.table.num_rows:  # else the capture will be refused, and shall leave nothing
+        store.make_folder("")
+        store.publish(name, _to_bytes(found, digest))
     return found
 
 
@@ -80,22 +85,28 @@ def remove_survey_tables(cache: CachePath) -> None:
             store.remove(name)
 
 
-def _input_digest(job: Job) -> tuple[str, int]:
-    """Digest of the code, the settings and all rows as they are; and the number of rows."""
-    digest = hashlib.sha256(_code_digest())
-    config = {name: value for name, value in job.config.items() if name not in _NOT_OF_ROWS}
-    only = None if job.source.only_ids is None else sorted(job.source.only_ids)
-    tokenizer = job.tokenizer
-    meaning = [tokenizer.content_hash, tokenizer.terminal_ids, tokenizer.template.text]
-    settings = [config, meaning, only]
-    digest.update(json.dumps(settings, default=repr).encode())
-    num_rows = 0
-    for row in job.source.input:
+class _InputDigest:
+    """Digest of the code, the settings and all rows as they are."""
+
+    def __init__(self, job: Job) -> None:
+        self.num_rows = 0
+        self._digest = hashlib.sha256(_code_digest())
+        config = {name: value for name, value in job.config.items() if name not in _NOT_OF_ROWS}
+        only = None if job.source.only_ids is None else sorted(job.source.only_ids)
+        tokenizer = job.tokenizer
+        meaning = [tokenizer.content_hash, tokenizer.terminal_ids, tokenizer.template.text]
+        settings = [config, meaning, only]
+        self._digest.update(json.dumps(settings, default=repr).encode())
+
+    def add(self, row: Row) -> None:
         content = row.content
         data = content if isinstance(content, bytes) else json.dumps(content, default=repr).encode()
-        digest.update(b"%d:%s" % (len(data), data))
-        num_rows += 1
-    return digest.hexdigest(), num_rows
+        self._digest.update(b"%d:%s" % (len(data), data))
+        self.num_rows += 1
+
+    @property
+    def key(self) -> str:
+        return self._digest.hexdigest()
 
 
 @cache
@@ -110,7 +121,7 @@ def _code_digest() -> bytes:
     return digest.digest()
 
 
-def _rendered(job: Job, num_rows: int) -> SurveyTable:
+def _rendered(job: Job, digest: _InputDigest) -> SurveyTable:
     """Render every row once: a bad row found after two days of capture is found too late."""
     rejects = Rejects()
     parts: list[pa.RecordBatch] = []
@@ -123,22 +134,17 @@ def _rendered(job: Job, num_rows: int) -> SurveyTable:
         for column in columns:
             column.clear()
 
-    for number, source in job.source.read_numbered(rejects):
-        if number >= num_rows:
-            raise SourceError(
-                f"{job.source.path}: expected {num_rows:,} rows, as when it was read a moment ago, "
-                "found more; run this again once nobody writes to it"
-            )
+    for number, trace in job.source.read_numbered(rejects, digest.add):
         if time.monotonic() - said_at_s >= _SAY_EVERY_S:
             said_at_s = time.monotonic()
             logger.info("reading %s: %d rows so far", job.source.path, number + 1)
         if passed_over is None:
-            passed_over = tuple(name for name in PROMPT_LIKE_COLUMNS if name in source.fields)
-        has_thought = source.bounds is None or source.bounds[0] < source.bounds[1]
-        for request in job.requests(source):
+            passed_over = tuple(name for name in PROMPT_LIKE_COLUMNS if name in trace.fields)
+        has_thought = trace.bounds is None or trace.bounds[0] < trace.bounds[1]
+        for request in job.requests(trace):
             longest = len(request.token_ids) + request.max_new_tokens
             values = (
-                number, source.trace_id, request.request_id, source.source_hash, longest,
+                number, trace.trace_id, request.request_id, trace.source_hash, longest,
                 has_thought,
             )  # fmt: skip
             for column, value in zip(columns, values, strict=True):
@@ -147,12 +153,12 @@ def _rendered(job: Job, num_rows: int) -> SurveyTable:
             end_part()
     end_part()
     table = pa.Table.from_batches(parts, _SCHEMA)
-    return SurveyTable(table, num_rows, rejects, passed_over or ())
+    return SurveyTable(table, digest.num_rows, rejects, passed_over or ())
 
 
-def _to_bytes(found: SurveyTable, key: str) -> bytes:
+def _to_bytes(found: SurveyTable, digest: _InputDigest) -> bytes:
     facts = {"rejects": found.rejects.to_json(), "passed_over": found.passed_over}
-    metadata = {_KEY: key, _FACTS: json.dumps(facts)}
+    metadata = {_KEY: digest.key, _FACTS: json.dumps(facts)}
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     table = found.table.replace_schema_metadata(metadata)
@@ -162,15 +168,15 @@ def _to_bytes(found: SurveyTable, key: str) -> bytes:
     return hashlib.sha256(data).digest() + data
 
 
-def _parsed(data: bytes, key: str, num_rows: int) -> SurveyTable | None:
+def _parsed(data: bytes, digest: _InputDigest) -> SurveyTable | None:
     """The table of a file; None if it is damaged or of another input: it only saves time."""
     data, checksum = data[32:], data[:32]
     if hashlib.sha256(data).digest() != checksum:
         return None
     table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
     metadata = table.schema.metadata
-    if metadata[_KEY].decode() != key:
+    if metadata[_KEY].decode() != digest.key:
         return None
     facts = json.loads(metadata[_FACTS])
     rejects = Rejects.from_json(facts["rejects"])
-    return SurveyTable(table, num_rows, rejects, tuple(facts["passed_over"]))
+    return SurveyTable(table, digest.num_rows, rejects, tuple(facts["passed_over"]))

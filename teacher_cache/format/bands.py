@@ -29,6 +29,8 @@ def lead_span_length(n_total: int, lead_span: float) -> int:
 
 def lead_span_lengths(n_total: NDArray[np.int64], lead_span: float) -> NDArray[np.int64]:
     """[n] `lead_span_length` of n traces; raises as it does."""
+    if lead_span == 1.0:
+        return n_total
     lengths, of_trace = np.unique(n_total, return_inverse=True)
     kept = [lead_span_length(length, lead_span) for length in lengths.tolist()]
     return np.array(kept, np.int64)[of_trace]
@@ -40,6 +42,12 @@ _Tokens = TypeVar("_Tokens", int, NDArray[np.int64])
 def band_start(n_total: _Tokens, band: int, num_bands: int) -> _Tokens:
     """First token of a band, or the trace's end for `band` == `num_bands`."""
     return n_total * band // num_bands
+
+
+def band_starts(n_total: NDArray[np.int64], num_bands: int) -> NDArray[np.int64]:
+    """[num_bands + 1, n] `band_start` of every band of n traces, and their ends."""
+    starts: NDArray[np.int64] = n_total * np.arange(num_bands + 1)[:, None] // num_bands
+    return starts
 
 
 def bands_of_tokens(num_held: _Tokens, keep: _Tokens, num_bands: int) -> _Tokens:

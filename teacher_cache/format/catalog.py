@@ -159,8 +159,7 @@ class Catalog:
         """[rows] Number of leading tokens that the cache holds of every trace."""
         if self._header.lead_spans is not None:
             return self.numbers(_HELD)
-        n_total, span = self.numbers("n_total"), self._header.max_lead_span
-        return n_total if span == 1.0 else lead_span_lengths(n_total, span)
+        return lead_span_lengths(self.numbers("n_total"), self._header.max_lead_span)
 
     @cached_property
     def shards(self) -> pa.Table:

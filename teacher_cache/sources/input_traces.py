@@ -1,7 +1,7 @@
 """InputTraces: the user's input as traces, each id once; every row left out is recorded."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +52,19 @@ class InputTraces:
         """
         return (trace for _, trace in self.read_numbered(rejects))
 
-    def read_numbered(self, rejects: Rejects) -> Iterator[tuple[int, SourceTrace]]:
-        """Yield traces as `read`, each with the number of its row in the input, from 0."""
+    def read_numbered(
+        self, rejects: Rejects, on_row: Callable[[Row], None] = lambda row: None
+    ) -> Iterator[tuple[int, SourceTrace]]:
+        """Yield traces as `read`, each with the number of its row in the input, from 0.
+
+        Args:
+            rejects: Gets the rows that cannot be used.
+            on_row: Called with every row of the input, before anything is done with it.
+        """
         seen: dict[str, tuple[str, int]] = {}
         done = np.zeros(0, np.bool_) if self.passed_over is None else self.passed_over
         for number, row in enumerate(self.input):
+            on_row(row)
             if number < len(done) and done[number]:
                 continue
             try:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from teacher_cache.format import content_hash
+from teacher_cache.format import content_hash, lead_span_length
 from teacher_cache.sources.columns import Exchange, RowColumns, read_prompt, read_trace
 from teacher_cache.sources.conversations import Conversation, Message
 from teacher_cache.sources.marks_in_tokens import find_sections, opening_token
@@ -81,6 +81,7 @@ class TraceRenderer:
     vocab_size: int  # of the teacher's softmax: padded ids are occasionally sampled
     columns: RowColumns
     slice: TraceSlice | None = None
+    lead_span: float = 1.0  # of every trace; what comes after it the teacher does not see
     rollout: Mapping[str, Any] | None = None  # whose rollouts all rows are; None if they are none
 
     def __call__(self, row: dict[str, Any]) -> SourceTrace:
@@ -98,10 +99,12 @@ class TraceRenderer:
                 Reason.TRACE_TOO_SHORT, "one token; the first of a sequence has no distribution"
             )
         _check_ids(trace.token_ids, self.vocab_size, self.tokenizer)
-        if len(trace.token_ids) > self.max_tokens:
+        num_seen = lead_span_length(len(trace.token_ids), self.lead_span)
+        if num_seen > self.max_tokens:
+            span = "" if self.lead_span == 1.0 else f"lead span of {num_seen} in a "
             raise BadRow(
                 Reason.TRACE_TOO_LONG,
-                f"trace of {len(trace.token_ids)} tokens; the teacher's context holds "
+                f"{span}trace of {len(trace.token_ids)} tokens; the teacher's context holds "
                 f"{self.max_tokens}",
             )
         return trace

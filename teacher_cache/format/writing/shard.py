@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from teacher_cache.format.bands import band_start
+from teacher_cache.format.bands import band_starts
 from teacher_cache.format.codec import LOGIT_GRID, logit_codes
 from teacher_cache.format.commit import Block, block_of
 from teacher_cache.format.header import CacheHeader
@@ -49,8 +49,7 @@ def encode_shard(traces: Sequence[Trace], header: CacheHeader) -> EncodedShard:
     index_of_id = np.zeros(int(ids.max(initial=-1)) + 1, index_type)
     index_of_id[ids] = places
     lengths = np.array([len(trace) for trace in traces])
-    bands = range(header.num_bands + 1)
-    token_bounds = np.column_stack([band_start(lengths, b, header.num_bands) for b in bands])
+    token_bounds = band_starts(lengths, header.num_bands).T
     columns = _Columns(
         schema=shard_schema(header, wide_ids=wide),
         trace_ids=pa.array([trace.trace_id for trace in traces], pa.string()),
