@@ -39,6 +39,7 @@ def test_every_command_has_help_with_an_example():
         assert f"cache-teacher {name} " in command.get_help(click.Context(command))
 
 
+@pytest.mark.slow
 def test_generate_inspect_export_and_score_agree(model, prompts, tmp_path):
     said = invoke(*arguments(model, prompts, tmp_path / "cache", "--capture-prompt"))
     assert "8 traces captured now" in said

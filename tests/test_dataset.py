@@ -45,6 +45,7 @@ def labels_of(items):
     return [item["labels"].tolist() for item in items]
 
 
+@pytest.mark.slow
 def test_items_are_the_batches_of_the_stream(path):
     dataset = dataset_of(path)
     items = list(DataLoader(dataset, batch_size=None))
@@ -85,6 +86,7 @@ def test_a_process_without_traces_gets_an_empty_batch(tmp_path, monkeypatch):
     assert empty.input_ids.shape == empty_micro_batch().input_ids.shape
 
 
+@pytest.mark.slow
 def test_every_epoch_of_a_loop_has_its_own_order(path):
     whole = labels_of(dataset_of(path, num_epochs=3))
     loader = dataset_of(path, num_epochs=1).loader()
@@ -95,6 +97,7 @@ def test_every_epoch_of_a_loop_has_its_own_order(path):
     assert labels_of(dataset) == whole[12:]
 
 
+@pytest.mark.slow
 def test_it_is_continued_from_its_state(path):
     whole = labels_of(dataset_of(path, num_epochs=3))
     dataset = dataset_of(path, num_epochs=1)
@@ -112,6 +115,7 @@ def test_it_is_continued_from_its_state(path):
     assert labels_of(resumed) == whole[12:]
 
 
+@pytest.mark.slow
 def test_a_loader_that_would_batch_or_divide_the_items_is_told_what_to_do(path, tmp_path):
     with pytest.raises(RuntimeError, match=r"expected batch_size=None.*dataset\.loader\(\)"):
         next(iter(DataLoader(dataset_of(path), batch_size=4)))

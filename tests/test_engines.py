@@ -209,6 +209,7 @@ def test_reference_rows_while_generating_are_those_of_scoring(model, reference, 
     )
 
 
+@pytest.mark.slow
 def test_a_reference_trace_depends_on_its_seed_and_not_on_other_requests(reference):
     requests = [generation(str(seed), seed=seed, length=4) for seed in range(4)]
     together, alone = run(reference, *requests), run(reference, requests[2])

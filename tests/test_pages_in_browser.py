@@ -204,6 +204,7 @@ def test_tokens_are_pointed_at_and_walked_through_by_keys(browser, viewed):
     assert int(box.get_attribute("aria-activedescendant").split("-")[1]) > 0
 
 
+@pytest.mark.slow
 def test_strangers_text_is_shown_as_text(browser, viewed):
     page, traces = viewed
     open_page(browser, page, "body[data-shown]")
@@ -248,6 +249,7 @@ def test_a_search_finds_text_across_tokens(browser, viewed):
     assert "hit" in browser.find_element(By.CSS_SELECTOR, ".current").get_attribute("class")
 
 
+@pytest.mark.slow
 def test_a_colour_is_chosen_and_the_worst_tokens_are_jumped_to(browser, viewed):
     page, _ = viewed
     open_page(browser, page, "body[data-shown]")
@@ -277,6 +279,7 @@ def test_a_damaged_page_says_so(browser, viewed, tmp_path):
     assert complaints(browser) != []
 
 
+@pytest.mark.slow
 def test_a_long_trace_shows_quickly_and_scrolls_with_few_rows(browser, tmp_path):
     trace = long_trace()
     cache = open_cache(make_cache(tmp_path / "cache", make_traces(1)))

@@ -180,6 +180,7 @@ def test_another_call_adds_cells_and_one_without_a_full_length_says_so(parts, ra
     assert len((short.out / "results.csv").read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_a_second_process_of_one_worker_is_refused_and_another_worker_is_not(parts, ran):
     settings, _ = parts
     config = SweepConfig(**settings, lead_spans=(0.5,), baselines=("base",), num_seeds=1)

@@ -60,6 +60,7 @@ def invoke(*args):
     return Done(exit_code, stdout.getvalue(), stderr.getvalue())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args", [["--help"], ["run", "--help"], ["evaluate", "--help"], ["sweep", "--help"]]
 )
@@ -103,6 +104,7 @@ def test_run_says_where_the_student_is_and_evaluate_what_it_can(parts, tmp_path)
     assert figures["answers"]["num_prompts"] == 3
 
 
+@pytest.mark.slow
 def test_a_toml_file_gives_defaults_that_options_override(parts, tmp_path):
     file = tmp_path / "paper.toml"
     file.write_text(
@@ -120,6 +122,7 @@ def test_a_toml_file_gives_defaults_that_options_override(parts, tmp_path):
     assert config["ce_weight"] == TrainConfig.ce_weight
 
 
+@pytest.mark.slow
 def test_the_papers_recipe_can_be_used(parts):
     recipe = Path(__file__).parent.parent / "tools/paper.toml"
     # A process keeps one precision, and the other tests of this one use float32.
@@ -174,6 +177,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_one(parts, options, message):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -199,6 +203,7 @@ def test_a_missing_option_is_exit_code_two():
     assert invoke("run").exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_one_line(parts):
     done = invoke(*command(parts, "--lr", "1e30", "--warmup", "0"))
 
@@ -338,6 +343,7 @@ def test_two_processes_train_the_same_student_as_one(parts, tmp_path):
     assert two[-1]["bytes_read"] == one[-1]["bytes_read"]
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_find_each_other_are_refused(parts, monkeypatch):
     """As where something has set up torch before: this process has found nobody."""
     assert invoke(*command(parts, "--max-steps", 1)).exit_code == 0
