@@ -44,15 +44,18 @@ class Terminal:
         """Feed the screen until a condition holds; the rows that were shown on the way."""
         seen = set()
         deadline_s = time.monotonic() + LIMIT_S
-        while not is_done():
-            assert time.monotonic() < deadline_s, self.rows()
-            if select.select([self._ours], [], [], 0.05)[0]:
+        while True:
+            is_last = is_done()
+            # A display is written 4 times a second: where nothing comes for a while, it is whole.
+            while select.select([self._ours], [], [], 0.1)[0]:
                 try:
                     self._stream.feed(os.read(self._ours, 65536))
                 except OSError:  # the other end is closed
-                    break
+                    return seen
                 seen.update(self.rows())
-        return seen
+            if is_last:
+                return seen
+            assert time.monotonic() < deadline_s, self.rows()
 
     def read_to_the_end(self):
         return self.read_until(lambda: False)

@@ -76,15 +76,8 @@ def flip(file, place):
     file.write_bytes(data)
 
 
-def places(*more):
-    return [
-        "drawn 1",
-        *(pytest.param(place, marks=pytest.mark.slow) for place in ("first", "last", *more)),
-    ]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("place", places(*(f"drawn {n}" for n in range(2, 8))))
+@pytest.mark.parametrize("place", ["first", "last", "drawn 1", "drawn 2"])
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", *NEWEST, *OLDER])
 def test_a_flipped_bit_gives_the_same_student_or_is_named(stopped, copied, caplog, name, place):
     flip(copied.out / name, place)
@@ -105,7 +98,7 @@ def test_a_flipped_bit_gives_the_same_student_or_is_named(stopped, copied, caplo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", places())
+@pytest.mark.parametrize("place", ["first", "last", "drawn 1"])
 @pytest.mark.parametrize("file", ["state.pt", "progress.json"])
 def test_without_a_whole_checkpoint_nothing_is_trained(copied, file, place):
     for folder in CHECKPOINTS:
@@ -149,7 +142,7 @@ def finished(stopped, tmp_path):
     return replace(stopped[1], out=tmp_path / "run")
 
 
-@pytest.mark.parametrize("place", places("drawn 2"))
+@pytest.mark.parametrize("place", ["first", "last", "drawn 1", "drawn 2"])
 @pytest.mark.parametrize(
     "name",
     ["config.json", "result.json", "model/model.safetensors", "model/config.json",
