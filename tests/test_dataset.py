@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from fakes import make_cache, make_traces
+from forked import run_forked
 from students import make_model, make_student
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -162,12 +163,24 @@ def newest_of(out):
     return out if (out / "config.json").exists() else folders[-1]
 
 
+SCRIPT = """
+import runpy, sys
+del sys.argv[0]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def run_example(cache, student, out, *more, launcher=(), example=EXAMPLE):
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLE.parent.parent)}
-    command = [sys.executable, *launcher, str(example), cache, student, str(out), *more]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = (example, cache, student, out, *more)
+    if launcher:
+        command = [sys.executable, *launcher, *map(str, words)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        run_forked(SCRIPT, *words, env=environment, expect=0)
     return AutoModelForCausalLM.from_pretrained(newest_of(out)).state_dict()
 
 
