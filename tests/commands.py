@@ -1,8 +1,11 @@
-"""cache-teacher as a process, and the files that it is given."""
+"""cache-teacher as a command, and the files that it is given."""
 
 import json
-import subprocess
 import sys
+
+from click.testing import CliRunner
+
+from teacher_cache.cli.group import cli
 
 COMMAND = [sys.executable, "-c", "from teacher_cache.cli import program; program()"]
 
@@ -20,7 +23,8 @@ def arguments(model, prompts, out, *more, engine="transformers"):
     ]
 
 
-def run(*args, expect=0):
-    done = subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, check=False)
-    assert done.returncode == expect, done.stderr
-    return done
+def invoke(*args):
+    """What a command of cache-teacher says, run in this process."""
+    result = CliRunner().invoke(cli, [str(a) for a in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout

@@ -42,6 +42,7 @@ def logits_of(model):
     return model.eval()(input_ids=IDS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_adapter_and_a_merged_student_are_the_same_model(config, tmp_path, tied):
     student = make_student(tmp_path / "base", tied=tied)
@@ -67,6 +68,7 @@ def test_an_adapter_and_a_merged_student_are_the_same_model(config, tmp_path, ti
     assert len(state["optimizer"]["state"]) == len(state["student"])
 
 
+@pytest.mark.slow
 def test_an_adapter_is_loaded_with_its_own_end_of_generation_but_cannot_be_a_student(config):
     settings = config("run", lora_output="adapter", max_steps=1)
     train(settings)
@@ -78,6 +80,7 @@ def test_an_adapter_is_loaded_with_its_own_end_of_generation_but_cannot_be_a_stu
         train(config("next", str(settings.out / "model")))
 
 
+@pytest.mark.slow
 def test_checkpointing_and_packing_change_nothing_of_adapters(config):
     plain = config("plain", packing=False)
     other = config("other", packing=True, gradient_checkpointing=True)

@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from caches import read_all
-from click.testing import CliRunner
-from commands import COMMAND, arguments, run, write_rows
+from commands import arguments, invoke, write_rows
+from forked import CACHE_TEACHER, Forked, run_forked
 from small_teachers import CONTEXT, make_small_model
 
 from teacher_cache.cli import COMMAND_LINE
@@ -35,17 +34,12 @@ def prompts(tmp_path):
     return write_rows(tmp_path / "prompts.jsonl", rows)
 
 
-def invoke(*args):
-    result = CliRunner().invoke(cli, [str(a) for a in args], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
 def test_every_command_has_help_with_an_example():
     for name, command in cli.commands.items():
         assert f"cache-teacher {name} " in command.get_help(click.Context(command))
 
 
+@pytest.mark.slow
 def test_generate_inspect_export_and_score_agree(model, prompts, tmp_path):
     said = invoke(*arguments(model, prompts, tmp_path / "cache", "--capture-prompt"))
     assert "8 traces captured now" in said
@@ -191,13 +185,6 @@ def test_wrong_usage_is_exit_code_2(monkeypatch, capsys, call, message):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def start(*args):
-    process = subprocess.Popen(
-        [*COMMAND, *map(str, args)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    return process
-
-
 def wait_for_traces(out, num_bytes):
     """Until the journal holds some traces."""
     for _ in range(600):
@@ -214,7 +201,8 @@ def whole(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     rows = [{"id": f"p{n}", "prompt": f"a {n % 30} b"} for n in range(60)]
     prompts = write_rows(folder / "prompts.jsonl", rows)
-    run(*arguments(model, prompts, folder / "cache", "--max-new-tokens", "60"))
+    call = arguments(model, prompts, folder / "cache", "--max-new-tokens", "60")
+    run_forked(CACHE_TEACHER, *call, expect=0)
     return prompts, read_all(open_cache(str(folder / "cache")))
 
 
@@ -223,7 +211,7 @@ def whole(model, tmp_path_factory):
 def test_a_stopped_capture_goes_on_and_ends_like_one_that_was_not(model, whole, tmp_path, signum):
     prompts, expected = whole
     call = arguments(model, prompts, tmp_path / "cache", "--max-new-tokens", "60")
-    process = start(*call)
+    process = Forked(CACHE_TEACHER, *call)
     wait_for_traces(tmp_path / "cache", 2000)
     process.send_signal(signum)
     _, said = process.communicate(timeout=60)
@@ -232,37 +220,10 @@ def test_a_stopped_capture_goes_on_and_ends_like_one_that_was_not(model, whole, 
     else:
         assert process.returncode == 128 + signum
         assert "run the same command again to resume" in said
-    done = run(*call)
+    done = run_forked(CACHE_TEACHER, *call, expect=0)
     assert " 0 were already there" not in done.stdout
     stopped = read_all(open_cache(str(tmp_path / "cache")))
     assert sorted(stopped) == sorted(expected)
     for name, trace in expected.items():
         for column in ("token_ids", "k", "top_ids", "top_logits", "tail_logit"):
             np.testing.assert_array_equal(getattr(trace, column), getattr(stopped[name], column))
-
-
-@pytest.mark.slow
-@pytest.mark.vllm
-def test_vllm_and_transformers_make_the_same_cache(model, prompts, tmp_path):
-    """Both modes, as processes, greedily: the engines must agree on tokens and on entries."""
-    greedy = ("--temperature", "0", "--capture-prompt", "--mass", "1.0")
-    for engine in ("vllm", "transformers"):
-        run(*arguments(model, prompts, tmp_path / engine, *greedy, engine=engine))
-        run("export", tmp_path / engine, tmp_path / f"{engine}.jsonl")
-        run(
-            *("score", "--engine", engine, "--model", model, "--top-k", 6, "--mass", "1.0"),
-            *("--traces", tmp_path / "vllm.jsonl", "--out", tmp_path / f"{engine}-scored"),
-        )
-    folders = ("vllm", "transformers", "vllm-scored", "transformers-scored")
-    ours, *others = (read_all(open_cache(str(tmp_path / folder))) for folder in folders)
-    assert len(ours) == 8
-    for other in others:
-        for name, trace in ours.items():
-            np.testing.assert_array_equal(trace.token_ids, other[name].token_ids)
-            np.testing.assert_array_equal(trace.k, other[name].k)
-            np.testing.assert_array_equal(trace.top_ids, other[name].top_ids)
-            # One step of the grid apart where a logprob lies on the edge between two.
-            np.testing.assert_allclose(trace.top_logits, other[name].top_logits, atol=1 / 30)
-            np.testing.assert_allclose(trace.tail_logit, other[name].tail_logit, rtol=0.01)
-    said = run("audit", tmp_path / "vllm", "--model", model, "--max-kl", "1e-4").stdout
-    assert "passed: mean KL" in said

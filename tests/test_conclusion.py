@@ -164,6 +164,7 @@ def test_equal_computation_is_compared_in_pairs(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_without_a_gain_it_is_the_accuracy_that_is_kept(tmp_path):
     no_gain = said(tmp_path / "1", curve({0.5: 0.2, 1.0: 0.21}, base=0.2))
 

@@ -91,6 +91,7 @@ def test_labels_of_the_last_part_alone_still_cost_the_whole_trace(tmp_path):
     assert last["cot_share"] < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc here")
 def test_memory_that_was_held_and_given_back_is_remembered():
     memory = PeakMemory(torch.device("cpu"))
@@ -101,6 +102,7 @@ def test_memory_that_was_held_and_given_back_is_remembered():
     assert PeakMemory(torch.device("cpu")).peak_bytes < 100 * 2**20
 
 
+@pytest.mark.slow
 def test_traces_that_are_held_out_cost_their_capture_and_no_training(tmp_path):
     path = make_cache(tmp_path / "cache", make_traces(40))
     (all_of_it,) = open_data([path]).sources

@@ -40,6 +40,7 @@ def test_heldout_traces_are_whole_and_never_trained_on(path):
         assert sorted(trained) == sorted(traces.keys() - heldout)
 
 
+@pytest.mark.slow
 def test_ranks_share_the_heldout_traces(path):
     data = open_data([path], heldout_share=0.3)
     whole = [trace.trace_id for trace in data.heldout_traces()]
@@ -223,6 +224,7 @@ def counts_of(ids):
     )
 
 
+@pytest.mark.slow
 def test_caches_without_weights_come_whole_and_are_mixed(two):
     ids = trained_ids(open_data(two), num_epochs=1)
 
@@ -245,6 +247,7 @@ def test_weights_are_shares_of_an_epoch_and_no_trace_is_preferred(two):
     assert trained_ids(open_data(two, weights=(1, 1)), num_epochs=3) == ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 4])
 def test_a_mixture_resumes_in_the_middle_with_any_number_of_ranks(two, num_ranks):
     data = open_data(two, weights=(1, 4))

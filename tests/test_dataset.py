@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from fakes import make_cache, make_traces
+from forked import run_forked
 from students import make_model, make_student
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -45,6 +46,7 @@ def labels_of(items):
     return [item["labels"].tolist() for item in items]
 
 
+@pytest.mark.slow
 def test_items_are_the_batches_of_the_stream(path):
     dataset = dataset_of(path)
     items = list(DataLoader(dataset, batch_size=None))
@@ -85,6 +87,7 @@ def test_a_process_without_traces_gets_an_empty_batch(tmp_path, monkeypatch):
     assert empty.input_ids.shape == empty_micro_batch().input_ids.shape
 
 
+@pytest.mark.slow
 def test_every_epoch_of_a_loop_has_its_own_order(path):
     whole = labels_of(dataset_of(path, num_epochs=3))
     loader = dataset_of(path, num_epochs=1).loader()
@@ -95,6 +98,7 @@ def test_every_epoch_of_a_loop_has_its_own_order(path):
     assert labels_of(dataset) == whole[12:]
 
 
+@pytest.mark.slow
 def test_it_is_continued_from_its_state(path):
     whole = labels_of(dataset_of(path, num_epochs=3))
     dataset = dataset_of(path, num_epochs=1)
@@ -112,6 +116,7 @@ def test_it_is_continued_from_its_state(path):
     assert labels_of(resumed) == whole[12:]
 
 
+@pytest.mark.slow
 def test_a_loader_that_would_batch_or_divide_the_items_is_told_what_to_do(path, tmp_path):
     with pytest.raises(RuntimeError, match=r"expected batch_size=None.*dataset\.loader\(\)"):
         next(iter(DataLoader(dataset_of(path), batch_size=4)))
@@ -158,12 +163,24 @@ def newest_of(out):
     return out if (out / "config.json").exists() else folders[-1]
 
 
+SCRIPT = """
+import runpy, sys
+del sys.argv[0]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def run_example(cache, student, out, *more, launcher=(), example=EXAMPLE):
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLE.parent.parent)}
-    command = [sys.executable, *launcher, str(example), cache, student, str(out), *more]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = (example, cache, student, out, *more)
+    if launcher:
+        command = [sys.executable, *launcher, *map(str, words)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        run_forked(SCRIPT, *words, env=environment, expect=0)
     return AutoModelForCausalLM.from_pretrained(newest_of(out)).state_dict()
 
 

@@ -1,15 +1,10 @@
 """Progress on a real terminal: two rows that fit it, lines that stay, and a clean end."""
 
-import os
-import pty
-import select
 import subprocess
 import sys
-import termios
-import time
 
-import pyte
 import pytest
+from terminals import Terminal
 
 from student_train.run.progress import describe, heldout_line
 from student_train.sweep.at_work import CellsAtWork
@@ -59,46 +54,15 @@ SWALLOW = """
 """
 
 
-class Terminal:
-    """A program on a terminal of its own, and what its screen shows."""
-
-    def __init__(self, code, columns):
-        self.screen = pyte.Screen(columns, 24)
-        self._stream = pyte.ByteStream(self.screen)
-        self._ours, theirs = pty.openpty()
-        termios.tcsetwinsize(theirs, (24, columns))
-        self._out, out = os.pipe()
-        environment = {**os.environ, "TERM": "xterm-256color"}
-        environment = {k: v for k, v in environment.items() if k not in ("COLUMNS", "LINES")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=theirs, stdout=out, stderr=theirs,
+def on_terminal(code, columns):
+    def start(streams, environment):
+        stdin, stdout, stderr = streams
+        return subprocess.Popen(
+            [sys.executable, "-c", code], stdin=stdin, stdout=stdout, stderr=stderr,
             env=environment, start_new_session=True,
         )  # fmt: skip
-        os.close(theirs)
-        os.close(out)
 
-    def read_until(self, is_done):
-        """Feed the screen until a condition holds; the rows that were shown on the way."""
-        seen = set()
-        deadline_s = time.monotonic() + 30
-        while not is_done():
-            assert time.monotonic() < deadline_s, self.rows()
-            if select.select([self._ours], [], [], 0.05)[0]:
-                try:
-                    self._stream.feed(os.read(self._ours, 65536))
-                except OSError:  # the other end is closed
-                    break
-                seen.update(self.rows())
-        return seen
-
-    def has_said_here(self):
-        return bool(select.select([self._out], [], [], 0)[0])
-
-    def press_ctrl_c(self):
-        os.write(self._ours, b"\x03")
-
-    def rows(self):
-        return [row.rstrip() for row in self.screen.display if row.strip()]
+    return Terminal(columns, start)
 
 
 @pytest.mark.slow
@@ -106,41 +70,41 @@ class Terminal:
 def test_two_rows_fit_and_what_is_held_out_stays(columns):
     said = heldout_line(22_500, HELDOUT)
     code = LONG_RUN.format(doing="training", figures=describe(METRICS), heldout=said, end=WAIT)
-    terminal = Terminal(code, columns)
-    seen = terminal.read_until(terminal.has_said_here)
-    rows = terminal.rows()
-    wrapped = [said[n : n + columns].rstrip() for n in range(0, len(said), columns)]
+    with on_terminal(code, columns) as terminal:
+        seen = terminal.read_until(terminal.has_said_here)
+        rows = terminal.rows()
+        wrapped = [said[n : n + columns].rstrip() for n in range(0, len(said), columns)]
 
-    assert len(said) <= 80
-    assert rows[: len(wrapped)] == wrapped
-    assert len(rows) == len(wrapped) + 2
-    bar, figures = rows[-2:]
-    assert bar[2:].startswith("training ")
-    assert "21,000/1,022,500 steps" in bar
-    assert ("━" in bar) == ("eta " in bar) == (columns == 80)
-    assert describe(METRICS).startswith(figures)
-    assert max(map(len, rows[-2:])) <= columns - 3
-    assert any("writing a checkpoint" in row and "so far" in row for row in seen)
+        assert len(said) <= 80
+        assert rows[: len(wrapped)] == wrapped
+        assert len(rows) == len(wrapped) + 2
+        bar, figures = rows[-2:]
+        assert bar[2:].startswith("training ")
+        assert "21,000/1,022,500 steps" in bar
+        assert ("━" in bar) == ("eta " in bar) == (columns == 80)
+        assert describe(METRICS).startswith(figures)
+        assert max(map(len, rows[-2:])) <= columns - 3
+        assert any("writing a checkpoint" in row and "so far" in row for row in seen)
 
-    terminal.press_ctrl_c()
-    terminal.read_until(lambda: False)
-    assert terminal.process.wait(timeout=10) == 130
-    assert terminal.rows() == [*wrapped, "train-student: stopped by Ctrl-C"]
-    assert not terminal.screen.cursor.hidden
+        terminal.press_ctrl_c()
+        terminal.read_to_the_end()
+        assert terminal.process.wait(timeout=10) == 130
+        assert terminal.rows() == [*wrapped, "train-student: stopped by Ctrl-C"]
+        assert not terminal.screen.cursor.hidden
 
 
 @pytest.mark.slow
 def test_a_program_that_ends_itself_leaves_a_clean_terminal_too():
     code = LONG_RUN.format(doing="training " * 20, figures="x" * 200, heldout="held", end=SWALLOW)
-    terminal = Terminal(code, 80)
-    seen = terminal.read_until(terminal.has_said_here)
-    assert max(map(len, seen)) <= 77
-    terminal.press_ctrl_c()
-    terminal.read_until(lambda: False)
+    with on_terminal(code, 80) as terminal:
+        seen = terminal.read_until(terminal.has_said_here)
+        assert max(map(len, seen)) <= 77
+        terminal.press_ctrl_c()
+        terminal.read_to_the_end()
 
-    assert terminal.process.wait(timeout=10) == 130
-    assert terminal.rows() == ["held", "train-student: stopped by Ctrl-C"]
-    assert not terminal.screen.cursor.hidden
+        assert terminal.process.wait(timeout=10) == 130
+        assert terminal.rows() == ["held", "train-student: stopped by Ctrl-C"]
+        assert not terminal.screen.cursor.hidden
 
 
 @pytest.mark.parametrize(

@@ -122,9 +122,9 @@ def test_the_readme_is_short():
 @pytest.mark.vllm
 def test_every_command_of_the_readme_runs_on_the_embedded_models(tmp_path):
     rows = (ROOT / "tools/prompts/train.jsonl").read_text().splitlines()
-    (tmp_path / "prompts.jsonl").write_text("\n".join(rows[:60]))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows[:30]))
     rows = (ROOT / "tools/prompts/eval.jsonl").read_text().splitlines()
-    (tmp_path / "held-out.jsonl").write_text("\n".join(rows[:20]))
+    (tmp_path / "held-out.jsonl").write_text("\n".join(rows[:8]))
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     environment = {
         **os.environ,
@@ -133,6 +133,7 @@ def test_every_command_of_the_readme_runs_on_the_embedded_models(tmp_path):
     }
     blocks = code_blocks(README, "console")
     assert len(blocks) == 2
+    done = {}  # command -> folder where it ran
     for number, block in enumerate(blocks):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -142,11 +143,19 @@ def test_every_command_of_the_readme_runs_on_the_embedded_models(tmp_path):
             command = line.removeprefix("$ ").replace("Qwen/Qwen3-32B", "tools/tiny-teacher")
             command = command.replace("Qwen/Qwen3-0.6B", "tools/base-student")
             command = command.replace(" --tensor-parallel-size 2", "")  # one CPU here
-            done = subprocess.run(
-                shlex.split(command), cwd=folder, env=environment, capture_output=True, text=True
-            )
-            assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
-            assert done.stdout.strip(), command
+            if command in done:  # by now the same as one of the first block, an engine's start
+                (folder / "cache").symlink_to(done[command] / "cache")
+            else:
+                run_shown(command, folder, environment)
+                done[command] = folder
+
+
+def run_shown(command, folder, environment):
+    done = subprocess.run(
+        shlex.split(command), cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
+    assert done.stdout.strip(), command
 
 
 def test_the_rows_of_the_guides_are_json():

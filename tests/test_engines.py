@@ -5,13 +5,10 @@ import gc
 import importlib.metadata
 import itertools
 import multiprocessing
-import os
-import signal
 import subprocess
 import sys
 import time
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -36,7 +33,6 @@ from teacher_cache.engines.vllm import requests as vllm_requests
 from teacher_cache.engines.vllm import teacher as vllm_module
 from teacher_cache.engines.vllm.processes import EngineProcesses
 from teacher_cache.engines.vllm.rows import ArrayRows, to_rows, why_untapped
-from teacher_cache.format.folder_lock import FolderLock
 
 # Importing vLLM makes torch warn about its own past.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -213,6 +209,7 @@ def test_reference_rows_while_generating_are_those_of_scoring(model, reference, 
     )
 
 
+@pytest.mark.slow
 def test_a_reference_trace_depends_on_its_seed_and_not_on_other_requests(reference):
     requests = [generation(str(seed), seed=seed, length=4) for seed in range(4)]
     together, alone = run(reference, *requests), run(reference, requests[2])
@@ -755,50 +752,6 @@ def test_an_engine_scores_in_pieces_and_its_death_is_reported_not_waited_for(mod
     gc.collect()  # a socket left open would be an error here
 
 
-@pytest.mark.slow
-def test_the_engine_ends_with_who_started_it_and_holds_none_of_its_locks(model, tmp_path):
-    """Left alone it would keep the GPU's memory, and a journal's lock: no next run could start."""
-    journal = tmp_path / "lock"
-    code = (
-        "import multiprocessing, os, sys\n"
-        "from pathlib import Path\n"
-        "from teacher_cache.engines.vllm import VllmTeacher\n"
-        "from teacher_cache.format.folder_lock import FolderLock\n"
-        "if __name__ == '__main__':\n"
-        f"    lock = FolderLock(Path({str(journal)!r}))\n"
-        f"    VllmTeacher(model={str(model)!r}, top_k={TOP_K})\n"
-        "    print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n"
-        "    sys.stdin.read()\n"
-    )
-    script = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env={**os.environ, "VLLM_WORKER_MULTIPROC_METHOD": "fork"},  # CUDA's default
-    )  # fmt: skip
-    with script:
-        started = [int(pid) for pid in script.stdout.readline().split()]
-        assert started
-        children = psutil.Process(script.pid).children(recursive=True)
-        assert {process.pid for process in children} > set(started)
-        assert str(journal) in files_of(script.pid)
-        for process in children:
-            assert str(journal) not in files_of(process.pid)
-        for pid in started:  # the guard would end them at once
-            os.kill(pid, signal.SIGSTOP)
-        script.kill()
-        script.wait()
-        FolderLock(journal).close()
-    deadline_s = time.monotonic() + 30
-    while any(is_running(pid) for pid in started):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.1)
-
-
-def files_of(pid):
-    links = Path(f"/proc/{pid}/fd").iterdir()
-    return {str(each.readlink()) for each in links if each.is_symlink()}
-
-
 def test_a_forked_engine_process_is_refused():
     processes = EngineProcesses()
     forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
@@ -810,10 +763,3 @@ def test_a_forked_engine_process_is_refused():
         processes.close()
         forked.kill()
         forked.join()
-
-
-def is_running(pid):
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -92,6 +92,7 @@ def distributions(tmp_path_factory):
     return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_types_guides_and_the_format(distributions):
     wheel = zipfile.ZipFile(distributions[0])
     names = set(wheel.namelist())
@@ -117,6 +118,7 @@ def test_the_wheel_holds_types_guides_and_the_format(distributions):
     assert not re.search("^(Project-URL|Home-page):", metadata, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_source_distribution_is_small_and_builds_the_same_wheel(distributions, tmp_path):
     wheel, source = distributions
     assert source.stat().st_size < 1_500_000

@@ -35,6 +35,7 @@ def test_a_golden_cache_is_read_as_on_its_first_day(folder, lead_span):
             assert getattr(trace, name) == value
 
 
+@pytest.mark.slow
 def test_reading_needs_no_zstandard():
     """The module is for journals; a machine that only trains need not have it."""
     code = (

@@ -294,6 +294,7 @@ def test_a_trace_that_stands_elsewhere_than_the_others_is_left_out(completions, 
         imported(file, tmp_path / "strict", "columns", row_shift=0, strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format_", ["columns", "axolotl", "server", "trl"])
 def test_a_malformed_row_is_listed_and_not_the_end(format_, completions, tmp_path):
     name = {

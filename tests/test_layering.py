@@ -164,6 +164,7 @@ def test_modules_of_a_stage_import_downwards(package):
         assert [i for file in files for i in imports_of(file) if within(i, above)] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [

@@ -110,6 +110,7 @@ def test_the_student_learns_the_table(config):
     assert first["loss"] == pytest.approx(0.5 * first["kl"] + 0.5 * first["ce"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_finished_student_loads_and_ends_where_the_traces_end(config):
     settings = config(max_steps=2)
     result = train(settings)
@@ -144,6 +145,7 @@ def test_ten_steps_equal_five_a_stop_and_five_more(config, tmp_path, monkeypatch
         }
 
 
+@pytest.mark.slow
 def test_dropout_goes_on_where_it_was(config, tmp_path, monkeypatch):
     student = make_student(tmp_path / "student", attention_dropout=0.3)
     whole = config(out=tmp_path / "whole", student=student, max_steps=4)
@@ -158,6 +160,7 @@ def test_dropout_goes_on_where_it_was(config, tmp_path, monkeypatch):
     assert_bitwise_equal(weights_of(whole), weights_of(parts))
 
 
+@pytest.mark.slow
 def test_metrics_written_after_the_checkpoint_are_not_repeated(config, monkeypatch):
     settings = config(save_every=4)
     with monkeypatch.context() as patch:
@@ -182,6 +185,7 @@ def failing_at(call, function):
     return wrapper
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["torch.save", "fsync"])
 def test_a_death_while_writing_a_checkpoint_keeps_the_one_before(config, monkeypatch, victim):
     settings = config(save_every=3)
@@ -230,6 +234,7 @@ def test_going_on_with_other_settings_is_refused(config, change, message, monkey
         train(config(**change))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_other_values_of_what_may_change(config, monkeypatch):
     changed = {
         "save_every": 2, "keep_last": 2, "log_every": 2, "batch_tokens": 100,
@@ -246,6 +251,7 @@ def test_a_run_resumes_with_other_values_of_what_may_change(config, monkeypatch)
     assert {name: written[name] for name in changed} == changed
 
 
+@pytest.mark.slow
 def test_going_on_with_another_cache_or_student_is_refused(config, tmp_path):
     train(config(max_steps=1))
     other_cache = make_cache(tmp_path / "cache", make_traces(3))
@@ -281,6 +287,7 @@ def test_a_run_on_an_unfinished_capture_goes_on_with_what_it_began_with(
     assert_bitwise_equal(weights_of(whole), weights_of(settings))
 
 
+@pytest.mark.slow
 def test_a_moved_run_goes_on(config, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -308,6 +315,7 @@ def test_a_run_whose_disk_was_full_when_it_began_begins(config, tmp_path):
     assert train(config(max_steps=1)).num_steps == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_stops_the_run_which_can_go_on(config):
     settings = config(max_steps=1, tracker="none")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -427,6 +435,7 @@ def test_hard_labels_alone_teach_where_there_is_no_distribution(
     assert found["teacher_mass"] == pytest.approx(sum(kept) / 58, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_half_a_lead_span_reads_fewer_bytes_and_trains_on_fewer_tokens(config, tmp_path):
     cache = make_cache(tmp_path / "cache", make_traces(8, lengths=(200, 300)))
     whole = config(cache=cache, out=tmp_path / "whole", batch_tokens=4096)
@@ -456,6 +465,7 @@ def test_bf16_and_gradient_checkpointing_train_too(config, tmp_path):
     assert all(value.dtype == torch.float32 for value in weights_of(half).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
@@ -502,6 +512,7 @@ def test_one_cycle_moves_the_momentum_and_goes_on_bit_for_bit(config, tmp_path, 
     assert_bitwise_equal(last_state(whole), last_state(parts))
 
 
+@pytest.mark.slow
 def test_adafactor_trains_and_goes_on_bit_for_bit(config, tmp_path, monkeypatch):
     whole = config(out=tmp_path / "whole", optimizer="adafactor", max_steps=4)
     parts = config(out=tmp_path / "parts", optimizer="adafactor", max_steps=4)
@@ -523,6 +534,7 @@ def test_an_optimizer_that_is_not_installed_is_refused(config, monkeypatch):
         make_optimizer("adamw8bit", torch.nn.Linear(2, 2), lr=1e-3, weight_decay=0.0)
 
 
+@pytest.mark.slow
 def test_as_many_checkpoints_stay_as_asked(config):
     settings = config(save_every=2, keep_last=3)
     train(settings)
@@ -531,6 +543,7 @@ def test_as_many_checkpoints_stay_as_asked(config):
     assert names == ["step-000000006", "step-000000008", "step-000000010"]
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_says_what_to_lower(config, monkeypatch):
     def forward(self, batch, loss_factor):
         return torch.empty(2**60, dtype=torch.uint8)  # which no machine has
@@ -545,6 +558,7 @@ def test_running_out_of_memory_says_what_to_lower(config, monkeypatch):
     assert "add --gradient-checkpointing" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_gpus_factor_stands_in_the_tokens_weights_and_gives_the_same_step(config, monkeypatch):
     found = []
     for factors in (None, lambda accelerator, divisor: (accelerator.num_processes / divisor, 1.0)):
@@ -565,6 +579,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(config, monkeypatch):
         train(config())
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_the_metrics_and_what_runs_are_compared_by(
     config, monkeypatch, tmp_path
 ):
@@ -624,6 +639,7 @@ def test_clipping_by_zero_does_not_clip(config, tmp_path):
     assert not torch.equal(results[0], results[2])
 
 
+@pytest.mark.slow
 def test_fewer_lines_are_logged_when_asked_and_always_the_last(config):
     settings = config(log_every=4)
     train(settings)

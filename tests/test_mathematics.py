@@ -73,11 +73,13 @@ def test_every_hostile_answer_is_over_in_time(quick, gold):
             assert time.monotonic() - started_s < 30, answer
 
 
+@pytest.mark.slow
 def test_a_gold_without_end_is_as_harmless(quick):
     with Mathematics() as compare:
         assert compare.compare("7", r"10^{10^{10}}") is Comparison.BEYOND_LIMITS
 
 
+@pytest.mark.slow
 def test_a_pair_is_compared_once(quick):
     with Mathematics() as compare:
         assert compare.compare(r"9^{9^{9^{9}}}", "7") is Comparison.BEYOND_LIMITS
@@ -86,6 +88,7 @@ def test_a_pair_is_compared_once(quick):
         assert time.monotonic() - started_s < 0.05
 
 
+@pytest.mark.slow
 def test_memory_has_a_limit_too(monkeypatch):
     monkeypatch.setattr(mathematics, "CPU_LIMIT_S", 600.0)
     with Mathematics() as compare:
@@ -94,6 +97,7 @@ def test_memory_has_a_limit_too(monkeypatch):
         assert compare.compare("10^{10^{10}}", "7") is Comparison.BEYOND_LIMITS
 
 
+@pytest.mark.slow
 def test_the_worker_ends_itself_when_who_asked_is_gone():
     worker = subprocess.Popen(
         [sys.executable, "-P", str(WORKER), str(QUICK_S), str(1 << 31)],

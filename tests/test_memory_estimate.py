@@ -52,6 +52,7 @@ def config_of(**changes):
     return TrainConfig(**(settings | changes))
 
 
+@pytest.mark.slow
 def test_an_estimate_counts_every_layer_and_every_weight():
     wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 128, "num_hidden_layers": 5}
     shape = make_model(**wide, tied=False).config
@@ -80,6 +81,7 @@ def test_an_estimate_is_what_is_alive_at_once_in_a_step(tied):
     assert predicted == pytest.approx(bench_memory.counted_peak(shape, config, 4096), rel=0.1)
 
 
+@pytest.mark.slow
 def test_what_shrinks_memory_shrinks_the_estimate():
     shape = make_model(num_hidden_layers=6).config
     usual = estimate(shape, config_of(), num_tokens=512)

@@ -28,6 +28,7 @@ def run(inputs, out, *more):
     return CliRunner().invoke(cli, [*words, "--batch-traces", "8", "--tracker", "none", *more])
 
 
+@pytest.mark.slow
 def test_a_mixture_is_said_in_metrics_card_and_configuration(inputs, tmp_path, caplog):
     caplog.set_level("INFO")
     result = run(inputs, tmp_path / "run", "--lead-span", "1:1,0.375:4")

@@ -144,6 +144,7 @@ def test_an_outage_stops_the_capture_and_the_next_run_goes_on(uri, proxy, tmp_pa
     assert_holds(uri, traces)
 
 
+@pytest.mark.slow
 def test_what_cannot_get_better_is_not_tried_again(uri, monkeypatch, tmp_path):
     monkeypatch.setattr(store_module, "RETRY_WAITS_S", (60.0,))
     with pytest.raises(OSError, match="NO_SUCH_BUCKET"):

@@ -101,6 +101,7 @@ def test_held_out_figures_are_the_same_whatever_is_minimised():
     assert figures[0] == figures[1] == figures[2]
 
 
+@pytest.mark.slow
 def test_mixed_caches_have_their_divergences_apart(inputs, tmp_path):
     assert run(inputs, tmp_path / "mixed", num_caches=2).exit_code == 0
     one = metrics_of(tmp_path / "mixed")[0]

@@ -195,6 +195,7 @@ def test_a_file_must_not_set_an_option_twice_or_one_that_its_reader_sets(tmp_pat
 NAMES = st.text("abc-=. é", min_size=1, max_size=6).filter(lambda text: not text.startswith("-"))
 
 
+@pytest.mark.slow
 @given(
     change=st.fixed_dictionaries(
         {},

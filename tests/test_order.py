@@ -84,6 +84,7 @@ def test_at_least_ten_shards_are_mixed_everywhere(sizes, window):
         assert len(set(end.tolist())) >= MIN_MIXED_SHARDS
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 60), min_size=51, max_size=400), st.integers(0, 9))
 def test_shards_of_any_size_are_open_for_at_most_their_window(sizes, seed):
     """So many wait at once: the bound of memory and disk, whatever the shards are."""

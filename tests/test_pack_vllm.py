@@ -205,6 +205,7 @@ def test_a_bundle_that_is_not_whole_or_for_another_python_is_refused(bundle, tmp
     assert not (tmp_path / "site").exists()
 
 
+@pytest.mark.slow
 def test_a_group_can_be_kept(registry, tmp_path):
     pack_vllm = module_of("pack_vllm")
     (whole,) = registry.glob("vllm-*.whl")
@@ -229,6 +230,7 @@ def test_a_list_that_cannot_be_meant_is_refused(registry, tmp_path, installed, m
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.slow
 def test_a_version_that_does_not_exist_is_named(registry, tmp_path):
     done = pack(registry, tmp_path / "bundle", "--also", "needed==9")
     assert done.returncode == 1

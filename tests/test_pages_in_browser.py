@@ -93,6 +93,18 @@ def viewed(tmp_path_factory):
     return page, traces
 
 
+@pytest.fixture(scope="module")
+def without_tails(tmp_path_factory):
+    """A page of a trace whose tails nobody knows, with a student, and the trace."""
+    folder = tmp_path_factory.mktemp("without")
+    trace = make_trace("t", 60)
+    cache = make_cache(folder / "cache", [trace], imported={"tail": "unknown"})
+    shown = [with_student(trace)]
+    page = folder / "page.html"
+    page.write_bytes(trace_page(open_cache(cache), shown, words, chosen="All", student="run"))
+    return page, trace
+
+
 def set_value(browser, selector, value):
     browser.execute_script(
         "const e = document.querySelector(arguments[0]); e.value = arguments[1];"
@@ -112,6 +124,58 @@ def test_a_view_fits_its_screen_and_neither_asks_nor_complains(browser, viewed, 
     assert width_of(browser) == width
     background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(255, 255, 255)") != dark
+
+
+IS_SEEN = """
+const box = document.getElementById("token-0").getBoundingClientRect();
+return document.elementFromPoint(box.left + 2, box.top + box.height / 2)?.id === "token-0";
+"""
+
+
+@pytest.mark.parametrize("page", ["viewed", "without_tails"])
+def test_a_phone_shows_the_text_first_and_unfolds_what_is_set(browser, page, request):
+    resize(browser, 390, 844)
+    open_page(browser, request.getfixturevalue(page)[0], "body[data-shown]")
+    assert browser.execute_script(IS_SEEN)
+    slider = browser.find_element(By.ID, "span")
+    assert not slider.is_displayed()
+    browser.find_element(By.CSS_SELECTOR, "#settings > summary").click()
+    assert slider.is_displayed()
+    browser.find_element(By.XPATH, "//*[@id='sections']/button[2]").click()
+    assert "chain of thought" in text_of(browser, "#detail")
+
+    resize(browser, 1280)
+    assert slider.is_displayed()
+    assert not browser.find_element(By.CSS_SELECTOR, "#settings > summary").is_displayed()
+
+
+def test_unknown_tails_are_said_and_shown_nowhere(browser, without_tails):
+    page, trace = without_tails
+    complaints(browser)
+    resize(browser, 1280)
+    open_page(browser, page, "body[data-shown]")
+    said = text_of(browser, ".warning[open]")
+    assert "outside the kept entries is not known" in said
+    assert "as the student's are here" in said
+    colours = [one.text for one in Select(browser.find_element(By.ID, "quantity")).options]
+    alone = ", kept entries alone"
+    assert colours == [f"entropy{alone}", f"surprise{alone}", "kept entries",
+                       f"KL to the student{alone}"]  # fmt: skip
+
+    browser.find_element(By.ID, "token-12").click()
+    rows = browser.find_elements(By.CSS_SELECTOR, "#detail tbody tr")
+    own = trace.logprobs(12).ids.tolist().index(trace.token_ids[12])
+    p = np.exp(trace.logprobs(12).logprobs)
+    p /= p.sum()
+    shares = [float(row.text.split("%")[0].split()[-1]) for row in rows[: trace.k[12]]]
+    assert shares == pytest.approx(sorted(100 * p, reverse=True), abs=0.051)
+    facts = dict(zip(*[iter(text_of(browser, "#detail dl").splitlines())] * 2, strict=True))
+    assert float(facts[f"entropy{alone}"].split()[0]) == pytest.approx(-(p * np.log(p)).sum(), 2e-3)
+    assert float(facts[f"surprise{alone}"].split()[0]) == pytest.approx(-np.log(p[own]), 2e-3)
+    others = text_of(browser, "#detail tr.tail")
+    assert others.startswith("all others not known ")
+    assert others.endswith(" %")  # the student's
+    assert complaints(browser) == []
 
 
 def test_tokens_are_pointed_at_and_walked_through_by_keys(browser, viewed):
@@ -140,6 +204,7 @@ def test_tokens_are_pointed_at_and_walked_through_by_keys(browser, viewed):
     assert int(box.get_attribute("aria-activedescendant").split("-")[1]) > 0
 
 
+@pytest.mark.slow
 def test_strangers_text_is_shown_as_text(browser, viewed):
     page, traces = viewed
     open_page(browser, page, "body[data-shown]")
@@ -184,6 +249,7 @@ def test_a_search_finds_text_across_tokens(browser, viewed):
     assert "hit" in browser.find_element(By.CSS_SELECTOR, ".current").get_attribute("class")
 
 
+@pytest.mark.slow
 def test_a_colour_is_chosen_and_the_worst_tokens_are_jumped_to(browser, viewed):
     page, _ = viewed
     open_page(browser, page, "body[data-shown]")
@@ -213,6 +279,7 @@ def test_a_damaged_page_says_so(browser, viewed, tmp_path):
     assert complaints(browser) != []
 
 
+@pytest.mark.slow
 def test_a_long_trace_shows_quickly_and_scrolls_with_few_rows(browser, tmp_path):
     trace = long_trace()
     cache = open_cache(make_cache(tmp_path / "cache", make_traces(1)))

@@ -2,13 +2,13 @@
 
 import itertools
 import json
-import subprocess
 from dataclasses import replace
 
 import pytest
 from caches import read_all
 from captures import TableTeacher, names, write_prompts
-from commands import COMMAND, arguments, write_rows
+from commands import arguments, invoke, write_rows
+from forked import CACHE_TEACHER, Forked
 from small_teachers import make_small_model
 
 from teacher_cache.capture.generate import generate
@@ -136,9 +136,9 @@ def test_three_processes_at_once_make_one_cache(tmp_path):
     whole, shared = tmp_path / "whole", tmp_path / "shared"
     calls = [arguments(small_model, prompts, whole)]
     calls += [arguments(small_model, prompts, shared, "--worker", f"{i}/3") for i in range(3)]
-    running = [subprocess.Popen([*COMMAND, *map(str, call)]) for call in calls]
+    running = [Forked(CACHE_TEACHER, *call) for call in calls]
     assert [process.wait(timeout=120) for process in running] == [0] * 4
-    subprocess.run([*COMMAND, "seal", str(shared)], check=True)
+    invoke("seal", shared)
     seal = json.loads((shared / "cache.json").read_text())["seal"]
     assert (seal["num_traces"], seal["num_duplicates"]) == (30, 0)
     expected = read_all(open_cache(str(whole)))

@@ -73,6 +73,7 @@ def test_frozen_layers_in_bfloat16_change_no_product():
     assert all(torch.equal(grad, found[1][1][name]) for name, grad in found[0][1].items())
 
 
+@pytest.mark.slow
 def test_a_student_is_saved_as_it_came_unless_told_otherwise(tmp_path):
     student = make_student(tmp_path / "student")
     AutoModelForCausalLM.from_pretrained(student).bfloat16().save_pretrained(student)

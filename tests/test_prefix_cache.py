@@ -41,6 +41,7 @@ def num_bytes(folder):
     return sum(file.stat().st_size for file in folder.glob("*.prefix"))
 
 
+@pytest.mark.slow
 def test_what_is_here_is_not_fetched_and_a_larger_span_fetches_the_rest(path, tmp_path):
     kept = PrefixCache(tmp_path / "kept", 10**9)
     half, fetched_half = read(path, kept, 0.5)
@@ -133,6 +134,7 @@ print(json.dumps(read({path!r}, PrefixCache(Path({str(kept)!r}), 10**9), 0.5)))
     assert sum(item[1] for item in found) == whole
 
 
+@pytest.mark.slow
 def test_a_kill_while_writing_leaves_a_folder_that_works(path, tmp_path):
     kept = PrefixCache(tmp_path / "kept", 10**9)
     script = f"""

@@ -53,6 +53,7 @@ def dense(student):
         return [student.model(i).logits[0].double().log_softmax(-1).numpy() for i in ids]
 
 
+@pytest.mark.slow
 def test_every_token_is_measured_by_the_definitions(measures, dense):
     for trace, log_q, one in zip(TRACES, dense, measures, strict=True):
         ends = np.cumsum(trace.k, dtype=np.int64)
@@ -177,6 +178,7 @@ def test_traces_come_out_of_few_shards_and_are_the_same_again(tmp_path):
     assert sorted(chosen_places(source, 1000, seed=0)) == sorted(source.train)
 
 
+@pytest.mark.slow
 def test_the_command_writes_tables_page_and_traces(tmp_path):
     caches = [
         make_cache(tmp_path / name, make_traces(12, seed=seed)) for seed, name in enumerate("ab")

@@ -43,6 +43,7 @@ def read_everything(folder):
         cache.read(index, {row: info.n_total for row, info in enumerate(shard.traces)})
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_in_what_is_read_is_noticed(folder):
     file = shard_files(folder)[0]
     original = file.read_bytes()

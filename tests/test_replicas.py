@@ -143,6 +143,7 @@ def test_what_a_dead_replica_left_is_done_by_the_next_and_nothing_else_again(
     assert len(read_all(open_cache(str(config.out)))) == 100
 
 
+@pytest.mark.slow
 def test_a_request_that_kills_its_replica_every_time_ends_the_capture(threads, asked):
     _, config = threads
     asked.teacher = lambda _: FailingTeacher(asked, "p40", ActorDied("gone"))
@@ -158,6 +159,7 @@ def test_a_request_that_kills_its_replica_every_time_ends_the_capture(threads, a
     assert len(read_all(open_cache(str(config.out)))) == 100
 
 
+@pytest.mark.slow
 def test_an_error_of_a_replica_ends_the_capture_as_it_would_alone(threads, asked):
     _, config = threads
     asked.teacher = lambda _: FailingTeacher(asked, "p40", OSError(28, "No space left on device"))

@@ -52,6 +52,7 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_fetches_nothing(report):
     out, sentence = report
     source = (out / "report.html").read_text()

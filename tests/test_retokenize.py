@@ -349,6 +349,7 @@ def test_the_distance_to_the_exact_distribution_is_bounded(teacher, student, see
         assert distance <= bound + 1e-9
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(TOYS, st.integers(0, 2**32))
 def test_a_student_of_single_bytes_gets_the_exact_distribution(teacher, seed):

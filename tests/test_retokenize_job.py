@@ -134,6 +134,7 @@ def traces_of(path):
     }
 
 
+@pytest.mark.slow
 def test_the_cache_is_an_ordinary_one_in_the_students_tokens(made, source, student):
     report, out = made
     assert (report.num_traces, report.rejects.total) == (12, 0)
@@ -180,6 +181,7 @@ def test_its_certificate_is_stored_shown_and_usable_as_a_condition(made, student
     assert "chain-rule error" in invoke(cli, "inspect", out).output
 
 
+@pytest.mark.slow
 def test_chunks_hold_the_teachers_likelihood_of_the_text(made, source, teacher, student):
     theirs, ours = (TeacherTokenizer(ModelFiles(f, None), {}) for f in (teacher, student))
     before = traces_of(source)
@@ -235,6 +237,7 @@ def test_the_same_tokenizer_gives_the_same_rows(source, teacher, rows, tmp_path)
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_stopped_job_goes_on_and_ends_like_one_that_was_not(
     source, student, rows, made, tmp_path, monkeypatch
 ):
@@ -278,6 +281,7 @@ def in_child(work):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 def test_a_job_killed_again_and_again_ends_like_one_that_was_not(
     source, student, rows, made, tmp_path, monkeypatch
 ):
@@ -307,6 +311,7 @@ def test_a_job_killed_again_and_again_ends_like_one_that_was_not(
             assert getattr(again[name], column).tobytes() == getattr(trace, column).tobytes()
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_a_job_that_goes_on_where_there_is_room(
     source, student, rows, made, tmp_path, monkeypatch
 ):
@@ -358,6 +363,7 @@ def test_a_cache_truncated_inside_a_character_keeps_the_whole_ones(source, stude
             assert trace.answer_start <= trace.n_total
 
 
+@pytest.mark.slow
 def test_a_student_of_another_family_gets_its_own_marks_and_ends(source, rows, tmp_path):
     student = make_model(
         tmp_path / "student", "llama2", 400, template="llama3", end="<|eot_id|>", pad=3,
@@ -380,6 +386,7 @@ def test_a_student_of_another_family_gets_its_own_marks_and_ends(source, rows, t
         assert (trace.top_ids < theirs.size).all()
 
 
+@pytest.mark.slow
 def test_an_unsealed_source_is_refused_unless_asked(source, student, rows, tmp_path):
     whole = open_cache(source)
     writer = CacheWriter(tmp_path / "part", whole.header)

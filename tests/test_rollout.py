@@ -71,6 +71,7 @@ def render(rolled):
     return TraceRenderer(teacher, 10**6, 10**6, RowColumns(), rollout=facts)
 
 
+@pytest.mark.slow
 def test_rows_hold_the_student_s_own_tokens_and_logprobs(rolled):
     file, result = rolled
     rows, model = lines_of(file), AutoModelForCausalLM.from_pretrained(STUDENT)
@@ -88,6 +89,7 @@ def test_rows_hold_the_student_s_own_tokens_and_logprobs(rolled):
     assert result.unfinished_share == sum(r["finish_reason"] == "length" for r in rows) / 10
 
 
+@pytest.mark.slow
 def test_a_cache_of_them_says_whose_they_are_and_holds_their_logprobs(rolled, scored):
     rows = {row["id"]: row for row in lines_of(rolled[0])}
     header = scored.header

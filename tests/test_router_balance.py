@@ -48,6 +48,7 @@ def test_the_loss_grows_by_what_the_model_would_add_to_its_own(family, layout):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_balances_the_experts_and_says_how_they_are(tmp_path):
     torch.manual_seed(0)
     EXPERTS["mixtral"]().save_pretrained(tmp_path / "student")

@@ -118,6 +118,7 @@ def test_a_loss_that_grows_tenfold_over_some_steps_has_diverged():
         assert not noisy.has_diverged
 
 
+@pytest.mark.slow
 def test_a_diverging_run_stops_with_advice_and_keeps_its_checkpoint(config, monkeypatch):
     monkeypatch.setattr(run_state, "_LARGEST_GROWTH", 0.999)
     settings = config(epochs=6, save_every=4, lr=1e-2)
@@ -127,6 +128,7 @@ def test_a_diverging_run_stops_with_advice_and_keeps_its_checkpoint(config, monk
     assert [one.name for one in settings.out.glob("checkpoints/step-*")] != []
 
 
+@pytest.mark.slow
 def test_a_diverging_run_without_a_checkpoint_promises_none(config, monkeypatch):
     monkeypatch.setattr(run_state, "_LARGEST_GROWTH", 0.999)
     with pytest.raises(DivergedLossError, match=r"longer --warmup\.$"):

@@ -160,6 +160,7 @@ def test_per_token_losses_can_be_reduced_in_any_way():
 
 
 # Dynamo itself looks at .grad of the tensors that it carries over the graph break.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_caller_gets_the_same(backend):

@@ -4,10 +4,12 @@ The table of all commands, moments and signals is `python tools/soak.py stops`.
 """
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
 import pytest
+from forked import TRAINING, WITH_VLLM, Forked
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import soak_stops
@@ -58,5 +60,17 @@ def test_a_command_that_is_stopped_ends_at_once_with_nobody_left(parts, tmp_path
     (found,) = (
         each for each in soak_stops.moments(parts) if f"{each.command[1]} {each.name}" == moment
     )
-    done = soak_stops.stop(found, *signal.split(), tmp_path / "stop", limit_s=LIMIT_S)
+    # A moment in the imports needs a process that makes them.
+    start = soak_stops.start if "import" in moment else forked
+    done = soak_stops.stop(found, *signal.split(), tmp_path / "stop", limit_s=LIMIT_S, start=start)
     assert done.is_right, done
+
+
+def forked(words, file, folder):
+    with Path(os.devnull).open() as nothing:
+        streams = (nothing.fileno(), file.fileno(), file.fileno())
+        return Forked(
+            soak_stops.HOLDING, *words, env=soak_stops.environment(folder), cwd=soak_stops.ROOT,
+            streams=streams,
+            imported=TRAINING if "--engine" in words or "generate" not in words else WITH_VLLM,
+        )  # fmt: skip

@@ -36,6 +36,7 @@ def ids(steps):
     return [[item.trace.trace_id for item in step.traces] for step in steps]
 
 
+@pytest.mark.slow
 def test_an_epoch_holds_every_trace_once_and_ends_with_a_smaller_batch(cache_path):
     steps = steps_of(cache_path)
 
@@ -57,6 +58,7 @@ def test_resuming_from_any_cursor_equals_no_interruption(cache_path, step):
     assert [item.cursor for item in rest] == [item.cursor for item in whole[step:]]
 
 
+@pytest.mark.slow
 def test_a_view_gives_fewer_entries_of_the_same_tokens(cache_path):
     whole, narrow = (
         steps_of(cache_path),
@@ -69,6 +71,7 @@ def test_a_view_gives_fewer_entries_of_the_same_tokens(cache_path):
             assert mine.trace.k.max() <= 3 < whole_one.trace.k.max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_ranks_together_hold_the_batches_of_one(cache_path, num_ranks):
     whole = steps_of(cache_path)
@@ -80,6 +83,7 @@ def test_ranks_together_hold_the_batches_of_one(cache_path, num_ranks):
         assert all(part.trace_ids == step.trace_ids for part in parts)
 
 
+@pytest.mark.slow
 def test_resuming_with_another_number_of_ranks_goes_on_in_the_same_order(cache_path):
     whole = steps_of(cache_path)
     rest = [steps_of(cache_path, rank=r, num_ranks=2, cursor=whole[2].cursor) for r in range(2)]

@@ -114,6 +114,7 @@ def test_a_table_of_other_rows_settings_or_bytes_is_not_used(stopped, asked, ren
     assert names(asked) == []
 
 
+@pytest.mark.slow
 def test_a_row_that_changed_is_still_noticed(stopped, rendered):
     rows = [json.loads(line) for line in stopped.prompts.read_text().splitlines()]
     rows[1]["prompt"] = "other"

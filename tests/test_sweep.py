@@ -1,13 +1,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import pytest
 from fakes import TOKENS, make_cache, make_traces, write_shards
+from forked import TRAIN_STUDENT, Forked, run_forked
 from students import make_student
 from sweeps import add_cell, costs
 
@@ -18,7 +17,6 @@ from teacher_cache.format import CacheMismatchError
 from teacher_cache.format.checksums import DamagedFileError, publish_record
 from teacher_cache.format.folder_lock import FolderLock, InUseError
 
-PROGRAM = [sys.executable, "-m", "student_train.cli", "sweep"]
 ENVIRONMENT = {
     **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1",
 }  # fmt: skip
@@ -182,6 +180,7 @@ def test_another_call_adds_cells_and_one_without_a_full_length_says_so(parts, ra
     assert len((short.out / "results.csv").read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_a_second_process_of_one_worker_is_refused_and_another_worker_is_not(parts, ran):
     settings, _ = parts
     config = SweepConfig(**settings, lead_spans=(0.5,), baselines=("base",), num_seeds=1)
@@ -272,7 +271,7 @@ def command(settings, *options):
         for name, value in settings.items()
         for word in (f"--{name.replace('_', '-')}", str(value))
     ]
-    return [*PROGRAM, *named, "--lead-spans", "0.5", "--num-seeds", "1", *options]
+    return ["sweep", *named, "--lead-spans", "0.5", "--num-seeds", "1", *options]
 
 
 @pytest.mark.slow
@@ -282,21 +281,18 @@ def test_a_sweep_is_stopped_goes_on_reports_a_failed_cell_and_repeats_nothing(pa
     call = command(settings, "--baselines", "live", "--live-teacher", wrong_teacher)
     cells = settings["out"] / "cells"
     metrics = cells / "span-0.5_seed-0" / "run" / "metrics.jsonl"
-    with subprocess.Popen(call, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as running:
-        deadline_s = time.monotonic() + 200
-        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-            assert running.poll() is None, running.stderr.read()
-            assert time.monotonic() < deadline_s
-            time.sleep(0.02)
-        running.send_signal(signal.SIGTERM)
-        assert "run the same command again" in running.stderr.read()
+    running = Forked(TRAIN_STUDENT, *call, env=ENVIRONMENT)
+    deadline_s = time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    running.send_signal(signal.SIGTERM)
+    assert "run the same command again" in running.communicate()[1]
     assert running.returncode == 128 + signal.SIGTERM
     assert not list(cells.glob("*/failed.txt"))
 
-    done = subprocess.run(
-        [*call, "--num-parallel", "2"], env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1, done.stderr
+    done = run_forked(TRAIN_STUDENT, *call, "--num-parallel", 2, env=ENVIRONMENT, expect=1)
     assert "cell live_seed-0 failed" in done.stderr
     assert "is not the one of the cache" in (cells / "live_seed-0" / "failed.txt").read_text()
     assert "resuming after step" in (cells / "span-0.5_seed-0" / "log.txt").read_text()

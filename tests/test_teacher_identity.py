@@ -71,6 +71,7 @@ def test_adapters_are_refused_by_name():
         check_engine_args_early("vllm", {"enable_lora": True})
 
 
+@pytest.mark.slow
 def test_a_misspelt_engine_argument_is_found_without_importing_vllm():
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")

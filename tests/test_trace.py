@@ -31,6 +31,7 @@ def bounded_trace(draw):
     return replace(trace, cot_start=cot_start, answer_start=answer_start)
 
 
+@pytest.mark.slow
 @given(bounded_trace())
 def test_the_entries_of_a_token_and_its_tail_are_a_distribution(trace):
     begin = 0
@@ -70,6 +71,7 @@ def test_a_section_is_where_its_bounds_say(trace):
     ]
 
 
+@pytest.mark.slow
 @given(bounded_trace(), st.data())
 def test_a_slice_is_what_a_cache_gives_of_the_first_tokens(trace, data):
     n = data.draw(st.integers(1, len(trace)))

@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from fakes import make_cache, make_traces
+from forked import TRAIN_STUDENT, Forked, run_forked
 from same_bits import assert_bitwise_equal
 from students import make_student
 
@@ -23,7 +24,6 @@ from student_train.run.config import TrainConfig
 from teacher_cache.format.folder_lock import FolderLock
 from teacher_cache.terminal.entry import CommandLine, run_command
 
-PROGRAM = [sys.executable, "-m", "student_train.cli"]
 ENVIRONMENT = {
     **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1",
 }  # fmt: skip
@@ -60,6 +60,7 @@ def invoke(*args):
     return Done(exit_code, stdout.getvalue(), stderr.getvalue())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args", [["--help"], ["run", "--help"], ["evaluate", "--help"], ["sweep", "--help"]]
 )
@@ -103,6 +104,7 @@ def test_run_says_where_the_student_is_and_evaluate_what_it_can(parts, tmp_path)
     assert figures["answers"]["num_prompts"] == 3
 
 
+@pytest.mark.slow
 def test_a_toml_file_gives_defaults_that_options_override(parts, tmp_path):
     file = tmp_path / "paper.toml"
     file.write_text(
@@ -120,6 +122,7 @@ def test_a_toml_file_gives_defaults_that_options_override(parts, tmp_path):
     assert config["ce_weight"] == TrainConfig.ce_weight
 
 
+@pytest.mark.slow
 def test_the_papers_recipe_can_be_used(parts):
     recipe = Path(__file__).parent.parent / "tools/paper.toml"
     # A process keeps one precision, and the other tests of this one use float32.
@@ -174,6 +177,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_one(parts, options, message):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -199,6 +203,7 @@ def test_a_missing_option_is_exit_code_two():
     assert invoke("run").exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_one_line(parts):
     done = invoke(*command(parts, "--lr", "1e30", "--warmup", "0"))
 
@@ -211,7 +216,7 @@ def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-LONG_RUN = ("--epochs", 12, "--save-every", 7, "--lr", "1e-3")
+LONG_RUN = ("--epochs", 6, "--save-every", 7, "--lr", "1e-3")
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +225,12 @@ def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     cache = make_cache(folder / "cache", make_traces(40))
     parts = {"cache": cache, "student": make_student(folder / "student"), "out": folder / "run"}
-    subprocess.run([*PROGRAM, *command(parts, *LONG_RUN)], env=ENVIRONMENT, check=True)
+    run_long(parts)
     return parts
+
+
+def run_long(parts):
+    return run_forked(TRAIN_STUDENT, *command(parts, *LONG_RUN), env=ENVIRONMENT, expect=0)
 
 
 def wait_for_lines(file, num_lines, process):
@@ -236,24 +245,22 @@ def wait_for_lines(file, num_lines, process):
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_killed_run_goes_on_to_the_same_student(uninterrupted, tmp_path, number, exit_code):
     parts = {**uninterrupted, "out": tmp_path / "run"}
-    with subprocess.Popen(
-        [*PROGRAM, *command(parts, *LONG_RUN)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    ) as killed:
-        try:
-            wait_for_lines(parts["out"] / "metrics.jsonl", 20, killed)
-            killed.send_signal(number)
-            _, errors = killed.communicate()
-        finally:
-            killed.kill()
+    killed = Forked(TRAIN_STUDENT, *command(parts, *LONG_RUN), env=ENVIRONMENT)
+    try:
+        wait_for_lines(parts["out"] / "metrics.jsonl", 20, killed)
+        killed.send_signal(number)
+        _, errors = killed.communicate()
+    finally:
+        killed.kill()
     assert killed.returncode == exit_code, errors
     if number != signal.SIGKILL:
         assert "Run the same command again to resume." in errors
     assert not (parts["out"] / "model").exists()
-    subprocess.run([*PROGRAM, *command(parts, *LONG_RUN)], env=ENVIRONMENT, check=True)
+    run_long(parts)
 
     folders = (parts["out"], uninterrupted["out"])
     assert_same_run(*folders)
-    assert len(metrics_of(parts["out"])) == 120
+    assert len(metrics_of(parts["out"])) == 60
 
 
 def assert_same_run(one, other):
@@ -297,19 +304,13 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(
     uninterrupted, tmp_path
 ):
     parts = {**uninterrupted, "out": tmp_path / "run"}
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_IN_A_CHECKPOINT, *command(parts, *LONG_RUN)],
-        env=ENVIRONMENT, check=False,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL
+    run_forked(
+        KILLED_IN_A_CHECKPOINT, *command(parts, *LONG_RUN), env=ENVIRONMENT, expect=-signal.SIGKILL
+    )
     assert len(metrics_of(parts["out"])) == 21
     kept = sorted(path.name for path in (parts["out"] / "checkpoints").glob("step-*"))
     assert kept == ["step-000000007", "step-000000014"]
-    done = subprocess.run(
-        [*PROGRAM, *command(parts, *LONG_RUN)],
-        env=ENVIRONMENT, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    assert "resuming after step 14 of 120" in done.stderr
+    assert "resuming after step 14 of 60" in run_long(parts).stderr
     assert_same_run(parts["out"], uninterrupted["out"])
 
 
@@ -319,11 +320,10 @@ LAUNCHED_BY_TORCHRUN = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asks_for_cpu", [True, False])
-def test_two_processes_train_the_same_student_as_one(parts, tmp_path, asks_for_cpu):
+def test_two_processes_train_the_same_student_as_one(parts, tmp_path):
     """accelerate joins processes on a CPU only where it is asked to; we do in any case."""
     options = ("--epochs", 2, "--lr", "1e-3", "--loss-reduction", "sequence", "--batch-tokens", 100)
-    environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true" if asks_for_cpu else "false"}
+    environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "false"}
     done = subprocess.run(
         [*LAUNCHED_BY_TORCHRUN, "student_train.cli", *command(parts, *options)],
         env=environment, capture_output=True, text=True, check=False,
@@ -343,6 +343,7 @@ def test_two_processes_train_the_same_student_as_one(parts, tmp_path, asks_for_c
     assert two[-1]["bytes_read"] == one[-1]["bytes_read"]
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_find_each_other_are_refused(parts, monkeypatch):
     """As where something has set up torch before: this process has found nobody."""
     assert invoke(*command(parts, "--max-steps", 1)).exit_code == 0
@@ -372,17 +373,18 @@ def test_a_second_run_on_one_folder_is_refused_and_the_first_is_as_it_would_be(
     uninterrupted, tmp_path
 ):
     parts = {**uninterrupted, "out": tmp_path / "run"}
-    call = [*PROGRAM, *command(parts, *LONG_RUN)]
-    with subprocess.Popen(call, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as first:
-        wait_for_lines(parts["out"] / "metrics.jsonl", 5, first)
-        first.send_signal(signal.SIGSTOP)  # as in a long step
-        second = subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    call = (TRAIN_STUDENT, *command(parts, *LONG_RUN))
+    first = Forked(*call, env=ENVIRONMENT)
+    wait_for_lines(parts["out"] / "metrics.jsonl", 5, first)
+    first.send_signal(signal.SIGSTOP)  # as in a long step
+    try:
+        second = run_forked(*call, env=ENVIRONMENT, expect=1)
+    finally:
         first.send_signal(signal.SIGCONT)
-    assert second.returncode == 1
     (said,) = [line for line in second.stderr.splitlines() if line.startswith("train-student: ")]
     assert f"{parts['out']}: in use by process {first.pid} on " in said
     assert "Traceback" not in second.stderr
-    assert first.returncode == 0
+    assert first.wait() == 0
     assert_same_run(parts["out"], uninterrupted["out"])
-    assert len(metrics_of(parts["out"])) == 120
+    assert len(metrics_of(parts["out"])) == 60
     assert not (parts["out"] / "lock").exists()

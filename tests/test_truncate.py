@@ -225,6 +225,7 @@ def trained_rows(path, seed):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("traces_per_shard", [60, 2])  # drawn by trace, and by shard
 def test_a_mixed_cache_gives_a_run_with_its_seed_the_rows_of_the_whole_one(
     tmp_path, traces_per_shard
@@ -259,10 +260,12 @@ def test_a_mixed_cache_refuses_what_it_does_not_hold(tmp_path):
     assert not (tmp_path / "again").exists()
     truncate_cache(source.cache, tmp_path / "short", lead_span=0.2)
     truncate_cache(open_cache(whole), tmp_path / "once", lead_span=0.2)
+    short = read_all(open_cache(tmp_path / "short"), lead_span=0.2)
     for trace_id, trace in read_all(open_cache(tmp_path / "once"), lead_span=0.2).items():
-        assert_same(read_all(open_cache(tmp_path / "short"), lead_span=0.2)[trace_id], trace)
+        assert_same(short[trace_id], trace)
 
 
+@pytest.mark.slow
 def test_a_mixed_cache_survives_a_lost_catalogue_and_a_stop(tmp_path):
     whole = open_cache(make_cache(tmp_path / "whole", make_traces(30)))
     first = truncate_cache(whole, tmp_path / "mixed", lead_span=MIXED)
@@ -272,6 +275,7 @@ def test_a_mixed_cache_survives_a_lost_catalogue_and_a_stop(tmp_path):
     assert {t.trace_id: t.n_held for t in open_cache(tmp_path / "mixed").infos} == expected
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_mixture_and_its_seed(tmp_path):
     whole = make_cache(tmp_path / "whole", make_traces(30))
     words = ["truncate", whole, str(tmp_path / "mixed"), "--lead-span", "0.375:4,1:1"]
@@ -313,6 +317,7 @@ def test_a_truncated_cache_keeps_the_noise_floor_of_its_rows(tmp_path):
     assert open_cache(tmp_path / "half").manifest.noise == floor
 
 
+@pytest.mark.slow
 def test_other_commands_know_that_a_mixed_cache_holds_parts(tmp_path):
     whole = make_cache(tmp_path / "whole", make_traces(30))
     truncate_cache(open_cache(whole), tmp_path / "mixed", lead_span=MIXED)

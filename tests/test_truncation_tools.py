@@ -18,6 +18,7 @@ def tool(name):
     return module
 
 
+@pytest.mark.slow
 def test_the_table_of_mixtures_follows_from_the_answers_beside_it(capsys):
     tool("paired").print_paired(str(MIXTURES / "answers.csv"))
 
@@ -41,6 +42,7 @@ def test_a_trace_with_its_ending_has_the_distributions_of_the_whole_one():
         np.testing.assert_array_equal(part.logprobs(token).ids, trace.logprobs(of_whole).ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rises", [True, False])
 def test_a_course_gives_each_length_its_share_in_the_order_of_training(tmp_path, rises):
     from fakes import make_cache

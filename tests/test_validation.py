@@ -49,6 +49,7 @@ def kl_by_hand(model, trace, first, end):
     return torch.stack(sums)
 
 
+@pytest.mark.slow
 def test_heldout_figures_are_of_whole_traces_and_of_the_student_that_is_written(base, tmp_path):
     config = replace(base, out=tmp_path / "run", lead_span=0.5, max_steps=2, sections=("cot",))
     train(config)
@@ -103,6 +104,7 @@ def test_measuring_changes_nothing(base, tmp_path):
         assert one["loss"] == other["loss"]
 
 
+@pytest.mark.slow
 def test_another_cache_gives_the_heldout_traces(base, tmp_path, caplog):
     fresh = make_cache(tmp_path / "fresh", make_traces(6, seed=3))
     config = replace(

@@ -166,6 +166,7 @@ def test_every_list_stays_a_list(numbers):
         assert not verdict.is_right
 
 
+@pytest.mark.slow
 @given(st.text(max_size=60))
 def test_no_text_breaks_the_reading(text):
     readings(text)

@@ -359,6 +359,7 @@ def test_a_journal_that_holds_nonsense_is_found(journalled):
     assert error.startswith("journal/w0-00000.journal: frame 4 is not a trace")
 
 
+@pytest.mark.slow
 def test_a_cache_is_whole_at_every_moment_while_it_is_written(tmp_path):
     found = []
 

@@ -366,6 +366,7 @@ def test_an_error_of_the_compacting_thread_stops_the_writer_at_the_next_append(
         assert len(writer.finished()) == appended + 1  # the last one too
 
 
+@pytest.mark.slow
 def test_a_journal_that_compresses_well_is_closed_before_it_grows_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(writer_module, "MAX_DECODED_BYTES", 5000)
     with CacheWriter(tmp_path, make_header()) as writer:

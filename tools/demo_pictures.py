@@ -36,8 +36,7 @@ def main() -> None:
                 browser.execute_script(
                     "const span = document.getElementById('span'); span.value = 50;"
                     "span.dispatchEvent(new Event('input'));"
-                    "document.getElementById('next-peak').click();"
-                    "if (innerWidth < 600) document.getElementById('strip').scrollIntoView()"
+                    "document.getElementById('next-peak').click()"
                 )
             (paths.kept / f"{name}-{width}.png").write_bytes(browser.get_screenshot_as_png())
 

@@ -20,9 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 3.0
@@ -106,6 +107,10 @@ class Moment:
     num_holds: int = 0
 
 
+# Starts a process in a session of its own, with its output in a file.
+Start = Callable[[Sequence[str], IO[bytes], Path], "subprocess.Popen[bytes]"]
+
+
 @dataclass(frozen=True)
 class Stop:
     """Outcome of one stop."""
@@ -122,19 +127,25 @@ class Stop:
     load: float  # of the machine over the last minute
 
 
+def start(words: Sequence[str], file: IO[bytes], folder: Path) -> subprocess.Popen[bytes]:
+    """A process that runs HOLDING with these arguments, its output in a file."""
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLDING, *words],
+        stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=ROOT, start_new_session=True,
+        env=environment(folder),
+    )  # fmt: skip
+
+
 def stop(
-    moment: Moment, signal_name: str, to: str, folder: Path, *, limit_s: float = LIMIT_S
-) -> Stop:
+    moment: Moment, signal_name: str, to: str, folder: Path, *,
+    limit_s: float = LIMIT_S, start: Start = start,
+) -> Stop:  # fmt: skip
     """Start a command, stop it at its moment, and see how it ends within `limit_s`."""
     folder.mkdir(parents=True)
     said = folder / "said.txt"
     words = [word.format(out=folder / "out") for word in moment.command]
     with said.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-c", HOLDING, moment.held, *words],
-            stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=ROOT, start_new_session=True,
-            env=environment(folder),
-        )  # fmt: skip
+        process = start((moment.held, *words), file, folder)
     try:
         _wait_for(moment, process, said)
         before = said.read_text(errors="replace")

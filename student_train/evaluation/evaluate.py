@@ -109,11 +109,15 @@ def _answer_all(task: _Task, checker: Checker, log: SampleLog[Sample]) -> None:
         return
     try:
         progress = Progress("generated", num_all, "answers", first=len(log.samples))
+        num_right = sum(one.right for one in log.samples.values())
         with stop_signals() as switch, progress:
             for prompt, sample, completion in _completions(task, set(log.samples)):
                 with switch.held():
-                    log.add(_checked(task, prompt, sample, completion, checker))
-                progress.add()
+                    checked = _checked(task, prompt, sample, completion, checker)
+                    log.add(checked)
+                num_right += checked.right
+                share = num_right / len(log.samples)
+                progress.add(figures=f"{num_right:,} right so far, {share:.1%}")
     except Stopped as stop:
         kept = "none are kept without --completions FILE"
         if config.completions is not None:

@@ -163,6 +163,15 @@ for (const button of document.querySelectorAll("button[data-trace]")) {
     at("tokens").focus();
   });
 }
+// On a phone the text comes first, and what is set or said about it is folded; a wide screen has room.
+const narrow = matchMedia("(max-width: 50rem)");
+function fold() {
+  for (const part of document.querySelectorAll(".fold")) part.open = !narrow.matches;
+  if (narrow.matches) at("settings").append(at("sections"));
+  else at("at-hand").insertBefore(at("sections"), at("previous-peak"));
+}
+narrow.addEventListener("change", fold);
+fold();
 text.quantity = page.traces.some((one) => one.has_student) ? "kl" : "entropy";
 at("quantity").value = text.quantity;
 showScale();
