@@ -14,7 +14,7 @@ from teacher_cache.capture import run
 from teacher_cache.engines import EngineError, EngineStartError
 from teacher_cache.engines.checks import looks_rounded
 from teacher_cache.engines.start import check_engine_args_early, remedy_of
-from teacher_cache.engines.vllm.start import start_engine
+from teacher_cache.engines.vllm.start import rows_args, start_engine
 from teacher_cache.format import CacheMismatchError, CacheWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -69,6 +69,28 @@ def test_every_numeric_engine_argument_changes_the_fingerprint(header_with, tmp_
 def test_adapters_are_refused_by_name():
     with pytest.raises(EngineError, match="'enable_lora' cannot be set: the base model would be"):
         check_engine_args_early("vllm", {"enable_lora": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("data_parallel_size", "`vllm serve --data-parallel-size N` and capture with --engine se"),
+        ("data_parallel_external_lb", "use --num-replicas or --worker"),
+        ("nnodes", "use distributed_executor_backend=ray, or start `vllm serve`"),
+        ("node_rank", "this process starts no other machine's"),
+    ],
+)
+def test_engines_that_others_drive_are_refused_with_what_to_do(name, remedy):
+    with pytest.raises(EngineError, match=f"'{name}' cannot be set: .*{remedy}"):
+        check_engine_args_early("vllm", {name: 2})
+
+
+def test_spread_experts_are_refused_on_a_cpu_alone():
+    args = {"enable_expert_parallel": True, "tensor_parallel_size": 2, "enforce_eager": False}
+    with pytest.raises(EngineError, match="CPU kernel for mixtures ends its process"):
+        rows_args(args, 4, on_cpu=True)
+    assert rows_args(args, 4, on_cpu=False)["enable_expert_parallel"]
+    assert rows_args(args | {"tensor_parallel_size": 1}, 4, on_cpu=True)["max_logprobs"] == 4
 
 
 def test_a_misspelt_engine_argument_is_found_without_importing_vllm():

@@ -30,9 +30,6 @@ _RESERVED = {
     "logprobs_mode": "a cache holds raw logprobs at temperature 1",
     "max_logprobs": "it follows from the number of kept entries",
     "skip_tokenizer_init": "the end-of-sequence token comes from the tokenizer",
-    "data_parallel_size": "one process drives one rank of vLLM's: use --num-replicas or --worker; "
-    "the experts of a mixture are spread over the GPUs of --tensor-parallel-size by "
-    "enable_expert_parallel=true",
     "speculative_config": "it can corrupt the logprobs of given tokens",
     "spec_method": "speculation can corrupt the logprobs of given tokens",
     "spec_model": "speculation can corrupt the logprobs of given tokens",
@@ -47,6 +44,18 @@ _RESERVED = {
     "generation_config": "sampling has options of its own",
     "override_generation_config": "sampling has options of its own",
     "logits_processors": "sampling has options of its own",
+}
+# Arguments that concern engines of several processes driven from outside, by their beginnings.
+_DRIVEN_FROM_OUTSIDE = {
+    "data_parallel": "one process drives one rank of vLLM's: use --num-replicas or --worker. The "
+    "experts of a mixture are spread over the GPUs of --tensor-parallel-size by "
+    "enable_expert_parallel=true; for attention in ranks of its own, start `vllm serve "
+    "--data-parallel-size N` and capture with --engine server",
+    **dict.fromkeys(
+        ("nnodes", "node_rank", "master_"),
+        "this process starts no other machine's: use distributed_executor_backend=ray, or start "
+        "`vllm serve` on the machines and capture with --engine server",
+    ),
 }
 
 
@@ -130,7 +139,17 @@ def default_args(on_cpu: bool) -> dict[str, Any]:
 
 
 def rows_args(args: dict[str, Any], top_k: int, *, on_cpu: bool) -> dict[str, Any]:
-    """Engine arguments with those on which the rows depend, whatever a user gave."""
+    """Engine arguments with those on which the rows depend, whatever a user gave.
+
+    Raises:
+        EngineError: If the engine is known to die of them.
+    """
+    if on_cpu and args.get("enable_expert_parallel") and args.get("tensor_parallel_size", 1) > 1:
+        raise EngineError(
+            "engine argument 'enable_expert_parallel': vLLM's CPU kernel for mixtures ends its "
+            "process where experts are spread (0.32, a segmentation fault); leave it out: "
+            "tensor_parallel_size alone splits every expert"
+        )
     if on_cpu and args["enforce_eager"]:
         # Eager vLLM still compiles the token-ranking kernel: seconds, and a C++ compiler.
         set_environment(TORCH_COMPILE_DISABLE="1")
@@ -153,8 +172,10 @@ def check_engine_args(known: Collection[str] | None, engine_args: Mapping[str, o
     """
     names = engine_args if known is None else known
     for name in engine_args:
-        if name in _RESERVED:
-            raise EngineError(f"engine argument {name!r} cannot be set: {_RESERVED[name]}")
+        reasons = (why for begin, why in _DRIVEN_FROM_OUTSIDE.items() if name.startswith(begin))
+        reason = _RESERVED.get(name) or next(reasons, None)
+        if reason is not None:
+            raise EngineError(f"engine argument {name!r} cannot be set: {reason}")
         if name not in names:
             close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
             hint = f"; close to it: {', '.join(close)}" if close else ""
