@@ -85,12 +85,21 @@ def test_engines_that_others_drive_are_refused_with_what_to_do(name, remedy):
         check_engine_args_early("vllm", {name: 2})
 
 
-def test_spread_experts_are_refused_on_a_cpu_alone():
-    args = {"enable_expert_parallel": True, "tensor_parallel_size": 2, "enforce_eager": False}
-    with pytest.raises(EngineError, match="CPU kernel for mixtures ends its process"):
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        ({"enable_expert_parallel": True, "tensor_parallel_size": 2}, "CPU kernel for mixtures"),
+        ({"pipeline_parallel_size": 2, "kv_cache_memory_bytes": 1}, "leaves out the warm-up"),
+    ],
+)
+def test_what_ends_vllms_processes_on_a_cpu_is_refused_there_alone(args, why, monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # or it is set for the tests after this
+    args = {"enforce_eager": True} | args
+    with pytest.raises(EngineError, match=why):
         rows_args(args, 4, on_cpu=True)
-    assert rows_args(args, 4, on_cpu=False)["enable_expert_parallel"]
-    assert rows_args(args | {"tensor_parallel_size": 1}, 4, on_cpu=True)["max_logprobs"] == 4
+    assert args.items() <= rows_args(args, 4, on_cpu=False).items()
+    single = dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size"), 1)
+    assert rows_args(args | single, 4, on_cpu=True)["max_logprobs"] == 4
 
 
 def test_a_misspelt_engine_argument_is_found_without_importing_vllm():

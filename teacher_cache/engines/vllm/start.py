@@ -144,12 +144,8 @@ def rows_args(args: dict[str, Any], top_k: int, *, on_cpu: bool) -> dict[str, An
     Raises:
         EngineError: If the engine is known to die of them.
     """
-    if on_cpu and args.get("enable_expert_parallel") and args.get("tensor_parallel_size", 1) > 1:
-        raise EngineError(
-            "engine argument 'enable_expert_parallel': vLLM's CPU kernel for mixtures ends its "
-            "process where experts are spread (0.32, a segmentation fault); leave it out: "
-            "tensor_parallel_size alone splits every expert"
-        )
+    if on_cpu:
+        _require_lives_on_cpu(args)
     if on_cpu and args["enforce_eager"]:
         # Eager vLLM still compiles the token-ranking kernel: seconds, and a C++ compiler.
         set_environment(TORCH_COMPILE_DISABLE="1")
@@ -158,6 +154,23 @@ def rows_args(args: dict[str, Any], top_k: int, *, on_cpu: bool) -> dict[str, An
         "max_logprobs": top_k,
         "hf_overrides": {"head_dtype": "float32"} | dict(args.get("hf_overrides") or {}),
     }
+
+
+def _require_lives_on_cpu(args: Mapping[str, Any]) -> None:
+    """Refuse what ends the processes of vLLM 0.32's CPU build at the first request."""
+    if args.get("enable_expert_parallel") and args.get("tensor_parallel_size", 1) > 1:
+        raise EngineError(
+            "engine argument 'enable_expert_parallel': vLLM's CPU kernel for mixtures ends its "
+            "process where experts are spread (0.32, a segmentation fault); leave it out: "
+            "tensor_parallel_size alone splits every expert"
+        )
+    is_cold = args["enforce_eager"] and args.get("kv_cache_memory_bytes") is not None
+    if is_cold and args.get("pipeline_parallel_size", 1) > 1:
+        raise EngineError(
+            "engine argument 'pipeline_parallel_size': on a CPU vLLM leaves out the warm-up that "
+            "a pipeline needs (0.32, with enforce_eager and kv_cache_memory_bytes, both set by "
+            "default here); use --tensor-parallel-size"
+        )
 
 
 def check_engine_args(known: Collection[str] | None, engine_args: Mapping[str, object]) -> None:
