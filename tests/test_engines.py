@@ -4,7 +4,9 @@ import dataclasses
 import gc
 import importlib.metadata
 import itertools
+import logging
 import multiprocessing
+import re
 import subprocess
 import sys
 import time
@@ -31,8 +33,10 @@ from teacher_cache.engines.transformers import TransformersTeacher
 from teacher_cache.engines.vllm import VllmTeacher
 from teacher_cache.engines.vllm import requests as vllm_requests
 from teacher_cache.engines.vllm import teacher as vllm_module
+from teacher_cache.engines.vllm.kv_room import KvRoom
 from teacher_cache.engines.vllm.processes import EngineProcesses
 from teacher_cache.engines.vllm.rows import ArrayRows, to_rows, why_untapped
+from teacher_cache.engines.vllm.shared_prompts import SharedPrompts, is_too_far
 
 # Importing vLLM makes torch warn about its own past.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -540,6 +544,89 @@ def test_only_the_wanted_rows_of_a_scored_trace_are_made_and_some_are_checked(
     monkeypatch.setattr(vllm_teacher._worker_rows, "rows", wrong)
     with pytest.raises(EngineError, match=r"request 'whole': the mass outside the candidates"):
         run(vllm_teacher, whole)
+
+
+@pytest.mark.slow
+def test_traces_of_a_prompt_share_what_the_prefix_cache_holds_of_it(vllm_teacher, monkeypatch):
+    """And get the rows that they get without it; those that it would take are computed."""
+    block = vllm_teacher._engine.vllm_config.cache_config.block_size
+    start = prompt(32, block + 5)
+    traces = [scoring(str(seed), start + prompt(40 + seed, 40)) for seed in range(3)]
+    responses = [dataclasses.replace(trace, first_row=len(start)) for trace in traces]
+    # Alike, and one block is not of the prompt alone.
+    short = [scoring(f"short {n}", prompt(33, block + 40)) for n in range(2)]
+    short = [dataclasses.replace(trace, first_row=block - 5) for trace in short]
+    monkeypatch.setattr(vllm_teacher, "_num_in_worker", itertools.count(1))  # no check is due
+    monkeypatch.setattr(vllm_teacher, "_window", 1)
+    cached = []
+    real = vllm_module.is_too_far
+
+    def noting(request, num_cached_tokens):
+        cached.append((request.request_id, num_cached_tokens))
+        return real(request, num_cached_tokens)
+
+    monkeypatch.setattr(vllm_module, "is_too_far", noting)
+    shared = run(vllm_teacher, *responses, *short)
+    assert cached == [("0", 0), ("1", block), ("2", block)]
+    cached.clear()
+    monkeypatch.setattr(SharedPrompts, "may_read", lambda self, request: True)
+    again = run(vllm_teacher, *short)
+    assert cached == [("short 0", block), ("short 1", block)]  # then each was scored once more
+    monkeypatch.setattr(SharedPrompts, "may_read", lambda self, request: False)
+    alone = run(vllm_teacher, *responses, *short)
+    for found in (shared, again):
+        for name, rows in found.items():
+            assert rows.token_ids.tolist() == alone[name].token_ids.tolist()
+            assert np.array_equal(rows.row_ids, alone[name].row_ids)
+            assert np.abs(rows.row_logprobs - alone[name].row_logprobs).max() < 4e-6
+            assert np.abs(rows.row_tails - alone[name].row_tails).max() < 1e-4
+
+
+def test_a_scored_request_reads_the_cache_up_to_its_first_row():
+    def may_read(shared, tokens, first_row):
+        return shared.may_read(dataclasses.replace(scoring("a", tokens), first_row=first_row))
+
+    shared, start = SharedPrompts(16), prompt(1, 32)
+    assert not may_read(shared, start, 16)  # the row of token 16 needs token 15: no whole block
+    shared = SharedPrompts(16)
+    one, other = start[:20] + prompt(2, 20), start[:20] + prompt(3, 20)
+    assert may_read(shared, one, 20) and may_read(shared, other, 20)
+    assert not may_read(shared, one, 20)  # its second block is there, with rows of its own
+    assert not may_read(shared, start[:20] + one[20:32] + prompt(4, 9), 20)
+    assert may_read(shared, start, 32)  # whole blocks of the prompt alone
+    assert may_read(shared, one[:30], 20) and may_read(shared, one[:30], 20)  # no second block
+    assert not is_too_far(dataclasses.replace(scoring("a", one), first_row=32), 31)
+    assert is_too_far(dataclasses.replace(scoring("a", one), first_row=32), 32)
+
+
+@pytest.mark.slow
+def test_a_capture_says_what_the_kv_cache_holds_once_lengths_are_known(vllm_teacher, caplog):
+    config = vllm_teacher._engine.vllm_config
+    caplog.set_level(logging.INFO)
+    requests = [generation(str(seed), seed=seed, max_new_tokens=12) for seed in range(5)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm_teacher, "_kv_room", KvRoom(config))
+        found = run(vllm_teacher, *requests)
+    num_tokens = vllm_teacher._kv_room.num_tokens
+    assert num_tokens >= 1000  # 64 MiB of this model's keys and values
+    (said,) = [record.getMessage() for record in caplog.records]
+    held = int(re.search(r"holds ([\d,]+) traces", said)[1].replace(",", ""))
+    lengths = [len(rows.token_ids) for rows in found.values()]
+    assert num_tokens / max(lengths) <= held + 1 and held <= num_tokens / min(lengths)
+    assert f"and 4 run at once: --engine-arg max_num_seqs={held} may be faster" in said
+
+
+@pytest.mark.parametrize(
+    ("held", "said"), [(100, "others wait"), (300, ""), (384, "may be faster")]
+)
+def test_what_is_said_of_the_kv_cache(held, said, caplog):
+    caplog.set_level(logging.INFO)
+    cache = SimpleNamespace(kv_cache_size_tokens=None, num_gpu_blocks=held * 2, block_size=16)
+    scheduler = SimpleNamespace(max_num_seqs=256)
+    room = KvRoom(SimpleNamespace(cache_config=cache, scheduler_config=scheduler))
+    for _ in range(600):
+        room.note(32)
+    assert len(caplog.records) == bool(said) and said in caplog.text
 
 
 @pytest.mark.slow

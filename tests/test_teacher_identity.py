@@ -14,7 +14,7 @@ from teacher_cache.capture import run
 from teacher_cache.engines import EngineError, EngineStartError
 from teacher_cache.engines.checks import looks_rounded
 from teacher_cache.engines.start import check_engine_args_early, remedy_of
-from teacher_cache.engines.vllm.start import start_engine
+from teacher_cache.engines.vllm.start import rows_args, start_engine
 from teacher_cache.format import CacheMismatchError, CacheWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -69,6 +69,37 @@ def test_every_numeric_engine_argument_changes_the_fingerprint(header_with, tmp_
 def test_adapters_are_refused_by_name():
     with pytest.raises(EngineError, match="'enable_lora' cannot be set: the base model would be"):
         check_engine_args_early("vllm", {"enable_lora": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("data_parallel_size", "`vllm serve --data-parallel-size N` and capture with --engine se"),
+        ("data_parallel_external_lb", "use --num-replicas or --worker"),
+        ("nnodes", "use distributed_executor_backend=ray, or start `vllm serve`"),
+        ("node_rank", "this process starts no other machine's"),
+    ],
+)
+def test_engines_that_others_drive_are_refused_with_what_to_do(name, remedy):
+    with pytest.raises(EngineError, match=f"'{name}' cannot be set: .*{remedy}"):
+        check_engine_args_early("vllm", {name: 2})
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        ({"enable_expert_parallel": True, "tensor_parallel_size": 2}, "CPU kernel for mixtures"),
+        ({"pipeline_parallel_size": 2, "kv_cache_memory_bytes": 1}, "leaves out the warm-up"),
+    ],
+)
+def test_what_ends_vllms_processes_on_a_cpu_is_refused_there_alone(args, why, monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # or it is set for the tests after this
+    args = {"enforce_eager": True} | args
+    with pytest.raises(EngineError, match=why):
+        rows_args(args, 4, on_cpu=True)
+    assert args.items() <= rows_args(args, 4, on_cpu=False).items()
+    single = dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size"), 1)
+    assert rows_args(args | single, 4, on_cpu=True)["max_logprobs"] == 4
 
 
 @pytest.mark.slow

@@ -218,11 +218,14 @@ class Trace:
         if not np.isfinite(self.tail_logit).all():
             raise ValueError(f"{where}: tail_logit must be finite")
         token_of_entry = self.token_of_entry
-        # Sorted within each token: equal neighbours are a repeated id.
-        keys = np.sort((token_of_entry << 32) | self.top_ids)
+        # Sorted within each token: equal neighbours are a repeated id. Narrow keys sort faster.
+        num_bits = int(self.top_ids.max(initial=0)).bit_length()
+        is_narrow = len(self) << num_bits < 1 << 31
+        tokens = token_of_entry.astype(np.int32) if is_narrow else token_of_entry
+        keys = np.sort((tokens << num_bits) | self.top_ids)
         twice = np.flatnonzero(keys[1:] == keys[:-1])
         if len(twice):
-            raise ValueError(f"{where}: token {keys[twice[0]] >> 32} has a repeated id")
+            raise ValueError(f"{where}: token {keys[twice[0]] >> num_bits} has a repeated id")
         is_target = self.top_ids == self.token_ids[token_of_entry]
         found = np.bincount(token_of_entry[is_target], minlength=len(self.k))
         missing = np.flatnonzero((self.k > 0) & (found != 1))

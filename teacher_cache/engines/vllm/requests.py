@@ -32,6 +32,7 @@ class Flight:
     slot: int | None = None  # of its rows from the worker; None if it has logprobs alone
     is_check: bool = False  # of the worker's rows, beside those that were asked for
     is_compared: bool = False  # has logprobs too, which its rows from the worker must equal
+    reads_cache: bool = False  # its first tokens may be found in the prefix cache
 
 
 def check_of(request: TeacherRequest) -> TeacherRequest:
@@ -51,6 +52,7 @@ def sampling_params(
     extra_args: Mapping[str, Any] | None = None,
     *,
     with_logprobs: bool,
+    may_read_cache: bool,
 ) -> Any:  # noqa: ANN401 (vLLM is untyped here)
     """Settings of a request for vLLM.
 
@@ -61,6 +63,8 @@ def sampling_params(
         num_candidates: K, if logprobs are requested.
         extra_args: For `worker_tap`.
         with_logprobs: Whether vLLM returns the logprobs of drawn tokens, or those of scored ones.
+        may_read_cache: Whether tokens of a scored request may be found in the prefix cache, where
+            they have no rows.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -80,8 +84,7 @@ def sampling_params(
         max_tokens=1 if scoring else min(request.max_new_tokens, room),
         logprobs=num_candidates if with_logprobs and not scoring else None,
         prompt_logprobs=num_candidates if given_logprobs else None,
-        # Tokens found in the prefix cache would have no rows.
-        skip_reading_prefix_cache=True if scoring else None,
+        skip_reading_prefix_cache=True if scoring and not may_read_cache else None,
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,

@@ -18,6 +18,10 @@ from teacher_cache.engines.checks import one_line
 # different requests could be silently mixed up (vLLM PR 50053).
 _MIN_VERSION = (0, 28)
 
+# Time for the engine's processes to end before they are killed. They need 4 s on a CPU.
+_CLOSING_S = 30.0
+_BREAKING_OFF_S = 0.3  # when its answers are no longer wanted
+
 # Engine arguments that a user may not set, each with the reason.
 _RESERVED = {
     "model": "the model option sets it",
@@ -26,9 +30,6 @@ _RESERVED = {
     "logprobs_mode": "a cache holds raw logprobs at temperature 1",
     "max_logprobs": "it follows from the number of kept entries",
     "skip_tokenizer_init": "the end-of-sequence token comes from the tokenizer",
-    "data_parallel_size": "one process drives one rank of vLLM's: use --num-replicas or --worker; "
-    "the experts of a mixture are spread over the GPUs of --tensor-parallel-size by "
-    "enable_expert_parallel=true",
     "speculative_config": "it can corrupt the logprobs of given tokens",
     "spec_method": "speculation can corrupt the logprobs of given tokens",
     "spec_model": "speculation can corrupt the logprobs of given tokens",
@@ -43,6 +44,18 @@ _RESERVED = {
     "generation_config": "sampling has options of its own",
     "override_generation_config": "sampling has options of its own",
     "logits_processors": "sampling has options of its own",
+}
+# Arguments that concern engines of several processes driven from outside, by their beginnings.
+_DRIVEN_FROM_OUTSIDE = {
+    "data_parallel": "one process drives one rank of vLLM's: use --num-replicas or --worker. The "
+    "experts of a mixture are spread over the GPUs of --tensor-parallel-size by "
+    "enable_expert_parallel=true; for attention in ranks of its own, start `vllm serve "
+    "--data-parallel-size N` and capture with --engine server",
+    **dict.fromkeys(
+        ("nnodes", "node_rank", "master_"),
+        "this process starts no other machine's: use distributed_executor_backend=ray, or start "
+        "`vllm serve` on the machines and capture with --engine server",
+    ),
 }
 
 
@@ -80,6 +93,33 @@ def require_spawn() -> None:
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 
 
+def imported_vllm(version: str, is_cpu_build: bool) -> tuple[Any, bool]:
+    """The module `vllm`, imported in the environment that it needs, and whether it runs on a CPU.
+
+    Raises:
+        EngineError: If it is built for a GPU and finds none.
+    """
+    set_environment(
+        VLLM_LOGGING_STREAM="ext://sys.stderr",  # stdout carries results
+        # The CPU build warns at length about missing features.
+        VLLM_LOGGING_LEVEL="ERROR" if is_cpu_build else "WARNING",
+        # One message per step instead of two more frames per request: half the transport cost.
+        VLLM_MSGPACK_ZERO_COPY_THRESHOLD=str(1 << 20),
+        OMP_WAIT_POLICY="passive",  # threads of the engine that wait leave us their cores
+    )
+    require_spawn()
+    import vllm
+    from vllm.platforms import current_platform
+
+    if current_platform.is_unspecified():
+        raise EngineError(
+            f"vLLM {version} is built for a GPU and finds none; "
+            "on a machine without one install the CPU build, in a checkout of leadspan: "
+            "pip install '.[cpu]'"
+        )
+    return vllm, current_platform.is_cpu()
+
+
 def default_args(on_cpu: bool) -> dict[str, Any]:
     """Default engine arguments, which a user may override."""
     args: dict[str, Any] = {
@@ -98,6 +138,41 @@ def default_args(on_cpu: bool) -> dict[str, Any]:
     return args
 
 
+def rows_args(args: dict[str, Any], top_k: int, *, on_cpu: bool) -> dict[str, Any]:
+    """Engine arguments with those on which the rows depend, whatever a user gave.
+
+    Raises:
+        EngineError: If the engine is known to die of them.
+    """
+    if on_cpu:
+        _require_lives_on_cpu(args)
+    if on_cpu and args["enforce_eager"]:
+        # Eager vLLM still compiles the token-ranking kernel: seconds, and a C++ compiler.
+        set_environment(TORCH_COMPILE_DISABLE="1")
+    return args | {
+        "logprobs_mode": "raw_logprobs",
+        "max_logprobs": top_k,
+        "hf_overrides": {"head_dtype": "float32"} | dict(args.get("hf_overrides") or {}),
+    }
+
+
+def _require_lives_on_cpu(args: Mapping[str, Any]) -> None:
+    """Refuse what ends the processes of vLLM 0.32's CPU build at the first request."""
+    if args.get("enable_expert_parallel") and args.get("tensor_parallel_size", 1) > 1:
+        raise EngineError(
+            "engine argument 'enable_expert_parallel': vLLM's CPU kernel for mixtures ends its "
+            "process where experts are spread (0.32, a segmentation fault); leave it out: "
+            "tensor_parallel_size alone splits every expert"
+        )
+    is_cold = args["enforce_eager"] and args.get("kv_cache_memory_bytes") is not None
+    if is_cold and args.get("pipeline_parallel_size", 1) > 1:
+        raise EngineError(
+            "engine argument 'pipeline_parallel_size': on a CPU vLLM leaves out the warm-up that "
+            "a pipeline needs (0.32, with enforce_eager and kv_cache_memory_bytes, both set by "
+            "default here); use --tensor-parallel-size"
+        )
+
+
 def check_engine_args(known: Collection[str] | None, engine_args: Mapping[str, object]) -> None:
     """Refuse arguments that vLLM does not know or that a user may not set.
 
@@ -110,8 +185,10 @@ def check_engine_args(known: Collection[str] | None, engine_args: Mapping[str, o
     """
     names = engine_args if known is None else known
     for name in engine_args:
-        if name in _RESERVED:
-            raise EngineError(f"engine argument {name!r} cannot be set: {_RESERVED[name]}")
+        reasons = (why for begin, why in _DRIVEN_FROM_OUTSIDE.items() if name.startswith(begin))
+        reason = _RESERVED.get(name) or next(reasons, None)
+        if reason is not None:
+            raise EngineError(f"engine argument {name!r} cannot be set: {reason}")
         if name not in names:
             close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
             hint = f"; close to it: {', '.join(close)}" if close else ""
@@ -184,3 +261,16 @@ def start_engine(
                 f"{where}: vLLM's process ended before the engine was ready"
             ) from error
         raise EngineError(f"{where}: the vLLM engine did not start ({one_line(error)})") from error
+
+
+def end_engine(engine: Any, *, is_at_work: bool) -> None:  # noqa: ANN401 (vLLM is untyped here)
+    """Have an `LLMEngine` end its processes; soon, if it is at work whose result nobody wants."""
+    core = engine.engine_core
+    core.shutdown(timeout=_BREAKING_OFF_S if is_at_work else _CLOSING_S)
+    engine.renderer.shutdown()
+    # vLLM leaves its sockets to the garbage collector; a thread still reading keeps them.
+    reader, context = (getattr(core, name, None) for name in ("output_queue_thread", "ctx"))
+    if reader is not None and context is not None:
+        reader.join(_CLOSING_S)
+        if not reader.is_alive():
+            context.destroy(linger=0)

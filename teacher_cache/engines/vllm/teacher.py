@@ -19,16 +19,19 @@ from teacher_cache.engines import (
     TeacherRows,
 )
 from teacher_cache.engines.checks import check_model, check_request
+from teacher_cache.engines.vllm.kv_room import KvRoom
 from teacher_cache.engines.vllm.processes import EngineProcesses
 from teacher_cache.engines.vllm.requests import Flight, check_of, finished_rows, sampling_params
 from teacher_cache.engines.vllm.rows import tap, why_untapped
 from teacher_cache.engines.vllm.settings import reported_settings
+from teacher_cache.engines.vllm.shared_prompts import SharedPrompts, is_too_far
 from teacher_cache.engines.vllm.start import (
     check_engine_args,
     default_args,
+    end_engine,
+    imported_vllm,
     installed_version,
-    require_spawn,
-    set_environment,
+    rows_args,
     start_engine,
 )
 from teacher_cache.engines.vllm.worker_rows import (
@@ -38,10 +41,6 @@ from teacher_cache.engines.vllm.worker_rows import (
 )
 
 logger = logging.getLogger(__name__)
-
-# Time for the engine's processes to end before they are killed. They need 4 s on a CPU.
-_CLOSING_S = 30.0
-_BREAKING_OFF_S = 0.3  # when its answers are no longer wanted
 
 # One request in so many is run once more, with vLLM's own logprobs beside the worker's rows.
 _CHECK_EVERY = 1000
@@ -96,40 +95,16 @@ class VllmTeacher:
     ) -> None:
         version, is_cpu_build = installed_version()
         check_model(model, revision)
-        set_environment(
-            VLLM_LOGGING_STREAM="ext://sys.stderr",  # stdout carries results
-            # The CPU build warns at length about missing features.
-            VLLM_LOGGING_LEVEL="ERROR" if is_cpu_build else "WARNING",
-            # One message per step instead of two more frames per request: half the transport cost.
-            VLLM_MSGPACK_ZERO_COPY_THRESHOLD=str(1 << 20),
-            OMP_WAIT_POLICY="passive",  # threads of the engine that wait leave us their cores
-        )
-        require_spawn()
-        import vllm
-        from vllm.platforms import current_platform
-
-        if current_platform.is_unspecified():
-            raise EngineError(
-                f"vLLM {version} is built for a GPU and finds none; "
-                "on a machine without one install the CPU build, in a checkout of leadspan: "
-                "pip install '.[cpu]'"
-            )
+        vllm, on_cpu = imported_vllm(version, is_cpu_build)
         known = [field.name for field in dataclasses.fields(vllm.EngineArgs)]
         check_engine_args(known, engine_args or {})
-        on_cpu = current_platform.is_cpu()
-        args = default_args(on_cpu) | dict(engine_args or {})
+        args = rows_args(default_args(on_cpu) | dict(engine_args or {}), top_k, on_cpu=on_cpu)
         args |= {
             "model": model,
             "revision": revision,
             "trust_remote_code": trust_remote_code,
             "dtype": "float32" if on_cpu and dtype == "auto" else dtype,
-            "logprobs_mode": "raw_logprobs",
-            "max_logprobs": top_k,
-            "hf_overrides": {"head_dtype": "float32"} | dict(args.get("hf_overrides") or {}),
         }
-        if on_cpu and args["enforce_eager"]:
-            # Eager vLLM still compiles the token-ranking kernel: seconds, and a C++ compiler.
-            set_environment(TORCH_COMPILE_DISABLE="1")
         self._top_k = top_k
         self._sampling = sampling
         self._worker_rows = None
@@ -170,6 +145,8 @@ class VllmTeacher:
         self._serial = itertools.count()
         self._num_in_worker = itertools.count()
         self._num_steps = 0
+        self._kv_room = KvRoom(config)
+        self._shared_prompts = SharedPrompts(config.cache_config.block_size)
         if self._worker_rows is not None:
             if self._worker_rows.are_sent(config):
                 self._worker_rows.set_room(self._window + 1, self._context)  # and a check
@@ -207,8 +184,12 @@ class VllmTeacher:
                     if rows is None:
                         continue
                     del landed[name]
-                    if not self._forget(flights.pop(name)).is_check:
-                        yield rows
+                    flight = self._forget(flights.pop(name))
+                    if flight.is_check:
+                        continue
+                    if flight.request.max_new_tokens:
+                        self._kv_room.note(len(rows.token_ids))
+                    yield rows
         except EngineDeadError as error:
             flights.clear()
             raise EngineDiedError("the vLLM engine died") from error
@@ -223,7 +204,7 @@ class VllmTeacher:
             self._worker_rows.end(flight.slot)
         return flight
 
-    def _step(self, flights: Mapping[str, Flight], landed: dict[str, tuple[Any, int]]) -> None:
+    def _step(self, flights: dict[str, Flight], landed: dict[str, tuple[Any, int]]) -> None:
         """Let the engine step, and take what it finished.
 
         The worker writes a row one step later: once the engine has nothing more to do, it gets a
@@ -241,23 +222,21 @@ class VllmTeacher:
             tag = {REQUEST_KEY: [NO_SLOT, 0, 1]}
             self._add(f"step-{next(self._serial)}", nothing, tag, with_logprobs=False)
         for output in self._engine.step():
-            if output.finished and output.request_id in flights:
+            if not output.finished or output.request_id not in flights:
+                continue
+            flight = flights[output.request_id]
+            if flight.reads_cache and is_too_far(flight.request, output.num_cached_tokens):
+                self._forget(flights.pop(output.request_id))
+                self._score(flight.request, flights, may_read_cache=False)
+            else:
                 landed[output.request_id] = output, self._num_steps
         if self._worker_rows is not None:
             self._worker_rows.drain()
 
     def close(self) -> None:
         """End the engine's processes."""
-        core = self._engine.engine_core
         self._close_worker_rows()
-        core.shutdown(timeout=_BREAKING_OFF_S if self._is_at_work else _CLOSING_S)
-        self._engine.renderer.shutdown()
-        # vLLM leaves its sockets to the garbage collector; a thread still reading keeps them.
-        reader, context = (getattr(core, name, None) for name in ("output_queue_thread", "ctx"))
-        if reader is not None and context is not None:
-            reader.join(_CLOSING_S)
-            if not reader.is_alive():
-                context.destroy(linger=0)
+        end_engine(self._engine, is_at_work=self._is_at_work)
         self._processes.close()
 
     def _close_worker_rows(self) -> None:
@@ -282,12 +261,11 @@ class VllmTeacher:
             flights[name] = Flight(request)
             return
         is_due = next(self._num_in_worker) % _CHECK_EVERY == 0
-        if scoring:  # the same request can have both
-            slot, tag = rows.begin_scoring(request.first_row)
+        if scoring:
             # The head runs twice then, on other shapes: rounded logits would differ by a step.
             is_due &= self.facts.head_dtype == "float32"
-            self._add(name, request, tag, with_logprobs=is_due)
-            flights[name] = Flight(request, slot, is_compared=is_due)
+            may_read_cache = self._shared_prompts.may_read(request) and not is_due
+            self._score(request, flights, may_read_cache=may_read_cache, is_compared=is_due)
             return
         slot, tag = rows.begin(len(request.token_ids))
         self._add(name, request, tag, with_logprobs=False)
@@ -298,6 +276,22 @@ class VllmTeacher:
             self._add(f"check-{name}", check, tag, with_logprobs=True)
             flights[f"check-{name}"] = Flight(check, slot, is_check=True, is_compared=True)
 
+    def _score(
+        self,
+        request: TeacherRequest,
+        flights: dict[str, Flight],
+        *,
+        may_read_cache: bool,
+        is_compared: bool = False,
+    ) -> None:
+        """Score a trace by rows from the worker; to be compared, the same request has both."""
+        if self._worker_rows is None:
+            raise EngineError(f"request {request.request_id!r}: the worker sends no rows")
+        name = str(next(self._serial))
+        slot, tag = self._worker_rows.begin_scoring(request.first_row)
+        self._add(name, request, tag, with_logprobs=is_compared, may_read_cache=may_read_cache)
+        flights[name] = Flight(request, slot, is_compared=is_compared, reads_cache=may_read_cache)
+
     def _add(
         self,
         name: str,
@@ -305,13 +299,15 @@ class VllmTeacher:
         tag: Mapping[str, list[int]] | None,
         *,
         with_logprobs: bool,
+        may_read_cache: bool = False,
     ) -> None:
         from vllm.inputs import tokens_input
 
         room = self.facts.max_model_len - len(request.token_ids)
         params = sampling_params(
-            request, self._sampling, room, self._top_k, tag, with_logprobs=with_logprobs
-        )
+            request, self._sampling, room, self._top_k, tag,
+            with_logprobs=with_logprobs, may_read_cache=may_read_cache,
+        )  # fmt: skip
         internal = self._engine.add_request(name, tokens_input(list(request.token_ids)), params)
         if self._is_tapped:
             try:
