@@ -13,6 +13,7 @@ splitting it.
 import argparse
 import json
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -29,12 +30,14 @@ from same_bits import assert_bitwise_equal
 from students import make_student
 from train_kills import RUNS, figures
 
+from student_train.run import lifeline
 from student_train.run.config import TrainConfig
 
 RUNS.set_forkserver_preload(["rank_kills"])
 NUM_RANKS = 4
 NUM_STEPS = 16
-LIMIT_S = 30.0  # for the others to notice and end
+LIMIT_S = 45.0  # for the others to notice and end
+JOIN_S = 20.0  # in place of minutes, or a process that is killed before it joins takes as long
 
 
 @dataclass
@@ -53,6 +56,8 @@ class Outcome:
 
 def work(rank, port, config, said):
     torch.set_num_threads(1)
+    lifeline.JOIN_S = JOIN_S
+    lifeline.say = (said / f"{rank}").write_text  # what it says as it ends the process
     try:
         train_multiprocess.run(rank, NUM_RANKS, [port], [config], None, NUM_RANKS)
     except Exception as error:
@@ -137,10 +142,14 @@ def note_kill(run, outcome, processes, victim, said):
             process.kill()
             process.join()
         message = said / f"{rank}"
-        if rank != victim and process.exitcode == 0:
+        if rank == victim:
+            pass
+        elif process.exitcode == 0:
             outcome.endings["finished"] += 1
         elif message.exists():
-            outcome.endings[message.read_text()[:60]] += 1
+            outcome.endings[re.sub(r"process [\d, ]+|on \S+", "#", message.read_text())[:60]] += 1
+        else:
+            outcome.findings.append(f"{run.out}: process {rank} ended without a word")
         message.unlink(missing_ok=True)
     outcome.slowest_end_s = max(outcome.slowest_end_s, time.monotonic() - killed_s)
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import signal
 
 from student_train.batch.prepared import PreparedStep
@@ -11,6 +12,7 @@ from student_train.run.config import TrainConfig
 from student_train.run.file_work import naming_lost_processes
 from student_train.run.finish import TrainResult, finish, finished_before
 from student_train.run.inputs import open_inputs
+from student_train.run.lifeline import joined_run
 from student_train.run.memory import advice_when_out_of_memory
 from student_train.run.precision import with_precision
 from student_train.run.processes import join_processes, owned
@@ -49,16 +51,17 @@ def train(config: TrainConfig) -> TrainResult:
         InterruptedRunError: After SIGINT or SIGTERM, once a checkpoint has been written.
     """
     config = with_precision(config)
-    accelerator = join_processes(config)
-    with naming_lost_processes(), owned(config.out, accelerator):
-        with Progress("opening cache and student", enabled=accelerator.is_main_process):
-            inputs = open_inputs(config, accelerator)
-        if inputs.folder.finished and not inputs.folder.extends(config):
-            return finished_before(inputs)
-        run = prepare(inputs)
-        with ending_tracker(accelerator, config):
-            _take_steps(run)
-            return finish(run)
+    with joined_run(os.environ), naming_lost_processes():
+        accelerator = join_processes(config)
+        with owned(config.out, accelerator):
+            with Progress("opening cache and student", enabled=accelerator.is_main_process):
+                inputs = open_inputs(config, accelerator)
+            if inputs.folder.finished and not inputs.folder.extends(config):
+                return finished_before(inputs)
+            run = prepare(inputs)
+            with ending_tracker(accelerator, config):
+                _take_steps(run)
+                return finish(run)
 
 
 def _take_steps(run: Run) -> None:
