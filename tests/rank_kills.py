@@ -75,8 +75,11 @@ def started(config, said):
     return processes
 
 
-def kill_ranks(folder, num_kills, *, seed, limit_s):
-    """Kill processes until there were so many kills, or for so long; let the last run finish."""
+def kill_ranks(folder, num_kills, *, seed, limit_s, within_s):
+    """Kill processes until there were so many kills, or for so long; let the last run finish.
+
+    Each is killed within the time that a whole run takes, or within `within_s` if that is less.
+    """
     until_s = time.monotonic() + limit_s
     rng, outcome = random.Random(seed), Outcome()
     said = folder / "said"
@@ -96,7 +99,7 @@ def kill_ranks(folder, num_kills, *, seed, limit_s):
             started_s = time.monotonic()
             for process in started(run, said):
                 process.join()
-            whole_s = time.monotonic() - started_s
+            whole_s = min(time.monotonic() - started_s, within_s)
         wholes[sharding] = config, whole_s
     while outcome.num_kills < num_kills and time.monotonic() < until_s:
         whole, whole_s = wholes[("none", "full")[outcome.num_runs % 2]]
@@ -182,10 +185,15 @@ def main():
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit-s", type=float, default=float("inf"))
+    parser.add_argument("--within-s", type=float, default=float("inf"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         outcome = kill_ranks(
-            Path(folder), arguments.kills, seed=arguments.seed, limit_s=arguments.limit_s
+            Path(folder),
+            arguments.kills,
+            seed=arguments.seed,
+            limit_s=arguments.limit_s,
+            within_s=arguments.within_s,
         )
     sys.stdout.write(json.dumps(outcome.__dict__, indent=1) + "\n")
     sys.exit(1 if outcome.findings else 0)

@@ -150,7 +150,15 @@ def test_a_first_process_that_never_starts_is_said(ended, monkeypatch, capfd):
     one = Process(1, free_port(), lambda _: None)
     one.join(30)
     assert isinstance(one.error, ConnectionError)
-    assert "process 1 of 3 did not reach process 0 at 127.0.0.1" in str(one.error)
+    assert "process 1 of 3 did not meet process 0 at 127.0.0.1" in str(one.error)
+
+
+def test_a_port_that_something_else_uses_is_said(ended, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        one = Process(0, other.getsockname()[1], lambda _: None)
+        one.join(30)
+    assert "process 0 of 3 cannot meet the others at 127.0.0.1" in str(one.error)
+    assert "--master-port" in str(one.error)
 
 
 def test_a_process_killed_while_others_have_yet_to_join_is_noticed(ended):

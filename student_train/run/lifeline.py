@@ -120,16 +120,13 @@ class Lifeline:
                 multi_tenant=True,  # torch's own group is formed over it
             )
             key = f"leadspan/lifeline/{next(_runs)}"
-            if self._rank == 0:
-                self._listen(key)
-            else:
-                self._connect(json.loads(self._store.get(key)))
-        except RuntimeError as error:  # of the store; torch has a class for some only
-            reason = str(error).partition("\n")[0].strip()
-            raise ConnectionError(
-                f"process {self._rank} of {self._num_processes} did not reach process 0 at "
-                f"{self._address}:{self._port} within {JOIN_S:.0f} s ({reason}): see what ended it"
-            ) from error
+            told = None if self._rank == 0 else json.loads(self._store.get(key))
+        except RuntimeError as error:  # torch has a class for some of the store's only
+            raise ConnectionError(self._unmet_text(error)) from error
+        if told is None:
+            self._listen(key)
+        else:
+            self._connect(told)
         return self
 
     def __exit__(
@@ -157,6 +154,20 @@ class Lifeline:
         return (
             f"{self._loss} is gone; its own message, if it left one, says why. Run the same "
             "command again to resume"
+        )
+
+    def _unmet_text(self, error: RuntimeError) -> str:
+        reason = str(error).partition("\n")[0].strip()
+        place = f"{self._address}:{self._port}"
+        if self._rank == 0:
+            return (
+                f"process 0 of {self._num_processes} cannot meet the others at {place} ({reason}): "
+                "expected a port of this machine that no other run uses (--master-port of the "
+                "launcher, MASTER_PORT)"
+            )
+        return (
+            f"process {self._rank} of {self._num_processes} did not meet process 0 at {place} "
+            f"within {JOIN_S:.0f} s ({reason}): see what ended it"
         )
 
     # In the first process: it listens, and tells the others.
