@@ -4,6 +4,7 @@ They are threads here: a killed process is one whose connection the system has c
 waits in gloo or NCCL is one that does not leave.
 """
 
+import json
 import re
 import socket
 import threading
@@ -12,6 +13,7 @@ from contextlib import suppress
 
 import pytest
 from processes import free_port
+from torch.distributed import TCPStore
 
 from student_train.errors import InterruptedRunError
 from student_train.run import lifeline
@@ -22,9 +24,11 @@ STUCK = threading.Event()  # what a process waits for that does not notice
 class Process(threading.Thread):
     """One process of a run: joins, does its work inside, and leaves."""
 
-    def __init__(self, rank, port, work, num_processes=3):
+    def __init__(self, rank, port, work, num_processes=3, *, has_store=False):
         super().__init__(daemon=True)
-        self.lifeline = lifeline.Lifeline(rank, num_processes, "127.0.0.1", port, has_store=False)
+        self.lifeline = lifeline.Lifeline(
+            rank, num_processes, "127.0.0.1", port, has_store=has_store
+        )
         self.work, self.error, self.has_joined = work, None, threading.Event()
         self.start()
 
@@ -151,6 +155,21 @@ def test_a_first_process_that_never_starts_is_said(ended, monkeypatch, capfd):
     one.join(30)
     assert isinstance(one.error, ConnectionError)
     assert "process 1 of 3 did not meet process 0 at 127.0.0.1" in str(one.error)
+
+
+def test_what_the_first_process_told_before_it_was_restarted_is_not_believed(ended):
+    """The store is the launcher's, as under torchrun, and outlives the processes."""
+    port = free_port()
+    stored = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    told = {"port": free_port(), "hosts": ["127.0.0.1"], "host": "h", "secret": "old"}
+    stored.set("leadspan/lifeline/0", json.dumps(told))
+    other = Process(1, port, lambda _: None, num_processes=2, has_store=True)
+    time.sleep(0.3)  # it has read that
+    first = Process(0, port, lambda _: None, num_processes=2, has_store=True)
+    for one in (first, other):
+        one.join(10)
+        assert one.error is None
+    assert not ended
 
 
 def test_a_port_that_something_else_uses_is_said(ended, capfd):

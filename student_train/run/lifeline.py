@@ -4,8 +4,8 @@ The system closes it when a process ends, however it ends. gloo and NCCL notice 
 they wait for at that moment, and not while a group is formed; here each process learns of it at
 once, and ends within `END_S` whatever it waits for.
 
-The first process tells the others through torch's store where it listens. Each says one line when
-it joins, and one when it leaves in order; the first one says who is lost, or leaves in order.
+The first process tells the others through torch's store where it listens. Each says who it is
+and is made welcome; later it says that it leaves in order, or the first one who is lost.
 """
 
 import itertools
@@ -15,6 +15,7 @@ import secrets
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ END_S = 20.0  # for a process to end with an error of its own, once another one 
 _LINE_BYTES = 400
 _HELLO_S = 10.0  # for a connection to say who it is
 _KEPT_ALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 20), ("TCP_KEEPCNT", 6))
-_LEAVING = b"leaving\n"
+_WELCOME, _LEAVING = b"welcome\n", b"leaving\n"
 # Ends that all processes of a run come to together.
 _COMMON_ENDS = (InterruptedRunError, DivergedLossError, NonFiniteLossError)
 
@@ -120,13 +121,12 @@ class Lifeline:
                 multi_tenant=True,  # torch's own group is formed over it
             )
             key = f"leadspan/lifeline/{next(_runs)}"
-            told = None if self._rank == 0 else json.loads(self._store.get(key))
+            if self._rank == 0:
+                self._listen(key)
+            else:
+                self._connect(key)
         except RuntimeError as error:  # torch has a class for some of the store's only
             raise ConnectionError(self._unmet_text(error)) from error
-        if told is None:
-            self._listen(key)
-        else:
-            self._connect(told)
         return self
 
     def __exit__(
@@ -206,6 +206,8 @@ class Lifeline:
         if not secrets.compare_digest(secret.encode(), self._secret.encode()):
             connection.close()
             return
+        with suppress(OSError):
+            connection.sendall(_WELCOME)
         self._keep(_End(connection, lines, f"process {rank} of {self._num_processes} on {host}"))
         self._absent.discard(int(rank))
         if not self._absent:
@@ -215,24 +217,46 @@ class Lifeline:
 
     # In the others.
 
-    def _connect(self, told: dict[str, str]) -> None:
-        hello = f"{told['secret']} {self._rank} {socket.gethostname()}\n"
+    def _connect(self, key: str) -> None:
+        until_s = time.monotonic() + JOIN_S
+        while True:
+            told = json.loads(self._store.get(key))
+            end, failures = self._met(told)
+            if end is not None:
+                self._keep(end)
+                self._start()
+                return
+            # torchrun keeps what the first process told before it was restarted.
+            if time.monotonic() > until_s:
+                raise ConnectionError(
+                    f"process {self._rank} did not meet process 0 at its port {told['port']} within "
+                    f"{JOIN_S:.0f} s ({'; '.join(failures)}): expected machines that reach each "
+                    "other by TCP"
+                )
+            time.sleep(1.0)
+
+    def _met(self, told: dict[str, str]) -> tuple[_End | None, list[str]]:
+        """The connection to the first process, or why there is none at each of its addresses."""
         failures = []
         for host in told["hosts"]:
             try:
                 connection = socket.create_connection((host, told["port"]), timeout=_HELLO_S)
-                connection.sendall(hello.encode())
             except OSError as error:
                 failures.append(f"{host}: {error}")
                 continue
-            who = f"process 0 of {self._num_processes} on {told['host']}"
-            self._keep(_End(connection, connection.makefile("rb"), who))
-            self._start()
-            return
-        raise ConnectionError(
-            f"process {self._rank} cannot connect to port {told['port']} of process 0 "
-            f"({'; '.join(failures)}): expected machines that reach each other by TCP"
-        )
+            lines, answer = connection.makefile("rb"), b""
+            with suppress(OSError):
+                connection.sendall(
+                    f"{told['secret']} {self._rank} {socket.gethostname()}\n".encode()
+                )
+                answer = lines.readline(_LINE_BYTES)
+            if answer == _WELCOME:
+                who = f"process 0 of {self._num_processes} on {told['host']}"
+                return _End(connection, lines, who), []
+            failures.append(f"{host}: another program answers")
+            lines.close()
+            connection.close()
+        return None, failures
 
     # In the thread.
 
