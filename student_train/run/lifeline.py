@@ -21,10 +21,11 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import torch.distributed as dist
 
+from student_train.batch.gloo_exchange import TIMEOUT
 from student_train.errors import DivergedLossError, InterruptedRunError, NonFiniteLossError
 from teacher_cache.terminal.messages import say
 
@@ -33,6 +34,7 @@ END_S = 20.0  # for a process to end with an error of its own, once another one 
 
 _LINE_BYTES = 400
 _HELLO_S = 10.0  # for a connection to say who it is
+_WELCOME_S = 60.0  # for the first process to answer, whoever else is slow to say so
 _KEPT_ALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 20), ("TCP_KEEPCNT", 6))
 _WELCOME, _LEAVING = b"welcome\n", b"leaving\n"
 # Ends that all processes of a run come to together.
@@ -142,6 +144,17 @@ class Lifeline:
         if isinstance(error, ConnectionError) and self._is_noticed.is_set():
             raise ConnectionError(self._lost_text()) from error
 
+    @property
+    def group_arguments(self) -> dict[str, Any]:
+        """Arguments of `init_process_group`: groups meet in a part of the store of their own.
+
+        torchrun's store outlives the processes: after a restart torch would take the addresses of
+        those that are gone.
+        """
+        self._store.set_timeout(TIMEOUT)
+        store = dist.PrefixStore(f"leadspan/groups/{self._secret}", self._store)  # type: ignore[attr-defined]  # as above
+        return {"store": store, "rank": self._rank, "world_size": self._num_processes}
+
     def _leave(self, *, in_order: bool) -> None:
         self._has_left.set()
         for end in list(self._ends):
@@ -229,9 +242,9 @@ class Lifeline:
             # torchrun keeps what the first process told before it was restarted.
             if time.monotonic() > until_s:
                 raise ConnectionError(
-                    f"process {self._rank} did not meet process 0 at its port {told['port']} within "
-                    f"{JOIN_S:.0f} s ({'; '.join(failures)}): expected machines that reach each "
-                    "other by TCP"
+                    f"process {self._rank} did not meet process 0 at its port {told['port']} "
+                    f"within {JOIN_S:.0f} s ({'; '.join(failures)}): expected machines that reach "
+                    "each other by TCP"
                 )
             time.sleep(1.0)
 
@@ -244,13 +257,14 @@ class Lifeline:
             except OSError as error:
                 failures.append(f"{host}: {error}")
                 continue
+            connection.settimeout(_WELCOME_S)
             lines, answer = connection.makefile("rb"), b""
+            hello = f"{told['secret']} {self._rank} {socket.gethostname()}\n"
             with suppress(OSError):
-                connection.sendall(
-                    f"{told['secret']} {self._rank} {socket.gethostname()}\n".encode()
-                )
+                connection.sendall(hello.encode())
                 answer = lines.readline(_LINE_BYTES)
             if answer == _WELCOME:
+                self._secret = told["secret"]
                 who = f"process 0 of {self._num_processes} on {told['host']}"
                 return _End(connection, lines, who), []
             failures.append(f"{host}: another program answers")

@@ -51,8 +51,8 @@ def train(config: TrainConfig) -> TrainResult:
         InterruptedRunError: After SIGINT or SIGTERM, once a checkpoint has been written.
     """
     config = with_precision(config)
-    with joined_run(os.environ), naming_lost_processes():
-        accelerator = join_processes(config)
+    with joined_run(os.environ) as lifeline, naming_lost_processes():
+        accelerator = join_processes(config, lifeline)
         with owned(config.out, accelerator):
             with Progress("opening cache and student", enabled=accelerator.is_main_process):
                 inputs = open_inputs(config, accelerator)
