@@ -144,7 +144,6 @@ class Lifeline:
         if isinstance(error, ConnectionError) and self._is_noticed.is_set():
             raise ConnectionError(self._lost_text()) from error
 
-    @property
     def group_arguments(self) -> dict[str, Any]:
         """Arguments of `init_process_group`: groups meet in a part of the store of their own.
 

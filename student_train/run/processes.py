@@ -56,7 +56,7 @@ def join_processes(config: TrainConfig, lifeline: Lifeline | None) -> Accelerato
     group: dict[str, Any] = {"timeout": TIMEOUT, **_backend(config)}
     is_cpu = not torch.accelerator.is_available()
     if lifeline is not None:
-        PartialState(cpu=is_cpu, **group, **lifeline.group_arguments)
+        PartialState(cpu=is_cpu, **group, **lifeline.group_arguments())
     elif num_started > 1 and is_cpu:
         PartialState(cpu=True, **group)  # of itself accelerate does so with ACCELERATE_USE_CPU only
     accelerator = Accelerator(
