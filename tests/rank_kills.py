@@ -13,6 +13,7 @@ splitting it.
 import argparse
 import json
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -29,12 +30,14 @@ from same_bits import assert_bitwise_equal
 from students import make_student
 from train_kills import RUNS, figures
 
+from student_train.run import lifeline
 from student_train.run.config import TrainConfig
 
 RUNS.set_forkserver_preload(["rank_kills"])
 NUM_RANKS = 4
 NUM_STEPS = 16
-LIMIT_S = 30.0  # for the others to notice and end
+LIMIT_S = 45.0  # for the others to notice and end
+JOIN_S = 20.0  # in place of minutes, or a process that is killed before it joins takes as long
 
 
 @dataclass
@@ -53,6 +56,8 @@ class Outcome:
 
 def work(rank, port, config, said):
     torch.set_num_threads(1)
+    lifeline.JOIN_S = JOIN_S
+    lifeline.say = (said / f"{rank}").write_text  # what it says as it ends the process
     try:
         train_multiprocess.run(rank, NUM_RANKS, [port], [config], None, NUM_RANKS)
     except Exception as error:
@@ -70,8 +75,11 @@ def started(config, said):
     return processes
 
 
-def kill_ranks(folder, num_kills, *, seed, limit_s):
-    """Kill processes until there were so many kills, or for so long; let the last run finish."""
+def kill_ranks(folder, num_kills, *, seed, limit_s, within_s):
+    """Kill processes until there were so many kills, or for so long; let the last run finish.
+
+    Each is killed within the time that a whole run takes, or within `within_s` if that is less.
+    """
     until_s = time.monotonic() + limit_s
     rng, outcome = random.Random(seed), Outcome()
     said = folder / "said"
@@ -91,7 +99,7 @@ def kill_ranks(folder, num_kills, *, seed, limit_s):
             started_s = time.monotonic()
             for process in started(run, said):
                 process.join()
-            whole_s = time.monotonic() - started_s
+            whole_s = min(time.monotonic() - started_s, within_s)
         wholes[sharding] = config, whole_s
     while outcome.num_kills < num_kills and time.monotonic() < until_s:
         whole, whole_s = wholes[("none", "full")[outcome.num_runs % 2]]
@@ -137,10 +145,14 @@ def note_kill(run, outcome, processes, victim, said):
             process.kill()
             process.join()
         message = said / f"{rank}"
-        if rank != victim and process.exitcode == 0:
+        if rank == victim:
+            pass
+        elif process.exitcode == 0:
             outcome.endings["finished"] += 1
         elif message.exists():
-            outcome.endings[message.read_text()[:60]] += 1
+            outcome.endings[re.sub(r"process [\d, ]+|on \S+", "#", message.read_text())[:60]] += 1
+        else:
+            outcome.findings.append(f"{run.out}: process {rank} ended without a word")
         message.unlink(missing_ok=True)
     outcome.slowest_end_s = max(outcome.slowest_end_s, time.monotonic() - killed_s)
 
@@ -173,10 +185,15 @@ def main():
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit-s", type=float, default=float("inf"))
+    parser.add_argument("--within-s", type=float, default=float("inf"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         outcome = kill_ranks(
-            Path(folder), arguments.kills, seed=arguments.seed, limit_s=arguments.limit_s
+            Path(folder),
+            arguments.kills,
+            seed=arguments.seed,
+            limit_s=arguments.limit_s,
+            within_s=arguments.within_s,
         )
     sys.stdout.write(json.dumps(outcome.__dict__, indent=1) + "\n")
     sys.exit(1 if outcome.findings else 0)

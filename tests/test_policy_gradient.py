@@ -17,6 +17,7 @@ from student_train.losses import (
     staleness,
     teacher_logprob_of_labels,
 )
+from student_train.losses.head import HeadProducts
 from student_train.model.load import output_layer
 from student_train.model.own_traces import OWN_SUMS, OwnTraces
 
@@ -100,11 +101,21 @@ def test_own_tokens_have_the_divergence_without_the_cross_entropy(mixed):
     batch, hidden, weight, is_own = mixed
     assert (int(is_own.sum()), len(is_own)) == (19, 29 + 25)
     objective = Objective("reverse_kl", ce_weight=0.5)
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     loss, parts, sums = OwnTraces(None).loss(hidden, weight, None, batch, objective)
+    found = torch.autograd.grad(loss, (hidden, weight))
     whole = sparse_kl(hidden, weight, batch.targets, batch.token_weight, objective)
     expected = torch.where(is_own, whole.kl, 0.5 * whole.kl + 0.5 * whole.ce).sum()
+    both = [
+        sparse_kl(
+            hidden, weight, batch.targets, batch.token_weight * mask,
+            replace(objective, ce_weight=ce_weight),
+        ).loss
+        for mask, ce_weight in ((is_own, 0.0), (~is_own, 0.5))
+    ]  # fmt: skip
 
     torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(sum(both), (hidden, weight)))
     for name in ("kl", "ce", "student_mass", "teacher_mass", "top1"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
     named = dict(zip(OWN_SUMS, sums.tolist(), strict=True))
@@ -134,3 +145,33 @@ def test_own_tokens_have_the_policy_gradient_and_others_the_objective(mixed):
     assert dict(zip(OWN_SUMS, sums.tolist(), strict=True))["clipped_share"] == int(
         own.is_clipped.sum()
     )
+
+
+@pytest.mark.parametrize("ratio_clip", [None, 0.2])
+@pytest.mark.parametrize("whose", ["own", "given", "both"])
+def test_the_head_has_one_gradient_whoever_wrote_the_tokens(mixed, monkeypatch, ratio_clip, whose):
+    """It is the largest tensor of a step: [V, D] in float32."""
+    batch, hidden, weight, is_own = mixed
+    if whose != "both":
+        rollout = batch.rollout_logprob.masked_fill(is_own, torch.nan)
+        rollout = rollout if whose == "given" else torch.full_like(rollout, -1.5)
+        batch = replace(batch, rollout_logprob=rollout)
+    made, new = [], HeadProducts.__init__
+
+    def counted(self, *arguments):
+        new(self, *arguments)
+        made.append(self.grad_weight is not None)
+
+    monkeypatch.setattr(HeadProducts, "__init__", counted)
+    small = slice(0, 3)
+    operands = [hidden[:, small].clone(), weight[:, small].clone(), weight[:, 4].clone()]
+    for operand in operands:
+        operand.requires_grad_()
+
+    def loss(hidden, weight, bias):
+        return OwnTraces(ratio_clip).loss(hidden, weight, bias, batch, Objective(ce_weight=0.3))[0]
+
+    loss(*operands).backward()
+    assert sum(made) == 1
+    if ratio_clip is None:  # else the advantage is a constant, which differences cannot know
+        assert torch.autograd.gradcheck(loss, operands, fast_mode=True)

@@ -104,6 +104,11 @@ def test_a_loss_that_grows_tenfold_over_some_steps_has_diverged():
         state.note_loss(3.0)
     assert state.has_diverged
     assert state.mean_loss == pytest.approx(3.0, rel=0.5)
+    at_once = RunState()  # the second step broke it
+    at_once.note_loss(5.0)
+    for _ in range(10):
+        at_once.note_loss(5000.0)
+    assert at_once.has_diverged
     small = RunState()
     for loss in (1e-6, *[0.05] * 50):
         small.note_loss(loss)

@@ -1,6 +1,7 @@
 """The sparse distillation loss: a linear head and a divergence from cached top-k logits, fused.
 
-`sparse_kl` is the loss, `sparse_kl_per_token` the same per token; `TeacherTargets` is their input
+`sparse_kl` is the loss, `sparse_kl_of_two` that with two objectives, `sparse_kl_per_token` the same
+per token; `TeacherTargets` is their input
 from a cache, `SparseKLOutput` their result, and `VocabShard` is for a head whose vocabulary is
 split over processes. `chunk_likelihood_loss` matches whole chunks of text instead, for a student
 with another tokenizer. `sampled_token_loss` is the policy gradient on a student's own tokens.
@@ -25,7 +26,12 @@ from student_train.losses.policy_gradient import (
 )
 from student_train.losses.ranks import target_ranks
 from student_train.losses.router_balance import router_balance_loss
-from student_train.losses.sparse_kl import SparseKLOutput, sparse_kl, sparse_kl_per_token
+from student_train.losses.sparse_kl import (
+    SparseKLOutput,
+    sparse_kl,
+    sparse_kl_of_two,
+    sparse_kl_per_token,
+)
 from student_train.losses.targets import TeacherTargets
 from student_train.losses.vocab_parallel import VocabShard
 from student_train.objective import DEFAULT_OBJECTIVE, DIVERGENCES, TAILS, Objective
@@ -46,6 +52,7 @@ __all__ = [
     "router_balance_loss",
     "sampled_token_loss",
     "sparse_kl",
+    "sparse_kl_of_two",
     "sparse_kl_per_token",
     "staleness",
     "target_ranks",

@@ -41,10 +41,13 @@ Wanted = tuple[bool, bool, bool]
 
 @dataclass(frozen=True)
 class Problem:
-    """Arguments of a call, apart from the tensors that autograd must see."""
+    """Arguments of a call, apart from the tensors that autograd must see.
 
-    objective: Objective
-    targets: TeacherTargets
+    Attributes:
+        parts: Objective and targets of some rows, of the rows after these, ...
+    """
+
+    parts: tuple[tuple[Objective, TeacherTargets], ...]
     compute_dtype: torch.dtype
     chunk_bytes: int | None
     shard: VocabShard | None
@@ -79,7 +82,18 @@ def run(
             if problem.compute_dtype == torch.float16 and len(row_weight_N):
                 exponent = _HALF_HEADROOM - torch.frexp(row_weight_N.abs().max()).exponent
                 row_weight_N = torch.ldexp(row_weight_N, exponent)
-        results = _loop(problem, head, row_weight_N)
+        num_rows, start = len(hidden_ND), 0
+        results = RowResults(
+            kl=torch.empty(num_rows, device=hidden_ND.device, dtype=head.result_dtype),
+            ce=torch.empty(num_rows, device=hidden_ND.device, dtype=head.result_dtype),
+            student_mass=torch.empty(num_rows, device=hidden_ND.device, dtype=head.result_dtype),
+            top1=torch.empty(num_rows, device=hidden_ND.device, dtype=torch.bool),
+        )
+        for part, (_, targets) in enumerate(problem.parts):
+            rows = slice(start, start + len(targets))
+            weight_R = None if row_weight_N is None else row_weight_N[rows]
+            _loop(problem, part, head, weight_R, results.of(rows), start)
+            start = rows.stop
         if problem.shard is not None and head.grad_hidden is not None:
             head.grad_hidden = problem.shard.sum_gradients(head.grad_hidden, head.result_dtype)
         gradients = (head.grad_hidden, head.grad_weight, head.grad_bias)
@@ -90,11 +104,22 @@ def run(
     return results, Gradients(*gradients)
 
 
-def _loop(problem: Problem, head: HeadProducts, row_weight_N: Tensor | None) -> RowResults:
-    """Results of all rows, chunk by chunk; their gradients go into the head."""
-    num_rows, device, dtype = len(problem.targets), problem.targets.k.device, head.result_dtype
+def _loop(
+    problem: Problem,
+    part: int,
+    head: HeadProducts,
+    row_weight_R: Tensor | None,
+    results: RowResults,
+    offset: int,
+) -> None:
+    """Results of the R rows of a part, chunk by chunk; their gradients go into the head.
+
+    `offset` is the first of them among the rows of the head.
+    """
+    objective, targets = problem.parts[part]
+    num_rows, device, dtype = len(targets), targets.k.device, head.result_dtype
     width = buffer_width(head.num_vocab)
-    operation = row_operation(problem, head, row_weight_N)
+    operation = row_operation(objective, targets, head, row_weight_R, problem.shard)
     # Processes that share a vocabulary must cut at the same rows, whatever the size of their part.
     shard = problem.shard
     planned_width = width if shard is None else buffer_width(shard.even_share)
@@ -102,27 +127,23 @@ def _loop(problem: Problem, head: HeadProducts, row_weight_N: Tensor | None) -> 
     chunk_rows = rows_per_chunk(num_rows, row_bytes, problem.chunk_bytes, device.type)
     product_rows = chunk_rows * operation.chunks_per_product
     buffer = torch.empty(min(chunk_rows, num_rows), width, device=device, dtype=dtype)
-    results = RowResults(
-        kl=torch.empty(num_rows, device=device, dtype=dtype),
-        ce=torch.empty(num_rows, device=device, dtype=dtype),
-        student_mass=torch.empty(num_rows, device=device, dtype=dtype),
-        top1=torch.empty(num_rows, device=device, dtype=torch.bool),
-    )
     for start in range(0, num_rows, chunk_rows):
         first, stop = start - start % product_rows, min(start + chunk_rows, num_rows)
         logits_CV = buffer[: stop - start]
-        head.products_(start, stop, logits_CV[:, : head.num_vocab])
+        head.products_(offset + start, offset + stop, logits_CV[:, : head.num_vocab])
         gradient_PV = operation(first, start, logits_CV, results)
         if gradient_PV is not None and (stop == num_rows or stop == first + product_rows):
-            head.accumulate_(first, stop, gradient_PV[:, : head.num_vocab])
-    return results
+            head.accumulate_(offset + first, offset + stop, gradient_PV[:, : head.num_vocab])
 
 
 def row_operation(
-    problem: Problem, head: HeadProducts, row_weight_N: Tensor | None
+    objective: Objective,
+    targets: TeacherTargets,
+    head: HeadProducts,
+    row_weight_N: Tensor | None,
+    shard: VocabShard | None,
 ) -> RowSteps | FusedRows:
     """The fused kernel where it is made for the case, else passes with PyTorch between them."""
-    objective, targets, shard = problem.objective, problem.targets, problem.shard
     passes_cls = passes_type(targets.k.device.type)
     if shard is None and targets.top_ids.shape[1] <= passes_cls.max_fused_kept:
         from student_train.losses.triton_fused import FusedRows

@@ -37,7 +37,7 @@ class ScalarLoss(torch.autograd.Function):
         """Loss, then the fields of `RowResults`; `wanted` are the gradients to form."""
         weight = row_weight_N if any(wanted) else None
         results, gradients = run(problem, hidden_ND, weight_VD, bias_V, weight, wanted)
-        loss_N = mixed_loss(problem.objective, results)
+        loss_N = _losses(problem, results)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, row_weight_N)  # type: ignore[arg-type]  # None is allowed
         ctx.problem, ctx.wanted, ctx.gradients = problem, wanted, gradients
         return _outputs(ctx, (loss_N * row_weight_N).sum(dtype=loss_N.dtype), results)
@@ -76,7 +76,7 @@ class PerTokenLoss(torch.autograd.Function):
         results, _ = run(problem, hidden_ND, weight_VD, bias_V, None, (False, False, False))
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V)  # type: ignore[arg-type]  # as above
         ctx.problem = problem
-        return _outputs(ctx, mixed_loss(problem.objective, results), results)
+        return _outputs(ctx, _losses(problem, results), results)
 
     @staticmethod
     @once_differentiable
@@ -91,6 +91,15 @@ class PerTokenLoss(torch.autograd.Function):
             _scaled(gradients.bias, None, bias_V),
             None,
         )
+
+
+def _losses(problem: Problem, results: RowResults) -> Tensor:
+    """[N] losses, each by the objective of its part."""
+    losses, start = [], 0
+    for objective, targets in problem.parts:
+        losses.append(mixed_loss(objective, results.of(slice(start, start + len(targets)))))
+        start += len(targets)
+    return losses[0] if len(losses) == 1 else torch.cat(losses)
 
 
 def mixed_loss(objective: Objective, results: RowResults) -> Tensor:

@@ -110,12 +110,62 @@ def sparse_kl(
         hidden_ND, token_weight_N = hidden_ND.index_select(0, rows), token_weight_N[rows]
         kept_targets = targets.select(rows)
     wanted = (_wants(hidden_ND), _wants(weight_VD), bias is not None and _wants(bias))
-    problem = Problem(objective, kept_targets, dtype, chunk_bytes, shard)
+    problem = Problem(((objective, kept_targets),), dtype, chunk_bytes, shard)
     loss, *parts = ScalarLoss.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
         hidden_ND, weight_VD, bias, token_weight_N, problem, wanted
     )
     if rows is not None:
         parts = [part.new_zeros(len(targets)).index_copy(0, rows, part) for part in parts]
+    return _output(loss, parts, targets)
+
+
+@_outside_graphs
+def sparse_kl_of_two(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets: TeacherTargets,
+    token_weight_N: Tensor,
+    objectives: tuple[Objective, Objective],
+    is_second_N: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_bytes: int | None = None,
+) -> SparseKLOutput:
+    """`sparse_kl` with one of two objectives for each token.
+
+    The head's weight has one gradient: a call for each objective would form two, [V, D] in float32.
+    Arguments are those of `sparse_kl`. Finding each objective's tokens is where a GPU is waited
+    for; a token of weight 0 costs as much as any other.
+
+    Args:
+        hidden_ND: [N, D].
+        weight_VD: [V, D].
+        targets: The teacher's rows.
+        token_weight_N: [N].
+        objectives: The first and the second one.
+        is_second_N: [N] bool, True for the tokens of the second one.
+        bias: [V] or None.
+        chunk_bytes: Bound on the buffers for logits.
+
+    Returns:
+        The loss and its parts, these in the order of the tokens.
+
+    Raises:
+        ValueError: If arguments do not fit together.
+    """
+    dtype = _check_operands(hidden_ND, weight_VD, bias, targets, chunk_bytes, None)
+    _check_token_weight(hidden_ND, token_weight_N)
+    rows = ((~is_second_N).nonzero()[:, 0], is_second_N.nonzero()[:, 0])
+    order = torch.cat(rows)
+    parts_of = tuple(
+        (objective, targets.select(own)) for objective, own in zip(objectives, rows, strict=True)
+    )
+    wanted = (_wants(hidden_ND), _wants(weight_VD), bias is not None and _wants(bias))
+    loss, *parts = ScalarLoss.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
+        hidden_ND.index_select(0, order), weight_VD, bias, token_weight_N[order],
+        Problem(parts_of, dtype, chunk_bytes, None), wanted,
+    )  # fmt: skip
+    parts = [torch.empty_like(part).index_copy(0, order, part) for part in parts]
     return _output(loss, parts, targets)
 
 
@@ -142,7 +192,7 @@ def sparse_kl_per_token(
         ValueError: If arguments do not fit together.
     """
     dtype = _check_operands(hidden_ND, weight_VD, bias, targets, chunk_bytes, shard)
-    problem = Problem(objective, targets, dtype, chunk_bytes, shard)
+    problem = Problem(((objective, targets),), dtype, chunk_bytes, shard)
     loss, *parts = PerTokenLoss.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
         hidden_ND, weight_VD, bias, problem
     )

@@ -13,7 +13,7 @@ from student_train.losses import (
     Objective,
     SparseKLOutput,
     sampled_token_loss,
-    sparse_kl,
+    sparse_kl_of_two,
     sparse_kl_per_token,
     staleness,
     teacher_logprob_of_labels,
@@ -52,52 +52,71 @@ class OwnTraces:
             The loss [], its detached parts [N] as of `sparse_kl`, and the `OWN_SUMS`, float64.
         """
         is_own_N = ~batch.rollout_logprob.isnan()
-        given = sparse_kl(
-            hidden_ND, weight_VD, batch.targets, batch.token_weight * ~is_own_N, objective,
-            bias=bias,
-        )  # fmt: skip
-        is_clipped_N = torch.zeros_like(is_own_N)
         if self.ratio_clip is None:
-            own = sparse_kl(
-                hidden_ND, weight_VD, batch.targets, batch.token_weight * is_own_N,
-                replace(objective, ce_weight=0.0), bias=bias,
+            divergence = replace(objective, ce_weight=0.0)
+            result = sparse_kl_of_two(
+                hidden_ND, weight_VD, batch.targets, batch.token_weight, (objective, divergence),
+                is_own_N, bias=bias,
             )  # fmt: skip
-            own_loss, parts = own.loss, own
+            loss, is_clipped_N = result.loss, torch.zeros_like(is_own_N)
         else:
-            rows = is_own_N.nonzero()[:, 0]
-            targets = batch.targets.select(rows)
-            own = sparse_kl_per_token(
-                hidden_ND.index_select(0, rows), weight_VD, targets,
-                replace(objective, ce_weight=1.0), bias=bias,
-            )  # fmt: skip
-            sampled = sampled_token_loss(
-                own.loss,
-                batch.rollout_logprob[rows].to(own.loss.dtype),
-                teacher_logprob_of_labels(targets).to(own.loss.dtype),
-                ratio_clip=self.ratio_clip,
+            label_alone = replace(objective, ce_weight=1.0)
+            sampled = _sampled(
+                hidden_ND, weight_VD, bias, batch, label_alone, is_own_N, self.ratio_clip
             )
-            own_loss = (sampled.loss * batch.token_weight[rows]).sum()
-            is_clipped_N[rows] = sampled.is_clipped
-            parts = _spread(own, rows, len(batch.targets))
-        stale_N = staleness(parts.ce, batch.rollout_logprob.to(parts.ce.dtype))
+            result = sparse_kl_of_two(
+                hidden_ND, weight_VD, batch.targets, sampled.slope_N, (objective, label_alone),
+                is_own_N, bias=bias,
+            )  # fmt: skip
+            loss, is_clipped_N = result.loss + sampled.beyond_slope, sampled.is_clipped_N
+        stale_N = staleness(result.ce, batch.rollout_logprob.to(result.ce.dtype))
         sums = [torch.where(is_own_N, stale_N, 0.0), is_clipped_N, is_own_N]
-        joined = SparseKLOutput(
-            loss=given.loss + own_loss,
-            kl=given.kl + parts.kl,
-            ce=given.ce + parts.ce,
-            student_mass=given.student_mass + parts.student_mass,
-            teacher_mass=given.teacher_mass,  # of all tokens, whatever their weight
-            top1=given.top1 | parts.top1,
+        return loss, result, torch.stack([each.double().sum() for each in sums])
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """The policy gradient as weights of cross entropies, which have the same gradient.
+
+    Attributes:
+        slope_N: [N] derivative of the loss by each token's cross entropy; the token's weight in the
+            loss where the student did not sample it.
+        beyond_slope: [] what the loss is more than the cross entropies with these weights.
+        is_clipped_N: [N] bool.
+    """
+
+    slope_N: Tensor
+    beyond_slope: Tensor
+    is_clipped_N: Tensor
+
+
+@torch.no_grad()
+def _sampled(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias: Tensor | None,
+    batch: MicroBatch,
+    label_alone: Objective,
+    is_own_N: Tensor,
+    ratio_clip: float,
+) -> _Sampled:
+    """One more product with the head: the slope has to be known before gradients are formed."""
+    rows = is_own_N.nonzero()[:, 0]
+    targets = batch.targets.select(rows)
+    hidden_RD = hidden_ND.index_select(0, rows)
+    nll_R = sparse_kl_per_token(hidden_RD, weight_VD, targets, label_alone, bias=bias).ce
+    weight_R = batch.token_weight[rows].to(nll_R.dtype)
+    with torch.enable_grad():
+        sampled = sampled_token_loss(
+            nll_R.requires_grad_(),
+            batch.rollout_logprob[rows].to(nll_R.dtype),
+            teacher_logprob_of_labels(targets).to(nll_R.dtype),
+            ratio_clip=ratio_clip,
         )
-        return joined.loss, joined, torch.stack([each.double().sum() for each in sums])
-
-
-def _spread(output: SparseKLOutput, rows: Tensor, num_tokens: int) -> SparseKLOutput:
-    """The parts of some tokens at their places among all, with zeros elsewhere."""
-    parts = {
-        name: getattr(output, name)
-        .new_zeros(num_tokens)
-        .index_copy(0, rows, getattr(output, name).detach())
-        for name in ("kl", "ce", "student_mass", "teacher_mass", "top1")
-    }
-    return SparseKLOutput(loss=output.loss, **parts)
+        loss = (sampled.loss * weight_R).sum()
+        (slope_R,) = torch.autograd.grad(loss, nll_R)
+    return _Sampled(
+        batch.token_weight.to(nll_R.dtype).index_copy(0, rows, slope_R),
+        (loss - (slope_R * nll_R).sum()).detach(),
+        torch.zeros_like(is_own_N).index_copy(0, rows, sampled.is_clipped),
+    )

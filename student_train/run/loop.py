@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import signal
 
 from student_train.batch.prepared import PreparedStep
@@ -11,10 +12,11 @@ from student_train.run.config import TrainConfig
 from student_train.run.file_work import naming_lost_processes
 from student_train.run.finish import TrainResult, finish, finished_before
 from student_train.run.inputs import open_inputs
+from student_train.run.lifeline import joined_run
 from student_train.run.memory import advice_when_out_of_memory
 from student_train.run.precision import with_precision
 from student_train.run.processes import join_processes, owned
-from student_train.run.progress import describe, heldout_line, stop_after_step
+from student_train.run.progress import describe, heldout_line, patience_line, stop_after_step
 from student_train.run.setup import Run, open_stream, prepare
 from student_train.run.sharding import clip_gradients
 from student_train.run.step import (
@@ -49,16 +51,17 @@ def train(config: TrainConfig) -> TrainResult:
         InterruptedRunError: After SIGINT or SIGTERM, once a checkpoint has been written.
     """
     config = with_precision(config)
-    accelerator = join_processes(config)
-    with naming_lost_processes(), owned(config.out, accelerator):
-        with Progress("opening cache and student", enabled=accelerator.is_main_process):
-            inputs = open_inputs(config, accelerator)
-        if inputs.folder.finished and not inputs.folder.extends(config):
-            return finished_before(inputs)
-        run = prepare(inputs)
-        with ending_tracker(accelerator, config):
-            _take_steps(run)
-            return finish(run)
+    with joined_run(os.environ) as lifeline, naming_lost_processes():
+        accelerator = join_processes(config, lifeline)
+        with owned(config.out, accelerator):
+            with Progress("opening cache and student", enabled=accelerator.is_main_process):
+                inputs = open_inputs(config, accelerator)
+            if inputs.folder.finished and not inputs.folder.extends(config):
+                return finished_before(inputs)
+            run = prepare(inputs)
+            with ending_tracker(accelerator, config):
+                _take_steps(run)
+                return finish(run)
 
 
 def _take_steps(run: Run) -> None:
@@ -130,6 +133,8 @@ def _take_steps(run: Run) -> None:
                 if accelerator.is_main_process:
                     logger.info("%s", heldout_line(state.step, heldout))
                 is_end = run.is_over  # the last one, if it has not fallen for long enough
+                if is_end and state.step < run.num_steps and accelerator.is_main_process:
+                    logger.info("%s", patience_line(state, run.num_steps))
 
             # Every log_every steps, after the last, and where held-out traces were measured.
             if is_end or heldout or _is_turn(state.step, config.log_every):
@@ -169,9 +174,9 @@ def _diverged(run: Run) -> str:
     state, checkpoints = run.state, run.inputs.folder.checkpoint_folders()
     kept = f" The checkpoint before it stays: {checkpoints[-1]}." if checkpoints else ""
     return (
-        f"step {state.step}: the loss is {state.mean_loss:.3g} over the last steps, and was "
-        f"{state.lowest_mean_loss:.3g} before: the run diverges. Start over in another --out with "
-        f"a lower --lr or a longer --warmup.{kept}"
+        f"step {state.step}: the loss is {state.mean_loss:.3g} over the last steps, and was at "
+        f"most {state.lowest_mean_loss:.3g} before: the run diverges. Start over in another --out "
+        f"with a lower --lr or a longer --warmup.{kept}"
     )
 
 

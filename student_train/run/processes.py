@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from socket import gethostname
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,7 @@ from accelerate.utils import (
 from student_train.batch.gloo_exchange import TIMEOUT
 from student_train.run.config import TrainConfig
 from student_train.run.folder import SEEN_PREFIX
+from student_train.run.lifeline import Lifeline
 from teacher_cache.format import CacheError
 from teacher_cache.format.folder_lock import LOCK_NAME, FolderLock
 
@@ -36,11 +37,12 @@ _SEEN_WITHIN_S = 15.0
 _T = TypeVar("_T")
 
 
-def join_processes(config: TrainConfig) -> Accelerator:
-    """Find the other processes of this run; every process calls it before anything else.
+def join_processes(config: TrainConfig, lifeline: Lifeline | None) -> Accelerator:
+    """Form the group of this run's processes; every process calls it before anything else.
 
     Args:
         config: Configuration, with its precision decided.
+        lifeline: Where they have met; None where accelerate finds them.
 
     Raises:
         ValueError: If a launcher started several that do not find each other (each would train
@@ -50,17 +52,19 @@ def join_processes(config: TrainConfig) -> Accelerator:
         raise ValueError(f"tracker: {config.tracker} is not installed; pip install it")
     num_started = max(int(os.environ.get(name) or 1) for name in _SIZES)
     num_started = max(num_started, int(os.environ.get("LOCAL_RANK") or 0) + 1)
-    if num_started > 1 and not torch.accelerator.is_available():
-        PartialState(
-            cpu=True, timeout=TIMEOUT
-        )  # which accelerate does on its own with ACCELERATE_USE_CPU alone
+    # A rank waits for the main one while it writes: a large checkpoint takes long.
+    group: dict[str, Any] = {"timeout": TIMEOUT, **_backend(config)}
+    is_cpu = not torch.accelerator.is_available()
+    if lifeline is not None:
+        PartialState(cpu=is_cpu, **group, **lifeline.group_arguments())
+    elif num_started > 1 and is_cpu:
+        PartialState(cpu=True, **group)  # of itself accelerate does so with ACCELERATE_USE_CPU only
     accelerator = Accelerator(
         mixed_precision="bf16" if config.dtype == "bfloat16" else "no",
         log_with=None if config.tracker == "none" else config.tracker,
         project_config=ProjectConfiguration(project_dir=config.out, logging_dir=config.out),
         kwargs_handlers=[
-            # A rank waits for the main one while it writes: a large checkpoint takes long.
-            InitProcessGroupKwargs(timeout=TIMEOUT, **_backend(config)),
+            InitProcessGroupKwargs(**group),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # or both are in memory
         ],
     )

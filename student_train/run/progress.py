@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from student_train.run.state import RunState
 from teacher_cache.terminal.stop_signals import StopSwitch, stop_signals
 
 logger = logging.getLogger(__name__)
@@ -44,4 +45,12 @@ def heldout_line(step: int, figures: Mapping[str, float]) -> str:
     return (
         f"step {step:,}: held-out KL {figures['heldout_kl']:.4f}{by_section}, "
         f"top-1 {figures['heldout_top1_agreement']:.1%}"
+    )
+
+
+def patience_line(state: RunState, num_steps: int) -> str:
+    """Why a run ends before its last step."""
+    return (
+        f"ending after step {state.step:,} of {num_steps:,}: {state.num_worse} measurements in "
+        f"turn have not lowered the held-out KL of step {state.best_step:,}, {state.best_kl:.4f}"
     )
