@@ -1,4 +1,4 @@
-"""What test files share: which workers run them, what may be left out, captures by a table."""
+"""What test files share: the group of tests that need vLLM, and captures by a table."""
 
 import getpass
 import importlib.util
@@ -16,8 +16,6 @@ from teacher_cache.capture import prepare
 from teacher_cache.capture.configs import GenerateConfig
 
 _LOGS = pytest.StashKey()
-# Files whose own process imports vLLM, which takes 17 s of CPU: one process for all of them.
-IMPORTING_VLLM = ("test_engines", "test_worker_rows", "test_teacher_identity")
 
 
 LEFT_OUT = {"vllm": "the tests that need vLLM", "browser": "the tests of pages in a browser"}
@@ -47,7 +45,6 @@ def pytest_unconfigure(config):
         config.stash[_LOGS].cleanup()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if "vllm_teacher" in getattr(item, "fixturenames", ()):
@@ -59,20 +56,15 @@ def pytest_collection_modifyitems(config, items):
             left_out = [item for item in items if item.get_closest_marker(name)]
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if not item.get_closest_marker(name)]
-    _share_workers(items)
+    _put_long_files_first(items)
 
 
-def _share_workers(items):
-    """Keep a file's tests, and all that import vLLM here, in one worker; the longest go first.
-
-    Files with engines, then those with slow tests: no worker is alone with one at the end.
-    """
+def _put_long_files_first(items):
+    """Files with engines, then those with slow tests: no worker is alone with one at the end."""
     weights = Counter()
     for item in items:
         slow, engine = (item.get_closest_marker(name) for name in ("slow", "vllm"))
         weights[item.path] += 100 if engine else 1 if slow else 0
-        name = "vllm" if item.path.stem in IMPORTING_VLLM else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(name))
     items.sort(key=lambda item: -weights[item.path])
 
 
