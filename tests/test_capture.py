@@ -506,7 +506,7 @@ def test_memory_does_not_grow_with_the_number_of_prompts(
     asked.teacher = LongTraces
     few, many = (
         peak_bytes_of_capture(capture_config, number, tmp_path / str(number))
-        for number in (20, 120)
+        for number in (60, 160)
     )
     rows_bytes = 2000 * 9 * 8  # of one trace, as the teacher gives them
     assert few > rows_bytes

@@ -22,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from bench_json import write_figures
 from numpy.typing import NDArray
 
 from teacher_cache.capture.worker_loop import finished_trace
@@ -44,7 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="us per token, by part and case")
     arguments = parser.parse_args()
+    cases = []
     print(f"{'tokens':>7}{'entries':>9}" + "".join(f"{part:>12}" for part in PARTS) + "     all")
     for length, num_traces, spread in CASES:
         steps = [made(arguments.top_k, length, spread, n) for n in range(num_traces)]
@@ -56,6 +59,10 @@ def main() -> None:
             + "".join(f"{us[part] / num_tokens:12.2f}" for part in PARTS)
             + f"{sum(us.values()) / num_tokens:8.2f} us  {runs[0].digest[:16]}"
         )
+        entries = runs[0].num_entries / num_tokens
+        found = {part: each / num_tokens for part, each in us.items()}
+        cases.append({"name": f"{length} tokens, {entries:.1f} entries", "us_per_token": found})
+    write_figures(arguments.json, {"cases": cases})
 
 
 def made(top_k: int, length: int, spread: float, seed: int) -> NDArray[np.int32]:

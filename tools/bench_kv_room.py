@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench_json import write_figures
+
 _BLOCK_TOKENS = 32  # the CPU's attention takes multiples of it
 _NUM_PROMPT = 20
 _LONGEST = 512
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--num-traces", type=int, default=300)
     parser.add_argument("--max-num-seqs", type=int, default=128)
     parser.add_argument("--blocks", type=int, default=200, help=f"of {_BLOCK_TOKENS} tokens")
+    parser.add_argument("--json", type=Path, help="steps and tokens computed, by window")
     arguments = parser.parse_args()
     engine = started(arguments)
     counts = counted(engine)
@@ -42,6 +45,7 @@ def main() -> None:
     print(f"the KV cache holds {num_held:.1f} traces of the mean length")
     print(f"{'in flight':>10}{'steps':>8}{'preempted':>11}{'computed':>10}{'CPU s':>8}")
     windows = [arguments.max_num_seqs * 3 // 2, *(int(num_held * x) for x in (1, 1.33, 1.67))]
+    rows = []
     for window in windows:
         counts.update(steps=0, preempted=0, tokens=0)
         engine.reset_prefix_cache()
@@ -51,6 +55,8 @@ def main() -> None:
             f"{window:10}{counts['steps']:8,}{counts['preempted']:11,}"
             f"{counts['tokens'] / num_useful:10.2f}{time.process_time() - began_s:8.1f}"
         )
+        rows.append({"name": str(window), **counts})
+    write_figures(arguments.json, {"num_useful_tokens": num_useful, "in_flight": rows})
 
 
 def started(arguments: argparse.Namespace) -> Any:  # noqa: ANN401 (vLLM is untyped here)

@@ -19,6 +19,7 @@ from unittest import mock
 
 import numpy as np
 from bench_capture_parts import cpu_s
+from bench_json import write_figures
 
 from teacher_cache.engines import TeacherRequest, TeacherRows
 from teacher_cache.engines.vllm import VllmTeacher
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--response-tokens", type=int, default=100)
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="ms of CPU per trace, both ways")
     arguments = parser.parse_args()
     logging.disable(logging.INFO)
     config = json.loads((Path(arguments.model) / "config.json").read_text())
@@ -81,6 +83,11 @@ def measure(teacher: VllmTeacher, arguments: argparse.Namespace, vocab_size: int
             f"{statistics.median(cpu_ms[is_shared]):9.1f} ms of CPU per trace,"
             f"{statistics.median(seconds[is_shared]) * 1e3:9.1f} ms"
         )
+    of_cpu = {True: "shared_cpu_ms", False: "computed_cpu_ms"}
+    write_figures(
+        arguments.json,
+        {of_cpu[way]: statistics.median(found_ms) for way, found_ms in cpu_ms.items()},
+    )
     ratios = [one / other for one, other in zip(cpu_ms[True], cpu_ms[False], strict=True)]
     print(
         f"shared / computed {statistics.median(ratios):.3f}; largest difference {largest:.2g} nats"

@@ -135,7 +135,8 @@ def sparse_kl_of_two(
 
     The head's weight has one gradient: a call for each objective would form two, [V, D] in float32.
     Arguments are those of `sparse_kl`. Finding each objective's tokens is where a GPU is waited
-    for; a token of weight 0 costs as much as any other.
+    for; a token of weight 0 costs as much as any other, and a live teacher's distributions are
+    formed for all tokens at once.
 
     Args:
         hidden_ND: [N, D].
@@ -155,6 +156,11 @@ def sparse_kl_of_two(
     """
     dtype = _check_operands(hidden_ND, weight_VD, bias, targets, chunk_bytes, None)
     _check_token_weight(hidden_ND, token_weight_N)
+    if is_second_N.dtype != torch.bool or is_second_N.shape != token_weight_N.shape:
+        raise ValueError(
+            f"is_second_N: expected bool {tuple(token_weight_N.shape)}, found "
+            f"{is_second_N.dtype} {tuple(is_second_N.shape)}"
+        )
     rows = ((~is_second_N).nonzero()[:, 0], is_second_N.nonzero()[:, 0])
     order = torch.cat(rows)
     parts_of = tuple(

@@ -19,6 +19,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
+    parse_flag_from_env,
 )
 
 from student_train.batch.gloo_exchange import TIMEOUT
@@ -54,7 +55,7 @@ def join_processes(config: TrainConfig, lifeline: Lifeline | None) -> Accelerato
     num_started = max(num_started, int(os.environ.get("LOCAL_RANK") or 0) + 1)
     # A rank waits for the main one while it writes: a large checkpoint takes long.
     group: dict[str, Any] = {"timeout": TIMEOUT, **_backend(config)}
-    is_cpu = not torch.accelerator.is_available()
+    is_cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     if lifeline is not None:
         PartialState(cpu=is_cpu, **group, **lifeline.group_arguments())
     elif num_started > 1 and is_cpu:

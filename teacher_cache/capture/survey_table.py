@@ -36,7 +36,9 @@ _SCHEMA = pa.schema({
 _PART_REQUESTS = 1 << 16
 _NAME, _SUFFIX = "survey", "bin"
 _KEY, _FACTS = b"leadspan.input", b"leadspan.facts"  # of the file's metadata
-_NOT_OF_ROWS = ("worker", "num_replicas", "ray_address", "journal", "limit", "out")  # of the config
+_NOT_OF_ROWS = (  # of the config
+    "worker", "num_replicas", "ray_address", "journal", "limit", "out", "engine_arg",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

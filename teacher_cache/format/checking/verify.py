@@ -17,7 +17,7 @@ from teacher_cache.format.checking.findings import Verification
 from teacher_cache.format.checking.verify_shard import broken_shard, header_in_shard
 from teacher_cache.format.commit import PLAIN_NAME, ShardCommit, check_commit, parse_commit
 from teacher_cache.format.errors import CacheError, CacheFormatError
-from teacher_cache.format.header import UNUSABLE_JSON, CacheHeader, content_hash
+from teacher_cache.format.header import UNUSABLE_JSON, CacheHeader, canonical_json, content_hash
 from teacher_cache.format.manifest import (
     JOURNAL_FOLDER,
     MANIFEST_NAME,
@@ -116,13 +116,13 @@ def _manifest_damage(text: bytes) -> str | None:
     for name, value in record.items():
         if name != "checksum" and isinstance(value, str) and value == hash_without(name):
             return f"expected the key `checksum`, found {name!r} instead"
-    return _case_damage(text, json.dumps(record, indent=1))
+    return _case_damage(text, json.dumps(record, indent=1).encode())
 
 
-def _case_damage(text: bytes, expected: str) -> str | None:
+def _case_damage(text: bytes, *spellings: bytes) -> str | None:
     """Detect a flipped bit that no value shows: JSON ignores case in `\\u00e9` and `1e-05`."""
     found = text.strip()
-    if found != expected.encode() and found.lower() == expected.lower().encode():
+    if found not in spellings and found.lower() in (each.lower() for each in spellings):
         return "a letter of an escape or a number has changed its case"
     return None
 
@@ -141,7 +141,9 @@ def _read_commit(store: Store, name: str, found: Verification) -> ShardCommit | 
     except (OSError, CacheFormatError) as error:
         found.wrong(file, error)
         return None
-    damage = _case_damage(text, json.dumps(json.loads(text)))
+    record = json.loads(text)
+    # That of today's writer, and that of earlier ones.
+    damage = _case_damage(text, canonical_json(record), json.dumps(record).encode())
     if damage is not None:
         found.wrong(file, damage)
     return commit

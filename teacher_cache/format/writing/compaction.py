@@ -1,9 +1,10 @@
 """Turns a full journal into a published shard; the commit record comes last.
 
 Memory: the journal's bytes (SHARD_BYTES and one trace), its traces decoded (at most about 2.5 times
-MAX_DECODED_BYTES) and once more as the file has them (3 bytes per entry), and the shard's bytes up
-to three times while they are built and read back. Measured: 350 MiB for a full journal of 1.5 M
-tokens with 15 entries each, less for one that MAX_DECODED_BYTES closes.
+MAX_DECODED_BYTES) and once more as the file has them (3 bytes per entry, 5 where a shard has more
+than 65,536 ids), and the shard's bytes up to three times while they are built and read back.
+Measured: 350 MiB for a full journal of 1.5 M tokens with 15 entries each, less for one that
+MAX_DECODED_BYTES closes.
 """
 
 import hashlib

@@ -38,7 +38,7 @@ def encode_shard(traces: Sequence[Trace], header: CacheHeader) -> EncodedShard:
     """Encode traces as one Arrow IPC file whose record batch b is band b of every trace.
 
     Memory: the traces, the file (about SHARD_BYTES), one band's arrays, and all columns once more
-    as the file has them: 3 bytes per entry and 9 per token.
+    as the file has them: 3 bytes per entry (5 where ids are wide) and 9 per token.
 
     Args:
         traces: At least one trace, with all the tokens that the cache is to hold.
