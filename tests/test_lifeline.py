@@ -17,6 +17,7 @@ from torch.distributed import TCPStore
 
 from student_train.errors import InterruptedRunError
 from student_train.run import lifeline
+from student_train.run.written_first import written_first
 
 STUCK = threading.Event()  # what a process waits for that does not notice
 
@@ -43,7 +44,8 @@ class Process(threading.Thread):
     def be_killed(self):
         assert self.has_joined.wait(10)
         for end in self.lifeline._ends:
-            end.connection.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # its thread was faster
+                end.connection.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def ended(monkeypatch):
     monkeypatch.setattr(lifeline, "END_S", 0.2)
     monkeypatch.setattr(lifeline, "JOIN_S", 5.0)
     # All of them are runs of this one process.
-    monkeypatch.setattr(lifeline, "_runs", iter([0] * 3))
+    monkeypatch.setattr(lifeline, "_runs", iter([0] * 8))
     yield found
     STUCK.set()
 
@@ -65,6 +67,46 @@ def wait_for(condition):
     while not condition() and time.monotonic() < until_s:
         time.sleep(0.01)
     assert condition()
+
+
+def test_the_others_learn_who_is_lost_though_the_first_process_leaves_at_once(ended, capsys):
+    port, is_noticed = free_port(), threading.Event()
+
+    def work(one):
+        if one.lifeline._rank == 0:
+            is_noticed.wait()
+            raise ConnectionError("gloo was the first to know")
+        STUCK.wait()
+
+    all_eight = [Process(rank, port, work, 8) for rank in range(8)]
+    assert all(one.has_joined.wait(10) for one in all_eight)
+    all_eight[5].lifeline._has_left.set()  # its thread is killed too
+    is_noticed.set()
+    time.sleep(0.05)  # the first process waits to be told by now
+    all_eight[5].be_killed()
+    wait_for(lambda: len(ended) == 6)
+    all_eight[0].join(10)
+    assert str(all_eight[0].error).startswith("process 5 of 8 on ")
+    assert str(all_eight[0].error).endswith("(here: gloo was the first to know)")
+    said = capsys.readouterr().err
+    assert said.count("process 5 of 8 on ") == 6 and "process 0" not in said
+
+
+def test_a_process_ends_although_nobody_can_read_why_but_not_while_it_writes(ended, monkeypatch):
+    def broken(_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(lifeline, "say", broken)
+    monkeypatch.setattr(lifeline.threading, "excepthook", lambda _: None)
+    port = free_port()
+    two = [Process(rank, port, lambda _: STUCK.wait(), 2) for rank in range(2)]
+    assert all(one.has_joined.wait(10) for one in two)
+    with written_first():
+        two[1].lifeline._has_left.set()
+        two[1].be_killed()
+        time.sleep(0.7)  # more than three times `END_S`
+        assert ended == []
+    wait_for(lambda: ended == [1])
 
 
 @pytest.mark.parametrize("victim", [0, 1])

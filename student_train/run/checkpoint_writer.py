@@ -25,6 +25,7 @@ from student_train.run.file_work import FileWork
 from student_train.run.folder import RunFolder
 from student_train.run.state import RunState
 from student_train.run.tensors import gathered_state, is_split, split_state_writer
+from student_train.run.written_first import written_first
 from teacher_cache.format.checksums import write_checksums
 from teacher_cache.format.files import fsync, publish_folder, remove_folder
 
@@ -98,7 +99,8 @@ class CheckpointWriter:
             if save_split is not None:
                 save_split()
             if self._files.is_main:
-                self._publish(temporary, folder, progress, others)
+                with written_first():
+                    self._publish(temporary, folder, progress, others)
                 self._remove_old(best)
 
         if save_split is not None and self._in_background:

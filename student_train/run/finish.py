@@ -21,6 +21,7 @@ from student_train.run.processes import decided_by_main
 from student_train.run.rollouts import taught_by
 from student_train.run.setup import Run
 from student_train.run.tensors import gathered_weights
+from student_train.run.written_first import written_first
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ def finish(run: Run) -> TrainResult:
             _check_weights(weights)
             _log_counts(run)
             folder.write_result(metrics)
-            _write_student(run, weights, chosen)
+            with written_first():
+                _write_student(run, weights, chosen)
     return TrainResult(folder.model, run.state.step, metrics, was_finished=False)
 
 

@@ -27,7 +27,9 @@ import torch.distributed as dist
 
 from student_train.batch.gloo_exchange import TIMEOUT
 from student_train.errors import DivergedLossError, InterruptedRunError, NonFiniteLossError
+from student_train.run.written_first import is_writing
 from teacher_cache.terminal.messages import say
+from teacher_cache.terminal.progress import clear_displays
 
 JOIN_S = 300.0  # for all processes to have started and imported torch
 END_S = 20.0  # for a process to end with an error of its own, once another one is lost
@@ -127,8 +129,11 @@ class Lifeline:
                 self._listen(key)
             else:
                 self._connect(key)
-        except RuntimeError as error:  # torch has a class for some of the store's only
-            raise ConnectionError(self._unmet_text(error)) from error
+        except BaseException as error:
+            self._leave(in_order=False)
+            if isinstance(error, RuntimeError):  # torch has a class for some of the store's only
+                raise ConnectionError(self._unmet_text(error)) from error
+            raise
         return self
 
     def __exit__(
@@ -142,7 +147,8 @@ class Lifeline:
             self._is_noticed.wait(1.0)  # gloo may be the first to know
         self._leave(in_order=error is None or isinstance(error, _COMMON_ENDS))
         if isinstance(error, ConnectionError) and self._is_noticed.is_set():
-            raise ConnectionError(self._lost_text()) from error
+            # It may be of this process itself: a store that cannot be reached is another one.
+            raise ConnectionError(f"{self._lost_text()} (here: {error})") from error
 
     def group_arguments(self) -> dict[str, Any]:
         """Arguments of `init_process_group`: groups meet in a part of the store of their own.
@@ -196,19 +202,21 @@ class Lifeline:
         told = {"port": port, "hosts": [self._address, host], "host": host, "secret": self._secret}
         self._store.set(key, json.dumps(told))
         if not self._is_complete.wait(JOIN_S):
-            self._leave(in_order=False)
             raise ConnectionError(
                 f"expected {self._num_processes} processes, found after {JOIN_S:.0f} s that "
                 f"process {', '.join(map(str, sorted(self._absent)))} has not joined: see what "
                 "ended it, and run the same command again"
             )
         if self._is_noticed.is_set():
-            self._leave(in_order=False)
             raise ConnectionError(self._lost_text())
 
     def _welcome(self, listener: socket.socket) -> None:
         """Take in a process that has connected; whoever does not know the secret is sent away."""
-        connection, _ = listener.accept()
+        try:
+            connection, _ = listener.accept()
+        except OSError:  # it is gone, or this process has too many files open: it tries again
+            time.sleep(0.1)
+            return
         connection.settimeout(_HELLO_S)
         lines = connection.makefile("rb")
         hello = b""
@@ -243,7 +251,7 @@ class Lifeline:
                 raise ConnectionError(
                     f"process {self._rank} did not meet process 0 at its port {told['port']} "
                     f"within {JOIN_S:.0f} s ({'; '.join(failures)}): expected machines that reach "
-                    "each other by TCP"
+                    "each other by TCP, at any port"
                 )
             time.sleep(1.0)
 
@@ -317,12 +325,17 @@ class Lifeline:
 
     def _end_process(self) -> None:
         """Tell the others who is lost, and end this process if it does not do so itself."""
-        self._is_noticed.set()
-        self._is_complete.set()
-        if self._rank == 0:
+        if self._rank == 0:  # before this process knows, and leaves
             for end in self._ends:
                 with suppress(OSError):
                     end.connection.sendall(f"{self._loss}\n".encode())
-        if not self._has_left.wait(END_S):
-            say(f"train-student: {self._lost_text()}")
-            os._exit(1)
+        self._is_noticed.set()
+        self._is_complete.set()
+        while not self._has_left.wait(END_S):
+            if not is_writing():
+                try:
+                    clear_displays()
+                    say(f"train-student: {self._lost_text()}")
+                finally:  # whether anybody can read it or not
+                    os._exit(1)
+                return
