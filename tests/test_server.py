@@ -295,6 +295,8 @@ def test_rows_of_a_real_vllm_server_are_those_of_the_model(vllm_url, tmp_path, m
     # One test, because the server's start is what takes the time.
     from commands import write_rows
 
+    from student_train.rounds.rollout import roll_out
+    from student_train.rounds.rollout_config import RolloutConfig
     from teacher_cache import open_cache
     from teacher_cache.capture.configs import GenerateConfig
     from teacher_cache.capture.generate import generate
@@ -326,10 +328,17 @@ def test_rows_of_a_real_vllm_server_are_those_of_the_model(vllm_url, tmp_path, m
     score(ScoreConfig(traces=tmp_path / "traces.jsonl", out=str(tmp_path / "scored"), **settings))
     scored = open_cache(str(tmp_path / "scored"))
     assert scored.header.teacher_settings["api"] == COMPLETIONS
+    rollouts = tmp_path / "rollouts.jsonl"
+    student = str(TINY.parent / "base-student")
+    roll_out(RolloutConfig(model=student, prompts=prompts, out=rollouts, max_new_tokens=24))
+    score(ScoreConfig(traces=rollouts, out=str(tmp_path / "own"), **settings))
+    own = open_cache(str(tmp_path / "own"))
+    assert (len(list(own)), own.header.rollout["student"]) == (6, student)
+    assert all(np.isfinite(trace.student_logprob[trace.cot_start :]).all() for trace in own)
     reference = TransformersTeacher(
         model=str(TINY), revision=None, dtype="float32", top_k=12, max_model_len=512, sampling=None
     )
-    for cache in (made, scored):
+    for cache in (made, scored, own):
         assert verify_cache(cache.path).errors == []
         for trace in cache:
             ids = tuple(trace.token_ids.tolist())
