@@ -37,6 +37,7 @@ END_S = 20.0  # for a process to end with an error of its own, once another one 
 _LINE_BYTES = 400
 _HELLO_S = 10.0  # for a connection to say who it is
 _WELCOME_S = 60.0  # for the first process to answer, whoever else is slow to say so
+_SAYING_S = 5.0
 _KEPT_ALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 20), ("TCP_KEEPCNT", 6))
 _WELCOME, _LEAVING = b"welcome\n", b"leaving\n"
 # Ends that all processes of a run come to together.
@@ -333,9 +334,13 @@ class Lifeline:
         self._is_complete.set()
         while not self._has_left.wait(END_S):
             if not is_writing():
-                try:
-                    clear_displays()
-                    say(f"train-student: {self._lost_text()}")
-                finally:  # whether anybody can read it or not
-                    os._exit(1)
+                # Nobody may be able to read it, or a lock of the terminal be held for ever.
+                last_words = threading.Thread(target=self._say_lost, daemon=True)
+                last_words.start()
+                last_words.join(_SAYING_S)
+                os._exit(1)
                 return
+
+    def _say_lost(self) -> None:
+        clear_displays()
+        say(f"train-student: {self._lost_text()}")

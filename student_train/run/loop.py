@@ -43,7 +43,8 @@ def train(config: TrainConfig) -> TrainResult:
 
     Raises:
         CacheError: If the cache cannot be read, or does not fit the student.
-        ConnectionError: If another process of the run is gone.
+        ConnectionError: If another process of the run is gone. Where this one is stuck in waiting
+            for it, it is ended with exit code 1 instead, without `finally` blocks.
         ValueError: If the settings do not fit the cache, the student, or the run's folder.
         InUseError: If another process is at work in that folder.
         DivergedLossError: If the loss grows tenfold; the last checkpoint stays.
