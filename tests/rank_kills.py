@@ -36,7 +36,7 @@ from student_train.run.config import TrainConfig
 RUNS.set_forkserver_preload(["rank_kills"])
 NUM_RANKS = 4
 NUM_STEPS = 16
-LIMIT_S = 45.0  # for the others to notice and end
+LIMIT_S = 30.0  # for the others to notice and end
 JOIN_S = 20.0  # in place of minutes, or a process that is killed before it joins takes as long
 
 

@@ -4,6 +4,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate.state import DistributedType, PartialState
 from fakes import make_cache, make_traces
 from processes import metrics_of, run_processes
 from students import make_student
@@ -61,3 +63,31 @@ def test_a_folder_that_machines_do_not_share_is_refused(tmp_path, monkeypatch, i
         with pytest.raises(ValueError, match="does not see what node0 writes there"):
             processes._require_shared(tmp_path, accelerator)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_run_of_processes_whose_group_has_ended_is_refused(tmp_path, monkeypatch):
+    ended = {
+        "_cpu": True, "backend": "gloo", "device": torch.device("cpu"), "num_processes": 2,
+        "distributed_type": DistributedType.MULTI_CPU, "process_index": 0,
+        "local_process_index": 0, "fork_launched": False,
+    }  # fmt: skip
+    monkeypatch.setattr(PartialState, "_shared_state", ended)
+    config = TrainConfig(cache=(tmp_path,), student="none", out=tmp_path / "run")
+    with pytest.raises(ValueError, match="trained together before, and their group has ended"):
+        train(config)
+
+
+def test_a_machine_with_a_gpu_trains_on_its_cpu_where_accelerate_is_told_so(tmp_path, monkeypatch):
+    class FormedError(Exception):
+        pass
+
+    def form(**arguments):
+        raise FormedError(arguments["cpu"])
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(processes, "PartialState", form)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    config = TrainConfig(cache=(tmp_path,), student="none", out=tmp_path / "run")
+    with pytest.raises(FormedError, match="True"):
+        processes.join_processes(config, None)

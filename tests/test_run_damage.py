@@ -19,6 +19,7 @@ from student_train.run.config import TrainConfig
 from student_train.run.loop import train
 from teacher_cache.format.checksums import DamagedFileError, publish_record, read_record
 
+PLACES = ["first", "last", *(f"drawn {n}" for n in range(1, 8))]
 CHECKPOINTS = ("checkpoints/step-000000004", "checkpoints/step-000000006")
 OF_CHECKPOINT = ("state.pt", "random-00000.pt", "progress.json", "checksums.json")
 NEWEST = [f"{CHECKPOINTS[1]}/{name}" for name in OF_CHECKPOINT]
@@ -77,7 +78,7 @@ def flip(file, place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["first", "last", "drawn 1", "drawn 2"])
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", *NEWEST, *OLDER])
 def test_a_flipped_bit_gives_the_same_student_or_is_named(stopped, copied, caplog, name, place):
     flip(copied.out / name, place)
@@ -142,7 +143,7 @@ def finished(stopped, tmp_path):
     return replace(stopped[1], out=tmp_path / "run")
 
 
-@pytest.mark.parametrize("place", ["first", "last", "drawn 1", "drawn 2"])
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
     "name",
     ["config.json", "result.json", "model/model.safetensors", "model/config.json",

@@ -38,6 +38,7 @@ _LINE_BYTES = 400
 _HELLO_S = 10.0  # for a connection to say who it is
 _WELCOME_S = 60.0  # for the first process to answer, whoever else is slow to say so
 _SAYING_S = 5.0
+_LOOK_S = 0.5
 _KEPT_ALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 20), ("TCP_KEEPCNT", 6))
 _WELCOME, _LEAVING = b"welcome\n", b"leaving\n"
 # Ends that all processes of a run come to together.
@@ -332,14 +333,17 @@ class Lifeline:
                     end.connection.sendall(f"{self._loss}\n".encode())
         self._is_noticed.set()
         self._is_complete.set()
-        while not self._has_left.wait(END_S):
-            if not is_writing():
-                # Nobody may be able to read it, or a lock of the terminal be held for ever.
-                last_words = threading.Thread(target=self._say_lost, daemon=True)
-                last_words.start()
-                last_words.join(_SAYING_S)
-                os._exit(1)
+        until_s = time.monotonic() + END_S
+        while time.monotonic() < until_s:
+            if self._has_left.wait(_LOOK_S):
                 return
+            if is_writing():
+                until_s = time.monotonic() + END_S
+        # Nobody may be able to read it, or a lock of the terminal be held for ever.
+        last_words = threading.Thread(target=self._say_lost, daemon=True)
+        last_words.start()
+        last_words.join(_SAYING_S)
+        os._exit(1)
 
     def _say_lost(self) -> None:
         clear_displays()

@@ -15,7 +15,7 @@ from student_train.run.inputs import open_inputs
 from student_train.run.lifeline import joined_run
 from student_train.run.memory import advice_when_out_of_memory
 from student_train.run.precision import with_precision
-from student_train.run.processes import join_processes, owned
+from student_train.run.processes import join_processes, owned, require_open_group
 from student_train.run.progress import describe, heldout_line, patience_line, stop_after_step
 from student_train.run.setup import Run, open_stream, prepare
 from student_train.run.sharding import clip_gradients
@@ -51,6 +51,7 @@ def train(config: TrainConfig) -> TrainResult:
         NonFiniteLossError: If the loss is no longer a number; the last checkpoint stays.
         InterruptedRunError: After SIGINT or SIGTERM, once a checkpoint has been written.
     """
+    require_open_group()
     config = with_precision(config)
     with joined_run(os.environ) as lifeline, naming_lost_processes():
         accelerator = join_processes(config, lifeline)

@@ -11,6 +11,7 @@ from socket import gethostname
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import (
@@ -36,6 +37,19 @@ _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE
 _SEEN_WITHIN_S = 15.0
 
 _T = TypeVar("_T")
+
+
+def require_open_group() -> None:
+    """Refuse a second run of processes that have trained together: accelerate ends their group.
+
+    Raises:
+        ValueError: Says so, and what to do.
+    """
+    if PartialState._shared_state and PartialState().num_processes > 1 and not dist.is_initialized():
+        raise ValueError(
+            "these processes have trained together before, and their group has ended: start them "
+            "anew for each run, for example with a command of `torchrun` each"
+        )
 
 
 def join_processes(config: TrainConfig, lifeline: Lifeline | None) -> Accelerator:
