@@ -113,6 +113,7 @@ def vllm_teacher(model):
     )
     started = set(engine_processes()) - before
     assert started
+    assert len(teacher._processes.all) == 1, "two would wait for each other, each on a core"
     assert teacher._worker_rows is not None
     yield teacher
     teacher.close()

@@ -14,7 +14,12 @@ from teacher_cache.capture import run
 from teacher_cache.engines import EngineError, EngineStartError
 from teacher_cache.engines.checks import looks_rounded
 from teacher_cache.engines.start import check_engine_args_early, remedy_of
-from teacher_cache.engines.vllm.start import rows_args, start_engine
+from teacher_cache.engines.vllm.start import (
+    IN_ONE_PROCESS,
+    args_with_defaults,
+    rows_args,
+    start_engine,
+)
 from teacher_cache.format import CacheMismatchError, CacheWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -100,6 +105,25 @@ def test_what_ends_vllms_processes_on_a_cpu_is_refused_there_alone(args, why, mo
     assert args.items() <= rows_args(args, 4, on_cpu=False).items()
     single = dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size"), 1)
     assert rows_args(args | single, 4, on_cpu=True)["max_logprobs"] == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "threads", "executor"),
+    [
+        ({}, "nobind", IN_ONE_PROCESS),
+        ({"tensor_parallel_size": "1"}, "nobind", IN_ONE_PROCESS),
+        ({"tensor_parallel_size": 2}, "nobind", None),  # vLLM's own choice
+        ({}, "auto", None),  # only a process of its own has its threads bound
+        ({"distributed_executor_backend": "mp"}, "nobind", "mp"),
+    ],
+)
+def test_an_engine_on_a_cpu_works_in_one_process_unless_it_needs_more(
+    given, threads, executor, monkeypatch
+):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", threads)
+    name = "distributed_executor_backend"
+    assert args_with_defaults(given, on_cpu=True).get(name) == executor
+    assert args_with_defaults(given, on_cpu=False).get(name) == given.get(name)
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@
 No engine and no other process: rows of made-up distributions come through the ring as a worker
 writes them, one of every trace in flight per step, and go the way of a capture: put together,
 entries chosen, journal, shard. What a trace costs once, whatever its length, is most of the figure
-where traces are short. The digest is of every byte of the shards, to compare two versions of the code.
+where traces are short. The digest is of every byte of the shards, to compare two versions of the
+code.
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ def require_open_group() -> None:
     Raises:
         ValueError: Says so, and what to do.
     """
-    if PartialState._shared_state and PartialState().num_processes > 1 and not dist.is_initialized():
+    were_several = bool(PartialState._shared_state) and PartialState().num_processes > 1
+    if were_several and not dist.is_initialized():
         raise ValueError(
             "these processes have trained together before, and their group has ended: start them "
             "anew for each run, for example with a command of `torchrun` each"

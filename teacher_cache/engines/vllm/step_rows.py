@@ -103,6 +103,7 @@ class _Room:
         self.keys = np.empty((num_at_once, width), np.int64)
         self.work = np.empty((num_at_once, width), np.int32)
         self.places = np.arange(width - 1, -1, -1)  # from the end
+        self.begins = np.arange(0, num_at_once * width, width)[:, None]  # of rows laid out flat
 
     def holds(self, logits: torch.Tensor) -> bool:
         return len(logits) <= len(self.copy) and logits.shape[1] == self.copy.shape[1]
@@ -151,13 +152,14 @@ class HostStep:
         room, num_candidates = self._room, self._room.num_candidates
         logits, floats = room.copy[part], room.rows[part].view(np.float32)
         ids = room.top_ids(logits)
-        top = np.take_along_axis(logits, ids, 1)
+        places = ids + room.begins[: len(logits)]
+        top = logits.ravel().take(places)
         largest, smallest = top[:, 0], top[:, -1]
         outside = room.work[: len(logits)].view(np.float32)
         # Where all are -inf, or one is NaN, so is the row, which is refused later.
         with np.errstate(divide="ignore", invalid="ignore"):
             np.subtract(logits, top[:, -1:], out=outside)
-            np.put_along_axis(outside, ids, -np.inf, 1)
+            outside.ravel()[places] = -np.inf
             np.exp(outside, out=outside)
             log_sum = np.log(outside.sum(axis=1)) + smallest
             log_sum = np.where(smallest > -np.inf, log_sum, -np.inf)

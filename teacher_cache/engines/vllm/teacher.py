@@ -26,8 +26,8 @@ from teacher_cache.engines.vllm.rows import tap, why_untapped
 from teacher_cache.engines.vllm.settings import reported_settings
 from teacher_cache.engines.vllm.shared_prompts import SharedPrompts, is_too_far
 from teacher_cache.engines.vllm.start import (
+    args_with_defaults,
     check_engine_args,
-    default_args,
     end_engine,
     imported_vllm,
     installed_version,
@@ -98,7 +98,7 @@ class VllmTeacher:
         vllm, on_cpu = imported_vllm(version, is_cpu_build)
         known = [field.name for field in dataclasses.fields(vllm.EngineArgs)]
         check_engine_args(known, engine_args or {})
-        args = rows_args(default_args(on_cpu) | dict(engine_args or {}), top_k, on_cpu=on_cpu)
+        args = rows_args(args_with_defaults(engine_args or {}, on_cpu=on_cpu), top_k, on_cpu=on_cpu)
         args |= {
             "model": model,
             "revision": revision,

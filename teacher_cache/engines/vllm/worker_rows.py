@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from teacher_cache.engines import EngineError, Sampling
 from teacher_cache.engines.vllm.pages import RowPages
 from teacher_cache.engines.vllm.ring import HEAD_WORDS, RowRing, row_words
+from teacher_cache.engines.vllm.start import IN_ONE_PROCESS
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ _TAIL_TOLERANCE_PER_ID = 2e-9
 
 _SLOWER = "reading rows from vLLM's logprobs, which is slower: %s"
 _SCORED_SLOWER = "scoring from vLLM's prompt logprobs, which is slower: %s"
-_ONE_MACHINE = (None, "mp", "uni")
+_ONE_MACHINE = (None, "mp", "uni", IN_ONE_PROCESS)
 
 
 class WorkerRows:
