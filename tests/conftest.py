@@ -93,7 +93,7 @@ def asked(monkeypatch):
         teacher = TableTeacher
 
     requests = Asked()
-    monkeypatch.setattr(prepare, "_start", lambda *_: requests.teacher(requests))
+    monkeypatch.setattr(prepare, "_start", lambda *_, **__: requests.teacher(requests))
     return requests
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib.util
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,7 @@ from fakes import make_header
 from teacher_cache.capture import run
 from teacher_cache.engines import EngineError, EngineStartError
 from teacher_cache.engines.checks import looks_rounded
-from teacher_cache.engines.start import check_engine_args_early, remedy_of
+from teacher_cache.engines.start import check_engine_args_early, is_of_quantised_head
 from teacher_cache.engines.vllm.start import (
     IN_ONE_PROCESS,
     args_with_defaults,
@@ -176,19 +178,47 @@ def test_a_few_entries_are_no_evidence():
     assert not looks_rounded(np.array([[-0.1, -2.1]], np.float32))
 
 
-def test_a_quantised_head_that_does_not_start_is_told_what_helps(monkeypatch):
-    monkeypatch.setattr(
-        run, "last_error_said",
-        lambda: "ValueError: A head_dtype different from the model dtype is only supported for an "
-        "unquantized lm_head.",
-    )  # fmt: skip
+UNQUANTISED_ONLY = (
+    "ValueError: A head_dtype different from the model dtype is only supported for an "
+    "unquantized lm_head."
+)
 
-    def start():
+
+def test_a_quantised_head_is_started_again_with_the_models_own_dtype(monkeypatch, caplog):
+    monkeypatch.setattr(run, "last_error_said", lambda: UNQUANTISED_ONLY)
+    tried = []
+
+    def start(head_dtype):
+        tried.append(head_dtype)
+        if head_dtype == "float32":
+            raise EngineStartError("model 'm': vLLM's process ended before the engine was ready")
+        return "teacher"
+
+    assert run.started("starting", start) == "teacher"
+    assert tried == ["float32", "model"]
+    assert "starting the engine again" in caplog.text and "`head_dtype` in the cache" in caplog.text
+
+
+@pytest.mark.parametrize(("cause", "num_tries"), [("CUDA out of memory", 1), (UNQUANTISED_ONLY, 2)])
+def test_an_engine_that_does_not_start_says_its_own_error(cause, num_tries, monkeypatch):
+    """A user's own `head_dtype` takes precedence the second time too."""
+    monkeypatch.setattr(run, "last_error_said", lambda: cause)
+    tried = []
+
+    def start(head_dtype):
+        tried.append(head_dtype)
         raise EngineStartError("model 'm': vLLM's process ended before the engine was ready")
 
-    with pytest.raises(
-        EngineError, match=r"unquantized lm_head\.: .*hf_overrides=.*model"
-    ) as found:
+    with pytest.raises(EngineError, match=f"^model 'm': .* was ready: {re.escape(cause)}"):
         run.started("starting", start)
-    assert remedy_of("CUDA out of memory") == ""
-    assert str(found.value).count("head_dtype") == 2
+    assert len(tried) == num_tries
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_the_words_by_which_a_quantised_head_is_known_are_vllms():
+    import vllm.model_executor.layers.logits_processor as of_vllm
+
+    source = Path(of_vllm.__file__).read_text(encoding="utf-8")
+    said = " ".join(re.findall(r'"(A head_dtype[^"]*|supported for [^"]*)"', source))
+    assert is_of_quantised_head(" ".join(said.split()))

@@ -146,7 +146,7 @@ def work(folder: str, worker: str, items: Items, said: str, *more: str) -> None:
         Job(
             out=config.out, journal=config.journal, worker=config.worker, limit=None, config={},
             source=items, tokenizer=TOKENIZER, requests=requests, header=header,
-            start_teacher=lambda longest: TableTeacher(),
+            start_teacher=lambda _longest, **_: TableTeacher(),
         )  # type: ignore[arg-type]  # a source that is no file, and a tokenizer that is not asked
     )  # fmt: skip
     options = ["--model", "table", "--prompts", "prompts", "--out", folder, "--worker", worker]

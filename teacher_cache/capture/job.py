@@ -33,7 +33,8 @@ class Job:
     tokenizer: TeacherTokenizer
     requests: Callable[[SourceTrace], list[TeacherRequest]]
     header: Callable[[TeacherFacts], CacheHeader]
-    start_teacher: Callable[[int], Teacher]  # takes the length of the longest trace, in tokens
+    # Takes the length of the longest trace, in tokens, and optionally the `head_dtype`.
+    start_teacher: Callable[..., Teacher]
 
     @property
     def is_whole(self) -> bool:

@@ -172,6 +172,7 @@ def _start(
     sampling: Sampling | None,
     server: ServerSettings | None,
     longest: int,
+    head_dtype: str = "float32",
 ) -> Teacher:
     return start_teacher(
         config.engine,
@@ -185,4 +186,5 @@ def _start(
         rows_from=config.rows_from,
         trust_remote_code=config.trust_remote_code,
         server=server,
+        head_dtype=head_dtype,
     )

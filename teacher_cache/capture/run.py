@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from teacher_cache.capture.survey import Survey, take_survey
 from teacher_cache.capture.survey_table import remove_survey_tables
 from teacher_cache.capture.worker_loop import Done, run_requests
 from teacher_cache.engines import EngineError, EngineStartError, Teacher, TeacherFacts
-from teacher_cache.engines.start import remedy_of
+from teacher_cache.engines.start import is_of_quantised_head
 from teacher_cache.format import (
     CacheHeader,
     CacheMismatchError,
@@ -74,19 +75,39 @@ class Crew(Protocol):
         ...
 
 
-def started(doing: str, start: Callable[[], Teacher]) -> Teacher:
+class _QuantisedHeadError(EngineError):
+    """The model's head cannot have float32 logits."""
+
+
+def started(doing: str, start: Callable[..., Teacher]) -> Teacher:
     """Start a teacher, with its output in the log file.
+
+    Args:
+        doing: For the bar.
+        start: Starts it; takes the `head_dtype` of its logits. A quantised head cannot have
+            float32, and is started again with the model's own, which the cache's header says.
 
     Raises:
         EngineError: If it does not start; the message has the last error of its process.
     """
     with Progress(doing, hint="small models: 20 to 60 s"), others_into_log():
         try:
-            return start()
-        except EngineStartError as error:
-            cause = last_error_said()
-            said = [str(error), cause, remedy_of(cause)]
-            raise EngineError(": ".join(filter(None, said))) from error
+            return _started(start, "float32")
+        except _QuantisedHeadError:
+            logger.warning(
+                "the teacher's head is quantised, so that its logits cannot be float32: starting "
+                "the engine again, with those that the model has (`head_dtype` in the cache)"
+            )
+            return _started(start, "model")
+
+
+def _started(start: Callable[..., Teacher], head_dtype: str) -> Teacher:
+    try:
+        return start(head_dtype=head_dtype)
+    except EngineStartError as error:
+        cause = last_error_said()
+        kind = _QuantisedHeadError if is_of_quantised_head(cause) else EngineError
+        raise kind(": ".join(filter(None, (str(error), cause)))) from error
 
 
 class Alone:
@@ -96,7 +117,7 @@ class Alone:
         self._job = job
         engine, model = (job.config.get(name, "the teacher") for name in ("engine", "model"))
         doing = f"starting {engine} for {Path(str(model)).name}"  # a bar has 80 columns
-        self._teacher = started(doing, lambda: job.start_teacher(longest))
+        self._teacher = started(doing, partial(job.start_teacher, longest))
         self.facts = self._teacher.facts
 
     def run(

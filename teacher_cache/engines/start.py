@@ -10,17 +10,13 @@ ENGINES = (*LOCAL_ENGINES, "server")
 ROWS_FROM = ("worker", "logprobs")  # where vLLM's rows are taken
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
-# By a part of the error with which vLLM's process ends.
-_REMEDIES = {
-    "unquantized lm_head": "the teacher's head is quantised and its logits cannot be float32: "
-    '--engine-arg \'hf_overrides={"head_dtype": "model"}\' takes them as they are, and the '
-    "cache's header says so",
-}
+# vLLM's own words, with which its process ends.
+_HEAD_IS_QUANTISED = "only supported for an unquantized lm_head"
 
 
-def remedy_of(cause: str) -> str:
-    """What to do about the error of an engine that does not start; nothing where it is unknown."""
-    return next((remedy for part, remedy in _REMEDIES.items() if part in cause), "")
+def is_of_quantised_head(cause: str) -> bool:
+    """Whether an engine did not start because its model's head cannot have float32 logits."""
+    return _HEAD_IS_QUANTISED in cause
 
 
 def check_engine_args_early(engine: str, engine_args: Mapping[str, object]) -> None:
@@ -48,8 +44,11 @@ def start_teacher(
     rows_from: str,
     trust_remote_code: bool = False,
     server: ServerSettings | None = None,
+    head_dtype: str = "float32",
 ) -> Teacher:
-    """Start an engine; `engine_args` and `rows_from` are for vLLM only, `server` is for a server.
+    """Start an engine.
+
+    `engine_args`, `rows_from` and `head_dtype` are for vLLM only, `server` is for a server.
 
     Raises:
         EngineError: If it cannot be started.
@@ -84,4 +83,5 @@ def start_teacher(
         engine_args=engine_args,
         rows_from=rows_from,
         trust_remote_code=trust_remote_code,
+        head_dtype=head_dtype,
     )

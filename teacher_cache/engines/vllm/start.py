@@ -150,7 +150,9 @@ def args_with_defaults(engine_args: Mapping[str, object], *, on_cpu: bool) -> di
     return args | dict(engine_args)
 
 
-def rows_args(args: dict[str, Any], top_k: int, *, on_cpu: bool) -> dict[str, Any]:
+def rows_args(
+    args: dict[str, Any], top_k: int, *, head_dtype: str = "float32", on_cpu: bool
+) -> dict[str, Any]:
     """Engine arguments with those on which the rows depend, whatever a user gave.
 
     Raises:
@@ -164,7 +166,7 @@ def rows_args(args: dict[str, Any], top_k: int, *, on_cpu: bool) -> dict[str, An
     return args | {
         "logprobs_mode": "raw_logprobs",
         "max_logprobs": top_k,
-        "hf_overrides": {"head_dtype": "float32"} | dict(args.get("hf_overrides") or {}),
+        "hf_overrides": {"head_dtype": head_dtype} | dict(args.get("hf_overrides") or {}),
     }
 
 

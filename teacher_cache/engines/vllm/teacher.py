@@ -59,8 +59,7 @@ class VllmTeacher:
         model: Folder, or name on the Hugging Face hub.
         revision: Branch, tag or commit on the hub.
         dtype: "auto" (the checkpoint's own on a GPU, float32 on a CPU), "float32", "bfloat16" or
-            "float16". The logits are always float32, unless `hf_overrides` in `engine_args`
-            sets another `head_dtype` (needed if the head itself is quantised).
+            "float16".
         top_k: Candidates per row (K), at most the vocabulary.
         max_model_len: Tokens in the longest trace, prompt included; the model's own limit if
             that is lower, or if this is None. vLLM needs room for one more token to score a
@@ -71,6 +70,8 @@ class VllmTeacher:
         rows_from: "worker" takes rows from the logits in vLLM's worker, where the engine's
             settings allow it; "logprobs" from the logprobs that vLLM returns.
         trust_remote_code: Whether code that comes with the model may run.
+        head_dtype: Of the logits; "model" for the model's own, which a quantised head needs.
+            `hf_overrides` in `engine_args` takes precedence.
 
     Raises:
         EngineError: If vLLM is missing or too old, an engine argument unknown or reserved, or the
@@ -92,13 +93,15 @@ class VllmTeacher:
         engine_args: Mapping[str, object] | None = None,
         rows_from: str = "worker",
         trust_remote_code: bool = False,
+        head_dtype: str = "float32",
     ) -> None:
         version, is_cpu_build = installed_version()
         check_model(model, revision)
         vllm, on_cpu = imported_vllm(version, is_cpu_build)
         known = [field.name for field in dataclasses.fields(vllm.EngineArgs)]
         check_engine_args(known, engine_args or {})
-        args = rows_args(args_with_defaults(engine_args or {}, on_cpu=on_cpu), top_k, on_cpu=on_cpu)
+        args = args_with_defaults(engine_args or {}, on_cpu=on_cpu)
+        args = rows_args(args, top_k, head_dtype=head_dtype, on_cpu=on_cpu)
         args |= {
             "model": model,
             "revision": revision,
