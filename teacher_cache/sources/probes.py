@@ -258,6 +258,8 @@ def common_length(one: str, other: str, tokens: Sequence[str]) -> int:
         pairs = zip(one, other, strict=False)
         same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
     for text in (one, other):
+        if same == len(text):  # nothing is split at its end
+            continue
         for token in tokens:
             first = text.find(token, max(0, same - len(token) + 1), same + len(token) - 1)
             if 0 <= first < same < first + len(token):
