@@ -110,10 +110,12 @@ def keep_entries(
     top_mass[is_apart] += np.exp(row_logprobs[is_apart, 0], dtype=np.float64)
     tail = 1 - top_mass
     if row_tails is not None:
-        summed = _summed_tails(row_ids, row_logprobs, row_tails, num_top, is_apart)
-        is_better = (tail < _SUMMED_BELOW) & ~np.isnan(summed)
-        tail = np.where(is_better, summed, tail)
-        top_mass = np.where(is_better, 1 - summed, top_mass)
+        small = ((tail < _SUMMED_BELOW) & ~np.isnan(row_tails)).nonzero()[0]
+        if len(small):
+            tail[small] = _summed_tails(
+                *(each[small] for each in (row_ids, row_logprobs, row_tails, num_top, is_apart))
+            )
+            top_mass[small] = 1 - tail[small]
     return KeptEntries(
         k=k.astype(np.uint8),
         top_ids=row_ids.ravel().take(places),

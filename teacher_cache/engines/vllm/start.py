@@ -29,6 +29,7 @@ IN_ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 # Engine arguments by which a model is split over several processes.
 _SPLITTING = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size")
+_WHOLE = (None, 1, "1")
 
 # Engine arguments that a user may not set, each with the reason.
 _RESERVED = {
@@ -144,7 +145,7 @@ def args_with_defaults(engine_args: Mapping[str, object], *, on_cpu: bool) -> di
             "kv_cache_memory_bytes": 2 << 30,  # VLLM_CPU_KVCACHE_SPACE takes precedence
         }
         is_bound = os.environ["VLLM_CPU_OMP_THREADS_BIND"] != "nobind"
-        is_split = any(int(str(engine_args.get(name) or 1)) > 1 for name in _SPLITTING)
+        is_split = any(engine_args.get(name) not in _WHOLE for name in _SPLITTING)
         if not is_bound and not is_split:
             args["distributed_executor_backend"] = IN_ONE_PROCESS
     return args | dict(engine_args)
