@@ -153,7 +153,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     start = prepare._start
     shared: list[Shared] = []
 
-    def start_once(*call: Any, head_dtype: str) -> Shared:
+    def start_once(*call: object, head_dtype: str) -> Shared:
         if not shared:
             shared.append(Shared(start(*call, head_dtype)))
         return shared[0]
