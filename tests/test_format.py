@@ -375,3 +375,25 @@ def test_readers_see_whole_shards_while_a_writer_publishes(tmp_path):
         assert seen == sorted(seen)
         assert len(set(seen)) > 3
     assert len(read_all(open_cache(str(tmp_path), allow_unsealed=True))) == 40
+
+
+def test_small_tails_are_sums_and_others_what_is_left_row_by_row():
+    """Rows of both kinds together; of a small tail 1 minus the float32 mass knows one digit."""
+    rng = np.random.default_rng(5)
+    spread = rng.choice([2.0, 14.0, 40.0], (400, 1))
+    logits = rng.normal(0, 1, (400, 200)) * spread
+    logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    best = np.argsort(-logprobs, axis=1)
+    ids = np.concatenate([best[:, :1], best[:, :64]], axis=1).astype(np.int32)
+    outside = np.take_along_axis(logprobs, best[:, 64:], axis=1)
+    tails = np.logaddexp.reduce(outside, axis=1).astype(np.float32)
+    given = np.take_along_axis(logprobs, ids, axis=1).astype(np.float32)
+    kept = keep_entries(ids, given, KeepPolicy(64, 0.999), tails)
+
+    beyond = np.where(np.arange(200) >= kept.k[:, None], 1.0, 0.0)
+    exact = (np.exp(np.take_along_axis(logprobs, best, axis=1)) * beyond).sum(axis=1)
+    exact = np.maximum(exact, TAIL_FLOOR)
+    assert 40 < (exact < 1e-4).sum() < 360 and (exact < 1e-6).sum() > 5
+    wanted = np.log(exact) - np.log1p(-exact)
+    np.testing.assert_allclose(kept.tail_logit, wanted, atol=0.033)  # half a bfloat16 step at 8
+    assert (kept.tail_logit[exact < 1e-4] < -9).all()
